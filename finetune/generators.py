@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from data_sharding.common.errors import RequestError, one_line, show
-from data_sharding.common.files import read_json
+from data_sharding.common.files import digest_of, read_json, sha256_file
 from data_sharding.common.untrusted import check_group, check_number, check_preprocess
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.papers import find_papers
@@ -134,6 +134,60 @@ def read_spec(folder: Path) -> PreprocessSpec:
         raise RequestError(f"{path}: not a preprocessing spec ({one_line(error)}); train the model again") from None
 
 
+def find_model(model_dir: str | Path) -> Path:
+    """Find the folder of a fine-tuned model.
+
+    Parameters
+    ----------
+    model_dir : str or Path
+        The ``model`` folder of a run, or the run directory itself.
+
+    Returns
+    -------
+    Path
+        The folder with dreamscale.json.
+
+    Raises
+    ------
+    RequestError
+        If the folder holds no model.
+    """
+    folder = Path(model_dir)
+    if not (folder / "dreamscale.json").is_file() and (folder / "model" / "dreamscale.json").is_file():
+        folder = folder / "model"
+    if not (folder / "dreamscale.json").is_file():
+        raise RequestError(
+            f"{model_dir}: has no dreamscale.json, so it is not a fine-tuned model; give the 'model' folder of a run"
+        )
+    return folder
+
+
+def digest_model(model_dir: str | Path) -> str:
+    """Compute a checksum of a fine-tuned model, over all safetensors files and JSON files of its folder.
+
+    Parameters
+    ----------
+    model_dir : str or Path
+        The ``model`` folder of a run, or the run directory itself.
+
+    Returns
+    -------
+    str
+        Hexadecimal SHA-256. The place of the folder does not change the checksum.
+
+    Raises
+    ------
+    RequestError
+        If the folder holds no model, or if a file cannot be read.
+    """
+    folder = find_model(model_dir)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file())
+    try:
+        return digest_of({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
+    except OSError as error:
+        raise RequestError(f"{error.filename}: cannot be read ({error.strerror}); copy the model again") from None
+
+
 def load_generator(model_dir: str | Path, device: str = "cpu") -> Generator:
     """Load a fine-tuned model of any kind.
 
@@ -154,13 +208,7 @@ def load_generator(model_dir: str | Path, device: str = "cpu") -> Generator:
     RequestError
         If the folder holds no model, or a model of an unknown kind or of another version.
     """
-    folder = Path(model_dir)
-    if not (folder / "dreamscale.json").is_file() and (folder / "model" / "dreamscale.json").is_file():
-        folder = folder / "model"
-    if not (folder / "dreamscale.json").is_file():
-        raise RequestError(
-            f"{model_dir}: has no dreamscale.json, so it is not a fine-tuned model; give the 'model' folder of a run"
-        )
+    folder = find_model(model_dir)
     where = str(folder / "dreamscale.json")
     values = check_group(read_json(where), where)
     papers = {paper.kind: paper for paper in find_papers()}

@@ -95,7 +95,10 @@ STAGES: dict[str, Stage] = {
         for paper in find_papers()
     },
     "generate": Stage(
-        module="finetune.generate", usage="MODEL DATASET -o DIR", help="generate an image for each trial of a split"
+        module="finetune.generate",
+        usage="MODEL DATASET -o DIR",
+        help="generate an image for each trial of a split",
+        launcher="accelerate",
     ),
     "evaluate": Stage(
         module="finetune.evaluation.evaluate",

@@ -152,12 +152,25 @@ def atomic_directory(path: str | AnyPath, last: str = "manifest.json") -> Iterat
     temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
-            old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        replace_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Rename a complete directory to its final path, and delete an old directory of this path.
+
+    Parameters
+    ----------
+    new : Path
+        The complete directory, on the same disk as `path`.
+    path : Path
+        Final path of the directory.
+    """
+    if not path.exists():
+        new.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+    path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old)

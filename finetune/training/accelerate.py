@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,9 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
-def make_accelerator(*, num_processes: int, device: str = "auto", precision: str = "fp32") -> Accelerator:
+def make_accelerator(
+    *, num_processes: int, device: str = "auto", precision: str = "fp32", timeout_s: float | None = None
+) -> Accelerator:
     """Set up Accelerate, and check that the launcher started as many processes as the config says.
 
     Parameters
@@ -46,6 +49,8 @@ def make_accelerator(*, num_processes: int, device: str = "auto", precision: str
         Device of the computation: auto, cpu or cuda.
     precision : str
         Number format of the computation: fp32 or bf16.
+    timeout_s : float, optional
+        Longest time in seconds that processes wait for each other; by default, the limit of PyTorch.
 
     Returns
     -------
@@ -65,7 +70,9 @@ def make_accelerator(*, num_processes: int, device: str = "auto", precision: str
     _, launched = launched_world()
     # Several processes need the name of the communication backend, because otherwise CPU processes would not join one
     # process group. With only one process, Accelerate would reject the name of a backend.
-    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl")] if launched > 1 else []
+    limit = {} if timeout_s is None else {"timeout": datetime.timedelta(seconds=timeout_s)}
+    backend = "gloo" if cpu else "nccl"
+    handlers: list[Any] = [InitProcessGroupKwargs(backend=backend, **limit)] if launched > 1 else []
     accelerator = Accelerator(
         cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers
     )

@@ -1,4 +1,11 @@
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +16,10 @@ from PIL import Image
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
 from data_sharding.processing.preprocess import PreprocessSpec
-from finetune.generate import derange, main, trial_seed
-from finetune.generators import load_generator
+from finetune.generate import main
+from finetune.generation.partial import PartialFolder
+from finetune.generation.trials import derange, trial_seed
+from finetune.generators import digest_model, load_generator
 from finetune.images import decode_image
 from finetune.stable_diffusion.train import main as finetune
 
@@ -48,6 +57,87 @@ def test_each_trial_gets_one_image_and_the_real_one_beside_it(
     for trial in result["trials"]:
         a, b = (np.asarray(Image.open(d / trial["file"])).astype(int) for d in (out, again))
         assert abs(a - b).max() <= 1
+
+
+def test_each_image_says_how_it_was_generated(model: Path, paired_dataset: Path, tmp_path: Path) -> None:
+    args = [str(model.parent), str(paired_dataset), "-o", str(tmp_path / "out"), "--steps", "2", "--limit", "2"]
+    assert main([*args, "--seed", "5"]) == 0
+    about = json.loads((tmp_path / "out" / "generated.json").read_text())
+    assert about["model_digest"] == digest_model(model)
+    expected = {name: str(about[name]) for name in ("model_digest", "steps", "sampler", "guidance_scale")}
+    for trial in about["trials"]:
+        texts = Image.open(tmp_path / "out" / trial["file"]).text  # pyright: ignore[reportAttributeAccessIssue]
+        assert texts == expected | {"trial": trial["key"], "seed": "5", "control": "none"}
+
+
+def test_the_digest_of_a_model_depends_on_its_weights_but_not_on_its_place(model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(model, tmp_path / "copy")
+    assert digest_model(copy) == digest_model(model)
+    weights = next(copy.rglob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert digest_model(copy) != digest_model(model)
+
+
+def test_a_stopped_run_is_resumed_by_two_processes_and_gives_the_images_of_an_undisturbed_run(
+    model: Path, paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args, out = (
+        [str(model), str(paired_dataset), "--steps", "40", "--batch_size", "1", "--limit", "8"],
+        tmp_path / "out",
+    )
+    partial = tmp_path / "out.partial"
+
+    def stop_after_three_images() -> None:
+        while len(list(partial.glob("images/*.png"))) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop_after_three_images, daemon=True)
+    watcher.start()
+    assert run_main(main, [*args, "-o", str(out)]) == 75
+    watcher.join()
+    assert f"the finished images are kept in {partial}" in capsys.readouterr().err and not out.exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("images/*.png")}
+    assert 3 <= len(kept) < 8
+
+    words = [sys.executable, "-m", "launch", "generate", *args, "-o", str(out), "--num_processes", "2"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{len(kept)} of 8 images are finished already") == done.stdout.count("8 images ->") == 1
+    assert sorted(path.name for path in out.iterdir()) == ["generated.json", "images", "real"]
+    assert {name: (out / "images" / name).stat().st_mtime_ns for name in kept} == kept
+    assert main([*args, "-o", str(tmp_path / "alone")]) == 0
+    for path in [out / "generated.json", *out.glob("real/*.png")]:
+        assert path.read_bytes() == (tmp_path / "alone" / path.relative_to(out)).read_bytes()
+    for path in out.glob("images/*.png"):
+        own, alone = Image.open(path), Image.open(tmp_path / "alone" / "images" / path.name)
+        assert np.abs(np.asarray(own).astype(int) - np.asarray(alone)).max() <= 1
+    assert not partial.exists()
+
+
+def test_unfinished_images_of_other_settings_are_generated_anew(
+    model: Path, paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [str(model), str(paired_dataset), "--steps", "2", "--limit", "2"]
+    assert main([*args, "-o", str(tmp_path / "out")]) == 0
+    key = json.loads((tmp_path / "out" / "generated.json").read_text())["trials"][0]["key"]
+    other = PartialFolder(tmp_path / "new", {"steps": 2})
+    assert other.open() == set()
+    grey = np.full((32, 32, 3), 9, np.uint8)
+    other.add(key, grey, grey, {})
+    (other.path / "images" / ".x.png.1.tmp").write_bytes(b"")
+    other.close(discard=True)
+    assert PartialFolder(tmp_path / "new", {"steps": 2}).open() == {key}
+    assert main([*args, "-o", str(tmp_path / "new")]) == 0
+    assert "were made with other settings (average_repeats, control, dataset_id" in capsys.readouterr().out
+    for path in (tmp_path / "new").glob("images/*"):
+        assert path.read_bytes() == (tmp_path / "out" / "images" / path.name).read_bytes()
+    # A folder of the user is never deleted.
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "mine.txt").write_text("keep")
+    assert run_main(main, [*args, "-o", str(tmp_path / "new")]) == 2
+    assert "new.partial: does not hold unfinished images" in capsys.readouterr().err
+    assert len(list((tmp_path / "new" / "images").iterdir())) == 2 and (tmp_path / "new.partial" / "mine.txt").exists()
 
 
 def test_the_control_gives_each_trial_the_eeg_of_another_trial(
@@ -114,6 +204,8 @@ def test_wrong_requests_leave_nothing_behind(
         ([tmp_path, paired_dataset, "-o", tmp_path / "o"], "not a fine-tuned model"),
         ([model, paired_dataset, "-o", full], "does not hold generated images"),
         ([model, paired_dataset, "-o", tmp_path / "o", "--steps", "0"], "steps must be at least 1"),
+        ([model, paired_dataset, "-o", tmp_path / "o", "--steps", "2000"], "must not be above 1000"),
+        ([model, paired_dataset, "-o", tmp_path / "o", "--num_processes", "2"], "1 was started"),
     ]
     for args, message in requests:
         assert run_main(main, [str(word) for word in args]) == 2

@@ -272,8 +272,11 @@ def test_generate_writes_only_into_its_output(tmp_path: Path, paired_dataset: Pa
     """Without checks, a key such as ../x in a tar would be used as the name of an image file."""
     import shutil
 
-    from finetune.diffusion import Sampling
-    from finetune.generate import GenerateConfig, generate_images
+    import numpy as np
+
+    from finetune.generation.images import generate_images
+    from finetune.generation.partial import PartialFolder
+    from finetune.generation.trials import list_trials
     from finetune.images import open_paired
 
     root = tmp_path / "paired"
@@ -285,19 +288,18 @@ def test_generate_writes_only_into_its_output(tmp_path: Path, paired_dataset: Pa
     manifest["splits"]["test"][0]["sha256"] = sha256_file(tar)
     (root / "manifest.json").write_text(json.dumps(manifest))
 
-    class Grey:
-        kind = "grey"
-
-        def generate(self, eeg: Any, *, seeds: list[int], **settings: Any) -> Any:
-            import numpy as np
-
-            return np.full((len(seeds), 8, 8, 3), 128, np.uint8)
-
     out = tmp_path / "deep" / "out"
-    for name in ("images", "real"):
-        (out / name).mkdir(parents=True)
-    config = GenerateConfig(model="m", dataset=str(root), output=str(out), batch_size=2)
-    sampling = Sampling(sampler="ddim", steps=1, guidance_scale=1.0)
+    folder = PartialFolder(out, {})
+    folder.open()
+    data = open_paired(root, "test")
     with pytest.raises(RequestError, match="no valid key"):
-        generate_images(Grey(), open_paired(root, "test"), [[0], [1]], [[0], [1]], config, sampling, out)  # type: ignore[arg-type]
-    assert not [path for path in tmp_path.rglob("*.png") if out not in path.parents]
+        trials = list_trials(data, [[0], [1]], [[0], [1]])
+        generate_images(
+            lambda batch: np.full((len(batch), 8, 8, 3), 128, np.uint8),
+            data,
+            trials,
+            folder,
+            texts={"control": "none"},
+            batch_size=2,
+        )
+    assert not [path for path in tmp_path.rglob("*.png") if folder.path not in path.parents]

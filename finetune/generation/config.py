@@ -1,0 +1,60 @@
+"""Config of ``dreamscale generate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Generate images from the EEG trials of one split of an EEG-image dataset."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"batch": "batch_size"}
+
+    model: str
+    """Run directory of a fine-tuned model, or the folder `model` in this run directory."""
+    dataset: str
+    """Path of the EEG-image dataset, which must have the same preprocessing as the model's training data."""
+    output: str
+    """Output directory for images/, real/ and generated.json. An earlier result in this directory is replaced when the
+    new result is complete. Until then, finished images are in the folder OUTPUT.partial. After a stop, the same command
+    keeps these images and generates the rest."""
+    split: str = "test"
+    """Name of the split from which the trials are taken."""
+    control: Literal["none", "shuffle", "no_eeg", "class"] = "none"
+    """none: use the EEG of each trial. shuffle: use the EEG of another trial of any category. The images of shuffle are
+    a control, which shows how well a model scores without the right EEG. no_eeg: use no EEG, as a lower limit (floor).
+    class: use the true category in place of the EEG, as an upper limit (ceiling). For class, EG-DDPM gets the mean
+    feature of the category's train trials, and Stable Diffusion gets the caption of the image."""
+    sampler: Literal["ddpm", "ddim", "dpmsolver++"] | None = None
+    """Sampler. ddpm: the ancestral sampler, which adds noise at every step. ddim: a deterministic sampler that needs
+    few steps. dpmsolver++: a deterministic solver of second order. Empty: the default sampler of the model."""
+    steps: int | None = None
+    """Number of denoising steps for each image. Empty: all steps of the training for the sampler ddpm, and 25 for the
+    other samplers."""
+    guidance_scale: float | None = None
+    """Scale of the classifier-free guidance; 1 switches guidance off. Empty: 2, or 1 for a model that was trained
+    without dropped conditions (drop 0)."""
+    average_repeats: int = 0
+    """Number of presentations of the same image to the same subject that are averaged to one trial. 0: average all
+    presentations, as papers do with test images. 1: average nothing."""
+    limit: int = 0
+    """Largest number of trials; the trials are spread evenly over the split. 0 uses all trials."""
+    batch_size: int = 32
+    """Number of trials in one forward pass. The batch size does not change the noise from which an image starts."""
+    seed: int = 0
+    """Seed for the noise, and for shuffling the trials' EEG."""
+    num_processes: int = 1
+    """Number of processes among which the batches are divided. The number does not change the images."""
+    device: str = "auto"
+    """Device of the computation: auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "num_processes"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.average_repeats < 0:
+            raise ValueError(f"average_repeats must be 0 (all) or more, got {self.average_repeats}")
+        if self.limit < 0:
+            raise ValueError(f"limit must be 0 (all trials) or more, got {self.limit}")

@@ -1,0 +1,104 @@
+"""Make the images of trials in several processes, and store each image as soon as it is finished.
+
+Array shapes: B trials, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sharding.common.errors import RankError, RequestError, StopRequested
+from data_sharding.common.progress import progress
+from data_sharding.dataset.dataset import EEGDataset
+from finetune.generation.partial import PartialFolder
+from finetune.generation.trials import Trial
+from finetune.images import decode_image
+from pretrain.runs.distributed import World
+from pretrain.runs.stop import StopSignal
+
+MakeImages = Callable[[Sequence[Trial]], NDArray[np.uint8]]
+"""Function that makes the images [B, H, W, 3] of a batch of trials."""
+
+
+def generate_images(
+    make: MakeImages,
+    dataset: EEGDataset,
+    trials: Sequence[Trial],
+    folder: PartialFolder,
+    *,
+    texts: Mapping[str, object],
+    batch_size: int,
+    finished: set[str] | None = None,
+    world: World | None = None,
+) -> None:
+    """Make and store the images of all trials that are not finished. Each process makes every n-th batch.
+
+    A batch always has the same trials, whatever the number of processes, and also if a part of its images is finished.
+    Therefore, the images after a stop are exactly the images of a run without a stop.
+
+    Parameters
+    ----------
+    make : callable
+        Function that makes the images of a batch.
+    dataset : EEGDataset
+        Trials of the split, with the images that the person saw.
+    trials : sequence of Trial
+        All trials of the result.
+    folder : PartialFolder
+        Folder in which the images are stored.
+    texts : mapping
+        Keywords and values that are stored in the file of each generated image.
+    batch_size : int
+        Number of trials in a batch.
+    finished : set of str, optional
+        Keys of the trials whose images are finished, the same set on every process.
+    world : World, optional
+        The processes that share the work; by default, this process works alone.
+
+    Raises
+    ------
+    RequestError
+        If a real image cannot be decoded, or if `make` refuses the trials.
+    StopRequested
+        If a stop of the command was requested. Every process finishes its batch first.
+    """
+    world, finished = world or World(), finished or set()
+    batches = [trials[start : start + batch_size] for start in range(0, len(trials), batch_size)]
+    batches = [batch for batch in batches if any(trial.key not in finished for trial in batch)]
+    own = batches[world.rank :: world.size]
+    name = f"images ({texts['control']} control)" + (f", process 1 of {world.size}" if world.size > 1 else "")
+    stopped = False
+    with StopSignal() as stop, progress(name, sum(map(len, own)), enabled=world.first) as advance:
+        try:
+            for batch in own:
+                stopped = stop.requested
+                if stopped:
+                    break
+                _store_batch(make(batch), dataset, batch, folder, texts, finished)
+                advance(len(batch))
+        except RequestError as error:
+            # An error of another process than rank 0 may occur in this process only, so this process must print it.
+            raise error if world.first else RankError(str(error)) from None
+        # No process leaves before the others, because the last process completes the result.
+        if world.any(stopped):
+            raise StopRequested(
+                f"the finished images are kept in {folder.path}; run the same command again for the other images"
+            )
+
+
+def _store_batch(
+    images_BHW3: NDArray[np.uint8],
+    dataset: EEGDataset,
+    batch: Sequence[Trial],
+    folder: PartialFolder,
+    texts: Mapping[str, object],
+    finished: set[str],
+) -> None:
+    for trial, image in zip(batch, images_BHW3, strict=True):
+        if trial.key not in finished:
+            name = f"{dataset.path}: sample {trial.key}"
+            real = decode_image(dataset.image(trial.numbers[0]), image.shape[0], name=name)
+            folder.add(trial.key, image, real, {**texts, "trial": trial.key})

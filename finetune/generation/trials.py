@@ -1,0 +1,103 @@
+"""List the trials for which images are generated, and choose the EEG from which each image is generated."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_sharding.common.errors import RequestError
+from data_sharding.dataset.dataset import EEGDataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One trial for which an image is generated: the presentations of one image to one subject."""
+
+    key: str
+    """Key of the first presentation, which is also the name of the image file."""
+    numbers: list[int]
+    """Numbers of the presentations in the dataset."""
+    source: list[int]
+    """Numbers of the presentations whose mean EEG is used."""
+    source_key: str
+    """Key of the first presentation in `source`."""
+    meta: dict[str, Any]
+    """Metadata of the first presentation."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the entry of the trial in generated.json."""
+        return {
+            "key": self.key,
+            "eeg_key": self.source_key,
+            "repeats": len(self.source),
+            "image_id": self.meta["image_id"],
+            "label": self.meta["label"],
+            "subject": self.meta["subject"],
+            "file": f"images/{self.key}.png",
+            "real_file": f"real/{self.key}.png",
+        }
+
+
+def list_trials(dataset: EEGDataset, groups: list[list[int]], sources: list[list[int]]) -> list[Trial]:
+    """Read the keys and the metadata of trials, and check them.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        Trials of the split.
+    groups : list of list of int
+        Groups of presentations of one image to one subject, from `group_repeats`.
+    sources : list of list of int
+        For each group in `groups`, the group whose mean EEG is used.
+
+    Returns
+    -------
+    list of Trial
+        One trial for each group.
+
+    Raises
+    ------
+    RequestError
+        If a key is no valid file name or occurs twice, or if the metadata have no image_id, label or subject.
+    """
+    trials: dict[str, Trial] = {}
+    for group, source in zip(groups, sources, strict=True):
+        key, meta = dataset.key(group[0]), dataset.meta(group[0])
+        if key in trials or not {"image_id", "label", "subject"} <= meta.keys():
+            fault = "is in the dataset twice" if key in trials else "has no image_id, label or subject"
+            raise RequestError(f"{dataset.path}: sample {key} {fault}; make the dataset again")
+        source_key = key if source is group else dataset.key(source[0])
+        trials[key] = Trial(key=key, numbers=group, source=source, source_key=source_key, meta=meta)
+    return list(trials.values())
+
+
+def trial_seed(seed: int, key: str) -> int:
+    """Return the seed of a trial's noise: 63 bits of a hash of the config's seed and the trial's key."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") >> 1
+
+
+def derange(n: int, seed: int) -> np.ndarray:
+    """Draw a random permutation that moves every number; all such permutations are equally likely.
+
+    Parameters
+    ----------
+    n : int
+        Length of the permutation, at least 2.
+    seed : int
+        Seed for drawing the permutation.
+
+    Returns
+    -------
+    ndarray of int, shape (n,)
+        A permutation of 0 to n - 1.
+    """
+    assert n > 1
+    rng = np.random.default_rng([seed, n])
+    # About one permutation in three moves every number, so this loop ends after a few rounds.
+    while True:
+        order = rng.permutation(n)
+        if (order != np.arange(n)).all():
+            return order
