@@ -21,10 +21,14 @@ from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, tr
 from finetune.evaluation.generated import GeneratedSet, Images, read_generated
 from finetune.evaluation.metrics import JUDGE, METRICS, JudgedImages
 from finetune.evaluation.per_trial import measure_trials, write_trials
+from finetune.evaluation.pixel_metrics import PAIRED_METRICS, ImageRows, ImageSource, average_pairs
 from finetune.evaluation.report import render_report
 from finetune.images import ImageTable, open_paired
 
 SAME_IMAGE = "not computed: all trials show the same image"
+SAME_SET = "not computed: compares images with themselves"
+RANDOM_PAIRS = 10_000
+"""Number of random pairs above which each trial is compared with only one other trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,12 @@ class EvaluateConfig:
     """Size and training settings of the image classifier."""
     n_way: list[int] = field(default_factory=lambda: [2, 50])
     """Values of n for the n-way accuracy. Values above the dataset's number of classes are ignored."""
+    top_k: list[int] = field(default_factory=lambda: [1, 5])
+    """Values of k for the n-way accuracy: the true category is among the k best of n categories. Only values below n
+    are used."""
+    draws: int = 100
+    """Number of random draws of categories from which the standard deviation of the n-way accuracy is computed. The
+    n-way accuracy itself is the exact mean over all possible draws."""
     permutations: int = 10_000
     """Number of times that the labels are shuffled between images to compute the p-value."""
     inception: str | None = None
@@ -68,15 +78,20 @@ class EvaluateConfig:
             )
         if self.permutations < 99 or self.examples < 1 or any(n < 2 for n in self.n_way):
             raise ValueError("need permutations >= 99, examples >= 1 and every n_way >= 2")
+        if self.draws < 2 or any(k < 1 for k in self.top_k):
+            raise ValueError("need draws >= 2 and every top_k >= 1")
 
 
-def _resize(images_BHW3: Images, size: int) -> Images:
+def _resize(images_BHW3: ImageSource, size: int) -> Images:
+    """Resize images as the dataset classifier's training images were resized."""
     from PIL import Image
 
-    if images_BHW3.shape[1:3] == (size, size):
+    if isinstance(images_BHW3, np.ndarray) and images_BHW3.shape[1:3] == (size, size):
         return images_BHW3
-    resized = [Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS) for image in images_BHW3]
-    return np.stack([np.asarray(image, np.uint8) for image in resized])
+    resized = np.empty((len(images_BHW3), size, size, 3), np.uint8)
+    for number in range(len(images_BHW3)):
+        resized[number] = Image.fromarray(images_BHW3[number]).resize((size, size), Image.Resampling.LANCZOS)
+    return resized
 
 
 def _load_torchscript(path: str, key: str, folders: list[Path]) -> Any:
@@ -122,14 +137,43 @@ class Judges:
     """TorchScript network VGG-16 for LPIPS; None if no file was given."""
 
 
+def _classify(
+    probabilities_BK: NDArray[np.float64], labels_B: NDArray[np.integer], image_ids: list[str], config: EvaluateConfig
+) -> dict[str, Any]:
+    """Compute the accuracies and the confusion matrix of images whose class probabilities are given."""
+    predicted, classes = probabilities_BK.argmax(axis=1), probabilities_BK.shape[1]
+    confusion = np.zeros((classes, classes), int)
+    np.add.at(confusion, (labels_B, predicted), 1)
+    return {
+        f"accuracy[{JUDGE}]": metrics.accuracy_with_p_value(
+            predicted, labels_B, image_ids, permutations=config.permutations, seed=config.seed
+        ),
+        **{
+            f"{n}-way-top-{k}[{JUDGE}]": metrics.n_way_top_k(
+                probabilities_BK, labels_B, n=n, k=k, draws=config.draws, seed=config.seed
+            )
+            for n in config.n_way
+            if n <= classes
+            for k in config.top_k
+            if k < n
+        },
+        "confusion": confusion.tolist(),
+    }
+
+
 def measure(
-    images_BHW3: Images, real_BHW3: Images, labels_B: Any, image_ids: list[str], judges: Judges, config: EvaluateConfig
+    images_BHW3: ImageSource,
+    real_BHW3: ImageSource,
+    labels_B: Any,
+    image_ids: list[str],
+    judges: Judges,
+    config: EvaluateConfig,
 ) -> dict[str, Any]:
     """Compute every metric for a set of generated images.
 
     Parameters
     ----------
-    images_BHW3, real_BHW3 : ndarray of uint8, shape (B, H, W, 3)
+    images_BHW3, real_BHW3 : ImageSource of uint8, shape (B, H, W, 3)
         Generated images, and the images that the person saw in the same trials.
     labels_B : ndarray of int, shape (B,)
         Category of the image that the person saw in each trial.
@@ -149,42 +193,28 @@ def measure(
     """
     features, probabilities = judges.classifier.judge(_resize(images_BHW3, judges.size))
     real_features, _ = judges.classifier.judge(_resize(real_BHW3, judges.size))
-    predicted, classes = probabilities.argmax(axis=1), probabilities.shape[1]
     judged = JudgedImages(
-        images_BHW3=images_BHW3,
-        real_BHW3=real_BHW3,
         features_BD=features,
         real_features_BD=real_features,
+        ids=image_ids,
+        real_ids=image_ids,
         probabilities_BK=probabilities,
     )
-    confusion = np.zeros((classes, classes), int)
-    np.add.at(confusion, (labels_B, predicted), 1)
-    few = min(len(images_BHW3), len(real_BHW3)) < 2
-    fid_note = (
-        f"biased: there are only {len(images_BHW3)} images, papers use 2048 or more" if len(images_BHW3) < 2048 else ""
+    different = len(set(image_ids))
+    out: dict[str, Any] = _classify(probabilities, labels_B, image_ids, config)
+    for name, compare in PAIRED_METRICS.items():
+        out |= average_pairs(name, compare(images_BHW3, real_BHW3))
+    out |= {f"{name}[{JUDGE}]": compute(judged) for name, compute in METRICS.items()}
+    out["frechet_note"] = (
+        f"biased: there are only {different} different images, papers use 2048 or more" if different < 2048 else ""
     )
-    out: dict[str, Any] = {
-        f"accuracy[{JUDGE}]": metrics.accuracy_with_p_value(
-            predicted, labels_B, image_ids, permutations=config.permutations, seed=config.seed
-        ),
-        **{
-            f"{n}-way-top-{k}[{JUDGE}]": metrics.n_way_top_k(probabilities, labels_B, n=n, k=k, seed=config.seed)
-            for n in config.n_way
-            if n <= classes
-            for k in (1, 5)
-            if k < n
-        },
-        **{name: compute(judged) for name, compute in METRICS.items()},
-        "frechet_note": fid_note,
-        "confusion": confusion.tolist(),
-    }
-    if judges.inception is not None and not few:
+    if judges.inception is not None and different >= 2:
         ours = _run_script(judges.inception, images_BHW3, return_features=True)
         theirs = _run_script(judges.inception, real_BHW3, return_features=True)
         out["fid"] = metrics.frechet_distance(theirs, ours)
-        out["kid"] = metrics.kernel_distance(theirs, ours)
+        out["kid"] = metrics.kernel_distance(theirs, ours, real_ids=image_ids, generated_ids=image_ids)
     else:
-        out["fid"] = out["kid"] = "not computed: needs Inception-V3 weights (--inception PATH) and at least two images"
+        out["fid"] = out["kid"] = "not computed: needs Inception-V3 weights (--inception PATH) and two different images"
     if judges.lpips is not None:
         a, b = (_run_script(judges.lpips, x, resize_images=False, return_lpips=True) for x in (images_BHW3, real_BHW3))
         out["lpips"] = float(np.square(a - b).sum(axis=1).mean())
@@ -193,45 +223,87 @@ def measure(
     return out
 
 
-def compare_random_pairs(
-    images_BHW3: Images, real_BHW3: Images, image_ids: list[str], *, seed: int, draws: int = 10
+def measure_real(
+    real_BHW3: ImageSource, labels_B: Any, image_ids: list[str], judges: Judges, config: EvaluateConfig
 ) -> dict[str, Any]:
-    """Compare each generated image with the real image of a random other trial, by every paired metric.
+    """Compute every metric that says something about the real images, as a limit for generated images.
 
-    The paired metrics are those of `metrics.PAIRED_METRICS`.
+    A metric that compares two sets of images compares one half of the different real images with the other half. A
+    metric that compares a generated image with the real image of its trial has no value for real images.
 
     Parameters
     ----------
-    images_BHW3, real_BHW3 : ndarray of uint8, shape (B, H, W, 3)
+    real_BHW3, labels_B, image_ids, judges, config
+        The arguments of `measure`.
+
+    Returns
+    -------
+    dict
+        The keys of `measure`.
+    """
+    features, probabilities = judges.classifier.judge(_resize(real_BHW3, judges.size))
+    out: dict[str, Any] = _classify(probabilities, labels_B, image_ids, config)
+    out |= dict.fromkeys((*PAIRED_METRICS, "fid", "kid", "lpips"), SAME_SET)
+    names, rows_M = np.unique(np.asarray(image_ids), return_index=True)
+    order = np.random.default_rng(config.seed).permutation(len(names))
+    first, second = order[: len(order) // 2], order[len(order) // 2 :]
+    halves = JudgedImages(
+        features_BD=features[rows_M[first]],
+        real_features_BD=features[rows_M[second]],
+        ids=names[first].tolist(),
+        real_ids=names[second].tolist(),
+        probabilities_BK=probabilities[rows_M],
+    )
+    return out | {f"{name}[{JUDGE}]": compute(halves) for name, compute in METRICS.items()}
+
+
+def _choose_other_trials(image_ids: list[str], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Choose, for each trial, a random trial that shows another image."""
+    ids = np.asarray(image_ids)
+    order = np.argsort(ids, kind="stable")
+    first, last = (np.searchsorted(ids[order], ids, side=side) for side in ("left", "right"))
+    # The trials of the own image are neighbours in `order`, so a random number can skip them.
+    chosen = rng.integers(0, len(ids) - (last - first))
+    return order[chosen + np.where(chosen >= first, last - first, 0)]
+
+
+def compare_random_pairs(
+    images_BHW3: ImageSource, real_BHW3: ImageSource, image_ids: list[str], *, seed: int, draws: int | None = None
+) -> dict[str, Any]:
+    """Compare each generated image with the real image of a random other trial, by every paired metric.
+
+    The paired metrics are those of `pixel_metrics.PAIRED_METRICS`.
+
+    Parameters
+    ----------
+    images_BHW3, real_BHW3 : ImageSource of uint8, shape (B, H, W, 3)
         Generated and real images.
     image_ids : list of str
         Id of the image of each trial. A generated image is never compared with the image of its own trial.
     seed : int
         Seed for the random choice of the other trials.
-    draws : int
-        Number of other trials with which each trial is compared.
+    draws : int, optional
+        Number of other trials with which each trial is compared. By default 10, but fewer if there would be more than
+        `RANDOM_PAIRS` pairs.
 
     Returns
     -------
     dict
         Maps each metric's name to its mean, or to a text that says why the metric was not computed.
     """
-    ids = np.asarray(image_ids)
     rng = np.random.default_rng(seed)
-    other = ids[:, None] != ids[None, :]
-    if not other.any(axis=1).all():
-        return dict.fromkeys(metrics.PAIRED_METRICS, SAME_IMAGE)
-    found: dict[str, list[float]] = {name: [] for name in metrics.PAIRED_METRICS}
-    skipped: dict[str, str] = {}
-    for _ in range(draws):
-        partner = np.where(other, rng.random(other.shape), -1).argmax(axis=1)
-        for name, compare in metrics.PAIRED_METRICS.items():
-            values = compare(images_BHW3, real_BHW3[partner])
-            if isinstance(values, str):
-                skipped[name] = values
-            else:
-                found[name].append(float(values[np.isfinite(values)].mean()))
-    return {name: skipped.get(name) or float(np.mean(values)) for name, values in found.items()}
+    if len(set(image_ids)) < 2:
+        return dict.fromkeys(PAIRED_METRICS, SAME_IMAGE)
+    number = draws or max(1, min(10, RANDOM_PAIRS // len(image_ids)))
+    found: dict[str, list[Any]] = {name: [] for name in PAIRED_METRICS}
+    for _ in range(number):
+        others_BHW3 = ImageRows(real_BHW3, _choose_other_trials(image_ids, rng))
+        for name, compare in PAIRED_METRICS.items():
+            found[name].append(compare(images_BHW3, others_BHW3))
+    return {
+        name: average_pairs(name, values[0] if isinstance(values[0], str) else np.concatenate(values))[name]
+        for name, values in found.items()
+    }
 
 
 def measure_nearest_training_image(images_BHW3: Images, train_MHW3: Images) -> NDArray[np.float64]:
@@ -331,8 +403,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        Content of metrics.json. `measure` computes the values of ``generated``, ``shuffled`` (images from other trials'
-        EEG) and ``real`` (the real images, as an upper limit). Other keys of the result are, for example,
+        Content of metrics.json. `measure` computes the values of ``generated`` and ``shuffled`` (images from other
+        trials' EEG), and `measure_real` computes the values of ``real``. Other keys of the result are, for example,
         ``random_pairs``, ``memorisation`` and ``classifier``.
 
     Raises
@@ -382,7 +454,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         },
         "generated": measure(own.images_BHW3, own.real_BHW3, y_B, ids, judges, config),
         "shuffled": "not computed: no --control_dir",
-        "real": measure(own.real_BHW3, own.real_BHW3, y_B, ids, judges, config),
+        "real": measure_real(own.real_BHW3, y_B, ids, judges, config),
         "random_pairs": compare_random_pairs(own.images_BHW3, own.real_BHW3, ids, seed=config.seed),
     }
     if control is not None:

@@ -1,106 +1,106 @@
-"""Metrics of reconstructed images that papers report, and tests of statistical significance.
+"""Metrics of sets of images and of classified images, and tests of statistical significance.
 
-All functions take NumPy arrays. The functions accept features and probabilities of any network.
+All functions take NumPy arrays. The functions accept features and probabilities of any network. Features are read in
+blocks, so no function needs a copy of all features in double precision.
 
-Array shapes: B images, H rows, W columns, D feature width, K classes, N trials.
+Array shapes: B images, D feature width, K classes, N trials, M different images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Images = NDArray[np.uint8]
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating]
 JUDGE = "dataset-classifier"
 """Name of this project's image classifier in the results. A Fréchet distance of this classifier's features must not be
 called FID, because the FID uses features of Inception-V3."""
-TOO_SMALL = "not computed: the images are smaller than 11 pixels"
+BLOCK_ROWS, BLOCK_VALUES = 1024, 2**22
+"""Largest number of rows, and of values, that are converted to double precision at once."""
 
 
-def _pairs(a_BHW3: Images, b_BHW3: Images) -> tuple[Floats, Floats]:
-    if a_BHW3.dtype != np.uint8 or b_BHW3.dtype != np.uint8:
-        raise ValueError(f"images must be uint8, not {a_BHW3.dtype} and {b_BHW3.dtype}")
-    if a_BHW3.shape != b_BHW3.shape or a_BHW3.ndim != 4:
+def check_numbers(values: Any, name: str) -> None:
+    """Raise a ValueError if an array holds NaN or infinity; `name` names the array in the message."""
+    bad = ~np.isfinite(values)
+    if bad.any():
+        row = int(np.argwhere(bad)[0][0])
+        raise ValueError(f"{name}: row {row} holds {np.asarray(values)[bad][0]}; give finite numbers")
+
+
+def iterate_blocks(features_BD: Floats, name: str) -> Iterator[NDArray[np.float64]]:
+    """Iterate over blocks of rows in double precision, and raise a ValueError for NaN and infinity."""
+    rows = max(1, min(BLOCK_ROWS, BLOCK_VALUES // max(1, features_BD.shape[1])))
+    for start in range(0, len(features_BD), rows):
+        block = np.asarray(features_BD[start : start + rows], np.float64)
+        check_numbers(block, f"{name} from row {start} on")
+        yield block
+
+
+def _check_features(real_BD: Floats, generated_BD: Floats) -> None:
+    shapes = np.shape(real_BD), np.shape(generated_BD)
+    if any(len(shape) != 2 or shape[0] < 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:
         raise ValueError(
-            f"images must be two [B, H, W, 3] arrays of equal shape, not {a_BHW3.shape} and {b_BHW3.shape}"
+            f"need features of equal width for two or more images in each set, not {shapes[0]} and {shapes[1]}"
         )
-    return a_BHW3.astype(np.float64), b_BHW3.astype(np.float64)
 
 
-def psnr(a_BHW3: Images, b_BHW3: Images) -> Floats:
-    """Compute the peak signal-to-noise ratio of each pair of images: 10 log10(255^2 / MSE).
+class RunningGaussian:
+    """Mean and covariance of features that are added block by block.
 
-    Parameters
+    Attributes
     ----------
-    a_BHW3, b_BHW3 : ndarray of uint8, shape (B, H, W, 3)
-        The two images of each pair.
-
-    Returns
-    -------
-    ndarray, shape (B,)
-        Ratio in decibels; infinite for two equal images.
-
-    Raises
-    ------
-    ValueError
-        If the arrays are not uint8 images, or have different shapes.
-    """
-    a, b = _pairs(a_BHW3, b_BHW3)
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(255.0**2 / np.square(a - b).mean(axis=(1, 2, 3)))
-
-
-def ssim(a_BHW3: Images, b_BHW3: Images, *, window: int = 11, sigma: float = 1.5) -> Floats:
-    """Compute the structural similarity (SSIM) of each pair of images, with a Gaussian window.
-
-    The similarity is averaged over the colours and over all positions where the window lies inside the image.
-
-    Parameters
-    ----------
-    a_BHW3, b_BHW3 : ndarray of uint8, shape (B, H, W, 3)
-        The two images of each pair, at least `window` pixels wide and high.
-    window : int
-        Width of the window in pixels, an odd number.
-    sigma : float
-        Standard deviation of the window in pixels.
-
-    Returns
-    -------
-    ndarray, shape (B,)
-        Structural similarity, from -1 to 1.
-
-    Raises
-    ------
-    ValueError
-        If the arrays are not uint8 images, have different shapes, or have images smaller than the window.
+    count : int
+        Number of rows so far.
+    mean_D : ndarray
+        Mean of the rows so far.
 
     References
     ----------
-    Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP 13 (2004).
+    Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
-    from scipy.ndimage import correlate1d
 
-    a, b = _pairs(a_BHW3, b_BHW3)
-    if min(a.shape[1:3]) < window:
-        raise ValueError(f"images of {a.shape[1]} x {a.shape[2]} pixels are smaller than the window of {window}")
-    taps = np.exp(-((np.arange(window) - window // 2) ** 2) / (2 * sigma**2))
-    taps /= taps.sum()
-    inside = slice(window // 2, -(window // 2) or None)
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean_D: NDArray[np.float64] = np.zeros(0)
+        self._scatter_DD: NDArray[np.float64] = np.zeros((0, 0))
 
-    def blur(x: Floats) -> Floats:
-        return correlate1d(correlate1d(x, taps, axis=1), taps, axis=2)[:, inside, inside]
+    def add(self, block_BD: Floats) -> None:
+        """Add rows of features [B, D], in any number."""
+        block = np.asarray(block_BD, np.float64)
+        if not len(block):
+            return
+        mean_D = block.mean(axis=0)
+        centred = block - mean_D
+        scatter_DD = centred.T @ centred
+        if not self.count:
+            self.count, self.mean_D, self._scatter_DD = len(block), mean_D, scatter_DD
+            return
+        total = self.count + len(block)
+        shift_D = mean_D - self.mean_D
+        self._scatter_DD += scatter_DD + np.outer(shift_D, shift_D) * (self.count * len(block) / total)
+        self.mean_D = self.mean_D + shift_D * (len(block) / total)
+        self.count = total
 
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
-    covariance = blur(a * b) - mean_a * mean_b
-    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    return (similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean(axis=(1, 2, 3))
+    @property
+    def covariance_DD(self) -> NDArray[np.float64]:
+        """Unbiased covariance of the rows so far, of which there must be two or more."""
+        return self._scatter_DD / (self.count - 1)
+
+
+def compare_gaussians(real: RunningGaussian, generated: RunningGaussian) -> float:
+    """Compute the Fréchet distance between two Gaussian distributions (see `frechet_distance`)."""
+    cov_r, cov_g = real.covariance_DD, generated.covariance_DD
+    # Tr (S_r S_g)^(1/2) is computed as the trace of the square root of S_r^(1/2) S_g S_r^(1/2): the two traces are
+    # equal, and the second matrix is symmetric, so that its square root has no complex numbers.
+    values, vectors = np.linalg.eigh(cov_r)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_g @ root).clip(0)).sum()
+    mean = np.square(real.mean_D - generated.mean_D).sum()
+    return float(max(0.0, mean + np.trace(cov_r) + np.trace(cov_g) - 2 * cross))
 
 
 def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
@@ -121,32 +121,59 @@ def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
     Raises
     ------
     ValueError
-        If an array has fewer than two rows, or the two feature widths differ.
+        If an array has fewer than two rows, the two feature widths differ, or a feature is NaN or infinite.
+
+    References
+    ----------
+    Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash equilibrium", NeurIPS 2017.
     """
-    real, generated = np.asarray(real_BD, np.float64), np.asarray(generated_BD, np.float64)
-    if min(len(real), len(generated)) < 2 or real.shape[1] != generated.shape[1]:
-        raise ValueError(
-            f"need features of equal width for two or more images in each set, not {real.shape} and {generated.shape}"
-        )
-    cov_r, cov_g = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (real, generated))
-    # Tr (S_r S_g)^(1/2) is computed as the trace of the square root of S_r^(1/2) S_g S_r^(1/2): the two traces are
-    # equal, and the second matrix is symmetric, so that its square root has no complex numbers.
-    values, vectors = np.linalg.eigh(cov_r)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_g @ root).clip(0)).sum()
-    mean = np.square(real.mean(0) - generated.mean(0)).sum()
-    return float(max(0.0, mean + np.trace(cov_r) + np.trace(cov_g) - 2 * cross))
+    _check_features(real_BD, generated_BD)
+    real, generated = RunningGaussian(), RunningGaussian()
+    for gaussian, features_BD, name in ((real, real_BD, "real_BD"), (generated, generated_BD, "generated_BD")):
+        for block in iterate_blocks(features_BD, name):
+            gaussian.add(block)
+    return compare_gaussians(real, generated)
 
 
-def kernel_distance(real_BD: Floats, generated_BD: Floats) -> float:
+def _mean_kernel(
+    x_BD: Floats, y_BD: Floats, same: Callable[[NDArray[np.integer], NDArray[np.integer]], NDArray[np.bool_]]
+) -> float:
+    """Compute the mean of the cubic kernel over all pairs of rows for which `same` is false, in blocks."""
+    total, count, width = 0.0, 0, x_BD.shape[1]
+    first = 0
+    for x in iterate_blocks(x_BD, "features"):
+        second = 0
+        for y in iterate_blocks(y_BD, "features"):
+            used = ~same(np.arange(first, first + len(x)), np.arange(second, second + len(y)))
+            total += float(((x @ y.T / width + 1) ** 3)[used].sum())
+            count += int(used.sum())
+            second += len(y)
+        first += len(x)
+    if not count:
+        raise ValueError("need features of two different images or more in each set")
+    return total / count
+
+
+def kernel_distance(
+    real_BD: Floats,
+    generated_BD: Floats,
+    *,
+    real_ids: Sequence[str] | None = None,
+    generated_ids: Sequence[str] | None = None,
+) -> float:
     """Compute the unbiased squared maximum mean discrepancy with the cubic kernel.
 
-    With features of Inception-V3, the squared maximum mean discrepancy is the KID.
+    With features of Inception-V3, the squared maximum mean discrepancy is the KID. The estimate is unbiased only if
+    the two rows of every compared pair are independent. Several trials may show the same image, and then their rows
+    are not independent. If ids are given, each real image is therefore used once, and pairs of rows with the same id
+    are left out, also between the real and the generated images.
 
     Parameters
     ----------
     real_BD, generated_BD : ndarray, shape (B, D)
         Features of real and generated images. Each array needs two rows or more.
+    real_ids, generated_ids : sequence of str, optional
+        Id of the image that the person saw, for each row. Without ids, all rows count as independent.
 
     Returns
     -------
@@ -154,24 +181,37 @@ def kernel_distance(real_BD: Floats, generated_BD: Floats) -> float:
         Discrepancy, which may be negative. If both sets come from the same distribution, the expected discrepancy is
         zero for any number of images.
 
+    Raises
+    ------
+    ValueError
+        If an array has fewer than two rows or two different images, the feature widths differ, a feature is NaN or
+        infinite, or only one array has ids.
+
     References
     ----------
     Bińkowski et al., "Demystifying MMD GANs", ICLR 2018.
     """
-    x, y = np.asarray(real_BD, np.float64), np.asarray(generated_BD, np.float64)
-    if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(
-            f"need features of equal width for two or more images in each set, not {x.shape} and {y.shape}"
+    _check_features(real_BD, generated_BD)
+    if real_ids is None or generated_ids is None:
+        if real_ids is not generated_ids:
+            raise ValueError("give both real_ids and generated_ids, or neither of the two")
+        return (
+            _mean_kernel(real_BD, real_BD, lambda i, j: i[:, None] == j[None, :])
+            + _mean_kernel(generated_BD, generated_BD, lambda i, j: i[:, None] == j[None, :])
+            - 2 * _mean_kernel(real_BD, generated_BD, lambda i, j: np.zeros((len(i), len(j)), bool))
         )
-
-    def kernel(p: Floats, q: Floats) -> Floats:
-        return (p @ q.T / p.shape[1] + 1) ** 3
-
-    def within(p: Floats) -> float:
-        k = kernel(p, p)
-        return float((k.sum() - np.trace(k)) / (len(p) * (len(p) - 1)))
-
-    return within(x) + within(y) - 2 * float(kernel(x, y).mean())
+    if (len(real_ids), len(generated_ids)) != (len(real_BD), len(generated_BD)):
+        raise ValueError(
+            f"need one id for each row, not {len(real_ids)} ids for {len(real_BD)} real rows and {len(generated_ids)} "
+            f"ids for {len(generated_BD)} generated rows"
+        )
+    real_M, rows_M = np.unique(np.asarray(real_ids), return_index=True)
+    own_B, once_MD = np.asarray(generated_ids), np.asarray(real_BD)[rows_M]
+    return (
+        _mean_kernel(once_MD, once_MD, lambda i, j: real_M[i][:, None] == real_M[j][None, :])
+        + _mean_kernel(generated_BD, generated_BD, lambda i, j: own_B[i][:, None] == own_B[j][None, :])
+        - 2 * _mean_kernel(once_MD, generated_BD, lambda i, j: real_M[i][:, None] == own_B[j][None, :])
+    )
 
 
 def inception_score(probabilities_BK: Floats) -> float:
@@ -188,67 +228,122 @@ def inception_score(probabilities_BK: Floats) -> float:
     -------
     float
         A value from 1 (all images have the same probabilities) to K.
+
+    Raises
+    ------
+    ValueError
+        If a probability is NaN or infinite.
     """
     p = np.asarray(probabilities_BK, np.float64)
+    check_numbers(p, "probabilities_BK")
     marginal = p.mean(axis=0, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = np.where(p > 0, p * (np.log(p) - np.log(marginal)), 0.0)
     return float(np.exp(terms.sum(axis=1).mean()))
 
 
-def n_way_top_k(
-    probabilities_NK: Floats, labels_N: NDArray[np.integer], *, n: int, k: int = 1, repeats: int = 100, seed: int = 0
-) -> dict[str, float]:
-    """Compute the n-way top-k accuracy: how often the true class wins against n - 1 random other classes.
+def n_way_scores(scores_NK: Floats, labels_N: NDArray[np.integer], *, n: int, k: int = 1) -> NDArray[np.float64]:
+    """Compute, for each trial, how often the true class wins against n - 1 random other classes.
 
-    For each trial and each repeat, the other classes are drawn again.
+    The result is the exact mean over all possible draws of the other classes, so no classes are drawn. Classes with
+    equal scores are ordered at random, so a classifier that always gives equal scores has the value k / n.
 
     Parameters
     ----------
-    probabilities_NK : ndarray, shape (N, K)
-        Class probabilities of the generated images.
+    scores_NK : ndarray, shape (N, K)
+        Class probabilities of the generated images, or other scores that are higher for more likely classes.
     labels_N : ndarray of int, shape (N,)
         True class of each trial.
     n : int
         Number of compared classes, including the true class; from 2 to K.
     k : int
-        A trial is correct if the true class is among the `k` most likely of the `n` compared classes.
-    repeats : int
-        How often the other classes are drawn for each trial.
+        A trial is correct if the true class is among the `k` best of the `n` compared classes.
+
+    Returns
+    -------
+    ndarray, shape (N,)
+        Probability that the trial is correct, from 0 to 1.
+
+    Raises
+    ------
+    ValueError
+        If `n`, `k` or a label is out of range, or if a score is NaN or infinite.
+    """
+    better_N, tied_N = _rank_true_class(scores_NK, labels_N, n, k)
+    # The sum over the ranks from `better` to `better + tied` is a difference of two cumulative sums.
+    summed = np.concatenate([[0.0], np.cumsum(_hit_by_rank(np.shape(scores_NK)[1], n, k))])
+    return (summed[better_N + tied_N + 1] - summed[better_N]) / (tied_N + 1)
+
+
+def _rank_true_class(
+    scores_NK: Floats, labels_N: NDArray[np.integer], n: int, k: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count the classes that are better than the true class, and the other classes that are equally good."""
+    scores, labels = np.asarray(scores_NK), np.asarray(labels_N)
+    trials, classes = scores.shape
+    if not 2 <= n <= classes or not 1 <= k < n:
+        raise ValueError(f"need 2 <= n <= {classes} classes and 1 <= k < n, got n={n}, k={k}")
+    if not trials or labels.shape != (trials,) or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"need one label from 0 to {classes - 1} for each of one or more trials, got {labels.shape}")
+    check_numbers(scores, "scores_NK")
+    own = scores[np.arange(trials), labels][:, None]
+    return (scores > own).sum(axis=1), (scores == own).sum(axis=1) - 1
+
+
+def _hit_by_rank(classes: int, n: int, k: int) -> NDArray[np.float64]:
+    """Return the probability of a correct trial for each number of classes that are better than the true class."""
+    from scipy.stats import hypergeom
+
+    # Of the n - 1 other classes, which are drawn from K - 1, fewer than k may be better than the true class.
+    return hypergeom.cdf(k - 1, classes - 1, np.arange(classes), n - 1)
+
+
+def n_way_top_k(
+    scores_NK: Floats, labels_N: NDArray[np.integer], *, n: int, k: int = 1, draws: int = 100, seed: int = 0
+) -> dict[str, float]:
+    """Compute the n-way top-k accuracy: how often the true class wins against n - 1 random other classes.
+
+    Parameters
+    ----------
+    scores_NK, labels_N, n, k
+        The arguments of `n_way_scores`.
+    draws : int
+        How often other classes are drawn for each trial to compute ``std``.
     seed : int
         Seed for drawing the other classes.
 
     Returns
     -------
     dict
-        ``accuracy``: mean accuracy over the repeats; ``std``: standard deviation of the accuracy over the repeats;
-        ``chance``: k / n.
+        ``accuracy``: mean of `n_way_scores`, which is the accuracy over all possible draws; ``std``: standard deviation
+        of the accuracy over `draws` random draws, as papers report it; ``chance``: k / n, the accuracy of a classifier
+        that guesses; ``constant``: accuracy of the best classifier whose answer is the same for every trial. If some
+        labels are more frequent than others, ``constant`` is higher than ``chance``.
 
     Raises
     ------
     ValueError
-        If `n` or `k` is out of range.
+        If `n`, `k` or a label is out of range, or if a score is NaN or infinite.
 
     References
     ----------
     Bai et al., "DreamDiffusion", arXiv 2306.16934, section 4.2; Chen et al., "Seeing beyond the brain", CVPR 2023.
     """
-    p = np.asarray(probabilities_NK, np.float64)
-    trials, classes = p.shape
-    if not 2 <= n <= classes or not 1 <= k < n:
-        raise ValueError(f"need 2 <= n <= {classes} classes and 1 <= k < n, got n={n}, k={k}")
-    rng = np.random.default_rng(seed)
-    rows = np.arange(trials)
-    own = p[rows, labels_N][:, None]
-    # A class as likely as the true class ranks before the true class, so a constant classifier has an accuracy of zero.
-    beats = (p >= own).astype(np.int64)
-    hits = np.empty(repeats)
-    for draw in range(repeats):
-        order = rng.random((trials, classes))
-        order[rows, labels_N] = np.inf
-        others = np.argpartition(order, n - 2, axis=1)[:, : n - 1]
-        hits[draw] = (np.take_along_axis(beats, others, axis=1).sum(axis=1) < k).mean()
-    return {"accuracy": float(hits.mean()), "std": float(hits.std()), "chance": k / n}
+    hits_N = n_way_scores(scores_NK, labels_N, n=n, k=k)
+    better_N, tied_N = _rank_true_class(scores_NK, labels_N, n, k)
+    classes, rng = np.shape(scores_NK)[1], np.random.default_rng(seed)
+    drawn = np.empty(draws)
+    for draw in range(draws):
+        ahead_N = better_N + rng.integers(0, tied_N + 1)
+        drawn[draw] = (rng.hypergeometric(ahead_N, classes - 1 - ahead_N, n - 1) < k).mean()
+    # The best constant answer ranks the classes by their frequency among the labels.
+    share_K = np.sort(np.bincount(labels_N, minlength=classes))[::-1] / len(labels_N)
+    return {
+        "accuracy": float(hits_N.mean()),
+        "std": float(drawn.std()),
+        "chance": k / n,
+        "constant": float(share_K @ _hit_by_rank(classes, n, k)),
+    }
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
@@ -286,11 +381,12 @@ def accuracy_with_p_value(
     Returns
     -------
     dict
-        ``accuracy``: accuracy with the true labels; ``chance``: mean accuracy over all possible shuffles; ``n``: number
-        of trials; ``images``: number of images; ``p_value``: (1 + k) / (1 + number of shuffles), where k is the number
-        of shuffles with at least the true accuracy. For few images, all possible shuffles are tried, and ``p_value`` is
-        exactly the fraction with at least the true accuracy. ``interval``: Wilson's 95 % confidence interval of the
-        accuracy, which assumes independent trials.
+        ``accuracy``: accuracy with the true labels; ``chance``: mean accuracy over all possible shuffles; ``constant``:
+        accuracy of always answering the most frequent label; ``uniform``: 1 / (number of labels that occur); ``n``:
+        number of trials; ``images``: number of images; ``p_value``: (1 + k) / (1 + number of shuffles), where k is the
+        number of shuffles with at least the true accuracy. For few images, all possible shuffles are tried, and
+        ``p_value`` is exactly the fraction with at least the true accuracy. ``interval``: Wilson's 95 % confidence
+        interval of the accuracy, which assumes independent trials.
 
     Raises
     ------
@@ -340,6 +436,8 @@ def accuracy_with_p_value(
     return {
         "accuracy": own / len(labels),
         "chance": float((votes_MK.sum(axis=0) * share_K).sum() / len(labels)),
+        "constant": float(np.bincount(labels).max() / len(labels)),
+        "uniform": 1 / len(np.unique(labels)),
         "n": len(labels),
         "images": len(names),
         "p_value": p_value,
@@ -349,60 +447,51 @@ def accuracy_with_p_value(
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedImages:
-    """Generated images and the images that the person saw, with the classifier's outputs for both sets of images."""
+    """Outputs of one network for generated images and for real images."""
 
-    images_BHW3: Images
-    """Pixels of the generated images."""
-    real_BHW3: Images
-    """Pixels of the images that the person saw, in the order of the generated images."""
     features_BD: Floats
-    """Classifier features of the generated images."""
+    """Features of the generated images."""
     real_features_BD: Floats
-    """Classifier features of the images that the person saw."""
-    probabilities_BK: Floats
-    """Probability of each category for each generated image."""
+    """Features of the real images."""
+    ids: Sequence[str]
+    """Id of the image that the person saw, for each generated image."""
+    real_ids: Sequence[str]
+    """Id of each real image."""
+    probabilities_BK: Floats | None
+    """Class probabilities of each generated image; None if the network is no classifier."""
 
 
-def _ssim_of_pairs(images_BHW3: Images, real_BHW3: Images) -> Floats | str:
-    return TOO_SMALL if min(images_BHW3.shape[1:3]) < 11 else ssim(images_BHW3, real_BHW3)
+FEW_IMAGES = "not computed: fewer than two different images"
+NO_CLASSES = "not computed: the network is no classifier"
 
 
-PAIRED_METRICS: dict[str, Callable[[Images, Images], Floats | str]] = {"psnr": psnr, "ssim": _ssim_of_pairs}
-"""Maps the name of a paired metric to the function that compares each generated image with one other image.
-
-Each function of the table takes two arrays of images and returns one number for each pair, or a text that says why the
-metric was not computed. Every metric of `PAIRED_METRICS` is also computed with the images of random other trials, as a
-control.
-"""
+def _has_two(judged: JudgedImages) -> bool:
+    return min(len(set(judged.ids)), len(set(judged.real_ids))) >= 2
 
 
-def _average_pairs(compare: Callable[[Images, Images], Floats | str]) -> Callable[[JudgedImages], float | str]:
-    def compute(judged: JudgedImages) -> float | str:
-        values = compare(judged.images_BHW3, judged.real_BHW3)
-        if isinstance(values, str):
-            return values
-        return float(values.mean()) if np.isfinite(values).all() else "infinite: equal to the real images"
-
-    return compute
+def _compute_frechet(judged: JudgedImages) -> float | str:
+    return frechet_distance(judged.real_features_BD, judged.features_BD) if _has_two(judged) else FEW_IMAGES
 
 
-def _compare_features(distance: Callable[[Floats, Floats], float]) -> Callable[[JudgedImages], float | str]:
-    def compute(judged: JudgedImages) -> float | str:
-        if min(len(judged.images_BHW3), len(judged.real_BHW3)) < 2:
-            return "not computed: fewer than two images"
-        return distance(judged.real_features_BD, judged.features_BD)
+def _compute_kernel(judged: JudgedImages) -> float | str:
+    if not _has_two(judged):
+        return FEW_IMAGES
+    return kernel_distance(
+        judged.real_features_BD, judged.features_BD, real_ids=judged.real_ids, generated_ids=judged.ids
+    )
 
-    return compute
+
+def _compute_inception_score(judged: JudgedImages) -> float | str:
+    return NO_CLASSES if judged.probabilities_BK is None else inception_score(judged.probabilities_BK)
 
 
 METRICS: dict[str, Callable[[JudgedImages], float | str]] = {
-    **{name: _average_pairs(compare) for name, compare in PAIRED_METRICS.items()},
-    f"frechet_distance[{JUDGE}]": _compare_features(frechet_distance),
-    f"kernel_distance[{JUDGE}]": _compare_features(kernel_distance),
-    f"inception_score[{JUDGE}]": lambda judged: inception_score(judged.probabilities_BK),
+    "frechet_distance": _compute_frechet,
+    "kernel_distance": _compute_kernel,
+    "inception_score": _compute_inception_score,
 }
-"""Maps the name of a metric in metrics.json and in the report to the function that computes the metric.
+"""Maps the name of a metric of a whole set of images to the function that computes the metric.
 
 Each function of the table returns a number, or a text that says why a metric was not computed. `evaluate.measure` calls
-every function of `METRICS`, for the generated images, the control images and the real images.
+every function of `METRICS` for each network, and adds the name of the network in brackets to the name of the metric.
 """

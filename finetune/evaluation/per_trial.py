@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json, write_json
 from data_sharding.common.untrusted import check_group, check_list, check_number, check_text
-from finetune.evaluation.metrics import PAIRED_METRICS, Images
+from finetune.evaluation.pixel_metrics import PAIRED_METRICS, ImageSource
 from pretrain.evidence.statistics import FEWEST_SUBJECTS, difference_interval, flip_test
 
 NAME = "trials.json"
@@ -41,19 +41,23 @@ class TrialValues:
     images_B: NDArray[np.str_]
     """Id of the image that the person saw in each trial."""
     values: dict[str, NDArray[np.float64]]
-    """Values [B] of each metric. NaN stands for a value that is not finite, such as the PSNR of two equal images."""
+    """Values [B] of each metric. NaN stands for a value that is not finite: the PSNR of two equal images is
+    infinite, and the correlation with an image of one colour is undefined."""
     shuffled: dict[str, NDArray[np.float64]]
     """Values [B] of each metric for the images from shuffled EEG; empty if there are no such images."""
 
 
 def measure_trials(
-    images_BHW3: Images, real_BHW3: Images, labels_B: NDArray[np.integer], probabilities_BK: NDArray[np.float64]
+    images_BHW3: ImageSource,
+    real_BHW3: ImageSource,
+    labels_B: NDArray[np.integer],
+    probabilities_BK: NDArray[np.float64],
 ) -> dict[str, NDArray[np.float64]]:
     """Compute the metrics of the generated image of each trial.
 
     Parameters
     ----------
-    images_BHW3, real_BHW3 : ndarray of uint8, shape (B, H, W, 3)
+    images_BHW3, real_BHW3 : ImageSource of uint8, shape (B, H, W, 3)
         Generated images, and the images that the person saw.
     labels_B : ndarray of int, shape (B,)
         Category of the image that the person saw.

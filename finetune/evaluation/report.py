@@ -52,7 +52,7 @@ def _make_metric_table(result: dict[str, Any]) -> Table:
         for name, value in result["generated"].items()
         if name not in ("confusion", "frechet_note") and not _is_not_computed(value)
     ]
-    head = ["metric", "generated", "EEG shuffled", "random other image", "real images (best possible)"]
+    head = ["metric", "generated", "EEG shuffled", "random other image", "real images"]
     return Table(head=head, rows=rows)
 
 

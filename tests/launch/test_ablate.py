@@ -81,7 +81,7 @@ def test_two_rows_are_trained_stopped_resumed_and_compared(folder: Path, tmp_pat
     result = json.loads((out / "ablation.json").read_text())
     assert {row["state"] for row in result["rows"].values()} == {"done"} and list(result["rows"]) == ["base", "l1"]
     for name, row in result["rows"].items():
-        assert set(row["metrics"]) == {"accuracy", "psnr", "ssim"}
+        assert set(row["metrics"]) == {"accuracy", "psnr", "ssim", "pixel_correlation"}
         assert row["metrics"]["ssim"]["own"]["n"] == 8 and row["metrics"]["ssim"]["shuffled"] is not None
         assert (row["metrics"]["ssim"]["difference"] is None) == (name == "base")
         stored = json.loads((out / "images" / name / "metrics.json").read_text())

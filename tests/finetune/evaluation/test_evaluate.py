@@ -13,8 +13,8 @@ from PIL import Image
 
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset
-from finetune.evaluation import metrics
-from finetune.evaluation.evaluate import compare_random_pairs, main, measure_nearest_training_image
+from finetune.evaluation import metrics, pixel_metrics
+from finetune.evaluation.evaluate import SAME_SET, compare_random_pairs, main, measure_nearest_training_image
 from finetune.evaluation.generated import read_generated
 from finetune.images import ImageTable
 
@@ -72,7 +72,10 @@ def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) 
         0, abs=1e-3
     )  # The generated images are the real images in another order.
     assert found["generated"]["psnr"] > found["random_pairs"]["psnr"]
-    assert found["real"]["psnr"].startswith("infinite")
+    assert found["real"]["psnr"] == found["real"]["ssim"] == SAME_SET
+    # The distance of the real images is between two halves, so it is not zero, although the images are real.
+    assert found["real"][f"frechet_distance[{JUDGE}]"] > 0.01
+    assert own["constant"] == own["uniform"] == 0.5
     assert found["memorisation"]["generated"] == found["memorisation"]["real"]
     for name in ("fid", "kid", "lpips"):
         assert found["generated"][name].startswith("not computed")
@@ -134,13 +137,15 @@ def test_copies_of_training_images_are_detected(paired_dataset: Path) -> None:
 
 
 def test_a_new_paired_metric_gets_its_control(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(metrics.PAIRED_METRICS, "red", lambda a, b: np.abs(a[..., 0] * 1.0 - b[..., 0]).mean((1, 2)))
+    monkeypatch.setitem(
+        pixel_metrics.PAIRED_METRICS, "red", lambda a, b: np.abs(a[:][..., 0] * 1.0 - b[:][..., 0]).mean((1, 2))
+    )
     images = np.zeros((2, 12, 12, 3), np.uint8)
     images[1, ..., 0] = 30
     found = compare_random_pairs(images, images, ["a", "b"], seed=0)
-    assert found["red"] == pytest.approx(30.0) and set(found) == {"psnr", "ssim", "red"}
+    assert found["red"] == pytest.approx(30.0) and set(found) == {*pixel_metrics.PAIRED_METRICS, "red"}
     small = compare_random_pairs(images[:, :5], images[:, :5], ["a", "b"], seed=0)
-    assert small["ssim"] == metrics.TOO_SMALL and small["red"] == pytest.approx(30.0)
+    assert small["ssim"] == pixel_metrics.TOO_SMALL and small["red"] == pytest.approx(30.0)
 
 
 def test_random_pairs_never_take_a_trials_own_image() -> None:

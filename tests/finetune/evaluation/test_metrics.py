@@ -7,53 +7,6 @@ import scipy.linalg
 from finetune.evaluation import metrics
 
 
-def _images(rng: np.random.Generator, n: int = 3, size: int = 14) -> np.ndarray:
-    return rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-
-
-def test_psnr_by_hand() -> None:
-    a = np.zeros((2, 4, 4, 3), np.uint8)
-    b = a.copy()
-    b[0] += 10
-    values = metrics.psnr(a, b)
-    assert values[0] == pytest.approx(20 * np.log10(255 / 10))
-    assert np.isinf(values[1])
-
-
-def test_ssim_against_plain_loops() -> None:
-    rng = np.random.default_rng(0)
-    a = _images(rng)
-    b = np.clip(a.astype(int) + rng.integers(-60, 60, a.shape), 0, 255).astype(np.uint8)
-    y, x = np.mgrid[-5:6, -5:6]
-    w = np.exp(-(x**2 + y**2) / (2 * 1.5**2))
-    w /= w.sum()
-    for image in range(len(a)):
-        values = []
-        for top in range(4):
-            for left in range(4):
-                for c in range(3):
-                    p, q = (i[image, top : top + 11, left : left + 11, c].astype(float) for i in (a, b))
-                    mp, mq = (w * p).sum(), (w * q).sum()
-                    vp, vq = (w * (p - mp) ** 2).sum(), (w * (q - mq) ** 2).sum()
-                    cov = (w * (p - mp) * (q - mq)).sum()
-                    c1, c2 = 2.55**2, 7.65**2
-                    values.append(
-                        (2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)),
-                    )
-        assert metrics.ssim(a[image : image + 1], b[image : image + 1])[0] == pytest.approx(np.mean(values), abs=1e-9)
-    assert metrics.ssim(a, a) == pytest.approx(1)
-
-
-def test_image_metrics_refuse_what_they_cannot_compare() -> None:
-    rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="uint8"):
-        metrics.psnr(_images(rng).astype(np.float32), _images(rng))
-    with pytest.raises(ValueError, match="equal"):
-        metrics.psnr(_images(rng, 2), _images(rng, 3))
-    with pytest.raises(ValueError, match="smaller than the window"):
-        metrics.ssim(_images(rng, size=8), _images(rng, size=8))
-
-
 def test_frechet_distance_against_the_formula() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(400, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(300, 5)) * [1, 2, 3, 4, 5] + 1
@@ -65,11 +18,90 @@ def test_frechet_distance_against_the_formula() -> None:
     assert metrics.frechet_distance(x[:3], y[:3]) > 0
 
 
+def test_features_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 5)).astype(np.float32), rng.normal(size=(50, 5)) + 1
+    ids = [f"i{number % 20}" for number in range(60)]
+    words = {"real_ids": ids, "generated_ids": ids[:50]}
+    whole = (metrics.frechet_distance(x, y), metrics.kernel_distance(x, y), metrics.kernel_distance(x, y, **words))
+    sizes = []
+    iterate = metrics.iterate_blocks
+    monkeypatch.setattr(metrics, "BLOCK_VALUES", 5 * 7)
+    monkeypatch.setattr(
+        metrics, "iterate_blocks", lambda *words: (sizes.append(block.shape) or block for block in iterate(*words))
+    )
+    blocks = (metrics.frechet_distance(x, y), metrics.kernel_distance(x, y), metrics.kernel_distance(x, y, **words))
+    assert blocks == pytest.approx(whole, rel=1e-10)
+    assert max(rows for rows, _ in sizes) == 7
+    # 60 and 50 rows give 9 and 8 blocks for the mean and the covariance.
+    assert len(sizes) > 17
+
+
+def test_mean_and_covariance_are_added_block_by_block() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(100, 4)) * [1, 10, 100, 1] + 1000
+    gaussian = metrics.RunningGaussian()
+    for part in np.split(x, [1, 1, 40, 41]):
+        gaussian.add(part)
+    np.testing.assert_allclose(gaussian.mean_D, x.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(gaussian.covariance_DD, np.cov(x, rowvar=False), rtol=1e-9)
+
+
 def test_kernel_distance_is_unbiased() -> None:
     rng = np.random.default_rng(0)
     null = [metrics.kernel_distance(rng.normal(size=(12, 4)), rng.normal(size=(9, 4))) for _ in range(400)]
     assert abs(np.mean(null)) < 4 * np.std(null) / 20
     assert metrics.kernel_distance(rng.normal(size=(50, 4)), rng.normal(size=(50, 4)) + 2) > 10 * np.std(null)
+
+
+def test_kernel_distance_with_repeated_images_is_unbiased() -> None:
+    """Each image is shown in three trials, and the generated image of each trial resembles the seen image.
+
+    Both sets of images come from the same distribution, so the mean of an unbiased estimate is zero. Without the ids,
+    pairs of rows that show the same image count as independent, and the estimate is far from zero.
+    """
+    rng = np.random.default_rng(0)
+    with_ids, without = [], []
+    for _ in range(200):
+        real = np.repeat(rng.normal(size=(8, 4)), 3, axis=0)
+        generated = np.sqrt(0.7) * real + np.sqrt(0.3) * rng.normal(size=real.shape)
+        ids = [f"i{number // 3}" for number in range(24)]
+        with_ids.append(metrics.kernel_distance(real, generated, real_ids=ids, generated_ids=ids))
+        without.append(metrics.kernel_distance(real, generated))
+    error = np.std(with_ids) / np.sqrt(200)
+    assert abs(np.mean(with_ids)) < 3 * error
+    assert abs(np.mean(without)) > 10 * np.std(without) / np.sqrt(200)
+    # Of the real images, each counts once: more rows of one real image change nothing.
+    again = metrics.kernel_distance(
+        np.concatenate([real, real[:3]]), generated, real_ids=ids + ids[:3], generated_ids=ids
+    )
+    assert again == pytest.approx(with_ids[-1], rel=1e-12)
+
+
+def test_kernel_distance_refuses_wrong_ids() -> None:
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    with pytest.raises(ValueError, match="both real_ids and generated_ids"):
+        metrics.kernel_distance(x, x, real_ids=list("abcd"))
+    with pytest.raises(ValueError, match="one id for each row"):
+        metrics.kernel_distance(x, x, real_ids=list("abc"), generated_ids=list("abcd"))
+    with pytest.raises(ValueError, match="two different images"):
+        metrics.kernel_distance(x, x, real_ids=list("aaaa"), generated_ids=list("aaaa"))
+
+
+def test_nan_is_refused_by_every_metric() -> None:
+    x = np.random.default_rng(0).normal(size=(6, 3))
+    bad = x.copy()
+    bad[4, 1] = np.nan
+    labels = np.array([0, 1, 2, 0, 1, 2])
+    for compute in (
+        lambda: metrics.frechet_distance(x, bad),
+        lambda: metrics.kernel_distance(bad, x),
+        lambda: metrics.inception_score(bad),
+        lambda: metrics.n_way_top_k(bad, labels, n=2),
+        lambda: metrics.n_way_scores(np.full((6, 3), np.nan), labels, n=2),
+    ):
+        with pytest.raises(ValueError, match=r"row [04] holds nan"):
+            compute()
 
 
 def test_inception_score_at_its_limits() -> None:
@@ -87,12 +119,47 @@ def test_n_way_accuracy_against_its_expectation() -> None:
     p, labels = rng.dirichlet(np.ones(6), 40), rng.integers(0, 6, 40)
     beaten = (p > p[np.arange(40), labels][:, None]).sum(1)
     two_way = np.mean(1 - beaten / 5)
-    assert metrics.n_way_top_k(p, labels, n=2, repeats=3000)["accuracy"] == pytest.approx(two_way, abs=0.01)
+    assert metrics.n_way_top_k(p, labels, n=2)["accuracy"] == pytest.approx(two_way, abs=1e-12)
     assert metrics.n_way_top_k(p, labels, n=6)["accuracy"] == pytest.approx(np.mean(p.argmax(1) == labels))
     assert metrics.n_way_top_k(p, labels, n=6, k=3)["accuracy"] == pytest.approx(np.mean(beaten < 3))
-    assert metrics.n_way_top_k(np.full((40, 6), 1 / 6), labels, n=2)["accuracy"] == 0
-    with pytest.raises(ValueError, match="2 <= n <= 6"):
-        metrics.n_way_top_k(p, labels, n=50)
+    for bad in ({"n": 50}, {"n": 3, "k": 3}):
+        with pytest.raises(ValueError, match="2 <= n <= 6"):
+            metrics.n_way_top_k(p, labels, **bad)
+    with pytest.raises(ValueError, match="label from 0 to 5"):
+        metrics.n_way_top_k(p, labels + 1, n=2)
+
+
+def test_n_way_accuracy_against_drawn_classes() -> None:
+    rng = np.random.default_rng(1)
+    p, labels = rng.integers(0, 4, (30, 8)) / 4, rng.integers(0, 8, 30)
+    hits = np.zeros((400, 30))
+    for draw in range(400):
+        # A random number below the smallest difference of two scores orders classes with equal scores.
+        scores = p + rng.random(p.shape) / 100
+        for trial, label in enumerate(labels):
+            others = rng.permutation(np.delete(np.arange(8), label))[:4]
+            hits[draw, trial] = (scores[trial, others] > scores[trial, label]).sum() < 2
+    found = metrics.n_way_top_k(p, labels, n=5, k=2, draws=400)
+    np.testing.assert_allclose(metrics.n_way_scores(p, labels, n=5, k=2), hits.mean(0), atol=0.1)
+    assert found["accuracy"] == pytest.approx(hits.mean(), abs=0.02)
+    assert found["std"] == pytest.approx(hits.mean(1).std(), rel=0.2)
+
+
+def test_n_way_accuracy_of_constant_answers() -> None:
+    uniform = np.full((40, 6), 1 / 6)
+    balanced, skewed = np.arange(36) % 6, np.array([2] * 30 + [0, 1, 3, 4, 5, 1, 2, 2, 0, 0])
+    # A classifier whose answers are all equal guesses, so its accuracy is k / n.
+    assert metrics.n_way_top_k(uniform, skewed, n=4, k=2)["accuracy"] == pytest.approx(0.5)
+    found = metrics.n_way_top_k(uniform[:36], balanced, n=4, k=2)
+    assert found["constant"] == pytest.approx(found["chance"]) == 0.5
+    always_2 = np.tile([0.2, 0.15, 0.3, 0.12, 0.1, 0.13], (40, 1))
+    found = metrics.n_way_top_k(always_2, skewed, n=6)
+    assert found["accuracy"] == found["constant"] == pytest.approx(32 / 40) and found["chance"] == 1 / 6
+    # No constant answer is better than `constant`.
+    for seed in range(20):
+        order = np.tile(np.random.default_rng(seed).random(6), (40, 1))
+        found = metrics.n_way_top_k(order, skewed, n=3, k=1, draws=2)
+        assert found["accuracy"] <= found["constant"] + 1e-12
 
 
 def test_wilson_interval_of_a_known_case() -> None:
@@ -131,6 +198,7 @@ def test_accuracy_chance_and_p_value_of_a_clear_case() -> None:
     # Half of the images are of class 0, so always predicting class 0 gives an accuracy of one half by chance.
     skewed = metrics.accuracy_with_p_value(np.zeros(8, int), np.array([0, 0, 0, 0, 1, 1, 2, 3]), list("abcdefgh"))
     assert skewed["chance"] == 0.5 and skewed["p_value"] == 1
+    assert skewed["constant"] == 0.5 and skewed["uniform"] == 0.25
     # With three images, the labels are shuffled in all 3! orders. With a single image, there is no other order of
     # labels.
     few = metrics.accuracy_with_p_value(np.arange(3), np.arange(3), list("abc"))

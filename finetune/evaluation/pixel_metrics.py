@@ -1,0 +1,229 @@
+"""Metrics that compare the pixels of each generated image with the pixels of one other image.
+
+Every function reads one pair of images at a time, so the memory does not depend on the number of images. The images
+can be an array, or any other object with a shape and rows, such as `ImageRows`.
+
+Array shapes: B images, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Images = NDArray[np.uint8]
+Floats = NDArray[np.float64]
+SSIM_WINDOW = 11
+"""Width in pixels of the Gaussian window of `ssim`."""
+TOO_SMALL = f"not computed: the images are smaller than {SSIM_WINDOW} pixels"
+
+
+class ImageSource(Protocol):
+    """Images of equal size that can be read one by one: an array [B, H, W, 3] of uint8, or an object like it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The numbers B, H, W and 3."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Images:
+        """Return one image [H, W, 3] for a number, and images [B, H, W, 3] for a slice."""
+        ...
+
+
+class ImageRows:
+    """Chosen rows of images, in any order. The images are read only when a row is asked for.
+
+    Parameters
+    ----------
+    images : ImageSource
+        The images to choose from.
+    rows : ndarray of int, shape (B,)
+        Number of the chosen image in each row; an image may be chosen several times.
+    """
+
+    def __init__(self, images: ImageSource, rows: NDArray[np.integer]) -> None:
+        self.images, self.rows = images, np.asarray(rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The numbers B, H, W and 3."""
+        return len(self.rows), *self.images.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Any, /) -> Images:
+        """Return one image for a number, and several images for a slice."""
+        chosen = self.rows[rows]
+        if chosen.ndim == 0:
+            return self.images[int(chosen)]
+        return np.stack([self.images[int(row)] for row in chosen])
+
+
+def _compare_pairs(
+    a_BHW3: ImageSource, b_BHW3: ImageSource, compare: Callable[[Images, Images], float]
+) -> NDArray[np.float64]:
+    """Call a function for each pair of images, after a check of the two images."""
+    if a_BHW3.shape != b_BHW3.shape or len(a_BHW3.shape) != 4:
+        raise ValueError(
+            f"images must be two [B, H, W, 3] arrays of equal shape, not {a_BHW3.shape} and {b_BHW3.shape}"
+        )
+    values_B = np.empty(len(a_BHW3))
+    for number in range(len(a_BHW3)):
+        a, b = a_BHW3[number], b_BHW3[number]
+        if a.dtype != np.uint8 or b.dtype != np.uint8:
+            raise ValueError(f"images must be uint8, not {a.dtype} and {b.dtype}")
+        values_B[number] = compare(a, b)
+    return values_B
+
+
+def psnr(a_BHW3: ImageSource, b_BHW3: ImageSource) -> Floats:
+    """Compute the peak signal-to-noise ratio of each pair of images: 10 log10(255^2 / MSE).
+
+    Parameters
+    ----------
+    a_BHW3, b_BHW3 : ImageSource of uint8, shape (B, H, W, 3)
+        The two images of each pair.
+
+    Returns
+    -------
+    ndarray, shape (B,)
+        Ratio in decibels; infinite for two equal images.
+
+    Raises
+    ------
+    ValueError
+        If the arrays are not uint8 images, or have different shapes.
+    """
+
+    def compare(a: Images, b: Images) -> float:
+        error = float(np.square(a.astype(np.float64) - b).mean())
+        return 10 * np.log10(255.0**2 / error) if error else np.inf
+
+    return _compare_pairs(a_BHW3, b_BHW3, compare)
+
+
+def ssim(a_BHW3: ImageSource, b_BHW3: ImageSource) -> Floats:
+    """Compute the structural similarity (SSIM) of each pair of images, in the variant of Wang et al. (2004).
+
+    This variant has a Gaussian window of 11 pixels with a standard deviation of 1.5 pixels, population variances and
+    covariances, and the constants K1 = 0.01 and K2 = 0.03. The similarity is averaged over the three colours and over
+    all positions where the window lies inside the image. scikit-image computes the similarity.
+
+    Parameters
+    ----------
+    a_BHW3, b_BHW3 : ImageSource of uint8, shape (B, H, W, 3)
+        The two images of each pair, at least 11 pixels wide and high.
+
+    Returns
+    -------
+    ndarray, shape (B,)
+        Structural similarity, from -1 to 1.
+
+    Raises
+    ------
+    ValueError
+        If the arrays are not uint8 images, have different shapes, or have images smaller than the window.
+
+    References
+    ----------
+    Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP 13 (2004).
+    """
+    from skimage.metrics import structural_similarity
+
+    if min(a_BHW3.shape[1:3]) < SSIM_WINDOW:
+        height, width = a_BHW3.shape[1:3]
+        raise ValueError(f"images of {height} x {width} pixels are smaller than the window of {SSIM_WINDOW}")
+
+    def compare(a: Images, b: Images) -> float:
+        found: Any = structural_similarity(
+            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=-1
+        )
+        return float(found)
+
+    return _compare_pairs(a_BHW3, b_BHW3, compare)
+
+
+def pixel_correlation(a_BHW3: ImageSource, b_BHW3: ImageSource) -> Floats:
+    """Compute the Pearson correlation between all pixel values of each pair of images.
+
+    Parameters
+    ----------
+    a_BHW3, b_BHW3 : ImageSource of uint8, shape (B, H, W, 3)
+        The two images of each pair.
+
+    Returns
+    -------
+    ndarray, shape (B,)
+        Correlation, from -1 to 1. The correlation is NaN if all values of an image are equal.
+
+    Raises
+    ------
+    ValueError
+        If the arrays are not uint8 images, or have different shapes.
+
+    References
+    ----------
+    The metric is called PixCorr in Ozcelik & VanRullen, "Natural scene reconstruction from fMRI signals using
+    generative latent diffusion", Scientific Reports 13 (2023).
+    """
+
+    def compare(a: Images, b: Images) -> float:
+        x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+        x -= x.mean()
+        y -= y.mean()
+        norm = np.sqrt((x @ x) * (y @ y))
+        return float(np.clip(x @ y / norm, -1, 1)) if norm else np.nan
+
+    return _compare_pairs(a_BHW3, b_BHW3, compare)
+
+
+def _ssim_of_pairs(images_BHW3: ImageSource, real_BHW3: ImageSource) -> Floats | str:
+    return TOO_SMALL if min(images_BHW3.shape[1:3]) < SSIM_WINDOW else ssim(images_BHW3, real_BHW3)
+
+
+PairedMetric = Callable[[ImageSource, ImageSource], "Floats | str"]
+PAIRED_METRICS: dict[str, PairedMetric] = {"psnr": psnr, "ssim": _ssim_of_pairs, "pixel_correlation": pixel_correlation}
+"""Maps the name of a paired metric to the function that compares each generated image with one other image.
+
+Each function of the table takes images twice and returns one number for each pair, or a text that says why the metric
+was not computed. Every metric of `PAIRED_METRICS` is also computed with the images of random other trials, as a
+control.
+"""
+LEFT_OUT = {"psnr": "psnr_equal_pairs", "pixel_correlation": "pixel_correlation_constant_pairs"}
+"""Maps a paired metric to the name of the number of pairs that its mean leaves out.
+
+The PSNR of two equal images is infinite, and the correlation with an image of one single colour is undefined.
+"""
+
+
+def average_pairs(name: str, values_B: Floats | str) -> dict[str, float | str]:
+    """Compute the mean of a paired metric over the pairs whose value is finite, and count the other pairs.
+
+    Parameters
+    ----------
+    name : str
+        Name of the metric.
+    values_B : ndarray, shape (B,), or str
+        Value of each pair, or a text that says why the metric was not computed.
+
+    Returns
+    -------
+    dict
+        The mean under `name`, or a text that says why there is no mean. For a metric of `LEFT_OUT`, also the number of
+        pairs without a finite value.
+    """
+    if isinstance(values_B, str):
+        return {name: values_B}
+    finite_B = np.isfinite(values_B)
+    reason = "not computed: no pair of images has a finite value"
+    found: dict[str, float | str] = {name: float(values_B[finite_B].mean()) if finite_B.any() else reason}
+    if name in LEFT_OUT:
+        found[LEFT_OUT[name]] = int((~finite_B).sum())
+    return found
