@@ -19,6 +19,11 @@ from data_sharding.formats.signal import Signal, SignalInfo
 from data_sharding.formats.stamps import Clock, fit_clock
 from data_sharding.formats.units import Units, read_units
 
+EVENT_TYPES = ("markers", "marker", "events", "event", "stim", "stimulus", "trigger", "triggers")
+"""Types of streams whose numbers are event codes, in lower case. The XDF specification has the type `Markers`, and
+EEGLAB also reads `Events`; devices write the other types."""
+NUMBER_FORMATS = ("int8", "int16", "int32", "int64", "float32", "double64")
+"""Formats of numbers in the XDF specification."""
 TYPES = {"eeg": "eeg", "eog": "eog", "ecg": "ecg", "ekg": "ecg", "emg": "emg", "": "eeg"}
 
 
@@ -59,7 +64,7 @@ def open_xdf(path: Path) -> Signal:
     Signal
         The stream, with the sampling rate from the time stamps. If samples are missing, a new segment begins after the
         gap (see `data_sharding.formats.stamps`). The texts of marker streams divide the recording like the annotations
-        of other formats.
+        of other formats; numbers are event codes, which divide nothing.
 
     Raises
     ------
@@ -82,7 +87,7 @@ def open_xdf(path: Path) -> Signal:
         text = f"{len(eeg)} streams of type EEG ({names}), and the reader cannot choose one; export one of them"
         raise ReadError(Reason("several streams of type EEG", text=text))
     own = eeg[0]["stream_id"]
-    markers = [s["stream_id"] for s in streams if s.get("channel_format") == "string"]
+    markers = [s["stream_id"] for s in streams if _has_events(s)]
     sizes: list[int] = []
 
     def count(values: Any, times: Any, info: Any, number: int) -> tuple[Any, Any, Any]:
@@ -109,7 +114,7 @@ def open_xdf(path: Path) -> Signal:
     if clock.order is not None:
         x = x[clock.order]
     others = [s for s in streams if s is not stream]
-    divided = divide(clock.segments, clock.sfreq, find_marks("xdf", _read_markers(others, clock, offsets)))
+    divided = divide(clock.segments, clock.sfreq, find_marks("xdf", read_markers(others, clock, offsets)))
     if not divided.segments:
         raise NotContinuous(Reason("no signal", "the marker streams mark the whole recording as interrupted"))
     names, units, positions = _channels(stream["info"].get("desc"), x.shape[1])
@@ -129,6 +134,25 @@ def open_xdf(path: Path) -> Signal:
     )
 
 
+def _has_events(stream: Any) -> bool:
+    """Return whether a stream contains events: texts, or event codes.
+
+    Numbers are event codes if the stream has no sampling rate. Otherwise, the numbers are the samples of a trigger
+    signal, which is not read.
+    """
+    if stream["channel_format"] == "string":
+        return True
+    kind, numbers = str(stream["type"] or "").strip().lower(), stream["channel_format"] in NUMBER_FORMATS
+    return numbers and kind in EVENT_TYPES and stream["nominal_srate"] == 0
+
+
+def _event_text(value: Any) -> str:
+    """Return the text of an event, or its code as text; an empty text for NaN."""
+    if isinstance(value, str | np.integer):
+        return str(value).strip()
+    return f"{value:.15g}" if np.isfinite(value) else ""
+
+
 def _offsets(stream: Any) -> tuple[Sequence[float], Sequence[float]]:
     """Return times and values of the measured differences between a stream's clock and that of the computer."""
     return stream.get("clock_times", ()), stream.get("clock_values", ())
@@ -144,9 +168,25 @@ def _offset_at(offsets: tuple[Sequence[float], Sequence[float]], stamps: np.ndar
     return np.interp(stamps, at[kept][order], by[kept][order])
 
 
-def _read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Sequence[float]]) -> list[Annotation]:
-    """Return the texts of marker streams as annotations without duration, on the amplifier's clock.
+def read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Sequence[float]]) -> list[Annotation]:
+    """Read the texts and event codes of marker streams.
 
+    Parameters
+    ----------
+    streams : list of dict
+        Marker streams, as pyxdf returns them, with the time stamps of the file.
+    clock : Clock
+        Clock of the EEG stream.
+    offsets : pair of sequences of float
+        Times and values of the measured differences between the clock of the EEG stream and that of the computer.
+
+    Returns
+    -------
+    list of Annotation
+        Annotations without duration, on the amplifier's clock. An event code becomes a text.
+
+    Notes
+    -----
     The marker streams and the EEG stream have different clocks. Times of two streams are compared through the clock of
     the recording computer, because the measured offsets of each stream are relative to this clock.
     """
@@ -164,7 +204,7 @@ def _read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Se
         for stamp, row in zip(common.tolist(), rows, strict=True):
             if np.isfinite(stamp):
                 seconds = clock.time_of_stamp(stamp)
-                found += [Annotation(seconds, 0.0, str(text)) for text in row if str(text).strip()]
+                found += [Annotation(seconds, 0.0, text) for value in row if (text := _event_text(value))]
     return found
 
 

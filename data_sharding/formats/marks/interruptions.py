@@ -93,6 +93,10 @@ BOUNDARY_WORD = re.compile(PREFIX + r"boundary", re.IGNORECASE)
 NEW_SEGMENT_WORDS = re.compile(PREFIX + r"new segment(/.*)?", re.IGNORECASE | re.DOTALL)
 
 
+PAIR_WORDS = re.compile(r"(.*?)[\s_/:.-]+(?:(start|begin|onset|on)|(?:end|stop|offset|off))", re.IGNORECASE | re.DOTALL)
+"""Pattern for a mark without duration that marks the start of a span (with group 2) or its end (without group 2)."""
+
+
 def _codes(numbers: Iterable[int]) -> re.Pattern[str]:
     """Return a pattern for annotations whose text is one of these numbers."""
     return re.compile("|".join(str(number) for number in numbers))
@@ -133,6 +137,12 @@ TABLE: tuple[Mark, ...] = (
         "`Bad Interval`",
         effect=Effect.BAD,
         words=BAD_WORD,
+    ),
+    Mark(
+        name="bad span with two marks",
+        sign="two bad marks without duration, for the start and the end of a span: `BAD_move start`, `BAD_move end`; "
+        "also with `begin`, `onset` or `on`, and with `stop`, `offset` or `off`",
+        effect=Effect.BAD,
     ),
     Mark(
         name="numeric boundary",
@@ -303,7 +313,31 @@ def find_marks(format_: str, annotations: Iterable[Annotation]) -> list[Found]:
         if (row := rows[text]) is not None and math.isfinite(onset):
             length = duration if math.isfinite(duration) and duration > 0 and not row.removed else 0.0
             found.append(Found(row.name, onset, length, text.strip(), tuple(channels)))
-    return found
+    return _join_pairs(found)
+
+
+def _join_pairs(found: list[Found]) -> list[Found]:
+    """Join each bad mark that starts a span with the next bad mark that ends the span.
+
+    The two marks have the same text before the word `start` or `end`, the same channels and no length. Marks without a
+    partner are not changed.
+    """
+    pairs: dict[int, tuple[int, Found]] = {}
+    begun: dict[tuple[str, tuple[str, ...]], int] = {}
+    for i in sorted(range(len(found)), key=lambda i: found[i].begin):
+        mark = found[i]
+        match = PAIR_WORDS.fullmatch(mark.text) if mark.name == "bad span" and not mark.length else None
+        if match is None:
+            continue
+        key = (match[1].casefold(), mark.channels)
+        if match[2]:
+            begun[key] = i
+        elif (first := begun.pop(key, None)) is not None and found[first].begin < mark.begin:
+            start = found[first]
+            span = Found("bad span with two marks", start.begin, mark.begin - start.begin, match[1], mark.channels)
+            pairs[first] = (i, span)
+    ends = {end for end, _ in pairs.values()}
+    return [pairs[i][1] if i in pairs else mark for i, mark in enumerate(found) if i not in ends]
 
 
 def match_channels(

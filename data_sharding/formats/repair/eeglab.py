@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from data_sharding.formats.marks.eeglab import list_entries, read_channel_events, read_number
+from data_sharding.formats.marks.interruptions import Annotation
 from data_sharding.formats.mne_signal import EpochsSignal, RawSignal
 from data_sharding.formats.signal import Signal
 
@@ -36,10 +38,10 @@ def with_repairs(read: Callable[[Path], Any]) -> Callable[[Path], Signal]:
     def read_repaired(path: Path) -> Signal:
         import mne
 
-        with _repairing() as notes:
+        with _repairing() as (notes, events):
             opened = read(path)
         if isinstance(opened, mne.io.BaseRaw):
-            opened = RawSignal(opened, format_="eeglab")
+            opened = RawSignal(opened, format_="eeglab", annotations=events or None)
         elif isinstance(opened, mne.BaseEpochs):
             opened = EpochsSignal(opened)
         said = list(dict.fromkeys(notes))  # MNE may load the file twice, and then each note exists twice.
@@ -50,65 +52,46 @@ def with_repairs(read: Callable[[Path], Any]) -> Callable[[Path], Signal]:
 
 
 @contextlib.contextmanager
-def _repairing() -> Iterator[list[str]]:
-    """Replace the function with which MNE loads a ``.set`` file, because MNE has no option to repair its result."""
+def _repairing() -> Iterator[tuple[list[str], list[Annotation]]]:
+    """Replace the function with which MNE loads a ``.set`` file, because MNE has no option to repair its result.
+
+    Yields
+    ------
+    notes : list of str
+        Notes about the repairs.
+    events : list of Annotation
+        All events of the file, if at least one event belongs to single channels; otherwise an empty list.
+    """
     from mne.io.eeglab import eeglab
 
-    load, notes = eeglab._check_load_mat, []
+    load, notes, events = eeglab._check_load_mat, list[str](), list[Annotation]()
 
     def load_repaired(*args: Any, **kwargs: Any) -> Any:
         content = load(*args, **kwargs)
-        for repair in (_repair_channels, _repair_events):
+
+        def read_events(content: Any, notes: list[str]) -> None:
+            found, said = read_channel_events(content)
+            events[:] = found or []
+            notes += said
+
+        # The repair of the events removes their channels, so the channels are read before.
+        for repair in (_repair_channels, read_events, _repair_events):
             with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
                 repair(content, notes)
         return content
 
     eeglab._check_load_mat = load_repaired
     try:
-        yield notes
+        yield notes, events
     finally:
         eeglab._check_load_mat = load
-
-
-def _entries(value: Any) -> list[dict[str, Any]]:
-    """Return the entries of a MATLAB structure array, which MNE loads as a list or as a dictionary of lists."""
-    if isinstance(value, dict):
-        columns = {
-            key: column
-            for key, column in value.items()
-            if isinstance(column, list) or (isinstance(column, np.ndarray) and column.ndim)
-        }
-        length = max((len(column) for column in columns.values()), default=0)
-        if not length or any(len(column) != length for column in columns.values()):
-            return [value]
-        return [{key: value[key][i] for key in columns} for i in range(length)]
-    found = []
-    for entry in value if isinstance(value, list | np.ndarray) else [value]:
-        if isinstance(entry, dict):
-            found.append(dict(entry))
-        elif isinstance(entry, np.void):
-            found.append({key: entry[key] for key in entry.dtype.names or ()})
-        else:
-            found.append(dict(vars(entry)))
-    return found
-
-
-def _number(value: Any) -> float | None:
-    """Convert an entry to a number. Return NaN for an empty entry, and None for an entry that is not a number."""
-    array = np.asarray(value)
-    if array.size == 0 and array.dtype.kind != "U":
-        return np.nan
-    if array.size != 1 or array.dtype.kind not in "iufb":
-        return None
-    number = float(array.reshape(()))
-    return number if np.isfinite(number) else np.nan
 
 
 def _repair_channels(content: Any, notes: list[str]) -> None:
     if not len(content.chanlocs):
         return
     rows = content.data.shape[0] if isinstance(content.data, np.ndarray) and content.data.ndim > 1 else content.nbchan
-    channels = _entries(content.chanlocs)
+    channels = list_entries(content.chanlocs)
     if len(channels) != rows:
         notes.append(f"the file names {len(channels)} channels, but contains {rows}: names and positions are not used")
         content.chanlocs, content.nbchan = [], rows
@@ -118,7 +101,7 @@ def _repair_channels(content: Any, notes: list[str]) -> None:
     for i, channel in enumerate(channels, start=1):
         label = channel.get("labels")
         if not isinstance(label, str) or not label.strip():
-            number = _number(label)
+            number = read_number(label)
             channel["labels"] = f"{number:g}" if number is not None and np.isfinite(number) else f"Ch{i}"
             unnamed.append(channel["labels"])
         label, number = channel["labels"], 2
@@ -127,7 +110,7 @@ def _repair_channels(content: Any, notes: list[str]) -> None:
         twice += [label] if channel["labels"] != label else []
         names.append(channel["labels"])
     if all(axis in channels[0] for axis in "XYZ"):
-        places = [[_number(channel.get(axis)) for axis in "XYZ"] for channel in channels]
+        places = [[read_number(channel.get(axis)) for axis in "XYZ"] for channel in channels]
         known = [float(np.linalg.norm(np.array(place, float))) for place in places if None not in place]
         usual = float(np.nanmedian(known)) if np.isfinite(np.array(known)).any() else np.nan
         for channel, place in zip(channels, places, strict=True):
@@ -148,10 +131,10 @@ def _repair_channels(content: Any, notes: list[str]) -> None:
 def _repair_events(content: Any, notes: list[str]) -> None:
     if not len(getattr(content, "event", [])):
         return
-    events = _entries(content.event)
+    events = list_entries(content.event)
     kept, lost, endless = [], 0, 0
     for event in events:
-        latency, duration = _number(event.get("latency")), _number(event.get("duration", np.zeros(0)))
+        latency, duration = read_number(event.get("latency")), read_number(event.get("duration", np.zeros(0)))
         if latency is None or np.isnan(latency):
             lost += 1
             continue

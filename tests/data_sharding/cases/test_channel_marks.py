@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mne
 import numpy as np
@@ -104,9 +105,35 @@ def write_bids(folder: Path, uv: np.ndarray, names: list[str]) -> Path:
     return place / "sub-1_task-rest_eeg.fif"
 
 
-@pytest.fixture(params=["fif", "brainvision", "edf", "gdf", "bids"])
+def write_eeglab(folder: Path, uv: np.ndarray, names: list[str]) -> Path:
+    channel = np.array([NAMES.index(name) + 1 for name in names], float) if names else 0
+    return write_set(folder, uv, [channel])
+
+
+def write_set(
+    folder: Path, uv: np.ndarray, channels: list[Any], *, field: str = "channel", text: str = "BAD_pop", **more: Any
+) -> Path:
+    """Write EEGLAB with a bad mark for each entry of `channels`.
+
+    `more` is added to the structure EEG; ``urchan`` is the field of the channels.
+    """
+    from scipy.io import savemat
+
+    urchan = more.pop("urchan", [np.zeros(0)] * len(NAMES))
+    events = [("nod", 30.0 * RATE + 1, 250.0, 3), *((text, BEGIN * RATE + 1, LENGTH * RATE, c) for c in channels)]
+    dtype = [(name, object) for name in ("type", "latency", "duration", field)]
+    eeg = {"setname": "a", "nbchan": len(uv), "trials": 1, "pnts": uv.shape[1], "srate": float(RATE), "xmin": 0.0}
+    eeg |= {"xmax": (uv.shape[1] - 1) / RATE, "data": uv, "icawinv": [], "icaweights": [], "icasphere": []}
+    eeg["chanlocs"] = np.array(list(zip(NAMES, urchan, strict=True)), [("labels", object), ("urchan", object)])
+    eeg["event"] = np.array(events, dtype)
+    savemat(folder / "a.set", {"EEG": eeg | more}, appendmat=False)
+    return folder / "a.set"
+
+
+@pytest.fixture(params=["fif", "brainvision", "edf", "gdf", "bids", "eeglab"])
 def write(request: pytest.FixtureRequest) -> Callable[..., Path]:
     writers = {"fif": write_fif, "brainvision": write_brainvision, "edf": write_edf, "bids": write_bids}
+    writers |= {"eeglab": write_eeglab}
     return writers.get(request.param) or request.getfixturevalue("write_gdf_marked")
 
 
@@ -189,3 +216,62 @@ def test_a_mark_of_a_channel_that_is_not_read_changes_nothing(tmp_path: Path, si
     raw.save(tmp_path / "a_raw.fif")
     info = info_of(tmp_path / "a_raw.fif")
     assert info.bad_channel_spans == [(20.5, 22.5, "ECG")] and not info.bad_spans and not info.notes
+
+
+class TestEEGLAB:
+    """The channels of an EEGLAB event are numbers or names. If they are unclear, the mark belongs to all channels."""
+
+    @pytest.mark.parametrize(
+        ("channel", "names"),
+        [
+            (4, ["F4"]),
+            (np.array([4.0, 7.0]), ["F4", "P3"]),
+            ("F4", ["F4"]),
+            ("f4; P3", ["F4", "P3"]),
+            (np.array(["F4", "P3"], object), ["F4", "P3"]),
+            (0, []),
+            (-1, []),
+            (np.nan, []),
+            (np.zeros(0), []),
+            ("", []),
+            ("n/a", []),
+            ("All", []),
+        ],
+    )
+    def test_numbers_and_names(self, tmp_path: Path, signal: np.ndarray, channel: object, names: list[str]) -> None:
+        info = info_of(write_set(tmp_path, signal, [channel]))
+        assert info.bad_channel_spans == [(20.5, 22.5, name) for name in names]
+        assert [(a, b) for a, b, _ in info.bad_spans] == ([] if names else [(20.5, 22.5)]) and not info.notes
+
+    def test_each_event_has_its_own_channels(self, tmp_path: Path, signal: np.ndarray) -> None:
+        info = info_of(write_set(tmp_path, signal, [4, "P3", 0], field="chanindex"))
+        assert info.bad_channel_spans == [(20.5, 22.5, "F4"), (20.5, 22.5, "P3")]
+        assert [(a, b) for a, b, _ in info.bad_spans] == [(20.5, 22.5)]
+
+    @pytest.mark.parametrize(("channel", "said"), [(9, "9"), (2.5, "2.5"), ("Fpz", "Fpz")])
+    def test_unknown_channel(self, tmp_path: Path, signal: np.ndarray, channel: object, said: str) -> None:
+        info = info_of(write_set(tmp_path, signal, [channel]))
+        assert [(a, b) for a, b, _ in info.bad_spans] == [(20.5, 22.5)] and not info.bad_channel_spans
+        assert info.notes == [
+            f"the mark 'BAD_pop' names the channel '{said}', which is not in the recording; it is used for all channels"
+        ]
+
+    def test_a_mask_is_no_list_of_numbers(self, tmp_path: Path, signal: np.ndarray) -> None:
+        info = info_of(write_set(tmp_path, signal, [np.array([0, 0, 0, 1, 0, 0, 0, 0])]))
+        assert [(a, b) for a, b, _ in info.bad_spans] == [(20.5, 22.5)] and not info.bad_channel_spans
+        assert "the channels of 1 bad marks are not known" in info.notes[0]
+
+    def test_numbers_after_channels_were_removed(self, tmp_path: Path, signal: np.ndarray) -> None:
+        """The first channels keep their numbers. The number 6 means two channels: before and after the removal."""
+        path = write_set(tmp_path, signal, [3, 6, 10], urchan=[1, 2, 3, 4, 6, 7, 9, 10])
+        info = info_of(path)
+        assert info.bad_channel_spans == [(20.5, 22.5, "F3")] and len(info.bad_spans) == 2
+        assert len(info.notes) == 1 and "the channels of 2 bad marks are not known" in info.notes[0]
+        removed = {"removedchans": np.array([("Fz",)], [("labels", object)])}
+        info = info_of(write_set(tmp_path, signal, [3, "F4"], chaninfo=removed))
+        assert info.bad_channel_spans == [(20.5, 22.5, "F4")] and len(info.bad_spans) == 1
+        assert "the channels of 1 bad marks are not known" in info.notes[0]
+
+    def test_boundaries_divide_all_channels(self, tmp_path: Path, signal: np.ndarray) -> None:
+        info = info_of(write_set(tmp_path, signal, [4], text="boundary"))
+        assert [s.start for s in info.segments] == [0, 5125] and not info.notes

@@ -10,12 +10,16 @@ import dataclasses
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import pyxdf
 
 from data_sharding.formats.open_signal import open_signal
 from data_sharding.formats.sniffing import sniff
+from data_sharding.formats.stamps import fit_clock
+from data_sharding.formats.xdf import read_markers
 from data_sharding.processing.preprocess import PreprocessSpec
 from data_sharding.processing.quality import QualitySpec
 
@@ -36,12 +40,15 @@ def write_xdf(
     chunks: list[int],
     own: np.ndarray | None = None,
     offsets: Sequence[tuple[float, float]] = (),
-    markers: Sequence[tuple[float, str]] = (),
+    markers: Sequence[tuple[float, str | float]] = (),
     marker_offsets: Sequence[tuple[float, float]] = (),
+    marker_format: str = "string",
+    marker_type: str = "Markers",
 ) -> None:
     """Write a stream of EEG [n, S] in microvolts. `own` is a mask of the samples whose time stamp is stored.
 
-    `markers` are the time stamps and texts of a second stream, which has the clock offsets `marker_offsets`.
+    `markers` are the time stamps and texts (or numbers) of a second stream, which has the clock offsets
+    `marker_offsets`.
     """
 
     def chunk(tag: int, content: bytes) -> bytes:
@@ -68,15 +75,19 @@ def write_xdf(
         at += size
     if markers:
         xml = (
-            "<?xml version='1.0'?><info><name>events</name><type>Markers</type><channel_count>1</channel_count>"
-            "<nominal_srate>0</nominal_srate><channel_format>string</channel_format><created_at>1</created_at></info>"
+            f"<?xml version='1.0'?><info><name>events</name><type>{marker_type}</type><channel_count>1</channel_count>"
+            f"<nominal_srate>0</nominal_srate><channel_format>{marker_format}</channel_format>"
+            "<created_at>1</created_at></info>"
         )
         parts.append(chunk(2, struct.pack("<I", 2) + xml.encode()))
         parts += [chunk(4, struct.pack("<Idd", 2, time, value)) for time, value in marker_offsets]
-        body = b"".join(
-            b"\x08" + struct.pack("<d", time) + b"\x01" + bytes([len(text.encode())]) + text.encode()
-            for time, text in markers
-        )
+
+        def encode(value: str | float) -> bytes:
+            if isinstance(value, str):
+                return b"\x01" + bytes([len(value.encode())]) + value.encode()
+            return np.array(value, {"double64": "<f8", "float32": "<f4"}.get(marker_format, marker_format)).tobytes()
+
+        body = b"".join(b"\x08" + struct.pack("<d", time) + encode(value) for time, value in markers)
         parts.append(chunk(3, struct.pack("<I", 2) + b"\x04" + struct.pack("<I", len(markers)) + body))
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"".join(parts))
@@ -286,7 +297,7 @@ class TestMarkerStreams:
 
     RATE = 250
 
-    def write(self, folder: Path, true_uv, index: np.ndarray, markers: list[tuple[float, str]], **more) -> Path:
+    def write(self, folder: Path, true_uv, index: np.ndarray, markers: Sequence[tuple[float, Any]], **more) -> Path:
         """Write samples with the numbers `index`, and markers with times in seconds after the first sample."""
         later = more.pop("later", 0.0)
         stamps = BEGIN + index * (1 + more.pop("drift", 0.0)) / self.RATE
@@ -346,4 +357,37 @@ class TestMarkerStreams:
 
     def test_only_markers(self, tmp_path: Path, true_uv) -> None:
         path = self.write(tmp_path, true_uv, np.arange(5000), [(3.0, ""), (8.0, "\u00fc" * 100)])
+        assert self.segments(path) == ([(0, 5000, 0.0)], [])
+
+    def test_two_marks_make_a_bad_span(self, tmp_path: Path, true_uv, shard_all, assert_true) -> None:
+        markers = [
+            (0.0, "start"),
+            (20.0, "BAD_move start"),
+            (21.0, "stimulus 1"),
+            (22.5, "BAD_move end"),
+            (39.0, "end"),
+        ]
+        path = self.write(tmp_path, true_uv, np.arange(10_000), markers)
+        sharded = shard_all(path.parent, SPEC)["a.xdf"]
+        assert not sharded.row.notes and sharded.row.segments == 1
+        assert sharded.row.windows_left_out == {"overlaps a span marked as bad": 3} and not sharded.touches(20, 22.5)
+        assert_true(sharded, 51)
+
+    @pytest.mark.parametrize("kind", ["int8", "int16", "int32", "int64", "float32", "double64"])
+    def test_codes_are_events_that_divide_nothing(self, tmp_path: Path, true_uv, kind: str) -> None:
+        codes = [(3.0, 1), (8.002, -99), (16.0, 7 if kind.startswith("int") else np.nan)]
+        path = self.write(tmp_path, true_uv, np.arange(5000), codes, marker_format=kind, marker_type="Stim")
+        assert self.segments(path) == ([(0, 5000, 0.0)], [])
+        streams, _ = pyxdf.load_xdf(str(path), synchronize_clocks=False, dejitter_timestamps=False)
+        clock = fit_clock(BEGIN + np.arange(5000) / 250, 250.0, np.zeros((5000, 1)), [5000], ((), ()))
+        events = read_markers(streams[1:], clock, ((), ()))
+        texts = ["1", "-99", "7"] if kind.startswith("int") else ["1", "-99"]
+        assert [event.text for event in events] == texts
+        assert [round(event.onset, 6) for event in events] == [3.0, 8.002, 16.0][: len(texts)]
+        assert not any(event.duration for event in events)
+
+    def test_other_streams_of_numbers_are_not_read(self, tmp_path: Path, true_uv) -> None:
+        """The unknown format of the second stream is no obstacle, because the second stream has no events."""
+        path = self.write(tmp_path, true_uv, np.arange(5000), [(8.0, 1.0)], marker_format="int32", marker_type="Gaze")
+        path.write_bytes(path.read_bytes().replace(b"<channel_format>int32<", b"<channel_format>int99<"))
         assert self.segments(path) == ([(0, 5000, 0.0)], [])

@@ -418,6 +418,8 @@ HALVES = [(0, 300, 0.0), (300, 600, 3.0)]
 START = "New Segment,,1,1,0,20200101120000000000"
 SKIPPED = [(0, 200, 0.0), (300, 600, 3.0)]
 CMS = 1 << 20
+KINDS = ["x", "a on", "b_begin", "A OFF", "b_stop"]
+STARTS = [(1.0, "start"), (2.0, "start"), (3.0, "end"), (4.0, "end")]
 CUT_TRIALS = [(0, 200, 0.0), (200, 250, 2.0), (250, 400, 2.5), (400, 600, 4.0)]
 
 EXAMPLES: dict[str, dict[str, Example]] = {
@@ -462,6 +464,19 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         ),
         "bdf": Example(edf(TIMES, {(1, 0): "+2\x151\x14BAD\x14\0"}, kind="BDF+C", suffix=".bdf"), WHOLE, [(2.0, 3.0)]),
         "persyst": Example(persyst("0=3600.0\n", "2.0,1.0,0,100,BAD seizure\n"), WHOLE, [(2.0, 3.0)]),
+    },
+    "bad span with two marks": {
+        "brainvision": Example(
+            brainvision(START, "Comment,BAD_move start,201,0,0", "Comment,BAD_move end,301,0,0"), WHOLE, [(2.0, 3.0)]
+        ),
+        "edf, two kinds": Example(
+            edf(TIMES, {(1, i): f"+{i}\x14bad {text}\x14\0" for i, text in enumerate(KINDS)}, signals=5),
+            WHOLE,
+            [(1.0, 3.0), (2.0, 4.0)],
+        ),
+        "two starts": Example(memory("xdf", [(t, 0.0, f"BAD_x/{w}") for t, w in STARTS]), WHOLE, [(2.0, 3.0)]),
+        "other text": Example(memory("fif", [(2.0, 0.0, "BAD start"), (3.0, 0.0, "BAD_x end")]), WHOLE),
+        "not bad": Example(memory("xdf", [(2.0, 0.0, "start"), (3.0, 0.0, "end")]), WHOLE),
     },
     "numeric boundary": {
         "between samples": Example(eeglab([(1, 20, 1), (-99, 300.5, 17500), (1, 400, 1)]), HALVES),

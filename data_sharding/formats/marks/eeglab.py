@@ -1,0 +1,161 @@
+"""Read the events of an EEGLAB file with the channels to which they belong. MNE does not read these channels."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from data_sharding.formats.marks.interruptions import Annotation, Effect, find_row
+
+CHANNEL_FIELDS = ("channel", "chanindex")
+"""Fields of an event that name its channels. The import of BrainVision and BIDS into EEGLAB writes the field `channel`,
+and the import through BioSig writes `chanindex`. A field contains numbers of channels, counted from 1, or names of
+channels."""
+NO_CHANNEL = ("", "n/a", "all", "none")
+"""Texts with which an event belongs to all channels."""
+
+
+def list_entries(value: Any) -> list[dict[str, Any]]:
+    """Return the entries of a MATLAB structure array, which MNE loads as a list or as a dictionary of lists.
+
+    Parameters
+    ----------
+    value : Any
+        The structure array.
+
+    Returns
+    -------
+    list of dict
+        The fields of each entry.
+    """
+    if isinstance(value, dict):
+        columns = {
+            key: column
+            for key, column in value.items()
+            if isinstance(column, list) or (isinstance(column, np.ndarray) and column.ndim)
+        }
+        length = max((len(column) for column in columns.values()), default=0)
+        if not length or any(len(column) != length for column in columns.values()):
+            return [value]
+        return [{key: value[key][i] for key in columns} for i in range(length)]
+    found = []
+    for entry in value if isinstance(value, list | np.ndarray) else [value]:
+        if isinstance(entry, dict):
+            found.append(dict(entry))
+        elif isinstance(entry, np.void):
+            found.append({key: entry[key] for key in entry.dtype.names or ()})
+        else:
+            found.append(dict(vars(entry)))
+    return found
+
+
+def read_number(value: Any) -> float | None:
+    """Convert an entry to a number.
+
+    Parameters
+    ----------
+    value : Any
+        The entry.
+
+    Returns
+    -------
+    float or None
+        The number. NaN for an empty entry and for an infinite number, and None for an entry that is not a number.
+    """
+    array = np.asarray(value)
+    if array.size == 0 and array.dtype.kind != "U":
+        return np.nan
+    if array.size != 1 or array.dtype.kind not in "iufb":
+        return None
+    number = float(array.reshape(()))
+    return number if np.isfinite(number) else np.nan
+
+
+def read_channel_events(content: Any) -> tuple[list[Annotation] | None, list[str]]:
+    """Read the events of an EEGLAB file if at least one event belongs to single channels.
+
+    Parameters
+    ----------
+    content : Any
+        The structure EEG, as MNE loads it, with the fields event, chanlocs, chaninfo and srate.
+
+    Returns
+    -------
+    annotations : list of Annotation or None
+        All events with a latency. None if no event names a channel, or if the file names no channels.
+    notes : list of str
+        A note for the ledger if the channels of bad marks cannot be used. Then the marks belong to all channels.
+    """
+    events, channels = list_entries(content.event), list_entries(content.chanlocs)
+    if not any(field in event for event in events[:1] for field in CHANNEL_FIELDS) or not channels:
+        return None, []
+    numbers = _map_numbers(channels, getattr(content, "chaninfo", None))
+    annotations, unclear = [], 0
+    for event in events:
+        latency, duration = read_number(event.get("latency")), read_number(event.get("duration", np.zeros(0)))
+        if latency is None or math.isnan(latency):
+            continue
+        text, names = str(event.get("type")), _read_channels(event, numbers)
+        if names is None:
+            row = find_row("eeglab", text)
+            unclear += row is not None and row.effect is Effect.BAD
+        seconds = 0.0 if duration is None or math.isnan(duration) else duration / content.srate
+        annotations.append(Annotation((latency - 1) / content.srate, seconds, text, names or ()))
+    notes = []
+    if unclear:
+        notes.append(
+            f"the channels of {unclear} bad marks are not known, because channels were removed from the file, or "
+            "because the marks have numbers that are not channel numbers; these marks are used for all channels"
+        )
+    return (annotations if any(event.channels for event in annotations) else None), notes
+
+
+def _map_numbers(channels: list[dict[str, Any]], info: Any) -> dict[int, str | None]:
+    """Return the name of the channel for each channel number, and None for an ambiguous number.
+
+    The number of a channel changes if channels before it are removed. EEGLAB keeps the first number in the field
+    `urchan`, and the removed channels in `chaninfo.removedchans`.
+    """
+    names = [str(channel.get("labels")) for channel in channels]
+    now: dict[int, str | None] = dict(enumerate(names, start=1))
+    first = [read_number(channel.get("urchan", np.zeros(0))) or math.nan for channel in channels]
+    if all(number >= 1 for number in first) and len(set(first)) == len(first):
+        before = {int(number): name for number, name in zip(first, names, strict=True)}
+        return {n: now[n] if now.get(n) == before.get(n) else None for n in now.keys() | before.keys()}
+    removed = info.get("removedchans") if isinstance(info, dict) else getattr(info, "removedchans", None)
+    return dict.fromkeys(now) if removed is not None and np.size(removed) else now
+
+
+def _read_channels(event: dict[str, Any], numbers: dict[int, str | None]) -> tuple[str, ...] | None:
+    """Return the names of an event's channels, an empty tuple for all channels, and None if the channels are unclear.
+
+    A number that no channel has becomes a name, so that a later step writes a note about this number.
+    """
+    names: list[str] = []
+    for field in CHANNEL_FIELDS:
+        values = _flatten(event.get(field))
+        for value in values:
+            if isinstance(value, str):
+                words = (word.strip() for word in re.split(r"[,;|]", value))
+                names += [word for word in words if word.lower() not in NO_CHANNEL]
+                continue
+            number = read_number(value)
+            if number is None or math.isnan(number) or (number < 1 and len(values) == 1):
+                continue  # For example, EEGLAB writes 0 for all channels.
+            name = numbers.get(int(number), f"{number:g}") if number.is_integer() else f"{number:g}"
+            if name is None or number < 1:
+                return None
+            names.append(name)
+    return tuple(dict.fromkeys(names))
+
+
+def _flatten(value: Any) -> list[Any]:
+    """Return the texts and numbers in an entry: a text, a number, an array or a list."""
+    if value is None or isinstance(value, str):
+        return [] if value is None else [value]
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
+        return [item for part in value for item in _flatten(part)]
+    return [value]
