@@ -73,15 +73,6 @@ class StepFailedError(Exception):
         self.step, self.code = step, code
 
 
-def merge_configs(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return a config in which the values of `over` replace those of `base`, also inside nested keys."""
-    merged = dict(base)
-    for key, value in over.items():
-        known = merged.get(key)
-        merged[key] = merge_configs(known, value) if isinstance(value, dict) and isinstance(known, dict) else value
-    return merged
-
-
 class Chain:
     """Runs the steps of a chain that are not complete yet.
 

@@ -218,3 +218,26 @@ def to_yaml(config: Any) -> str:
     import yaml
 
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def merge_configs(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two nested configs into a new config.
+
+    Parameters
+    ----------
+    base : mapping
+        A config.
+    over : mapping
+        Values that replace those of `base`, also inside nested keys.
+
+    Returns
+    -------
+    dict
+        The merged config. If both configs have a mapping for a key, these mappings are merged.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        known = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(known, Mapping)
+        merged[key] = merge_configs(known, value) if both else value
+    return merged

@@ -15,7 +15,7 @@ from data_sharding.corpora.item import Item
 from data_sharding.corpora.patch import patch_signal
 from data_sharding.formats.open_signal import open_signal
 from data_sharding.formats.signal import Signal
-from data_sharding.processing.preprocess import LINE_FREQS
+from data_sharding.processing.preprocess import check_line_freq
 
 ADAPTERS: dict[str, Adapter] = {}
 """Maps the name of each kind of corpus to the adapter of this kind."""
@@ -97,11 +97,8 @@ class CorpusConfig:
                 )
         if self.tmin is not None and self.tmax is not None and self.tmax <= self.tmin:
             raise ValueError(f"tmax {self.tmax:g} must be later than tmin {self.tmin:g} (both in seconds)")
-        low, high = LINE_FREQS
-        if self.line_freq is not None and not low <= self.line_freq <= high:
-            raise ValueError(
-                f"line_freq is {self.line_freq:g}; mains have 50 or 60 Hz, so it must be from {low:g} to {high:g}"
-            )
+        if self.line_freq is not None:
+            check_line_freq(self.line_freq, "line_freq")
         if abs(self.stimulus_delay_ms) > 1000:
             raise ValueError(
                 f"stimulus_delay_ms is {self.stimulus_delay_ms:g}, more than a second; the key is in milliseconds"

@@ -37,6 +37,7 @@ from data_sharding.corpora.paths import (
 from data_sharding.corpora.subjects import SubjectFinder, describe_person
 from data_sharding.formats.about import year_of
 from data_sharding.formats.units import names_no_unit
+from data_sharding.processing.preprocess import check_line_freq
 
 NOT_RAW = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
 """Top-level folders of a BIDS dataset that do not contain raw recordings."""
@@ -281,10 +282,10 @@ def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
             notes.append(f"{error}; not used")
     line = about.get("PowerLineFrequency", "n/a")
     if line not in NOTHING:
-        if isinstance(line, bool) or not isinstance(line, int | float) or not 0 < line < 1000:
-            notes.append(f"PowerLineFrequency '{one_line(line)[:40]}' is not a frequency in Hz; not used")
-        else:
-            patch["line_freq"] = float(line)
+        try:
+            patch["line_freq"] = check_line_freq(line, "PowerLineFrequency")
+        except ValueError as error:
+            notes.append(f"{error}; not used")
     reference = about.get("EEGReference", about.get("iEEGReference", ""))
     if isinstance(reference, str) and reference.strip() not in NOTHING:
         patch["reference"] = reference.strip()

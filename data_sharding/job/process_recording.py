@@ -51,11 +51,17 @@ from data_sharding.formats.signal import Signal, SignalInfo
 from data_sharding.job.cut_windows import Clean, write_windows
 from data_sharding.job.task import WITHOUT_EFFECT, PartResult, SetAside, Task, new_row
 from data_sharding.processing.faults import MARKED, find_faults
-from data_sharding.processing.preprocess import LINE_FREQS, PreprocessSpec, band_of, reference_rows, transient_length
+from data_sharding.processing.preprocess import (
+    PreprocessSpec,
+    band_of,
+    check_line_freq,
+    reference_rows,
+    transient_length,
+)
 from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, resampled_length
 from data_sharding.processing.survey import Survey, Verdict
 
-PART_SCHEMA = 8
+PART_SCHEMA = 9
 """Version number in the names of parts. Increase this number if a change of the code changes the results, so that the
 job does not use parts of the older code."""
 RESULT = "result.json"
@@ -483,13 +489,13 @@ def _judge(
     _refuse(bad_of, verdict, eeg, read.channels.unknown_unit)
     if item.line_freq is not None:
         row.line_freq, row.line_freq_from = item.line_freq, "config"
-    elif info.line_freq and LINE_FREQS[0] <= info.line_freq <= LINE_FREQS[1]:
-        row.line_freq, row.line_freq_from = float(info.line_freq), "file"
     else:
-        if info.line_freq:
-            row.notes.append(f"the file names a mains frequency of {info.line_freq:g} Hz; not used")
-        row.line_freq = verdict.line_freq
-        row.line_freq_from = "spectrum" if verdict.line_freq else "none found"
+        row.line_freq, row.line_freq_from = verdict.line_freq, "spectrum" if verdict.line_freq else "none found"
+        if info.line_freq is not None:
+            try:
+                row.line_freq, row.line_freq_from = check_line_freq(info.line_freq, "the file's line_freq"), "file"
+            except ValueError as error:
+                row.notes.append(f"{error}; not used")
     rows = [eeg[i] for i in chosen]
     extra = [i for i in range(len(read.picks)) if i not in rows and (i >= n_eeg or read.names[i] in _named(spec))]
     rows += extra

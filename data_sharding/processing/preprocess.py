@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_sharding.common.errors import one_line
 from data_sharding.common.files import digest_of
 from data_sharding.processing.quality import UNCHECKED, QualitySpec
 from data_sharding.processing.scaling import scale_windows, standard_deviation
@@ -39,6 +40,34 @@ NOTCH_GAIN = 1e-3
 less than this fraction."""
 TRANSIENT_ENERGY = 3e-5
 """The transient of a filter ends where the rest of its impulse response has this fraction of the total energy."""
+
+
+def check_line_freq(value: Any, what: str) -> float:
+    """Check a mains frequency from a config or from a file.
+
+    Parameters
+    ----------
+    value : Any
+        The mains frequency in Hz.
+    what : str
+        Name of the value, for the error message.
+
+    Returns
+    -------
+    float
+        The mains frequency in Hz.
+
+    Raises
+    ------
+    ValueError
+        If the value is not a number within `LINE_FREQS`.
+    """
+    low, high = LINE_FREQS
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(
+            f"{what} is {one_line(value)[:40]}; mains have 50 or 60 Hz, so it must be a number from {low:g} to {high:g}"
+        )
+    return float(value)
 
 
 @dataclass(frozen=True, kw_only=True)

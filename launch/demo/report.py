@@ -27,7 +27,6 @@ LIBRARIES = ("dreamscale", "torch", "deepspeed", "accelerate", "diffusers", "tra
 JUDGE = "dataset-classifier"
 """Name of the classifier of categories in metrics.json."""
 _ACCURACY = ("accuracy", "chance", "n", "images", "p_value", "interval")
-_SIMILARITY = ("psnr", "ssim", "frechet_distance", "kernel_distance")
 
 
 def score_pictures(out: Path, seed: int) -> dict[str, Any]:
@@ -92,12 +91,9 @@ def read_scores(folder: Path) -> dict[str, Any]:
 
     def select(measured: dict[str, Any]) -> dict[str, Any]:
         accuracy = measured[f"accuracy[{JUDGE}]"]
-        similarity = {
-            key: value
-            for key, value in measured.items()
-            if isinstance(value, int | float) and key.split("[")[0] in _SIMILARITY
-        }
-        return {key: accuracy[key] for key in _ACCURACY} | {"image_metrics": similarity}
+        # In metrics.json, every metric of images is a number, and every accuracy is a dictionary of numbers.
+        metrics = {key: value for key, value in measured.items() if isinstance(value, int | float)}
+        return {key: accuracy[key] for key in _ACCURACY} | {"image_metrics": metrics}
 
     shuffled = select(found["shuffled"])
     donor = found["shuffled"].get(f"accuracy_of_eeg[{JUDGE}]")

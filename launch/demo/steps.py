@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from data_sharding.common.config import merge_configs
 from data_sharding.common.errors import RequestError
 from data_sharding.common.plain_yaml import parse_yaml
 from data_sharding.common.shipped import shipped_configs
-from launch.chain import Step, merge_configs
+from launch.chain import Step
 
 DEFAULT_OUT = "runs/demo"
 """Default output folder of the demo, with which paths in ``configs/demo`` begin. If the demo writes to another folder,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from data_sharding.common.config import merge_configs
 from pretrain.model.build import build_autoencoder, count_parameters
 from pretrain.runs.checkpoint import CheckpointReader, divide_by_size
 from pretrain.runs.distributed import World
@@ -154,7 +154,7 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
         generated["zero_optimization"]["offload_optimizer"] = pinned
         if config.offload == "all":
             generated["zero_optimization"]["offload_param"] = dict(pinned)
-    return merge(generated, config.deepspeed)
+    return merge_configs(generated, config.deepspeed)
 
 
 def start_engine(deepspeed: Any, config: PretrainConfig, device: torch.device) -> Any:
@@ -191,15 +191,6 @@ def start_engine(deepspeed: Any, config: PretrainConfig, device: torch.device) -
         engine.buffered_allreduce_fallback = lambda grads=None, elements_per_buffer=0: reduce(grads, 0)
     fill_optimizer_state(engine)
     return engine
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge two nested dictionaries into a new one; if both have a value for a key, the value of `over` is used."""
-    out = dict(base)
-    for key, value in over.items():
-        below = out.get(key)
-        out[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return out
 
 
 def fill_optimizer_state(engine: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from data_sharding.common.config import merge_configs
 from pretrain.runs.checkpoint import CheckpointReader, step_folder
 
 ROOT = Path(__file__).parents[2]
@@ -36,16 +37,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in over.items():
-        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out
-
-
 def write_config(path: Path, **over: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(merge(SMALL, over)))
+    path.write_text(yaml.safe_dump(merge_configs(SMALL, over)))
     return path
 
 

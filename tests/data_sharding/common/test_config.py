@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from data_sharding.common.config import parse_config, to_yaml
+from data_sharding.common.config import merge_configs, parse_config, to_yaml
 from data_sharding.common.errors import EXIT_BAD_REQUEST, EXIT_STOPPED, RankError, RequestError, StopRequested, run_main
 from data_sharding.processing.preprocess import PreprocessSpec
 
@@ -211,3 +211,14 @@ def test_help_shows_the_short_flags(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     # In the help for -o, Python 3.13 writes the name OUTPUT once, and older versions write it twice.
     assert "[-o OUTPUT]" in out.splitlines()[0] and re.search("-o( OUTPUT)?, --output OUTPUT", out)
+
+
+def test_nested_configs_are_merged_into_a_new_config() -> None:
+    base = {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
+    assert merge_configs(base, {"a": {"c": {"f": 3}}, "e": [2], "g": 4}) == {
+        "a": {"b": 1, "c": {"d": 2, "f": 3}},
+        "e": [2],
+        "g": 4,
+    }
+    assert merge_configs(base, {"a": 5}) == {"a": 5, "e": [1]} and merge_configs({"a": 5}, base) == base
+    assert base == {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
