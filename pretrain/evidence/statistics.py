@@ -1,20 +1,31 @@
-"""Confidence intervals and significance tests for the accuracies of a probe.
+"""Confidence intervals, significance tests and noise ceilings for the scores of trials.
 
 Trials of one image are not independent of each other, and neither are trials of one subject. Each interval and each
 test therefore treats all trials of an image, or all trials of a subject, as one unit (a cluster).
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`. In this file, V counts sets of values, R
+resamples, S people, I images, and P permutations.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+from numpy.typing import ArrayLike
+
+from data_sharding.common.errors import RequestError
 
 _EXACT = 14
 """Up to this number of clusters, the permutation test tries all combinations of signs (at most 2 ** 14
 combinations)."""
 FEWEST_SUBJECTS = 6
-"""Smallest number of subjects for which a permutation test over subjects can reach p < 0.05."""
+"""Smallest number of subjects for which a permutation test over subjects can reach p < 0.05. With fewer subjects, no
+claim about people is made."""
+FEWEST_IMAGES = 10
+"""Smallest number of images for which images are drawn in a bootstrap that decides about a verdict."""
+_CELLS = 4_000_000
+"""Largest number of cells of an array of resamples, to limit the memory."""
 
 
 def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, float]:
@@ -33,6 +44,7 @@ def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, 
         Wilson's interval for the effective number of trials. The effective number is the number of independent trials
         whose mean would have the same variance as the mean of the clustered trials.
     """
+    check_finite(hits_n, "the hits")
     _, image_n = np.unique(images_n, return_inverse=True)
     sums, counts = np.bincount(image_n, weights=hits_n), np.bincount(image_n)
     n, images, share = len(hits_n), len(sums), float(hits_n.mean())
@@ -69,6 +81,7 @@ def difference_interval(more_n: np.ndarray, clusters_n: np.ndarray, resamples: i
     low, high : float
         Lower and upper end of the interval.
     """
+    check_finite(more_n, "the differences")
     _, cluster_n = np.unique(clusters_n, return_inverse=True)
     sums, counts = np.bincount(cluster_n, weights=more_n), np.bincount(cluster_n)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
@@ -103,18 +116,58 @@ def crossed_interval(
     low, high : float
         Lower and upper end of the interval.
     """
-    rng = np.random.default_rng(seed)
-    means = []
-    drawn_n = [np.unique(names, return_inverse=True)[1] for names in (subjects_n, images_n)]
-    sizes = [int(number.max()) + 1 for number in drawn_n]
-    while len(means) < resamples:
-        weight_n = np.ones(len(values_n))
-        for number, size in zip(drawn_n, sizes, strict=True):
-            weight_n *= np.bincount(rng.integers(size, size=size), minlength=size)[number]
-        if total := weight_n.sum():  # With few subjects and images, the weights of all trials can be 0.
-            means.append(float((values_n * weight_n).sum() / total))
-    low, high = np.percentile(means, [2.5, 97.5])
+    (means_R,) = resample_crossed(np.asarray(values_n)[None], subjects_n, images_n, resamples, seed)
+    low, high = np.percentile(means_R, [2.5, 97.5])
     return float(low), float(high)
+
+
+def resample_crossed(
+    values_Vn: np.ndarray, subjects_n: np.ndarray, images_n: np.ndarray, resamples: int, seed: int
+) -> np.ndarray:
+    """Compute the means of resamples in which subjects and images are drawn at the same time; see `crossed_interval`.
+
+    Parameters
+    ----------
+    values_Vn : ndarray, [V, n]
+        Sets of values of the same trials. All sets are resampled in the same way.
+    subjects_n, images_n : ndarray, [n]
+        Subject and image of each trial.
+    resamples : int
+        Number of resamples.
+    seed : int
+        Seed of the random numbers for the resampling.
+
+    Returns
+    -------
+    ndarray, [V, R]
+        Mean of each set in each resample.
+
+    Raises
+    ------
+    RequestError
+        If a value is NaN or infinite.
+    """
+    check_finite(values_Vn, "the values of the trials")
+    subjects, subject_n = np.unique(subjects_n, return_inverse=True)
+    images, image_n = np.unique(images_n, return_inverse=True)
+    people, pictures = len(subjects), len(images)
+    cell_n = subject_n * pictures + image_n
+    sums_VSI = np.stack([np.bincount(cell_n, weights=values_n, minlength=people * pictures) for values_n in values_Vn])
+    sums_VSI = sums_VSI.reshape(-1, people, pictures)
+    counts_SI = np.bincount(cell_n, minlength=people * pictures).reshape(people, pictures).astype(float)
+    rng = np.random.default_rng(seed)
+    parts: list[np.ndarray] = []
+    while (missing := resamples - sum(part.shape[1] for part in parts)) > 0:
+        size = min(missing, max(1, _CELLS // pictures))
+        # How often each subject and each image is drawn.
+        drawn_RS = rng.multinomial(people, np.full(people, 1 / people), size=size).astype(float)
+        drawn_RI = rng.multinomial(pictures, np.full(pictures, 1 / pictures), size=size).astype(float)
+        total_R = ((drawn_RS @ counts_SI) * drawn_RI).sum(axis=1)
+        # With few subjects and images, the weights of all trials can be 0. Such a resample is drawn again.
+        good_R = total_R > 0
+        sums_VR = np.stack([((drawn_RS @ sums_SI) * drawn_RI).sum(axis=1) for sums_SI in sums_VSI])
+        parts.append(sums_VR[:, good_R] / total_R[good_R])
+    return np.concatenate(parts, axis=1)
 
 
 def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, seed: int) -> float:
@@ -142,6 +195,7 @@ def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, see
     """
     from scipy.stats import permutation_test
 
+    check_finite(more_n, "the differences")
     _, cluster_n = np.unique(clusters_n, return_inverse=True)
     sums = np.bincount(cluster_n, weights=more_n)
     # Leave out differences of zero, because a change of sign has no effect on them.
@@ -167,3 +221,249 @@ def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, see
         rng=np.random.default_rng(seed),
     )
     return float(found.pvalue)
+
+
+def check_finite(values: ArrayLike, what: str) -> None:
+    """Raise a `RequestError` if a value is NaN or infinite. `what` names the values in the message."""
+    array = np.asarray(values, float)
+    if bad := int((~np.isfinite(array)).sum()):
+        raise RequestError(
+            f"{what}: {bad} of {array.size} values are NaN or infinite; remove the cause of these values"
+        )
+
+
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """Correct the p-values of several tests, so that the probability of any false finding is at most the level.
+
+    Parameters
+    ----------
+    p_values : array, [m]
+        The p-values of all tests of a family.
+
+    Returns
+    -------
+    ndarray, [m]
+        Corrected p-values, at most 1. The smallest p-value is multiplied by m, the next one by m - 1, and so on, and no
+        corrected value is smaller than that of a smaller p-value.
+
+    References
+    ----------
+    Holm, Scandinavian Journal of Statistics 6 (1979).
+    """
+    p = np.asarray(p_values, float)
+    check_finite(p, "the p-values")
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p)))))
+    return corrected
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """Mean difference between two methods on the same trials, with its intervals and tests."""
+
+    mean: float
+    """Mean difference over all trials."""
+    over_images: tuple[float, float] | None
+    """95 % interval over images for the same people; None for fewer than two images."""
+    over_people: tuple[float, float] | None
+    """95 % interval over people; None for fewer than `FEWEST_SUBJECTS` people."""
+    decides: str
+    """What is drawn in the interval that decides: people and images, people, or images."""
+    interval: tuple[float, float]
+    """The 95 % interval that decides."""
+    p: float
+    """Two-sided p-value of the resamples of the interval that decides."""
+    p_people: float | None
+    """Two-sided p-value of `flip_test` over people; None for fewer than `FEWEST_SUBJECTS` people."""
+
+
+def compare_paired(
+    more_Vn: np.ndarray, images_n: np.ndarray, subjects_n: np.ndarray, *, resamples: int = 2000, seed: int = 0
+) -> list[PairedDifference]:
+    """Compute intervals and tests of paired differences, over images, over people, and over both.
+
+    Parameters
+    ----------
+    more_Vn : ndarray, [V, n]
+        Sets of differences of the same n trials, for example to several controls.
+    images_n, subjects_n : ndarray, [n]
+        Image and subject of each trial.
+    resamples : int
+        Number of bootstrap resamples, and of random permutations.
+    seed : int
+        Seed of the random numbers.
+
+    Returns
+    -------
+    list of PairedDifference
+        One result for each set. With at least `FEWEST_SUBJECTS` people and `FEWEST_IMAGES` images, people and images
+        are drawn for the interval that decides. With fewer people, only images are drawn, and the result holds only for
+        these people. With fewer images, only people are drawn, and the result holds only for these images.
+
+    Raises
+    ------
+    RequestError
+        If a difference is NaN or infinite, or if there are too few people and too few images.
+    """
+    check_finite(more_Vn, "the differences")
+    people, images = len(np.unique(subjects_n)), len(np.unique(images_n))
+    enough_people, enough_images = people >= FEWEST_SUBJECTS, images >= FEWEST_IMAGES
+    if not enough_people and not enough_images:
+        raise RequestError(
+            f"{people} people and {images} images are too few for an interval; give trials of at least "
+            f"{FEWEST_SUBJECTS} people or of at least {FEWEST_IMAGES} images"
+        )
+    one_n = np.zeros(len(images_n), int)
+    decides = " and ".join(["people"] * enough_people + ["images"] * enough_images)
+    drawn = (subjects_n if enough_people else one_n, images_n if enough_images else one_n)
+    means_VR = resample_crossed(more_Vn, *drawn, resamples, seed)
+    found = []
+    for more_n, means_R in zip(more_Vn, means_VR, strict=True):
+        low, high = np.percentile(means_R, [2.5, 97.5])
+        tail = min(int((means_R <= 0).sum()), int((means_R >= 0).sum()))
+        by_people = (more_n, subjects_n, resamples, seed)
+        found.append(
+            PairedDifference(
+                mean=float(more_n.mean()),
+                over_images=difference_interval(more_n, images_n, resamples, seed) if images > 1 else None,
+                over_people=difference_interval(*by_people) if enough_people else None,
+                decides=decides,
+                interval=(float(low), float(high)),
+                p=min(1.0, 2 * (1 + tail) / (1 + resamples)),
+                p_people=flip_test(*by_people) if enough_people else None,
+            )
+        )
+    return found
+
+
+def permute_labels(
+    labels_n: np.ndarray, blocks_n: np.ndarray, images_n: np.ndarray, permutations: int, seed: int
+) -> np.ndarray:
+    """Shuffle labels within blocks. All repeats of an image in a block keep one common label.
+
+    Parameters
+    ----------
+    labels_n : ndarray, [n]
+        Label of each trial. All trials of an image have the same label.
+    blocks_n : ndarray, [n]
+        Block of each trial, for example from `pretrain.evidence.trials.find_neighbourhoods`.
+    images_n : ndarray, [n]
+        Image of each trial.
+    permutations : int
+        Number of shuffles.
+    seed : int
+        Seed of the random numbers.
+
+    Returns
+    -------
+    ndarray, [P, n]
+        Shuffled labels. In each block, the labels of the different images are exchanged between these images.
+
+    Raises
+    ------
+    RequestError
+        If trials of one image have different labels.
+    """
+    (_, block_n), (_, image_n) = (np.unique(names, return_inverse=True) for names in (blocks_n, images_n))
+    label_n = np.unique(labels_n, return_inverse=True)[1]
+    if np.unique(np.stack([image_n, label_n]), axis=1).shape[1] > image_n.max() + 1:
+        raise RequestError("trials of one image have different labels; give each image one label")
+    _, first, unit_n = np.unique(block_n * (image_n.max() + 1) + image_n, return_index=True, return_inverse=True)
+    # `first` is sorted by block, so the images of a block are neighbours in the arrays of units.
+    label_U, block_U = np.asarray(labels_n)[first], block_n[first]
+    rng = np.random.default_rng(seed)
+    shuffled = [label_U[np.lexsort((rng.random(len(first)), block_U))][unit_n] for _ in range(permutations)]
+    return np.stack(shuffled)
+
+
+def split_half_reliability(values_nF: np.ndarray, images_n: np.ndarray, *, splits: int = 100, seed: int = 0) -> float:
+    """Compute the noise ceiling of responses to images from split halves of the repeats.
+
+    Parameters
+    ----------
+    values_nF : ndarray, [n, F]
+        Values of each trial, such as features of the EEG or an embedding that is predicted from the EEG.
+    images_n : ndarray, [n]
+        Image of each trial. To measure the reliability within people, give a name of person and image.
+    splits : int
+        Number of random splits.
+    seed : int
+        Seed of the random splits.
+
+    Returns
+    -------
+    float
+        Correlation between the mean of one half of the repeats and the mean of the other half, over images, averaged
+        over features and splits, and corrected to all repeats by the formula of Spearman and Brown, 2 r / (1 + r). A
+        model of the noise-free response to the image can reach a correlation of about the square root of this value
+        with the mean of all repeats.
+
+    Raises
+    ------
+    RequestError
+        If a value is NaN or infinite, if fewer than three images have two trials, or if no feature varies.
+    """
+    check_finite(values_nF, "the values of the trials")
+    values_nF = np.asarray(values_nF, float)
+    _, image_n, count_n = np.unique(images_n, return_inverse=True, return_counts=True)
+    kept = count_n[image_n] >= 2
+    if (count_n >= 2).sum() < 3:
+        raise RequestError("fewer than three images have repeats; the noise ceiling needs repeats of at least 3 images")
+    x_nF, image_n = values_nF[kept], np.unique(image_n[kept], return_inverse=True)[1]
+    rng = np.random.default_rng(seed)
+    found = [_correlate_halves(x_nF, image_n, rng) for _ in range(splits)]
+    if not np.isfinite(found).any():
+        raise RequestError("no feature varies between images, so there is no correlation; give features that vary")
+    r = float(np.nanmean(found))
+    return 2 * r / (1 + r) if r > -1 else -1.0
+
+
+def _correlate_halves(x_nF: np.ndarray, image_n: np.ndarray, rng: np.random.Generator) -> float:
+    """Split the repeats of each image into two halves, and correlate the means of the halves over images."""
+    order = np.lexsort((rng.random(len(image_n)), image_n))
+    begin_I = np.flatnonzero(np.diff(image_n[order], prepend=-1))
+    place_n = np.arange(len(order)) - np.repeat(begin_I, np.diff(begin_I, append=len(order)))
+    halves = []
+    for half in (0, 1):
+        rows = order[place_n % 2 == half]
+        sums_IF = np.zeros((len(begin_I), x_nF.shape[1]))
+        np.add.at(sums_IF, image_n[rows], x_nF[rows])
+        halves.append(sums_IF / np.bincount(image_n[rows])[:, None])
+    first_IF, other_IF = (half - half.mean(axis=0) for half in halves)
+    scale_F = np.sqrt((first_IF**2).sum(axis=0) * (other_IF**2).sum(axis=0))
+    good = scale_F > 1e-12
+    return float(((first_IF * other_IF).sum(axis=0)[good] / scale_F[good]).mean()) if good.any() else np.nan
+
+
+def repeat_agreement(predicted_n: np.ndarray, images_n: np.ndarray) -> float:
+    """Compute how often two repeats of one image get the same predicted label.
+
+    Parameters
+    ----------
+    predicted_n : ndarray, [n]
+        Predicted label of each trial.
+    images_n : ndarray, [n]
+        Image of each trial. To measure the agreement within people, give a name of person and image.
+
+    Returns
+    -------
+    float
+        Share of pairs of repeats with the same prediction; each image has the same weight. Predictions that differ
+        between repeats of an image cannot all be right. If repeats are independent, the expected accuracy of single
+        trials is at most the square root of the agreement.
+
+    Raises
+    ------
+    RequestError
+        If no image has two trials.
+    """
+    _, image_n, count_I = np.unique(images_n, return_inverse=True, return_counts=True)
+    labels, label_n = np.unique(predicted_n, return_inverse=True)
+    if not (count_I >= 2).any():
+        raise RequestError("no image has two trials; the agreement of repeats needs repeated images")
+    votes_IL = np.zeros((len(count_I), len(labels)))
+    np.add.at(votes_IL, (image_n, label_n), 1)
+    kept = count_I >= 2
+    pairs_I = (votes_IL * (votes_IL - 1)).sum(axis=1)[kept] / (count_I * (count_I - 1))[kept]
+    return float(pairs_I.mean())

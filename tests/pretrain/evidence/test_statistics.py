@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pretrain.evidence.statistics import accuracy_interval, crossed_interval, difference_interval, flip_test
+from data_sharding.common.errors import RequestError
+from pretrain.evidence.statistics import (
+    accuracy_interval,
+    compare_paired,
+    crossed_interval,
+    difference_interval,
+    flip_test,
+    holm,
+    permute_labels,
+    repeat_agreement,
+    split_half_reliability,
+)
 
 
 def test_the_crossed_interval_is_as_wide_as_the_fewest_clusters_demand() -> None:
@@ -62,3 +73,115 @@ def test_clusters_widen_the_intervals() -> None:
     wide, narrow = (difference_interval(hits, c, 500, 0) for c in (images, np.arange(300)))
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
     assert flip_test(hits - 0.45, images, 2000, 0) > flip_test(hits - 0.45, np.arange(300), 2000, 0)
+
+
+def test_the_crossed_interval_agrees_with_resampling_trial_by_trial() -> None:
+    rng = np.random.default_rng(1)
+    keep = rng.random(60) < 0.8
+    subjects, images = np.repeat(np.arange(5), 12)[keep], np.tile(np.arange(12), 5)[keep]
+    values = rng.normal(0.2, 1, len(images))
+    means = []
+    for _ in range(4000):
+        weight = np.bincount(rng.integers(5, size=5), minlength=5)[subjects]
+        weight = weight * np.bincount(rng.integers(12, size=12), minlength=12)[images]
+        if weight.sum():
+            means.append((values * weight).sum() / weight.sum())
+    found = crossed_interval(values, subjects, images, 4000, 0)
+    np.testing.assert_allclose(found, np.percentile(means, [2.5, 97.5]), atol=0.04)
+
+
+def test_nan_is_refused() -> None:
+    values = np.array([0.0, np.nan, 1.0])
+    with pytest.raises(RequestError, match="1 of 3 values are NaN"):
+        crossed_interval(values, np.arange(3), np.arange(3), 10, 0)
+    for test in (difference_interval, flip_test):
+        with pytest.raises(RequestError, match="NaN"):
+            test(values, np.arange(3), 10, 0)
+    with pytest.raises(RequestError, match="NaN"):
+        accuracy_interval(values, np.arange(3))
+    with pytest.raises(RequestError, match="NaN"):
+        holm([0.1, np.nan])
+    with pytest.raises(RequestError, match="NaN"):
+        split_half_reliability(values[:, None], np.zeros(3))
+
+
+def test_holm_agrees_with_its_definition() -> None:
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm([0.5, 0.6]), [1.0, 1.0])
+    assert holm([]).shape == (0,)
+
+
+class TestPairedDifferences:
+    people, images = np.repeat(np.arange(8), 20), np.tile(np.arange(20), 8)
+
+    def test_what_decides_depends_on_the_number_of_people_and_images(self) -> None:
+        more = np.random.default_rng(0).normal(0.5, 1, (1, 160))
+        (both,) = compare_paired(more, self.images, self.people, resamples=500)
+        assert both.decides == "people and images"
+        assert both.over_people is not None and both.p_people is not None
+        few = self.people < 3
+        (same_people,) = compare_paired(more[:, few], self.images[few], self.people[few], resamples=500)
+        assert (same_people.decides, same_people.over_people, same_people.p_people) == ("images", None, None)
+        (same_images,) = compare_paired(more, self.images % 4, self.people, resamples=500)
+        assert same_images.decides == "people"
+        with pytest.raises(RequestError, match="too few for an interval"):
+            compare_paired(more[:, few], self.images[few] % 4, self.people[few])
+
+    def test_p_agrees_with_the_interval(self) -> None:
+        rng = np.random.default_rng(3)
+        more = rng.normal(0, 1, (40, 160)) + np.linspace(-0.6, 0.6, 40)[:, None]
+        for found in compare_paired(more, self.images, self.people, resamples=500):
+            low, high = found.interval
+            if found.p < 0.04:
+                assert low > 0 or high < 0
+            if found.p > 0.06:
+                assert low < 0 < high
+
+    def test_equal_methods_have_p_of_1(self) -> None:
+        (found,) = compare_paired(np.zeros((1, 160)), self.images, self.people, resamples=200)
+        assert (found.p, found.p_people, found.interval) == (1.0, 1.0, (0.0, 0.0))
+
+
+class TestShuffledLabels:
+    def test_repeats_in_a_block_move_together_and_blocks_keep_their_labels(self) -> None:
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 30, 200)
+        labels, blocks = images % 4, rng.integers(0, 9, 200)
+        shuffled = permute_labels(labels, blocks, images, 20, 0)
+        assert (shuffled != labels).any(axis=1).all()
+        for block in range(9):
+            rows = np.flatnonzero(blocks == block)
+            _, first, unit = np.unique(images[rows], return_index=True, return_inverse=True)
+            for row in shuffled[:, rows]:
+                assert (row == row[first][unit]).all()
+                assert sorted(row[first]) == sorted(labels[rows][first])
+
+    def test_labels_in_blocks_of_one_label_stay(self) -> None:
+        labels = np.repeat([0, 1, 2], 5)
+        assert (permute_labels(labels, labels, np.arange(15), 5, 0) == labels).all()
+
+    def test_an_image_with_two_labels_is_refused(self) -> None:
+        with pytest.raises(RequestError, match="one label"):
+            permute_labels(np.array([0, 1]), np.zeros(2), np.zeros(2), 1, 0)
+
+
+class TestNoiseCeiling:
+    def test_the_reliability_of_known_noise(self) -> None:
+        rng = np.random.default_rng(0)
+        images = np.repeat(np.arange(300), 4)
+        values = rng.normal(0, 1, (300, 3))[images] + rng.normal(0, 2, (1200, 3))
+        # The mean of four repeats has the variance 1 of the image and 4 / 4 of the noise.
+        assert split_half_reliability(values, images, splits=20) == pytest.approx(0.5, abs=0.05)
+        assert abs(split_half_reliability(rng.normal(size=(1200, 3)), images, splits=20)) < 0.2
+
+    def test_too_few_repeats(self) -> None:
+        with pytest.raises(RequestError, match="repeats"):
+            split_half_reliability(np.zeros((4, 1)), np.array([0, 0, 1, 2]))
+        with pytest.raises(RequestError, match="varies"):
+            split_half_reliability(np.zeros((6, 1)), np.array([0, 0, 1, 1, 2, 2]))
+        with pytest.raises(RequestError, match="two trials"):
+            repeat_agreement(np.zeros(3), np.arange(3))
+
+    def test_agreement_of_repeats(self) -> None:
+        assert repeat_agreement(np.array([1, 1, 1, 0, 2]), np.array([0, 0, 0, 1, 2])) == 1.0
+        assert repeat_agreement(np.array([1, 2, 1, 0, 0]), np.array([0, 0, 0, 1, 1])) == pytest.approx((1 / 3 + 1) / 2)
