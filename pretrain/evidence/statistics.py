@@ -279,7 +279,13 @@ class PairedDifference:
 
 
 def compare_paired(
-    more_Vn: np.ndarray, images_n: np.ndarray, subjects_n: np.ndarray, *, resamples: int = 2000, seed: int = 0
+    more_Vn: np.ndarray,
+    images_n: np.ndarray,
+    subjects_n: np.ndarray,
+    *,
+    same_people: bool = False,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> list[PairedDifference]:
     """Compute intervals and tests of paired differences, over images, over people, and over both.
 
@@ -289,6 +295,8 @@ def compare_paired(
         Sets of differences of the same n trials, for example to several controls.
     images_n, subjects_n : ndarray, [n]
         Image and subject of each trial.
+    same_people : bool
+        True for a question about these people only: people are not drawn for the interval that decides.
     resamples : int
         Number of bootstrap resamples, and of random permutations.
     seed : int
@@ -308,7 +316,7 @@ def compare_paired(
     """
     check_finite(more_Vn, "the differences")
     people, images = len(np.unique(subjects_n)), len(np.unique(images_n))
-    enough_people, enough_images = people >= FEWEST_SUBJECTS, images >= FEWEST_IMAGES
+    enough_people, enough_images = people >= FEWEST_SUBJECTS and not same_people, images >= FEWEST_IMAGES
     if not enough_people and not enough_images:
         raise RequestError(
             f"{people} people and {images} images are too few for an interval; give trials of at least "

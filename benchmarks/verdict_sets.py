@@ -1,0 +1,355 @@
+"""Constructed sets of trials whose true verdict is known, for `benchmarks/verdict_rates.py` and for the tests.
+
+A set is a small experiment in arrays: people look at images, features of the EEG are simulated, ridge regression learns
+to predict an embedding of the image, and all controls are computed by the code that real data use.
+
+Array shapes: n trials, I images, L labels, D width of an embedding, F features of the EEG.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+
+import numpy as np
+
+from pretrain.evidence.predictors import predict_from_features, predict_from_time
+from pretrain.evidence.ridge import STRENGTHS, ridge_scores
+from pretrain.evidence.rules import Control, Evidence, NotApplicable
+from pretrain.evidence.trials import TrialTable, derange_within, find_neighbourhoods, group_by, merge_copies
+
+WIDTH = 8
+FEATURES = 12
+"""Features of a trial: six channels in two parts of the window after the picture, or before it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Design:
+    """Settings of a constructed set."""
+
+    people: int = 8
+    labels: int = 4
+    images: int = 40
+    """Images of each label."""
+    recordings: int = 2
+    """Recordings of each person. Every person sees every image once, and the images are divided over the recordings."""
+    category: float = 1.0
+    """Strength of the response to the category; the noise of a feature has the standard deviation 1."""
+    exemplar: float = 1.0
+    """Strength of the response to the image within its category."""
+    strong_people: int | None = None
+    """Number of people who have a response; all by default."""
+    drift: float = 0.0
+    """Standard deviation of the step of the drift from one trial to the next; the drift is a random walk."""
+    blocks: bool = False
+    """Whether all images of a label are shown one after the other in each recording."""
+    common: bool = False
+    """Whether the blocks of all people have the same order."""
+    trend: float = 0.0
+    """Change of the EEG from the beginning to the end of a recording; the change is the same for all people."""
+    split: str = "images"
+    """images: a quarter of the images is for the test. time: a quarter of the time of each recording is for the test,
+    and every person has images of their own. trials: a quarter of the trials. people: the last half of the people, and
+    a quarter of the images. labels: half of the labels."""
+    labels_of_person: int | None = None
+    """Number of labels that a person sees; all by default. EEG then has an offset for each person."""
+    skewed: bool = False
+    """Whether seven of ten images have the first label."""
+    generator: str = "ridge"
+    """ridge: shows the predicted embedding. memory: shows the training image that is nearest to the predicted
+    embedding. constant: shows the commonest training label. collapsed: shows the same embedding in all trials."""
+    copies: int = 1
+    """Number of names under which each image is stored. The names are merged as after a search for copies."""
+    forged: bool = False
+    """Whether the shuffled control has the EEG of the trial itself."""
+
+
+CLEAN = Design(category=0.6)
+NULL = Design(category=0, exemplar=0)
+CONCEPTS = Design(labels=16, images=5, split="labels", category=1.5, exemplar=1.5)
+SETS: dict[str, tuple[Design, str]] = {
+    "clean": (CLEAN, "signal"),
+    "clean, new people": (replace(CLEAN, people=12, split="people"), "signal"),
+    "clean, with drift": (replace(CLEAN, drift=0.1), "signal"),
+    "clean, three people": (replace(CLEAN, people=3), "signal"),
+    "random order, block-wise split, drift and response": (replace(CLEAN, split="time", drift=0.1), "signal"),
+    "new concepts, good generator": (CONCEPTS, "signal"),
+    "null": (NULL, "no signal"),
+    "null, images have responses of their own": (replace(NULL, exemplar=1.5), "no signal"),
+    "null, twelve test images under four names each": (replace(NULL, exemplar=1.5, images=12, copies=4), "no signal"),
+    "null, three people": (replace(NULL, people=3), "no signal"),
+    "random order, block-wise split, drift": (replace(NULL, split="time", drift=0.5), "no signal"),
+    "blocks and drift": (replace(NULL, blocks=True, drift=0.5), "confounded"),
+    "blocks and drift, four people": (replace(NULL, people=4, recordings=1, blocks=True, drift=0.5), "confounded"),
+    "blocks, drift and response": (replace(CLEAN, blocks=True, drift=0.5), "confounded"),
+    "one order of blocks for all, common trend, new people": (
+        replace(NULL, people=12, recordings=1, split="people", blocks=True, common=True, trend=4.0),
+        "confounded",
+    ),
+    "labels tied to people": (replace(NULL, labels_of_person=2), "confounded"),
+    "repeated images in both splits": (replace(CLEAN, recordings=4, split="trials"), "not judgeable"),
+    "category only": (replace(CLEAN, exemplar=0), "category only"),
+    "new concepts, remembering generator": (replace(CONCEPTS, generator="memory"), "category only"),
+    "skewed labels, constant generator": (replace(CLEAN, skewed=True, generator="constant"), "no signal"),
+    "collapsed embeddings": (replace(CLEAN, generator="collapsed"), "no signal"),
+    "one strong person of eight": (Design(strong_people=1, category=4.0, exemplar=4.0), "no signal"),
+    "shuffled control with the trial's own EEG": (replace(CLEAN, forged=True), "no signal"),
+}
+"""Settings and true verdict of each set. In each set, the order of the trials is declared to be random, so that only
+the scores can show a block design."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Images:
+    label_I: np.ndarray
+    embedding_ID: np.ndarray
+    response_IF: np.ndarray
+    """[I, F] response of the EEG to each image."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Trials:
+    table: TrialTable
+    image_n: np.ndarray
+    """[n] number of the image of each trial."""
+    eeg_nF: np.ndarray
+    baseline_nF: np.ndarray
+
+    def select(self, chosen_n: np.ndarray) -> _Trials:
+        return _Trials(
+            table=self.table.select(chosen_n),
+            image_n=self.image_n[chosen_n],
+            eeg_nF=self.eeg_nF[chosen_n],
+            baseline_nF=self.baseline_nF[chosen_n],
+        )
+
+
+def make_evidence(design: Design, seed: int) -> Evidence:
+    """Simulate a set, train the model, and compute all controls.
+
+    Parameters
+    ----------
+    design : Design
+        Settings of the set.
+    seed : int
+        Seed of all random numbers.
+
+    Returns
+    -------
+    Evidence
+        The evidence for `pretrain.evidence.rules.judge`.
+    """
+    rng = np.random.default_rng([seed, 7])
+    images = _make_images(design, rng)
+    trials = _simulate(design, images, rng)
+    train, test = (trials.select(chosen_n) for chosen_n in _split(design, images, trials, rng))
+    generator, measure = _Generator(design, images, train), _Measure(design, images, train, test)
+    x_nF, n = test.eeg_nF, len(test.table)
+    everywhere = np.arange(n) if design.forged else derange_within(np.zeros(n), test.image_n, seed)[0]
+    within, alone_n = derange_within(find_neighbourhoods(test.table), test.image_n, seed)
+    noise_nF = x_nF * rng.choice([-1.0, 1.0], x_nF.shape)
+    own_nD = generator.show(x_nF)
+    return Evidence(
+        trials=test.table,
+        train=train.table,
+        design="random",
+        design_evidence="declared by the constructed set",
+        hits_n=measure.hits(own_nD),
+        chance=measure.chance,
+        controls={
+            "shuffle": _control(measure.hits(generator.show(x_nF[everywhere]))),
+            "shuffle_within": _control(measure.hits(generator.show(x_nF[within])), alone_n),
+            "noise": _control(measure.hits(generator.show(noise_nF))),
+            "no_eeg": _control(measure.hits(generator.show(np.zeros_like(x_nF)))),
+            "eyes": NotApplicable(reason="the constructed set has no eye channels."),
+            "nearest": _control(measure.hits(generator.remember(own_nD))),
+            **_predict(design, train, test, seed),
+        },
+        identification_n=measure.identify(own_nD),
+        judge_n=measure.judge(),
+        new_people=design.split == "people",
+        new_concepts=design.split == "labels",
+    )
+
+
+def _control(hits_n: np.ndarray, left_out_n: np.ndarray | None = None) -> Control:
+    return Control(hits_n=np.asarray(hits_n, float), checked=True, left_out_n=left_out_n)
+
+
+def _predict(design: Design, train: _Trials, test: _Trials, seed: int) -> dict[str, Control | NotApplicable]:
+    """Predict the labels of the test trials from time and from the baseline."""
+    if design.split == "labels":
+        return dict.fromkeys(("time", "baseline"), NotApplicable(reason="no test label is in the training trials."))
+    found = {
+        "time": predict_from_time(train.table, test.table),
+        "baseline": predict_from_features(train.baseline_nF, train.table.labels_n, test.baseline_nF, seed=seed),
+    }
+    return {name: _control(found_n == test.table.labels_n) for name, found_n in found.items()}
+
+
+def _make_images(design: Design, rng: np.random.Generator) -> _Images:
+    # If the split is by time, every person has images of their own.
+    sets = design.people if design.split == "time" else 1
+    label_I = np.tile(np.repeat(np.arange(design.labels), design.images), sets)
+    if design.skewed:
+        label_I = np.where(rng.random(len(label_I)) < 0.6, 0, label_I)
+    prototype_LD = rng.normal(0, 1, (design.labels, WIDTH))
+    own_ID = rng.normal(0, 0.5, (len(label_I), WIDTH))
+    embedding_ID = prototype_LD[label_I] + own_ID
+    if design.category == 0:
+        # The responses to single images must have nothing to do with the embeddings.
+        own_ID = rng.normal(0, 0.5, own_ID.shape)
+    to_eeg_DF = rng.normal(0, 1 / np.sqrt(WIDTH), (WIDTH, FEATURES))
+    response_IF = (design.category * prototype_LD[label_I] + design.exemplar * own_ID) @ to_eeg_DF
+    return _Images(label_I=label_I, embedding_ID=embedding_ID, response_IF=response_IF)
+
+
+def _order_images(design: Design, images: _Images, person: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Return the images of each recording of a person in the order in which they are shown."""
+    shown = np.arange(len(images.label_I))
+    if design.split == "time":
+        shown = np.array_split(shown, design.people)[person]
+    if design.labels_of_person is not None:
+        seen = (np.arange(design.labels_of_person) + design.labels_of_person * person) % design.labels
+        shown = shown[np.isin(images.label_I[shown], seen)]
+    shown = rng.permutation(np.repeat(shown, design.copies))
+    parts = np.array_split(shown, design.recordings)
+    if design.split == "trials":
+        # The second half of the recordings shows the images of the first half again.
+        parts = np.array_split(shown, design.recordings // 2) * 2
+    parts = [rng.permutation(part) for part in parts]
+    if not design.blocks:
+        return parts
+    ranks = [np.arange(design.labels) if design.common else rng.permutation(design.labels) for _ in parts]
+    return [
+        part[np.argsort(rank[images.label_I[part]], kind="stable")] for part, rank in zip(parts, ranks, strict=True)
+    ]
+
+
+def _simulate(design: Design, images: _Images, rng: np.random.Generator) -> _Trials:
+    """Show the images to all people, and simulate features of the EEG before and after each picture."""
+    image_n, person_n, recording_n, time_n, drift_nF = [], [], [], [], []
+    for person in range(design.people):
+        for recording, order in enumerate(_order_images(design, images, person, rng)):
+            image_n.append(order)
+            person_n.append(np.full(len(order), person))
+            recording_n.append(np.full(len(order), recording))
+            time_n.append(np.cumsum(rng.uniform(2, 4, len(order))))
+            walk_nF = np.cumsum(rng.normal(0, design.drift, (len(order), FEATURES)), axis=0)
+            drift_nF.append(walk_nF + np.linspace(0, design.trend, len(order))[:, None])
+    image_n, person_n, recording_n = (np.concatenate(parts) for parts in (image_n, person_n, recording_n))
+    n = len(image_n)
+    strong = design.people if design.strong_people is None else design.strong_people
+    gain_n = rng.uniform(0.7, 1.3, design.people)[person_n] * (person_n < strong)
+    spread = 1.0 if design.labels_of_person else 0.2
+    slow_nF = np.concatenate(drift_nF) + rng.normal(0, spread, (design.people, FEATURES))[person_n]
+    names_n = np.array([f"image-{image}" for image in image_n])
+    if design.copies > 1:
+        names_n = np.char.add(names_n, [f"-copy-{copy}" for copy in rng.integers(0, design.copies, n)])
+        first = {str(name).rsplit("-copy-", 1)[0]: str(name) for name in names_n}
+        names_n = merge_copies(names_n, [(str(name), first[str(name).rsplit("-copy-", 1)[0]]) for name in names_n])
+    table = TrialTable(
+        labels_n=images.label_I[image_n],
+        images_n=names_n,
+        subjects_n=np.char.add("person-", person_n.astype(str)),
+        sessions_n=np.full(n, ""),
+        recordings_n=np.char.add("recording-", recording_n.astype(str)),
+        times_n=np.concatenate(time_n),
+    )
+    return _Trials(
+        table=table,
+        image_n=image_n,
+        eeg_nF=gain_n[:, None] * images.response_IF[image_n] + slow_nF + rng.normal(0, 1, (n, FEATURES)),
+        baseline_nF=slow_nF + rng.normal(0, 1, (n, FEATURES)),
+    )
+
+
+def _split(design: Design, images: _Images, trials: _Trials, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return masks of the training trials and of the test trials."""
+    table, n = trials.table, len(trials.table)
+    if design.split == "labels":
+        test_n = table.labels_n >= design.labels // 2
+    elif design.split == "trials":
+        test_n = rng.random(n) < 0.25
+    elif design.split == "time":
+        # One of four parts of each recording is for the test.
+        test_n = np.zeros(n, bool)
+        recording_n = group_by(table.subjects_n, table.recordings_n)
+        for recording in range(recording_n.max() + 1):
+            rows = np.flatnonzero(recording_n == recording)
+            test_n[np.array_split(rows, 4)[rng.integers(4)]] = True
+    else:
+        held_I = np.zeros(len(images.label_I), bool)
+        for label in np.unique(images.label_I):
+            rows = rng.permutation(np.flatnonzero(images.label_I == label))
+            held_I[rows[: max(2, len(rows) // 4)]] = True
+        test_n = held_I[trials.image_n]
+    if design.split != "people":
+        return ~test_n, test_n
+    new_n = group_by(table.subjects_n) >= design.people // 2
+    return ~test_n & ~new_n, test_n & new_n
+
+
+class _Generator:
+    """Ridge regression from EEG to embeddings, and what is shown for a predicted embedding."""
+
+    def __init__(self, design: Design, images: _Images, train: _Trials) -> None:
+        self.kind = design.generator
+        self.known_nD = images.embedding_ID[train.image_n]
+        self.mean_F, self.scale_F = train.eeg_nF.mean(axis=0), train.eeg_nF.std(axis=0)
+        self.x_nF = (train.eeg_nF - self.mean_F) / self.scale_F
+        labels_n = train.table.labels_n
+        self.constant_D = self.known_nD[labels_n == np.bincount(labels_n).argmax()].mean(axis=0)
+
+    def show(self, eeg_nF: np.ndarray) -> np.ndarray:
+        """Return the embedding of the image that is shown for each trial."""
+        if self.kind in ("constant", "collapsed"):
+            fixed_D = self.constant_D if self.kind == "constant" else self.known_nD.mean(axis=0)
+            return np.tile(fixed_D, (len(eeg_nF), 1))
+        new_nF = (eeg_nF - self.mean_F) / self.scale_F
+        found_nD = list(ridge_scores(self.x_nF, self.known_nD, new_nF))[len(STRENGTHS) // 2 - 2]
+        return self.remember(found_nD) if self.kind == "memory" else found_nD
+
+    def remember(self, found_nD: np.ndarray) -> np.ndarray:
+        """Return the embedding of the training image that is nearest to each embedding."""
+        return self.known_nD[_distances(found_nD, self.known_nD).argmin(axis=1)]
+
+
+class _Measure:
+    """Scores of shown embeddings."""
+
+    def __init__(self, design: Design, images: _Images, train: _Trials, test: _Trials) -> None:
+        self.images, self.seen_n = images, test.image_n
+        self.gallery = np.unique(test.image_n)
+        self.new_concepts = design.split == "labels"
+        known_nD, labels_n = images.embedding_ID[train.image_n], train.table.labels_n
+        self.centre_LD = np.stack([known_nD[labels_n == label].mean(axis=0) for label in np.unique(labels_n)])
+        self.chance = 0.5 if self.new_concepts else 1 / design.labels
+
+    def hits(self, shown_nD: np.ndarray, seen_n: np.ndarray | None = None) -> np.ndarray:
+        """Return 1 for the right category; for new concepts, the share of images of other concepts that are farther."""
+        seen_n = self.seen_n if seen_n is None else seen_n
+        if self.new_concepts:
+            return self._rank(shown_nD, seen_n, same_label=False)
+        return (_distances(shown_nD, self.centre_LD).argmin(axis=1) == self.images.label_I[seen_n]).astype(float)
+
+    def identify(self, shown_nD: np.ndarray) -> np.ndarray:
+        """Return the share of other images of the same category that are farther than the seen image."""
+        return self._rank(shown_nD, self.seen_n, same_label=True)
+
+    def judge(self) -> np.ndarray:
+        """Return the scores of the real test images."""
+        return self.hits(self.images.embedding_ID[self.gallery], self.gallery)
+
+    def _rank(self, shown_nD: np.ndarray, seen_n: np.ndarray, *, same_label: bool) -> np.ndarray:
+        far_nI = _distances(shown_nD, self.images.embedding_ID[self.gallery])
+        own_n = far_nI[np.arange(len(seen_n)), np.searchsorted(self.gallery, seen_n)]
+        label_I = self.images.label_I
+        other_nI = (label_I[self.gallery] == label_I[seen_n, None]) == same_label
+        other_nI &= self.gallery != seen_n[:, None]
+        better_nI = (far_nI > own_n[:, None]) + 0.5 * (far_nI == own_n[:, None])
+        return (better_nI * other_nI).sum(axis=1) / other_nI.sum(axis=1)
+
+
+def _distances(a_nD: np.ndarray, b_mD: np.ndarray) -> np.ndarray:
+    return np.round(((a_nD[:, None] - b_mD[None]) ** 2).sum(axis=-1), 9)

@@ -1,0 +1,576 @@
+"""Written rules that turn scores and controls into a verdict in words.
+
+`judge` applies `RULES` in their order; the first rule that holds gives the word:
+
+=============  =====================================================================================
+confounded     the label can be predicted without a response to the picture
+not judgeable  the data or the judge cannot show a signal, even if there is one
+no signal      the score is not better than a control that has no right response
+category only  the score carries the category of the picture, and nothing more about the picture
+signal         the score is better than every control
+=============  =====================================================================================
+
+A comparison *holds* if three conditions are met. First, its 95 % interval lies above 0: the bootstrap draws people and
+images at the same time if there are enough of both (see `pretrain.evidence.statistics.compare_paired`). For predictors
+that see no response, only images are drawn, because such a predictor is a fault of these data. Second, its
+p-value is below `LEVEL` after Holm's correction over all comparisons of the same question. Third, in a comparison of
+the model's own score, the permutation test over people has p below `LEVEL`, if there are enough people for this test.
+The third condition is needed because a bootstrap over few people is too narrow, and because one strong person of
+eight shows nothing about people.
+
+docs/evaluation.md explains the controls, the words and the limits. Array shapes: n trials.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sharding.common.errors import RequestError
+from pretrain.evidence.statistics import (
+    FEWEST_IMAGES,
+    FEWEST_SUBJECTS,
+    PairedDifference,
+    accuracy_interval,
+    check_finite,
+    compare_paired,
+    holm,
+)
+from pretrain.evidence.trials import TrialTable, join_tables, label_is_constant_in_recordings
+
+Word = Literal["confounded", "not judgeable", "no signal", "category only", "signal"]
+Design = Literal["random", "block", "unknown"]
+
+LEVEL = 0.05
+"""Largest corrected p-value of a comparison that holds."""
+FEWEST_TRIALS = 20
+"""Smallest number of test trials for a verdict, and smallest number of usable trials of a control."""
+NOTHING_LOST = 0.5
+"""If the shuffle within neighbourhoods keeps this share of the score above the shuffle over all trials, the shuffle
+within neighbourhoods costs nothing that can be measured."""
+CONTROLS = {
+    "shuffle": "EEG of another trial of the whole split",
+    "shuffle_within": "EEG of another trial of the same neighbourhood in time",
+    "noise": "noise with the spectrum of the trial's EEG",
+    "no_eeg": "no EEG",
+    "time": "a predictor that sees only the person, the recording and the time",
+    "baseline": "a predictor that sees only the EEG before the picture",
+    "eyes": "a predictor that sees only eye and face channels",
+    "nearest": "the training image that is nearest to the generated image",
+}
+"""Name of each control, and what the control uses in place of the right EEG."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotApplicable:
+    """A control or measure that the data cannot give."""
+
+    reason: str
+    """Why the data cannot give the control, as one sentence for the report."""
+
+    def __post_init__(self) -> None:
+        if not self.reason.strip():
+            raise RequestError("a control is not applicable without a reason; say why the data cannot give the control")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Control:
+    """Scores of a control on the same trials as the model's own scores."""
+
+    hits_n: NDArray[np.float64]
+    """[n] score of each trial, from 0 to 1."""
+    checked: bool
+    """Whether the control was checked to be a control: the same model, seeds and trials, and really other EEG; for a
+    predictor, that it sees nothing but its input."""
+    left_out_n: NDArray[np.bool_] | None = None
+    """[n] True for trials for which the control could not be made, such as trials that are alone in their
+    neighbourhood. The comparison leaves these trials out, and the verdict gives their number."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evidence:
+    """Everything that a verdict depends on."""
+
+    trials: TrialTable
+    """The test trials."""
+    train: TrialTable | NotApplicable
+    """The training trials of the model. They show whether test images were trained on."""
+    design: Design
+    """Order in which the categories were shown."""
+    design_evidence: str
+    """A sentence with the evidence for the design. A random design needs it."""
+    hits_n: NDArray[np.float64]
+    """[n] the model's own score of each trial, from 0 to 1, such as 1 for the right category and 0 for a wrong one."""
+    chance: float
+    """Score by chance."""
+    controls: Mapping[str, Control | NotApplicable]
+    """Every control of `CONTROLS`."""
+    identification_n: NDArray[np.float64] | NotApplicable
+    """[n] for each trial, the share of other images of the same category that are less similar to the generated image
+    than the seen image. Chance is 0.5."""
+    judge_n: NDArray[np.float64] | NotApplicable
+    """Scores, from 0 to 1, that the judge gives to real images of the test labels. One value for each image."""
+    judge_chance: float | None = None
+    """Score of the judge by chance; `chance` by default."""
+    new_people: bool
+    """Whether no test person is in the training trials."""
+    new_concepts: bool
+    """Whether no test label is among the training labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One row of the table of comparisons."""
+
+    name: str
+    """The two things that are compared, such as ``own - shuffle``."""
+    question: Literal["leak", "signal", "content"]
+    """Question that the comparison helps to answer. The p-values of one question are corrected together."""
+    n: int
+    """Number of trials."""
+    left: float
+    """Mean of the first score."""
+    right: float
+    """Mean of the second score."""
+    difference: PairedDifference
+    """Mean difference with intervals and p-values."""
+    p_corrected: float
+    """The p-value after Holm's correction over the comparisons of the same question."""
+    holds: bool
+    """Whether the first score is larger; the docstring of `pretrain.evidence.rules` gives the three conditions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A word, its scope, and everything that led to the word."""
+
+    word: Word
+    """The verdict."""
+    scope: str | None
+    """People and concepts for which a signal was shown; None for other words than category only and signal."""
+    why: tuple[str, ...]
+    """Sentences that explain the word."""
+    comparisons: tuple[Comparison, ...]
+    """Every comparison that was made; empty if the design or the number of trials decided before."""
+    not_applicable: dict[str, str]
+    """Reason for each control that the data cannot give."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the verdict as plain texts, numbers and lists, which JSON can store."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(one) for key, one in value.items()}
+            return [plain(one) for one in value] if isinstance(value, tuple | list) else value
+
+        return plain(dataclasses.asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """Evidence together with the comparisons, which are made once for all rules."""
+
+    evidence: Evidence
+    rows: dict[str, Comparison] = field(default_factory=dict)
+    """Comparisons by name; empty as long as only rules about the data are asked."""
+    not_applicable: dict[str, str] = field(default_factory=dict)
+
+    def holds(self, name: str) -> bool:
+        """Return whether a comparison was made and holds."""
+        return name in self.rows and self.rows[name].holds
+
+    def scores(self, name: str) -> str:
+        """Describe the scores of a comparison, such as ``own - shuffle``."""
+        row = self.rows[name]
+        low, high = row.difference.interval
+        return (
+            f"{name}: {row.left:.1%} - {row.right:.1%} = {row.difference.mean:+.1%} ({low:+.1%} to {high:+.1%} over "
+            f"{row.difference.decides}, corrected p = {row.p_corrected:.2g})"
+        )
+
+
+_Found = tuple[Word, list[str]]
+
+
+def judge(evidence: Evidence, *, resamples: int = 2000, seed: int = 0) -> Verdict:
+    """Apply the written rules to the evidence.
+
+    Parameters
+    ----------
+    evidence : Evidence
+        Scores, controls and design.
+    resamples : int
+        Number of bootstrap resamples and of random permutations, at least 500: with fewer resamples, a corrected
+        p-value of eight comparisons could not fall below `LEVEL`.
+    seed : int
+        Seed of the resamples.
+
+    Returns
+    -------
+    Verdict
+        The verdict, with every comparison that was made.
+
+    Raises
+    ------
+    RequestError
+        If a score is NaN or outside 0 to 1, if a control is missing or was not checked to be a control, if a random
+        design has no evidence, or if the scope contradicts the training trials.
+    """
+    if resamples < 500:
+        raise RequestError(f"resamples is {resamples}; give at least 500, so that corrected p-values can be small")
+    _check(evidence)
+    missing = {name: found.reason for name, found in evidence.controls.items() if isinstance(found, NotApplicable)}
+    others = {"training trials": evidence.train, "judge": evidence.judge_n, "identification": evidence.identification_n}
+    missing |= {name: found.reason for name, found in others.items() if isinstance(found, NotApplicable)}
+    case = _Case(evidence=evidence, not_applicable=missing)
+    for rule in (decide_by_design, decide_if_judgeable):
+        if found := rule(case):
+            return _finish(case, found)
+    case = _compare(case, resamples, seed)
+    # A control can turn out to have too few usable trials, so the rule of what can be judged is asked again.
+    for rule in RULES[1:]:
+        if found := rule(case):
+            return _finish(case, found)
+    return _finish(case, _signal(case))
+
+
+def _finish(case: _Case, found: _Found) -> Verdict:
+    word, why = found
+    evidence = case.evidence
+    notes = [f"The design is {evidence.design}: {evidence.design_evidence or 'no evidence was given'}."]
+    notes += [f"Not applicable: {name}, because {reason}" for name, reason in case.not_applicable.items()]
+    notes += _describe_left_out(case)
+    return Verdict(
+        word=word,
+        scope=_describe_scope(case) if word in ("signal", "category only") else None,
+        why=(*why, *notes),
+        comparisons=tuple(case.rows.values()),
+        not_applicable=case.not_applicable,
+    )
+
+
+def _check(evidence: Evidence) -> None:
+    """Refuse evidence that is incomplete, or that contradicts itself."""
+    n = len(evidence.trials)
+    if unknown := sorted(evidence.controls.keys() ^ CONTROLS.keys()):
+        raise RequestError(
+            f"controls: {', '.join(unknown)} missing or unknown; give scores, or NotApplicable with a reason, for each "
+            f"of {', '.join(CONTROLS)}"
+        )
+    if evidence.design == "random" and not evidence.design_evidence.strip():
+        raise RequestError(
+            "design is random, but design_evidence is empty; name the measured order of the trials or the publication "
+            "that describes the randomisation, or set design: unknown"
+        )
+    if not 0 <= evidence.chance < 1 or not 0 <= (evidence.judge_chance or 0) < 1:
+        raise RequestError(f"chance is {evidence.chance} and judge_chance {evidence.judge_chance}; give 0 to below 1")
+    _check_scores("hits_n", evidence.hits_n, n)
+    for name, control in evidence.controls.items():
+        if isinstance(control, NotApplicable):
+            continue
+        if not control.checked:
+            raise RequestError(
+                f"control {name}: was not checked to be a control; check that it has the same model, seeds and trials "
+                "as the model's own scores, and other EEG, or make it again"
+            )
+        _check_scores(f"control {name}", control.hits_n, n)
+        if control.left_out_n is not None and np.shape(control.left_out_n) != (n,):
+            raise RequestError(f"control {name}: left_out_n has not one value for each of the {n} trials; correct it")
+    if not isinstance(evidence.identification_n, NotApplicable):
+        _check_scores("identification_n", evidence.identification_n, n)
+    if not isinstance(evidence.judge_n, NotApplicable):
+        _check_scores("judge_n", evidence.judge_n, None)
+    _check_scope(evidence)
+
+
+def _check_scores(name: str, hits_n: NDArray[np.float64], n: int | None) -> None:
+    values = np.asarray(hits_n, float)
+    if values.ndim != 1 or not len(values) or (n is not None and len(values) != n):
+        wanted = "at least one value" if n is None else f"one value for each of the {n} trials"
+        raise RequestError(f"{name}: has the shape {values.shape}; give {wanted}")
+    check_finite(values, name)
+    if values.min() < 0 or values.max() > 1:
+        raise RequestError(f"{name}: values from {values.min():g} to {values.max():g}; give scores from 0 to 1")
+
+
+def _check_scope(evidence: Evidence) -> None:
+    if isinstance(evidence.train, NotApplicable):
+        return
+    for name, claimed, column in (
+        ("new_people", evidence.new_people, "subjects_n"),
+        ("new_concepts", evidence.new_concepts, "labels_n"),
+    ):
+        shared = np.intersect1d(getattr(evidence.trials, column), getattr(evidence.train, column))
+        if claimed and len(shared):
+            raise RequestError(
+                f"{name} is true, but {len(shared)} of the test trials' {column} are in the training trials too, such "
+                f"as {shared[0]}; set {name} to false"
+            )
+
+
+def decide_by_design(case: _Case) -> _Found | None:
+    """Apply the rule of the design.
+
+    The word is *confounded* if the design is block or unknown. In a block design, the time of a trial reveals its
+    label, and no score can tell the response to the picture from the drift of the EEG. The word is also *confounded* if
+    the label is constant within each recording, because then every property of the recording reveals the label. This
+    rule comes first, because no score can change its result. A control that is not applicable does not change the word:
+    in a random design, such a control is only named with its reason.
+    """
+    evidence = case.evidence
+    known = [table for table in (evidence.trials, evidence.train) if isinstance(table, TrialTable)]
+    if label_is_constant_in_recordings(join_tables(*known)):
+        return "confounded", ["Each recording has only one label, so everything that differs between recordings "
+                              "reveals the label."]  # fmt: skip
+    if evidence.design != "random":
+        return "confounded", [
+            f"The design is {evidence.design}, so the time of a trial may reveal its label. A score cannot show "
+            "whether it comes from the response to the picture or from slow changes of the EEG."
+        ]
+    return None
+
+
+def decide_if_judgeable(case: _Case) -> _Found | None:
+    """Apply the rule of what the data and the judge can show.
+
+    The word is *not judgeable* in five cases. There are fewer than `FEWEST_TRIALS` test trials. There are fewer than
+    `FEWEST_IMAGES` test images: an image can resemble another category by accident, and with few images this looks like
+    a signal for every person. The image of a test trial is also in the training trials, so a generator can show a
+    remembered image. The control with shuffled EEG is missing. The judge fails on real images of the test labels: the
+    95 % interval of its score includes chance.
+    """
+    evidence = case.evidence
+    trials, images, reasons = evidence.trials, len(np.unique(evidence.trials.images_n)), []
+    if len(trials) < FEWEST_TRIALS:
+        reasons.append(f"{len(trials)} test trials are too few; a verdict needs at least {FEWEST_TRIALS}.")
+    if images < FEWEST_IMAGES:
+        reasons.append(f"{images} test images are too few; a verdict needs at least {FEWEST_IMAGES}.")
+    if isinstance(evidence.train, TrialTable):
+        trained = int(np.isin(trials.images_n, evidence.train.images_n).sum())
+        if trained:
+            reasons.append(
+                f"The image of {trained} of {len(trials)} test trials is also in the training trials, so a remembered "
+                "image cannot be told from a generated image. Make a split in which no image is on both sides."
+            )
+    if "shuffle" in case.not_applicable:
+        reasons.append(f"There is no control with shuffled EEG: {case.not_applicable['shuffle']}")
+    if not isinstance(evidence.judge_n, NotApplicable):
+        judge_n = np.asarray(evidence.judge_n, float)
+        chance = evidence.chance if evidence.judge_chance is None else evidence.judge_chance
+        low, high = accuracy_interval(judge_n, np.arange(len(judge_n)))
+        if low <= chance:
+            reasons.append(
+                f"The judge fails on real images of the test labels: its score is {judge_n.mean():.1%} ({low:.1%} to "
+                f"{high:.1%}), and chance is {chance:.1%}. Take a judge that knows these labels."
+            )
+    return ("not judgeable", reasons) if reasons else None
+
+
+def decide_by_leaks(case: _Case) -> _Found | None:
+    """Apply the rule of leaks.
+
+    The word is *confounded* if a predictor that sees only the time, or only the EEG before the picture, is better than
+    chance. Chance is here the share of the commonest test label, or the chance of the score if that is larger. The word
+    is also *confounded* if the shuffle within neighbourhoods is better than the shuffle over all trials, because then
+    slow changes of the EEG carry a part of the score. The same holds if the shuffle within neighbourhoods costs
+    nothing: the model is better than the shuffle over all trials, but not better than the shuffle within
+    neighbourhoods, which keeps at least the share `NOTHING_LOST` of the difference. Eye and face channels may
+    hold a response to the picture, so a good predictor from these channels is *confounded* only if the model is
+    not better than the predictor.
+    """
+    reasons = [
+        f"The label can be predicted from {what}, without a response to the picture. {case.scores(name)}."
+        for name, what in (
+            ("time - chance", "the time of the trial"),
+            ("baseline - chance", "the EEG before the picture"),
+        )
+        if case.holds(name)
+    ]
+    if case.holds("shuffle_within - shuffle"):
+        reasons.append(
+            "EEG of a neighbouring trial gives a better score than EEG of any trial, so slow changes of the EEG carry "
+            f"a part of the score. {case.scores('shuffle_within - shuffle')}."
+        )
+    elif "own - shuffle_within" in case.rows and case.holds("own - shuffle") and not case.holds("own - shuffle_within"):
+        own, within = (case.rows[f"own - {name}"].difference.mean for name in ("shuffle", "shuffle_within"))
+        if within <= (1 - NOTHING_LOST) * own:
+            reasons.append(
+                "The shuffle within neighbourhoods costs nothing that can be measured. "
+                f"{case.scores('own - shuffle_within')}."
+            )
+    if case.holds("eyes - chance") and not case.holds("own - eyes"):
+        reasons.append(
+            f"Eye and face channels predict the label, and the model is not better. {case.scores('own - eyes')}."
+        )
+    return ("confounded", reasons) if reasons else None
+
+
+def decide_by_controls(case: _Case) -> _Found | None:
+    """Apply the rule of the controls.
+
+    The word is *no signal* if the model's own score is not better than chance, or not better than one of the controls:
+    shuffled EEG, EEG shuffled within neighbourhoods, noise, no EEG, and the predictors from time, baseline and eyes.
+    All of these comparisons must hold, so the model must be better than the strongest control.
+    """
+    rows = [row for row in case.rows.values() if row.question == "signal"]
+    lost = [row for row in rows if not row.holds]
+    if not lost:
+        return None
+    reasons = []
+    for row in sorted(lost, key=lambda row: -row.right):
+        other = CONTROLS.get(row.name.removeprefix("own - "), "chance")
+        reasons.append(f"The score is not better than that of the control '{other}'. {case.scores(row.name)}.")
+        low = row.difference.over_images[0] if row.difference.over_images else 0.0
+        if row.difference.p_people is not None and low > 0:
+            reasons.append(
+                "For the same people and other images, the score is better, but the difference depends on few people: "
+                f"the permutation test over people has p = {row.difference.p_people:.2g}."
+            )
+    return "no signal", reasons
+
+
+def decide_by_content(case: _Case) -> _Found | None:
+    """Apply the rule of what the score carries.
+
+    The word is *category only* if the generated image cannot identify the seen image among images of the same category.
+    If the test concepts are new, the word is also *category only* if the nearest training image, shown in place of the
+    generated image, is as good as the generated image. The model then shows which trained concept is similar, and
+    nothing of the new concept.
+    """
+    reasons = []
+    if "identification - chance" in case.rows and not case.holds("identification - chance"):
+        reasons.append(
+            "The generated image does not identify the seen image among images of the same category. "
+            f"{case.scores('identification - chance')}."
+        )
+    if case.evidence.new_concepts and "own - nearest" in case.rows and not case.holds("own - nearest"):
+        reasons.append(
+            "The nearest training image is as good as the generated image, so nothing of the new concepts is shown. "
+            f"{case.scores('own - nearest')}."
+        )
+    return ("category only", reasons) if reasons else None
+
+
+RULES: tuple[Callable[[Any], _Found | None], ...] = (
+    decide_by_design,
+    decide_if_judgeable,
+    decide_by_leaks,
+    decide_by_controls,
+    decide_by_content,
+)
+"""All rules, in the order in which `judge` applies them. If no rule holds, the word is *signal*."""
+
+
+def _signal(case: _Case) -> _Found:
+    rows = [row for row in case.rows.values() if row.question == "signal"]
+    strongest = max(rows, key=lambda row: row.right)
+    return "signal", [f"The score is better than every control. The strongest is: {case.scores(strongest.name)}."]
+
+
+def _describe_scope(case: _Case) -> str:
+    evidence = case.evidence
+    people = len(np.unique(evidence.trials.subjects_n))
+    who = "people who are not in the training trials" if evidence.new_people else "people of the training trials"
+    if people < FEWEST_SUBJECTS:
+        who = f"only these {people} {who} (fewer than {FEWEST_SUBJECTS}, so no claim about people)"
+    parts = [who, "new concepts" if evidence.new_concepts else "seen concepts"]
+    if "identification" in case.not_applicable:
+        parts.append("the category of the image; finer content was not tested")
+    if isinstance(evidence.train, NotApplicable):
+        parts.append("as declared, because the training trials were not given")
+    return "; ".join(parts)
+
+
+def _compare(case: _Case, resamples: int, seed: int) -> _Case:
+    """Make all comparisons that the evidence allows."""
+    evidence, n = case.evidence, len(case.evidence.trials)
+    everything, none = np.ones(n, bool), np.zeros(n, bool)
+    scores = {"own": (np.asarray(evidence.hits_n, float), everything)}
+    missing = dict(case.not_applicable)
+    for name, control in evidence.controls.items():
+        if isinstance(control, NotApplicable):
+            continue
+        usable_n = ~(none if control.left_out_n is None else np.asarray(control.left_out_n, bool))
+        if usable_n.sum() < FEWEST_TRIALS or len(np.unique(evidence.trials.images_n[usable_n])) < FEWEST_IMAGES:
+            missing[name] = f"the control could be made for only {int(usable_n.sum())} of {n} trials."
+            continue
+        scores[name] = (np.asarray(control.hits_n, float), usable_n)
+    if not isinstance(evidence.identification_n, NotApplicable):
+        scores["identification"] = (np.asarray(evidence.identification_n, float), everything)
+    commonest = float(np.unique(evidence.trials.labels_n, return_counts=True)[1].max() / n)
+    chances = {"identification": 0.5, "own": evidence.chance}
+    plan: list[tuple[Literal["leak", "signal", "content"], str, str]] = [
+        *(("leak", name, "chance") for name in ("time", "baseline", "eyes")),
+        ("leak", "shuffle_within", "shuffle"),
+        ("signal", "own", "chance"),
+        *(("signal", "own", name) for name in CONTROLS if name != "nearest"),
+        ("content", "identification", "chance"),
+        ("content", "own", "nearest"),
+    ]
+    columns = []
+    for question, left, right in plan:
+        if left not in scores or (right != "chance" and right not in scores):
+            continue
+        chance = chances.get(left, max(evidence.chance, commonest))
+        other = (np.full(n, chance), everything) if right == "chance" else scores[right]
+        columns.append((question, f"{left} - {right}", scores[left][0], other[0], scores[left][1] & other[1]))
+    rows = _measure(evidence.trials, columns, resamples, seed)
+    return dataclasses.replace(case, rows={row.name: row for row in rows}, not_applicable=missing)
+
+
+def _measure(trials: TrialTable, columns: list[tuple[Any, ...]], resamples: int, seed: int) -> list[Comparison]:
+    """Compute the paired differences; comparisons on the same trials are resampled together."""
+    found: dict[str, PairedDifference] = {}
+    groups: dict[tuple[bytes, bool], list[tuple[Any, ...]]] = {}
+    for column in columns:
+        # A predictor that sees no response is a fault of these data, whoever the people are.
+        same_people = column[0] == "leak" and column[1].endswith("- chance")
+        groups.setdefault((column[4].tobytes(), same_people), []).append(column)
+    for (_, same_people), same in groups.items():
+        usable = same[0][4]
+        more_Vn = np.stack([(left_n - right_n)[usable] for _, _, left_n, right_n, _ in same])
+        part = trials.select(usable)
+        measured = compare_paired(
+            more_Vn, part.images_n, part.subjects_n, same_people=same_people, resamples=resamples, seed=seed
+        )
+        found |= {column[1]: difference for column, difference in zip(same, measured, strict=True)}
+    corrected: dict[str, float] = {}
+    for question in ("leak", "signal", "content"):
+        names = [column[1] for column in columns if column[0] == question]
+        corrected |= dict(zip(names, map(float, holm([found[name].p for name in names])), strict=True))
+    rows = []
+    for question, name, left_n, right_n, usable in columns:
+        difference, p = found[name], corrected[name]
+        holds = difference.interval[0] > 0 and p < LEVEL
+        if name.startswith("own") and difference.p_people is not None:
+            holds = holds and difference.p_people < LEVEL
+        rows.append(
+            Comparison(
+                name=name,
+                question=question,
+                n=int(usable.sum()),
+                left=float(left_n[usable].mean()),
+                right=float(right_n[usable].mean()),
+                difference=difference,
+                p_corrected=p,
+                holds=bool(holds),
+            )
+        )
+    return rows
+
+
+def _describe_left_out(case: _Case) -> list[str]:
+    n, notes = len(case.evidence.trials), []
+    for name, control in case.evidence.controls.items():
+        if isinstance(control, NotApplicable) or control.left_out_n is None or not np.any(control.left_out_n):
+            continue
+        what = "is not applicable" if name in case.not_applicable else "leaves these trials out"
+        notes.append(
+            f"The control {name} could not be made for {int(np.sum(control.left_out_n))} of {n} trials and {what}."
+        )
+    return notes
