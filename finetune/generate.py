@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,44 +20,72 @@ from numpy.typing import NDArray
 
 from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError
+from data_sharding.common.files import atomic_directory, write_json
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.diffusion import Sampling
 from finetune.eeg import choose_evenly, group_repeats, read_means
 from finetune.generation.config import GenerateConfig
+from finetune.generation.exchange import exchange_all, exchange_within, read_noise
 from finetune.generation.images import MakeImages, generate_images
 from finetune.generation.partial import PartialFolder
-from finetune.generation.trials import Trial, derange, list_trials, trial_seed
+from finetune.generation.predictors import PREDICTORS, predict
+from finetune.generation.trials import NotApplicableError, Trial, list_trials, trial_seed
 from finetune.generators import Generator, Source, digest_model, load_generator
-from finetune.images import open_paired
+from finetune.images import ImageTable, open_paired
 from finetune.training.accelerate import get_world, make_accelerator, quiet_libraries
 from pretrain.runs.distributed import World
 
 T = TypeVar("T")
+TEXTS = ("model_digest", "seed", "steps", "guidance_scale", "sampler", "control")
+"""Entries of generated.json that are also stored in each generated image."""
 WAIT_S = 7 * 86_400.0
 """Longest time in seconds that a process waits for the other processes. A batch may take hours on a slow machine."""
 
 
 def _compute_on_first(world: World, compute: Callable[[], T]) -> T:
-    """Call a function on rank 0, and return its result or raise its `RequestError` on every process."""
+    """Call a function on rank 0, and return its result or raise its error on every process."""
     result, fault = None, None
     if world.first:
         try:
             result = compute()
-        except RequestError as error:
-            fault = str(error)
+        except (RequestError, NotApplicableError) as error:
+            fault = error
     result, fault = world.broadcast((result, fault))
     if fault is not None:
-        raise RequestError(fault)
+        raise fault
     return result
+
+
+def _choose_trials(dataset: EEGDataset, config: GenerateConfig) -> list[Trial]:
+    """List the trials, each with the presentations whose EEG is used."""
+    found = group_repeats(dataset, config.average_repeats)
+    groups = [found[number] for number in choose_evenly(len(found), config.limit or len(found))]
+    if config.control == "shuffle":
+        sources = exchange_all(groups, config.seed)
+    elif config.control == "shuffle_within":
+        sources = exchange_within(dataset, groups, config.seed)
+    elif config.control in ("no_eeg", "class", "time"):
+        sources = [[] for _ in groups]
+    else:
+        sources = groups
+    return list_trials(dataset, groups, sources)
+
+
+def _choose_source(config: GenerateConfig) -> Source:
+    return config.control if config.control in ("no_eeg", "class") else "eeg"
 
 
 def _use_model(generator: Generator, dataset: EEGDataset, config: GenerateConfig, sampling: Sampling) -> MakeImages:
     """Return a function that generates the images of a batch with a model."""
-    source: Source = "eeg" if config.control in ("none", "shuffle") else config.control
+    source = _choose_source(config)
 
     def make(batch: Sequence[Trial]) -> NDArray[np.uint8]:
+        if config.control == "noise":
+            eeg_B128T = read_noise(dataset, batch, config.seed)
+        else:
+            eeg_B128T = read_means(dataset, [trial.source or trial.numbers for trial in batch])
         return generator.generate(
-            read_means(dataset, [trial.source for trial in batch]),
+            eeg_B128T,
             seeds=[trial_seed(config.seed, trial.key) for trial in batch],
             steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
@@ -68,20 +97,28 @@ def _use_model(generator: Generator, dataset: EEGDataset, config: GenerateConfig
     return make
 
 
-def _choose_trials(dataset: EEGDataset, config: GenerateConfig) -> list[Trial]:
-    found = group_repeats(dataset, config.average_repeats)
-    groups = [found[number] for number in choose_evenly(len(found), config.limit or len(found))]
-    sources = groups
-    if config.control == "shuffle":
-        if len(groups) < 2:
-            raise RequestError(f"{config.dataset} ({config.split}): --control shuffle needs at least two trials")
-        sources = [groups[number] for number in derange(len(groups), config.seed)]
-    return list_trials(dataset, groups, sources)
+def _open_train(dataset: EEGDataset, config: GenerateConfig, part: dict[str, float | None]) -> EEGDataset:
+    """Open the train split for a predictor, in the version of the dataset that is used."""
+    if config.split == "train":
+        raise RequestError(f"split is train, but --control {config.control} learns from train; give another split")
+    try:
+        return open_paired(config.dataset, "train", version=dataset.manifest.dataset_id, verbose=False, **part)
+    except RequestError as error:
+        raise NotApplicableError(f"the train split cannot be read ({error})") from None
+
+
+def _show_pictures(table: ImageTable, trials: list[Trial], rows_B: NDArray[np.int64], size: int) -> MakeImages:
+    """Return a function that shows the training pictures which a predictor chose."""
+    row_of = {trial.key: int(row) for trial, row in zip(trials, rows_B, strict=True)}
+    return lambda batch: table.pixels([row_of[trial.key] for trial in batch], size)
 
 
 def _describe(config: GenerateConfig, generator: Generator, dataset: EEGDataset, sampling: Sampling) -> dict[str, Any]:
-    """Return the entries of generated.json on which the images depend, except for the trials and the digest."""
+    """Return the entries of generated.json, except for the trials and the digest of the model."""
     return {
+        "model": config.model,
+        "dataset": str(Path(config.dataset).resolve()),
+        "labels": dataset.labels,
         "kind": generator.kind,
         "dataset_id": dataset.manifest.dataset_id,
         "dataset_version": dataset.manifest.version,
@@ -93,6 +130,77 @@ def _describe(config: GenerateConfig, generator: Generator, dataset: EEGDataset,
         "seed": config.seed,
         "versions": {"torch": torch.__version__},
     }
+
+
+@dataclass(kw_only=True)
+class _Plan:
+    """Trials of a result, and how their images are made."""
+
+    trials: list[Trial]
+    make: MakeImages
+    extra: list[dict[str, Any]]
+    """Entries of each trial in generated.json that only this control has."""
+
+    def describe(self) -> list[dict[str, Any]]:
+        return [trial.describe() | extra for trial, extra in zip(self.trials, self.extra, strict=True)]
+
+
+def _make_plan(
+    config: GenerateConfig, generator: Generator, dataset: EEGDataset, sampling: Sampling, world: World
+) -> _Plan:
+    """Choose the trials and the EEG, or the training pictures of a predictor.
+
+    Raises
+    ------
+    NotApplicableError
+        If the control cannot be made from the data, on every process.
+    """
+    trials, control = _choose_trials(dataset, config), config.control
+    source = _choose_source(config)
+    if obstacle := generator.find_obstacle(source, [trial.meta for trial in trials]):
+        raise NotApplicableError(obstacle)
+    if control not in PREDICTORS:
+        extra = [{"noise": True} if control == "noise" else {} for _ in trials]
+        return _Plan(trials=trials, make=_use_model(generator, dataset, config, sampling), extra=extra)
+    train = _open_train(dataset, config, generator.part)
+    found = _compute_on_first(
+        world,
+        lambda: predict(control, train, dataset, trials, seed=config.seed, average_repeats=config.average_repeats),
+    )
+    table = ImageTable(train)
+    extra = [
+        {"predicted_label": int(label), "shown_image_id": table.ids[row]}
+        for label, row in zip(found.labels_B, found.rows_B, strict=True)
+    ]
+    return _Plan(trials=trials, make=_show_pictures(table, trials, found.rows_B, generator.image_size), extra=extra)
+
+
+def _make_images(config: GenerateConfig, plan: _Plan, dataset: EEGDataset, about: dict[str, Any], world: World) -> None:
+    """Make the images, and write the complete result to the output."""
+    output = Path(config.output)
+    settings = {name: value for name, value in about.items() if name not in ("model", "dataset")}
+    folder = PartialFolder(output, {**settings, "limit": config.limit})
+    finished = _compute_on_first(world, folder.open)
+    if finished and world.first:
+        print(f"{folder.path}: {len(finished)} of {len(plan.trials)} images are finished already")
+    try:
+        generate_images(
+            plan.make,
+            dataset,
+            plan.trials,
+            folder,
+            texts={name: about[name] for name in TEXTS},
+            batch_size=config.batch_size,
+            finished=finished,
+            world=world,
+        )
+        if world.first:
+            folder.complete({**about, "trials": plan.describe()})
+            print(f"{len(plan.trials)} images -> {output / 'images'}; next: {_say_next(config)}")
+    finally:
+        if world.first:
+            # Another process may still write images, so the folder is deleted only if this process is alone.
+            folder.close(discard=world.size == 1)
 
 
 def generate(config: GenerateConfig) -> int:
@@ -117,41 +225,22 @@ def generate(config: GenerateConfig) -> int:
     # Check the dataset before the model, because loading a model takes longer.
     open_paired(config.dataset, config.split)
     generator = load_generator(config.model, str(world.device))
-    part = generator.part
-    dataset = open_paired(
-        config.dataset, config.split, tmin=part.get("tmin"), tmax=part.get("tmax"), verbose=world.first
-    )
+    dataset = open_paired(config.dataset, config.split, verbose=world.first, **generator.part)
     dataset.require_preprocess(generator.spec, f"model {config.model}")
-    trials = _choose_trials(dataset, config)
     sampling = generator.choose_sampling(
         sampler=config.sampler, steps=config.steps, guidance_scale=config.guidance_scale
     )
-    about = _describe(config, generator, dataset, sampling)
-    about["model_digest"] = _compute_on_first(world, lambda: digest_model(config.model))
-    folder = PartialFolder(output, {**about, "limit": config.limit})
-    finished = _compute_on_first(world, folder.open)
-    if finished and world.first:
-        print(f"{folder.path}: {len(finished)} of {len(trials)} images are finished already")
-    names = ("model_digest", "seed", "steps", "guidance_scale", "sampler", "control")
+    digest = _compute_on_first(world, lambda: digest_model(config.model))
+    about = _describe(config, generator, dataset, sampling) | {"model_digest": digest}
     try:
-        generate_images(
-            _use_model(generator, dataset, config, sampling),
-            dataset,
-            trials,
-            folder,
-            texts={name: about[name] for name in names},
-            batch_size=config.batch_size,
-            finished=finished,
-            world=world,
-        )
+        plan = _make_plan(config, generator, dataset, sampling, world)
+    except NotApplicableError as reason:
         if world.first:
-            about |= {"model": config.model, "dataset": str(Path(config.dataset).resolve()), "labels": dataset.labels}
-            folder.complete({**about, "trials": [trial.describe() for trial in trials]})
-            print(f"{len(trials)} images -> {output / 'images'}; next: {_say_next(config)}")
-    finally:
-        if world.first:
-            # Another process may still write images, so the folder is deleted only if this process is alone.
-            folder.close(discard=world.size == 1)
+            with atomic_directory(output) as root:
+                write_json(root / "generated.json", {**about, "not_applicable": str(reason), "trials": []})
+            print(f"not applicable: {reason} -> {output / 'generated.json'}")
+    else:
+        _make_images(config, plan, dataset, about, world)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return EXIT_DONE
@@ -162,7 +251,7 @@ def _say_next(config: GenerateConfig) -> str:
     if config.control == "none":
         return f"dreamscale evaluate {config.output}"
     if config.control == "shuffle":
-        return f"dreamscale evaluate OWN --control_dir {config.output} (OWN: the images without --control shuffle)"
+        return f"dreamscale evaluate OWN --control_dir {config.output} (OWN: the images without --control)"
     return f"look at the images in {config.output}; 'dreamscale evaluate {config.output}' computes their metrics"
 
 

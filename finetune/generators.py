@@ -43,6 +43,11 @@ class Generator(Protocol):
         """Part of each trial that the model reads: `tmin` and `tmax` in seconds from the onset (see `EEGDataset`)."""
         ...
 
+    @property
+    def image_size(self) -> int:
+        """Width and height of the generated images in pixels."""
+        ...
+
     def choose_sampling(
         self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampling:
@@ -67,6 +72,23 @@ class Generator(Protocol):
         ------
         RequestError
             If the settings do not fit the model.
+        """
+        ...
+
+    def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
+        """Find out whether the model can generate images from a source.
+
+        Parameters
+        ----------
+        source : str
+            Condition from which the images are to be generated.
+        metas : sequence of dict
+            Metadata of the trials.
+
+        Returns
+        -------
+        str
+            Reason why the model cannot generate the images; empty if the model can.
         """
         ...
 

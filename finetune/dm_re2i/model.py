@@ -115,22 +115,9 @@ class ClassMeans:
             ) from None
         return means
 
-    def take(self, labels: list[int], names: list[str], where: str) -> Tensor:
-        """Return the mean features [B, D] of categories.
-
-        Raises
-        ------
-        RequestError
-            If a category had no train trial, because then its mean feature is unknown.
-        """
-        for label in labels:
-            if label >= len(self.count_K) or not self.count_K[label]:
-                name = names[label] if label < len(names) else label
-                raise RequestError(
-                    f"{where}: the category '{name}' had no train trial, so the control 'class' cannot generate it; "
-                    f"use a split whose categories were all trained on"
-                )
-        return self.mean_KD[labels]
+    def find_missing(self, labels: Sequence[int]) -> list[int]:
+        """Return the different labels of categories that had no train trial, so that their mean feature is unknown."""
+        return sorted({label for label in labels if label >= len(self.count_K) or not self.count_K[label]})
 
 
 def save_model(
@@ -225,6 +212,11 @@ class DMRE2IGenerator:
             lambda: load(str(folder / "scheduler"), local_files_only=True), folder / "scheduler", "a noise schedule"
         )
 
+    @property
+    def image_size(self) -> int:
+        """Width and height of the generated images in pixels."""
+        return int(self.unet.config.sample_size)
+
     def choose_sampling(
         self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampling:
@@ -250,6 +242,26 @@ class DMRE2IGenerator:
         except ValueError as error:
             raise RequestError(f"{self.folder}: {error}") from None
 
+    def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
+        """Return why the model cannot generate from a source (see `finetune.generators.Generator`).
+
+        The source ``no_eeg`` needs a null vector, and ``class`` needs train trials of every category.
+        """
+        if source == "no_eeg" and self.unet.null is None:
+            return (
+                f"{self.folder}: this model was trained with drop 0, so it cannot generate without EEG; use the "
+                "control 'shuffle', or a model that was trained with ddpm.drop above 0"
+            )
+        if source == "class":
+            means = ClassMeans.load(self.folder, self.unet.config.condition_dim)
+            if missing := means.find_missing([int(meta["label"]) for meta in metas]):
+                names = [self.labels[label] if label < len(self.labels) else str(label) for label in missing]
+                return (
+                    f"{self.folder}: the category '{names[0]}' had no train trial, so the control 'class' cannot "
+                    f"generate it ({len(missing)} such categories); use a split whose categories were all trained on"
+                )
+        return ""
+
     @torch.no_grad()
     def generate(
         self,
@@ -274,11 +286,8 @@ class DMRE2IGenerator:
         """
         assert len(eeg_B128T) == len(seeds)
         chosen = self.choose_sampling(sampler=sampler, steps=steps, guidance_scale=guidance_scale)
-        if source == "no_eeg" and self.unet.null is None:
-            raise RequestError(
-                f"{self.folder}: this model was trained with drop 0, so it cannot generate without EEG; use the "
-                f"control 'shuffle', or a model that was trained with ddpm.drop above 0"
-            )
+        if obstacle := self.find_obstacle(source, metas or []):
+            raise RequestError(obstacle)
         rows = self.guide.n_channels
         if rows < eeg_B128T.shape[1] and (most := max(count_true_channels(eeg_CT) for eeg_CT in eeg_B128T)) > rows:
             raise RequestError(
@@ -288,8 +297,7 @@ class DMRE2IGenerator:
         if source == "class":
             assert metas is not None
             means = ClassMeans.load(self.folder, self.unet.config.condition_dim)
-            labels = [int(meta["label"]) for meta in metas]
-            e_BD = means.take(labels, self.labels, str(self.folder)).to(self.device)
+            e_BD = means.mean_KD[[int(meta["label"]) for meta in metas]].to(self.device)
         else:
             e_BD = self.guide.compute(scale_eeg(eeg_B128T, self.guide.scaling(self.spec), self.device))
         images = sample_images(self.unet, self.noising.config, e_BD, chosen, seeds, keep=source != "no_eeg")

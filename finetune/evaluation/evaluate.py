@@ -18,7 +18,7 @@ from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.files import atomic_write_text, write_json
 from finetune.evaluation import metrics
 from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
-from finetune.evaluation.generated import GeneratedSet, Images, read_generated
+from finetune.evaluation.generated import GeneratedSet, Images, check_control, read_generated
 from finetune.evaluation.metrics import JUDGE, METRICS, JudgedImages
 from finetune.evaluation.per_trial import measure_trials, write_trials
 from finetune.evaluation.pixel_metrics import PAIRED_METRICS, ImageRows, ImageSource, average_pairs
@@ -349,21 +349,11 @@ def _read_control(config: EvaluateConfig, own: GeneratedSet) -> GeneratedSet | N
     if config.control_dir is None:
         return None
     control = read_generated(config.control_dir)
+    check_control(own, control)
     if control.about["control"] != "shuffle":
         raise RequestError(
-            f"{config.control_dir}: this folder does not hold control images; generate them with --control shuffle"
-        )
-    if own.about["control"] != "none":
-        raise RequestError(f"{config.directory}: this folder holds control images; give it as --control_dir")
-    for key in ("dataset_id", "split", "kind", "sampler", "steps", "guidance_scale", "average_repeats"):
-        if control.about.get(key) != own.about.get(key):
-            raise RequestError(
-                f"{config.control_dir}: {key} is {control.about.get(key)!r}, but {own.about.get(key)!r} in "
-                f"{config.directory}; generate both folders with the same settings"
-            )
-    if [t["key"] for t in control.trials] != [t["key"] for t in own.trials]:
-        raise RequestError(
-            f"{config.control_dir}: holds other trials than {config.directory}; generate both for the same trials"
+            f"{config.control_dir}: this folder holds the control '{control.about['control']}'; give images of "
+            "--control shuffle"
         )
     return control
 

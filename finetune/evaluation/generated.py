@@ -12,9 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 from data_sharding.common.files import read_json
-from data_sharding.common.untrusted import MAX_IMAGE, check_count, check_group, check_path, check_text, read_limited
+from data_sharding.common.untrusted import (
+    MAX_IMAGE,
+    check_count,
+    check_group,
+    check_list,
+    check_path,
+    check_text,
+    read_limited,
+)
 from finetune.images import decode_image
 
 Images = NDArray[np.uint8]
@@ -88,6 +96,8 @@ def read_generated(path: str | Path) -> GeneratedSet:
     if not record.is_file():
         raise RequestError(f"{path}: has no generated.json; make the folder with 'dreamscale generate'")
     about = read_json(record)
+    if reason := _find_reason(about):
+        raise RequestError(f"{path}: holds no images, because its control is not applicable ({reason})")
     needed = {"dataset", "dataset_id", "split", "control", "labels", "trials"}
     lists = isinstance(about, dict) and all(isinstance(about.get(name), list) for name in ("labels", "trials"))
     if not lists or needed - about.keys() or not about["trials"]:
@@ -101,7 +111,9 @@ def read_generated(path: str | Path) -> GeneratedSet:
         check_count(trial.get("repeats", 1), str(record), "repeats of a trial", least=1, most=2**31)
         for name in ("key", "image_id", "subject"):
             check_text(trial.get(name), str(record), f"{name} of a trial")
-        check_text(trial.get("eeg_key", ""), str(record), "eeg_key of a trial")
+        keys = check_list(trial.get("eeg_keys") or [], str(record), "eeg_keys of a trial")
+        for key in (trial.get("eeg_key") or "", *keys):
+            check_text(key, str(record), "eeg_key of a trial")
     found: dict[str, Images] = {}
     for name in ("file", "real_file"):
         images = []
@@ -122,3 +134,102 @@ def read_generated(path: str | Path) -> GeneratedSet:
     if found["file"].shape != found["real_file"].shape:
         raise RequestError(f"{path}: generated and real images have different sizes; {again}")
     return GeneratedSet(path=path, about=about, images_BHW3=found["file"], real_BHW3=found["real_file"])
+
+
+def _find_reason(about: Any) -> str:
+    """Return why a control is not applicable, from the content of generated.json; empty if the control has images."""
+    reason = about.get("not_applicable") if isinstance(about, dict) else None
+    return show(reason, longest=1000) if reason else ""
+
+
+def read_not_applicable(path: str | Path) -> str:
+    """Read why the control in a folder is not applicable.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder that ``dreamscale generate --control NAME`` wrote.
+
+    Returns
+    -------
+    str
+        The reason, or an empty text if the folder holds images.
+
+    Raises
+    ------
+    RequestError
+        If the folder has no generated.json, or if the file is damaged.
+    """
+    return _find_reason(read_json(Path(path) / "generated.json"))
+
+
+SAME = (
+    *("model_digest", "kind", "dataset_id", "dataset_version", "split", "seed", "sampler", "steps", "guidance_scale"),
+    *("average_repeats", "eeg"),
+)
+"""Entries of generated.json that must be equal in a folder of images and in a folder of control images."""
+
+
+def check_control(own: GeneratedSet, control: GeneratedSet) -> None:
+    """Check that a folder holds control images for another folder.
+
+    Parameters
+    ----------
+    own : GeneratedSet
+        Images that were generated from the EEG of each trial.
+    control : GeneratedSet
+        Images of a control.
+
+    Raises
+    ------
+    RequestError
+        If the images are of another model, dataset, seed or sampler or of other trials, or if a trial of the controls
+        ``shuffle`` and ``shuffle_within`` got its own EEG. The message says what differs.
+    """
+    name = control.about["control"]
+    if name == "none":
+        raise RequestError(
+            f"{control.path}: this folder does not hold control images; generate them with --control shuffle"
+        )
+    if own.about["control"] != "none":
+        raise RequestError(f"{own.path}: this folder holds control images; give it as --control_dir")
+    for given in (own, control):
+        if not given.about.get("model_digest"):
+            raise RequestError(f"{given.path}: generated.json has no model_digest; generate the images again")
+    for key in SAME:
+        if control.about.get(key) != own.about.get(key):
+            raise RequestError(
+                f"{control.path}: {key} is {control.about.get(key)!r}, but {own.about.get(key)!r} in {own.path}; "
+                "generate both folders with the same settings"
+            )
+    if [trial["key"] for trial in control.trials] != [trial["key"] for trial in own.trials]:
+        raise RequestError(f"{control.path}: holds other trials than {own.path}; generate both for the same trials")
+    _check_eeg(own, control)
+
+
+def _list_eeg_keys(trial: dict[str, Any]) -> set[str]:
+    return {*(trial.get("eeg_keys") or []), *([trial["eeg_key"]] if trial.get("eeg_key") else [])}
+
+
+def _check_eeg(own: GeneratedSet, control: GeneratedSet) -> None:
+    """Check that the control images were made from the EEG that the control's name promises."""
+    name = control.about["control"]
+    for mine, other in zip(own.trials, control.trials, strict=True):
+        used, expected = _list_eeg_keys(other), _list_eeg_keys(mine)
+        if mine["key"] not in expected:
+            raise RequestError(
+                f"{own.path}: the image of trial {mine['key']} was not generated from its own EEG; generate the images "
+                "again"
+            )
+        fault = ""
+        if name in ("shuffle", "shuffle_within"):
+            fault = "its own EEG" if used & expected else "" if used else "no EEG"
+        elif name == "noise" and other.get("noise") is not True:
+            fault = "EEG that is not noise"
+        elif name in ("no_eeg", "class", "time") and used:
+            fault = "EEG"
+        if fault:
+            raise RequestError(
+                f"{control.path}: the image of trial {mine['key']} was made from {fault}, so the folder is not the "
+                f"control '{name}'; generate the images again"
+            )

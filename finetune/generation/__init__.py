@@ -1,1 +1,1 @@
-"""Generate images from EEG trials: config, choice of the EEG, and a folder that keeps finished images after a stop."""
+"""Parts of ``dreamscale generate``: choice of the EEG, predictors, and a folder that keeps images after a stop."""

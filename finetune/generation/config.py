@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+Control = Literal[
+    "none", "shuffle", "shuffle_within", "noise", "no_eeg", "class", "time", "baseline", "eyes", "nearest"
+]
+"""What the images are made from; see `GenerateConfig.control`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
@@ -22,11 +27,14 @@ class GenerateConfig:
     keeps these images and generates the rest."""
     split: str = "test"
     """Name of the split from which the trials are taken."""
-    control: Literal["none", "shuffle", "no_eeg", "class"] = "none"
-    """none: use the EEG of each trial. shuffle: use the EEG of another trial of any category. The images of shuffle are
-    a control, which shows how well a model scores without the right EEG. no_eeg: use no EEG, as a lower limit (floor).
-    class: use the true category in place of the EEG, as an upper limit (ceiling). For class, EG-DDPM gets the mean
-    feature of the category's train trials, and Stable Diffusion gets the caption of the image."""
+    control: Control = "none"
+    """none: use the EEG of each trial. shuffle: use the EEG of a random other trial. shuffle_within: use the EEG of a
+    neighbour in time, of the same recording, with another image. noise: use noise with the spectrum of the trial's EEG.
+    no_eeg: use no EEG, as a lower limit (floor). class: use the true category in place of the EEG, as an upper limit
+    (ceiling): EG-DDPM gets the mean feature of the category's train trials, and Stable Diffusion gets the caption of
+    the image. time, baseline, eyes: show a training image of a category that is predicted without a brain response,
+    from the time of the trial, from the EEG before the image, or from eye and face channels. nearest: show the training
+    image with the most similar EEG. If the data cannot give a control, the result says why and has no images."""
     sampler: Literal["ddpm", "ddim", "dpmsolver++"] | None = None
     """Sampler. ddpm: the ancestral sampler, which adds noise at every step. ddim: a deterministic sampler that needs
     few steps. dpmsolver++: a deterministic solver of second order. Empty: the default sampler of the model."""
@@ -44,7 +52,7 @@ class GenerateConfig:
     batch_size: int = 32
     """Number of trials in one forward pass. The batch size does not change the noise from which an image starts."""
     seed: int = 0
-    """Seed for the noise, and for shuffling the trials' EEG."""
+    """Seed for the noise, for shuffling the trials' EEG, and for choosing training images."""
     num_processes: int = 1
     """Number of processes among which the batches are divided. The number does not change the images."""
     device: str = "auto"

@@ -12,6 +12,10 @@ from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset
 
 
+class NotApplicableError(Exception):
+    """Raised if a control cannot be made from the data. The message says why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """One trial for which an image is generated: the presentations of one image to one subject."""
@@ -21,24 +25,25 @@ class Trial:
     numbers: list[int]
     """Numbers of the presentations in the dataset."""
     source: list[int]
-    """Numbers of the presentations whose mean EEG is used."""
-    source_key: str
-    """Key of the first presentation in `source`."""
+    """Numbers of the presentations whose EEG is used; empty if no EEG is used."""
+    source_keys: list[str]
+    """Keys of the presentations in `source`."""
     meta: dict[str, Any]
     """Metadata of the first presentation."""
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of the trial in generated.json."""
-        return {
+        entry: dict[str, Any] = {
             "key": self.key,
-            "eeg_key": self.source_key,
-            "repeats": len(self.source),
+            "eeg_key": self.source_keys[0] if self.source_keys else None,
+            "repeats": len(self.source) or len(self.numbers),
             "image_id": self.meta["image_id"],
             "label": self.meta["label"],
             "subject": self.meta["subject"],
             "file": f"images/{self.key}.png",
             "real_file": f"real/{self.key}.png",
         }
+        return entry | ({"eeg_keys": self.source_keys} if len(self.source_keys) > 1 else {})
 
 
 def list_trials(dataset: EEGDataset, groups: list[list[int]], sources: list[list[int]]) -> list[Trial]:
@@ -51,7 +56,7 @@ def list_trials(dataset: EEGDataset, groups: list[list[int]], sources: list[list
     groups : list of list of int
         Groups of presentations of one image to one subject, from `group_repeats`.
     sources : list of list of int
-        For each group in `groups`, the group whose mean EEG is used.
+        For each group in `groups`, the presentations whose mean EEG is used; an empty list if no EEG is used.
 
     Returns
     -------
@@ -69,8 +74,8 @@ def list_trials(dataset: EEGDataset, groups: list[list[int]], sources: list[list
         if key in trials or not {"image_id", "label", "subject"} <= meta.keys():
             fault = "is in the dataset twice" if key in trials else "has no image_id, label or subject"
             raise RequestError(f"{dataset.path}: sample {key} {fault}; make the dataset again")
-        source_key = key if source is group else dataset.key(source[0])
-        trials[key] = Trial(key=key, numbers=group, source=source, source_key=source_key, meta=meta)
+        source_keys = [dataset.key(number) for number in source]
+        trials[key] = Trial(key=key, numbers=group, source=source, source_keys=source_keys, meta=meta)
     return list(trials.values())
 
 

@@ -199,11 +199,23 @@ class LinearGenerator:
         if not fits:
             raise ValueError("the arrays of model.safetensors do not fit each other")
 
+    @property
+    def image_size(self) -> int:
+        """Width and height of the shown images in pixels."""
+        return self.model.images_MHW3.shape[1]
+
     def choose_sampling(
         self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampling:
         """Return sampling settings, which are only recorded, because the linear model has no sampler."""
         return Sampling(sampler=sampler or "ddim", steps=steps or 1, guidance_scale=guidance_scale or 1.0)
+
+    def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
+        """Return why the linear map has no such source; empty for EEG (see `finetune.generators.Generator`)."""
+        del metas
+        if source == "eeg":
+            return ""
+        return f"{self.folder}: the linear baseline needs EEG, so it has no control '{source}'; use 'none' or 'shuffle'"
 
     def generate(
         self,
@@ -226,10 +238,7 @@ class LinearGenerator:
         RequestError
             If the source is not the EEG, because the linear map needs EEG.
         """
-        if source != "eeg":
-            raise RequestError(
-                f"{self.folder}: the linear baseline needs EEG, so it has no control '{source}'; use 'none' or "
-                f"'shuffle'"
-            )
+        if obstacle := self.find_obstacle(source, metas or []):
+            raise RequestError(obstacle)
         features_BF = compute_time_courses(eeg_B128T, self.spec, channels=self.model.channels, bins=self.model.bins)
         return self.model.images_MHW3[self.model.look_up(features_BF)]

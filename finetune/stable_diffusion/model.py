@@ -364,6 +364,11 @@ class StableDiffusionGenerator:
         """Preprocessing that the EEG trials must have."""
         return self.encoder.spec
 
+    @property
+    def image_size(self) -> int:
+        """Width and height of the generated images in pixels."""
+        return int(self.unet.config.sample_size * self.pipeline.vae_scale_factor)
+
     def choose_sampling(
         self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampling:
@@ -386,6 +391,11 @@ class StableDiffusionGenerator:
             )
         except ValueError as error:
             raise RequestError(f"{self.folder}: {error}") from None
+
+    def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
+        """Return an empty text, because every source is possible (see `finetune.generators.Generator`)."""
+        del source, metas
+        return ""
 
     @torch.no_grad()
     def embed_captions(self, captions: list[str]) -> Condition:

@@ -45,6 +45,7 @@ def _write(
             {"key": key, "eeg_key": eeg_key, **trial, "file": f"images/{key}.png", "real_file": f"real/{key}.png"}
         )
     about = {"kind": "eg_ddpm", "steps": 1, "guidance_scale": 1.0, "seed": 0, "split": split, "control": control}
+    about["model_digest"] = "0" * 64
     about |= {"dataset": str(dataset), "dataset_id": data.manifest.dataset_id, "labels": data.labels, "trials": trials}
     (folder / "generated.json").write_text(json.dumps(about))
     return folder

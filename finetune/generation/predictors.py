@@ -1,0 +1,232 @@
+"""Predictors that choose a training picture for each trial without a generator.
+
+The predictors ``time``, ``baseline`` and ``eyes`` see no brain response to the picture, so their score is evidence of a
+confound. The predictor ``nearest`` sees the response, but cannot draw.
+
+Array shapes: n presentations, m test presentations, C channels, T samples, F features, B trials, M training images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sharding.common.progress import progress
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.samples import pad_channels
+from data_sharding.formats.channels import is_grid, is_net, kind_of
+from finetune.eeg import PART, group_repeats, read_means
+from finetune.generation.trials import NotApplicableError, Trial, trial_seed
+from finetune.images import ImageTable
+from finetune.linear.model import compute_time_courses
+from pretrain.evidence.predictors import noise_features, predict_from_features, predict_from_time
+from pretrain.evidence.trials import group_recordings, tabulate_trials
+from pretrain.probe.features import time_courses
+
+Predictor = Literal["time", "baseline", "eyes", "nearest"]
+PREDICTORS: tuple[Predictor, ...] = ("time", "baseline", "eyes", "nearest")
+"""Controls that show a training picture of a predicted category."""
+BINS = 25
+"""Number of time bins of a time course, as in the linear baseline."""
+LEAST_BASELINE_S = 0.05
+"""Smallest duration of the baseline in seconds; its spectrum then has a frequency of at most 20 Hz."""
+FACE_Y, FACE_Z = 0.03, -0.015
+"""An electrode more than 3 cm in front of the ears and more than 1.5 cm below the plane through the nasion and the ears
+is on the face (head coordinates in metres). The electrodes of the 10-05 system are not on the face by this rule; the
+electrodes 125 to 128 of a HydroCel net of 128 electrodes are."""
+
+Floats = NDArray[np.float64]
+Window = Callable[[EEGDataset, int], np.ndarray]
+"""Function that reads a part [C, T] of the EEG of one presentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Training pictures that a predictor chose for the trials."""
+
+    rows_B: NDArray[np.int64]
+    """[B] row of the picture in the table of the training images."""
+    labels_B: NDArray[np.int64]
+    """[B] predicted category."""
+
+
+def predict(
+    name: Predictor,
+    train: EEGDataset,
+    test: EEGDataset,
+    trials: Sequence[Trial],
+    *,
+    seed: int,
+    average_repeats: int = 0,
+) -> Prediction:
+    """Predict the category of each trial, and choose a training picture of this category.
+
+    Parameters
+    ----------
+    name : str
+        time, baseline, eyes or nearest.
+    train : EEGDataset
+        Training trials, with the same part of each trial as `test`.
+    test : EEGDataset
+        Split of the trials.
+    trials : sequence of Trial
+        Trials for which pictures are chosen. If a trial has several presentations, the commonest predicted category is
+        used; ``nearest`` averages the EEG of the presentations.
+    seed : int
+        Seed for the choice among the training pictures of the predicted category.
+    average_repeats : int
+        Number of presentations of an image that ``nearest`` averages to one training trial; 0 averages all.
+
+    Returns
+    -------
+    Prediction
+        Rows of the chosen pictures in ``ImageTable(train)``, and predicted categories.
+
+    Raises
+    ------
+    NotApplicableError
+        If the predictor cannot be made from the data.
+    """
+    table = ImageTable(train)
+    if name == "nearest":
+        rows_B = _find_nearest(train, test, trials, table, average_repeats)
+        return Prediction(rows_B=rows_B, labels_B=table.labels[rows_B])
+    numbers = [number for trial in trials for number in trial.numbers]
+    labels = dict(zip(numbers, _predict_labels(name, train, test, numbers, seed).tolist(), strict=True))
+    labels_B = [Counter(labels[number] for number in trial.numbers).most_common(1)[0][0] for trial in trials]
+    rows_B = []
+    for trial, label in zip(trials, labels_B, strict=True):
+        candidates = np.flatnonzero(table.labels == label)
+        rng = np.random.default_rng(trial_seed(seed, f"picture:{trial.key}"))
+        rows_B.append(int(rng.choice(candidates)))
+    return Prediction(rows_B=np.array(rows_B, np.int64), labels_B=np.array(labels_B, np.int64))
+
+
+def _predict_labels(
+    name: Predictor, train: EEGDataset, test: EEGDataset, numbers: list[int], seed: int
+) -> NDArray[np.int64]:
+    """Predict the label of each presentation in `numbers`."""
+    table = tabulate_trials(train)
+    if name == "time":
+        return predict_from_time(table, tabulate_trials(test).select(numbers))
+    if name == "baseline":
+        window, courses = _read_baseline(train, test, numbers), False
+    else:
+        window, courses = _read_eyes(train, test, numbers), True
+    x_nF, new_mF = (
+        _read_features(dataset, wanted, window, courses)
+        for dataset, wanted in ((train, list(range(len(train)))), (test, numbers))
+    )
+    return predict_from_features(x_nF, table.labels_n, new_mF, groups_n=group_recordings(table), seed=seed)
+
+
+def _read_features(dataset: EEGDataset, numbers: list[int], window: Window, courses: bool) -> Floats:
+    """Compute features of a part of each presentation: spectrum and mean, and if asked for the time course."""
+    parts = []
+    with progress("features of the control", len(numbers), enabled=len(numbers) >= 10_000) as advance:
+        for start in range(0, len(numbers), PART):
+            wanted = numbers[start : start + PART]
+            x_nCT = np.stack([window(dataset, number) for number in wanted]).astype(np.float64)
+            features_nF = noise_features(x_nCT, dataset.spec.sfreq)
+            if courses:
+                features_nF = np.concatenate([features_nF, time_courses(x_nCT, min(BINS, x_nCT.shape[-1]))], axis=1)
+            parts.append(features_nF)
+            advance(len(wanted))
+    return np.concatenate(parts)
+
+
+def _read_baseline(train: EEGDataset, test: EEGDataset, numbers: list[int]) -> Window:
+    """Return a function that reads the EEG before the picture, as long as it is stored for all presentations."""
+    onsets_n = np.concatenate([train.trials.numbers("onset"), test.trials.numbers("onset")[numbers]])
+    samples, short = int(onsets_n.min()), int((onsets_n < LEAST_BASELINE_S * train.spec.sfreq).sum())
+    if short:
+        raise NotApplicableError(
+            f"{short} of {len(onsets_n)} trials are stored with less than {LEAST_BASELINE_S:g} s before the picture"
+        )
+    channels = _count_channels(train, test)
+
+    def read(dataset: EEGDataset, number: int) -> np.ndarray:
+        sample = dataset.read_stored(number)
+        onset = int(sample.meta["onset"])
+        return pad_channels(sample.eeg[:, onset - samples : onset], channels)
+
+    return read
+
+
+def _count_channels(*datasets: EEGDataset) -> int:
+    """Return the largest number of channels of a trial."""
+    return max(int(dataset.trials.numbers("n").max()) for dataset in datasets)
+
+
+def find_face_channels(names: Sequence[str], positions: Sequence[Sequence[float] | None]) -> list[str]:
+    """Find the channels of eyes and face among the channels of a trial.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Names of the channels.
+    positions : sequence of (float, float, float) or None
+        Positions in metres in head coordinates (x to the right ear, y to the nose, z up); None if unknown.
+
+    Returns
+    -------
+    list of str
+        Names of channels that are named as eye channels, and of electrodes below the eyes or on the cheeks.
+    """
+    grid, net = is_grid(list(names)), is_net(list(names))
+    found = []
+    for name, place in zip(names, positions, strict=True):
+        on_face = place is not None and place[1] > FACE_Y and place[2] < FACE_Z
+        if on_face or kind_of(name, grid=grid, net=net) == "eog":
+            found.append(name)
+    return found
+
+
+def _read_eyes(train: EEGDataset, test: EEGDataset, numbers: list[int]) -> Window:
+    """Return a function that reads the channels of eyes and face that all presentations have."""
+    common: set[str] | None = None
+    for dataset, wanted in ((train, np.arange(len(train))), (test, np.array(numbers))):
+        stored = dataset.trials
+        pairs = {
+            (names, places)
+            for names, places in zip(stored.codes("ch_names")[wanted], stored.codes("positions")[wanted], strict=True)
+        }
+        for names, places in pairs:
+            named = json.loads(stored.values("ch_names")[names] or "[]")
+            placed = json.loads(stored.values("positions")[places] or "null") or [None] * len(named)
+            face = set(find_face_channels(named, placed))
+            common = face if common is None else common & face
+    if not common:
+        raise NotApplicableError("the trials have no eye or face channel that all trials have")
+    chosen = sorted(common)
+
+    def read(dataset: EEGDataset, number: int) -> np.ndarray:
+        sample = dataset[number]
+        return sample.eeg[[sample.meta["ch_names"].index(name) for name in chosen]]
+
+    return read
+
+
+def _find_nearest(
+    train: EEGDataset, test: EEGDataset, trials: Sequence[Trial], table: ImageTable, average_repeats: int
+) -> NDArray[np.int64]:
+    """Find for each trial the training image whose EEG has the most similar time courses."""
+    from sklearn.neighbors import NearestNeighbors
+
+    channels = _count_channels(train, test)
+    fit, new = group_repeats(train, average_repeats), [trial.numbers for trial in trials]
+    bins = min(BINS, train.n_times)
+
+    def features(dataset: EEGDataset, groups: list[list[int]]) -> np.ndarray:
+        parts = [read_means(dataset, groups[start : start + PART]) for start in range(0, len(groups), PART)]
+        return np.concatenate([compute_time_courses(x, dataset.spec, channels=channels, bins=bins) for x in parts])
+
+    search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(features(train, fit))
+    found = search.kneighbors(features(test, new), return_distance=False)[:, 0]
+    return np.array([table.row_of[fit[number][0]] for number in found], np.int64)
