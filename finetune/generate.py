@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_sharding.common.config import command
+from data_sharding.common.config import command, to_dict
 from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.files import atomic_directory, write_json
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.diffusion import Sampling
 from finetune.eeg import choose_evenly, group_repeats, read_means
+from finetune.evaluation.openings import record_opening
 from finetune.generation.config import GenerateConfig
 from finetune.generation.exchange import exchange_all, exchange_within, read_noise
 from finetune.generation.images import MakeImages, generate_images
@@ -240,6 +241,17 @@ def generate(config: GenerateConfig) -> int:
                 write_json(root / "generated.json", {**about, "not_applicable": str(reason), "trials": []})
             print(f"not applicable: {reason} -> {output / 'generated.json'}")
     else:
+        if world.first:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            record_opening(
+                config.dataset,
+                config.split,
+                command="generate",
+                dataset_id=dataset.manifest.dataset_id,
+                model_digest=digest,
+                config=to_dict(config),
+                fallback=output.parent,
+            )
         _make_images(config, plan, dataset, about, world)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -250,9 +262,10 @@ def _say_next(config: GenerateConfig) -> str:
     """Return what the user can do with the images."""
     if config.control == "none":
         return f"dreamscale evaluate {config.output}"
-    if config.control == "shuffle":
-        return f"dreamscale evaluate OWN --control_dir {config.output} (OWN: the images without --control)"
-    return f"look at the images in {config.output}; 'dreamscale evaluate {config.output}' computes their metrics"
+    return (
+        f"dreamscale evaluate OWN, where OWN is the folder of the images without --control; a folder named "
+        f"OWN-{config.control} is found, and another name is given with --controls '[{config.output}]'"
+    )
 
 
 main = command(

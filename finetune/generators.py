@@ -185,7 +185,7 @@ def find_model(model_dir: str | Path) -> Path:
 
 
 def digest_model(model_dir: str | Path) -> str:
-    """Compute a checksum of a fine-tuned model, over all safetensors files and JSON files of its folder.
+    """Compute a checksum of a fine-tuned model.
 
     Parameters
     ----------
@@ -195,19 +195,42 @@ def digest_model(model_dir: str | Path) -> str:
     Returns
     -------
     str
-        Hexadecimal SHA-256. The place of the folder does not change the checksum.
+        Hexadecimal SHA-256 from `digest_folder`.
 
     Raises
     ------
     RequestError
         If the folder holds no model, or if a file cannot be read.
     """
-    folder = find_model(model_dir)
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file())
+    return digest_folder(find_model(model_dir))
+
+
+def digest_folder(*folders: Path) -> str:
+    """Compute a checksum over all safetensors files and JSON files of folders.
+
+    Parameters
+    ----------
+    *folders : Path
+        The folders. The places and names of the folders do not change the checksum, but their order does.
+
+    Returns
+    -------
+    str
+        Hexadecimal SHA-256.
+
+    Raises
+    ------
+    RequestError
+        If a file cannot be read.
+    """
+    found = []
     try:
-        return digest_of({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
+        for folder in folders:
+            files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
+            found.append({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
     except OSError as error:
         raise RequestError(f"{error.filename}: cannot be read ({error.strerror}); copy the model again") from None
+    return digest_of(found[0] if len(found) == 1 else found)
 
 
 def load_generator(model_dir: str | Path, device: str = "cpu") -> Generator:

@@ -25,7 +25,7 @@ FOLDERS = {
         *("chain", "stages", "worker"),
     ],
     "finetune": [
-        *("align", "generate", "generation", "stable_diffusion", "dm_re2i", "linear", "evaluation"),
+        *("align", "generate", "retrieval", "stable_diffusion", "dm_re2i", "evaluation", "generation", "linear"),
         *("generators", "eeg", "clip_head", "diffusion", "training", "clip_images", "images", "papers", "standalone"),
         "foreign_models",
     ],

@@ -8,22 +8,29 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sharding.common.config import command
-from data_sharding.common.errors import EXIT_DONE, RequestError
+from data_sharding.audit.leakage import Contents, Findings, compare_datasets, compare_splits
+from data_sharding.common.config import command, to_dict
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, printable, show
 from data_sharding.common.files import atomic_write_text, write_json
+from data_sharding.dataset.dataset import EEGDataset
 from finetune.evaluation import metrics
 from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
-from finetune.evaluation.generated import GeneratedSet, Images, check_control, read_generated
+from finetune.evaluation.controls import find_controls, read_controls
+from finetune.evaluation.generated import GeneratedSet, Images, read_generated
+from finetune.evaluation.judgement import THUMBNAIL, Judge, judge_images, pixel_features
 from finetune.evaluation.metrics import JUDGE, METRICS, JudgedImages
-from finetune.evaluation.per_trial import measure_trials, write_trials
+from finetune.evaluation.openings import record_opening
+from finetune.evaluation.per_trial import ACCURACY, measure_trials, write_trials
 from finetune.evaluation.pixel_metrics import PAIRED_METRICS, ImageRows, ImageSource, average_pairs
 from finetune.evaluation.report import render_report
+from finetune.generation.trials import Trial, list_trials
 from finetune.images import ImageTable, open_paired
+from pretrain.evidence.rules import NotApplicable
 
 SAME_IMAGE = "not computed: all trials show the same image"
 SAME_SET = "not computed: compares images with themselves"
@@ -35,11 +42,14 @@ RANDOM_PAIRS = 10_000
 class EvaluateConfig:
     """Compute metrics of generated images, compare them with controls, and write a report."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"control_dir": "controls"}
+
     directory: str
     """Folder that `dreamscale generate` wrote. The evaluation writes metrics.json, trials.json and
     report.html into this folder."""
-    control_dir: str | None = None
-    """Folder of control images: generated for the same trials, but with `--control shuffle`."""
+    controls: list[str] | None = None
+    """Folders of control images, generated for the same trials with `--control NAME`. Empty: all folders beside
+    `directory` whose name begins with the name of `directory` and a hyphen, such as images-shuffle for images."""
     dataset: str | None = None
     """Path of the EEG-image dataset; only needed if the dataset was moved after the images were generated."""
     classifier: str | None = None
@@ -65,6 +75,17 @@ class EvaluateConfig:
     trust_programs: bool = False
     """True: run the programs in the files `inception` and `lpips`. A TorchScript program may do anything that you may
     do, so give only files that you downloaded from their authors and whose checksums you compared."""
+    design_evidence: str = ""
+    """Published evidence that the images were shown in random order, for files that have lost the order of the trials,
+    such as the preprocessed THINGS-EEG2. The evidence is printed beside the verdict."""
+    verify: Literal["windows", "names", "none"] = "windows"
+    """How the splits are checked for shared data, as `dreamscale verify` does. windows: decode and compare every
+    window. names: compare subjects, recordings and images. none: no check."""
+    pretraining: str | None = None
+    """Dataset on which the encoder was pretrained. If the dataset is given, it is checked that it shares no data with
+    the test data."""
+    require: Literal["", "signal"] = ""
+    """signal: end with exit code 1 unless the verdict is "signal"."""
     examples: int = 24
     """Number of trials whose images the report shows."""
     seed: int = 0
@@ -345,17 +366,39 @@ def _classifier(
     return classifier
 
 
-def _read_control(config: EvaluateConfig, own: GeneratedSet) -> GeneratedSet | None:
-    if config.control_dir is None:
-        return None
-    control = read_generated(config.control_dir)
-    check_control(own, control)
-    if control.about["control"] != "shuffle":
+def _list_trials(data: EEGDataset, own: GeneratedSet) -> list[Trial]:
+    """Find the trials of generated images in the dataset."""
+    number_of = {data.key(number): number for number in range(len(data))}
+    keys = [trial.get("eeg_keys") or [trial.get("eeg_key") or trial["key"]] for trial in own.trials]
+    if missing := [key for group in keys for key in group if key not in number_of]:
         raise RequestError(
-            f"{config.control_dir}: this folder holds the control '{control.about['control']}'; give images of "
-            "--control shuffle"
+            f"{own.path}: {len(missing)} trials, such as {show(missing[0])}, are not in {data.path} ({data.split}); "
+            "generate the images again"
         )
-    return control
+    groups = [[number_of[key] for key in group] for group in keys]
+    return list_trials(data, groups, groups)
+
+
+def _check_protocol(config: EvaluateConfig, path: Path) -> dict[str, Any]:
+    """Check that the splits, and the pretraining data and the dataset, share no data."""
+    if config.verify == "none":
+        return {"splits": None, "pretraining": None}
+    windows = config.verify == "windows"
+    contents = Contents.read(path, windows=windows)
+    found: dict[str, Any] = {"splits": _show_findings(compare_splits(contents)), "pretraining": None}
+    if config.pretraining is not None:
+        before = Contents.read(config.pretraining, windows=windows)
+        found["pretraining"] = _show_findings(compare_datasets(before, contents))
+    return found
+
+
+def _show_findings(findings: Findings) -> dict[str, list[str]]:
+    return {
+        "shared": [finding.text for finding in findings.proofs],
+        "to_look_at": [finding.text for finding in findings.found if not finding.proof],
+        "compared": findings.compared,
+        "not_compared": findings.not_compared,
+    }
 
 
 def _held_out(path: Path, judges: Judges, dataset_split: str) -> dict[str, Any]:
@@ -403,14 +446,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         If a folder is incomplete, or the folders and the dataset do not belong together.
     """
     own = read_generated(config.directory)
-    control = _read_control(config, own)
+    if own.about["control"] != "none":
+        raise RequestError(
+            f"{config.directory}: this folder holds images of the control '{own.about['control']}'; give the folder of "
+            "images from the right EEG, and the control in the key 'controls'"
+        )
+    wanted = find_controls(config.directory) if config.controls is None else config.controls
+    controls = read_controls(own, wanted)
+    shuffle = controls.get("shuffle")
+    control = None if isinstance(shuffle, NotApplicable) else shuffle
     path = Path(config.dataset or own.about["dataset"])
     train = open_paired(path, "train")
     if train.manifest.dataset_id != own.about["dataset_id"]:
         raise RequestError(
             f"{path}: the images in {config.directory} are of another dataset; give that dataset as --dataset"
         )
-    folders = [Path(folder) for folder in (config.directory, config.control_dir, path) if folder]
+    folders = [Path(folder) for folder in (config.directory, *wanted, path)]
     inception = _load_torchscript(config.inception, "inception", folders) if config.inception else None
     lpips = _load_torchscript(config.lpips, "lpips", folders) if config.lpips else None
     table = ImageTable(train)
@@ -443,9 +494,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "held_out": _held_out(path, judges, own.about["split"]),
         },
         "generated": measure(own.images_BHW3, own.real_BHW3, y_B, ids, judges, config),
-        "shuffled": "not computed: no --control_dir",
+        "shuffled": "not computed: no images of --control shuffle",
         "real": measure_real(own.real_BHW3, y_B, ids, judges, config),
         "random_pairs": compare_random_pairs(own.images_BHW3, own.real_BHW3, ids, seed=config.seed),
+    }
+    result["controls"] = {
+        name: f"not applicable: {found.reason}"
+        if isinstance(found, NotApplicable)
+        else measure(
+            found.images_BHW3,
+            found.real_BHW3,
+            found.labels_B,
+            [trial["image_id"] for trial in found.trials],
+            judges,
+            config,
+        )
+        for name, found in controls.items()
+        if name != "shuffle"
     }
     if control is not None:
         result["shuffled"] = measure(control.images_BHW3, control.real_BHW3, y_B, ids, judges, config)
@@ -479,9 +544,50 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         )
         for given in (own, control)
     )
+    eeg: dict[str, Any] = own.about.get("eeg") or {}
+    part = {name: eeg.get(name) for name in ("tmin", "tmax")}
+    data = open_paired(path, own.about["split"], **part)
+    openings = record_opening(
+        path,
+        own.about["split"],
+        command="evaluate",
+        dataset_id=own.about["dataset_id"],
+        model_digest=str(own.about.get("model_digest") or ""),
+        config=to_dict(config),
+        fallback=own.path,
+    )
+    result["verdict"] = judge_images(
+        own,
+        controls,
+        Judge(
+            classify=lambda images: classifier.judge(_resize(images, judges.size))[1].argmax(axis=1),
+            features=pixel_features,
+            features_name=f"correlation of the pixels at {THUMBNAIL} x {THUMBNAIL}",
+        ),
+        train=open_paired(path, "train", **part),
+        data=data,
+        trials=_list_trials(data, own),
+        design_evidence=config.design_evidence,
+        resamples=max(500, min(config.permutations, 5000)),
+        seed=config.seed,
+    )
+    result["protocol"] = {
+        **_check_protocol(config, path),
+        "openings": None if openings is None else openings.describe(own.about["split"]),
+    }
+    people_B = np.array([trial["subject"] for trial in own.trials])
+    result["by_person"] = {
+        str(person): {
+            "trials": int((people_B == person).sum()),
+            "accuracy": float(values[ACCURACY][people_B == person].mean()),
+            "shuffled": float(shuffled[ACCURACY][people_B == person].mean()) if shuffled else None,
+        }
+        for person in np.unique(people_B)
+    }
     write_trials(own.path, own.trials, values, shuffled)
     write_json(own.path / "metrics.json", result)
-    page = render_report(result, own, control, examples=config.examples)
+    similarity_B = values.get("pixel_correlation")
+    page = render_report(result, own, control, examples=config.examples, similarity_B=similarity_B)
     atomic_write_text(own.path / "report.html", page)
     return result
 
@@ -507,23 +613,24 @@ def evaluate_and_print(config: EvaluateConfig) -> int:
         line += f"; with shuffled EEG {result['shuffled'][f'accuracy[{JUDGE}]']['accuracy']:.3f}"
     else:
         following = (
-            "; next: generate images of the same trials with --control shuffle, and give their folder as --control_dir"
+            "; next: dreamscale generate MODEL DATASET --control shuffle -o "
+            f"{config.directory}-shuffle, and the same with --control shuffle_within; then evaluate again"
         )
     if result["repeats"]["most"] > 1:
         line += f"; each trial is the mean of up to {result['repeats']['most']} presentations"
     report = Path(config.directory) / "report.html"
-    print(f"{line}; real images {real['accuracy']:.3f} -> {report}{following}")
-    return EXIT_DONE
+    print(f"{line}; real images {real['accuracy']:.3f}")
+    verdict = result["verdict"]
+    scope = f" ({verdict['scope']})" if verdict["scope"] else ""
+    print(f"verdict: {verdict['word']}{scope}. {verdict['why'][0]}")
+    for shared in (found or {} for found in (result["protocol"]["splits"], result["protocol"]["pretraining"])):
+        for text in shared.get("shared", [])[:5]:
+            print(f"shared: {printable(text)}")
+    print(f"report: {report}{following}")
+    return EXIT_FAILED if config.require == "signal" and verdict["word"] != "signal" else EXIT_DONE
 
 
-_main = command(EvaluateConfig, evaluate_and_print, prog="dreamscale evaluate", positionals=("directory",))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run ``dreamscale evaluate`` and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    # Older documentation wrote the option --control_dir with a hyphen, as --control-dir.
-    return _main([word.replace("--control-dir", "--control_dir", 1) for word in words])
+main = command(EvaluateConfig, evaluate_and_print, prog="dreamscale evaluate", positionals=("directory",))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_sharding.common.html.render import Cell, Picture, Table, embed_png, render_page
 from finetune.evaluation.generated import GeneratedSet
+from finetune.evaluation.verdict import make_comparison_table
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MISSING = "-"
@@ -46,13 +47,14 @@ def _is_not_computed(value: Any) -> bool:
 
 
 def _make_metric_table(result: dict[str, Any]) -> Table:
-    columns = [result[name] for name in ("generated", "shuffled", "random_pairs", "real")]
+    controls = {name: found for name, found in result["controls"].items() if isinstance(found, dict)}
+    columns = [result["generated"], result["shuffled"], *controls.values(), result["random_pairs"], result["real"]]
     rows = [
         [name, *(_metric_cell(column.get(name) if isinstance(column, dict) else None) for column in columns)]
         for name, value in result["generated"].items()
         if name not in ("confusion", "frechet_note") and not _is_not_computed(value)
     ]
-    head = ["metric", "generated", "EEG shuffled", "random other image", "real images"]
+    head = ["metric", "generated", "EEG shuffled", *controls, "random other image", "real images"]
     return Table(head=head, rows=rows)
 
 
@@ -81,13 +83,28 @@ def choose_trials(labels_B: np.ndarray, examples: int) -> list[int]:
     return chosen
 
 
-def _make_examples(
-    labels: list[str], generated: GeneratedSet, control: GeneratedSet | None, examples: int
-) -> list[list[Picture]]:
+def _share_cell(value: float | None) -> Cell:
+    return Cell(text=MISSING if value is None else f"{value:.1%}", is_number=True)
+
+
+def _rank_examples(
+    generated: GeneratedSet, control: GeneratedSet | None, similarity_B: np.ndarray | None, each: int = 6
+) -> list[tuple[str, list[list[Picture]]]]:
+    """Return pictures of the trials with the largest, the middle and the smallest similarity to the seen image."""
+    if similarity_B is None:
+        return []
+    order = np.argsort(-np.nan_to_num(similarity_B, nan=-np.inf), kind="stable")
+    middle = max(0, len(order) // 2 - each // 2)
+    parts = {"best": order[:each], "median": order[middle : middle + each], "worst": order[::-1][:each]}
+    return [(name, _make_examples(generated, control, part.tolist())) for name, part in parts.items()]
+
+
+def _make_examples(generated: GeneratedSet, control: GeneratedSet | None, numbers: list[int]) -> list[list[Picture]]:
     """Return the pictures of some trials: the image that the person saw, the generated image, and the control image."""
     chosen = []
-    for number in choose_trials(generated.labels_B, examples):
-        label = labels[generated.trials[number]["label"]]
+    for number in numbers:
+        trial = generated.trials[number]
+        label = f"{generated.about['labels'][trial['label']]} ({trial['subject']})"
         images = {"seen": generated.real_BHW3[number], "generated": generated.images_BHW3[number]}
         if control is not None:
             images["generated from shuffled EEG"] = control.images_BHW3[number]
@@ -96,7 +113,12 @@ def _make_examples(
 
 
 def render_report(
-    result: dict[str, Any], generated: GeneratedSet, control: GeneratedSet | None, *, examples: int
+    result: dict[str, Any],
+    generated: GeneratedSet,
+    control: GeneratedSet | None,
+    *,
+    examples: int,
+    similarity_B: np.ndarray | None = None,
 ) -> str:
     """Render the report as HTML.
 
@@ -110,6 +132,9 @@ def render_report(
         Images that were generated from shuffled EEG; None if there are no such images.
     examples : int
         Largest number of trials whose images are shown.
+    similarity_B : ndarray, shape (B,), optional
+        Similarity of each generated image and the seen image. The trials with the largest, the middle and the smallest
+        similarity are shown.
 
     Returns
     -------
@@ -130,7 +155,19 @@ def render_report(
         repeats=generated.describe_repeats(),
         accuracy=next(value for name, value in found.items() if name.startswith("accuracy[")),
         has_control=control is not None,
-        examples=_make_examples(labels, generated, control, examples),
+        verdict=result["verdict"],
+        comparisons=make_comparison_table(result["verdict"]),
+        protocol=result["protocol"],
+        missing_controls=[(n, found) for n, found in result["controls"].items() if isinstance(found, str)],
+        people=Table(
+            head=["person", "trials", "right", "right, EEG shuffled"],
+            rows=[
+                [name, found["trials"], *(_share_cell(found[key]) for key in ("accuracy", "shuffled"))]
+                for name, found in result["by_person"].items()
+            ],
+        ),
+        examples=_make_examples(generated, control, choose_trials(generated.labels_B, examples)),
+        ranked=_rank_examples(generated, control, similarity_B),
         metrics=_make_metric_table(result),
         frechet_note=found["frechet_note"],
         classifier=result["classifier"],

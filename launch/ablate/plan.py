@@ -22,7 +22,7 @@ from launch.stages import STAGES
 ALIGN = "align"
 _SET_HERE = ("dataset", "output")
 _GENERATE_KEYS = {"model", "dataset", "output", "split", "control", "seed"}
-_EVALUATE_KEYS = {"directory", "control_dir", "dataset", "seed"}
+_EVALUATE_KEYS = {"directory", "controls", "dataset", "seed"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ class _Planner:
                 )
             )
         needs = [step.name for step in steps]
-        words = [str(images), *(["--control_dir", f"{images}-shuffled"] if config.control else []), "--seed", seed]
+        words = [str(images), "--seed", seed]
         words += _words(judging)
         if name != config.base:
             # One classifier, trained in the evaluation of the base row, judges the images of all rows.

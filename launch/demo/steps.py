@@ -160,7 +160,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
     for kind, run in MODELS.items():
         steps += [generation(kind, run, control) for control in CONTROLS]
         own = out / "generated" / kind
-        words = ["evaluate", str(own), "--control_dir", f"{own}-shuffled"]
+        words = ["evaluate", str(own)]
         # One classifier judges both generators: the first evaluation trains the classifier, and the second loads it.
         words += _flags(images["evaluate"]) if judge is None else ["--classifier", judge]
         first = [] if judge is None else [next(step.name for step in steps if step.name.startswith("evaluate"))]

@@ -163,7 +163,7 @@ def test_generation_reads_the_same_part_and_evaluation_says_what_was_averaged(
         )
         == 0
     )
-    assert run_main(evaluate, [str(tmp_path / "0"), "--control_dir", str(control), *quick]) == 2
+    assert run_main(evaluate, [str(tmp_path / "0"), "--controls", f"[{control}]", *quick]) == 2
     assert "average_repeats is 1, but 0" in capsys.readouterr().err
 
 

@@ -56,8 +56,8 @@ def perfect(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """Evaluate a perfect model: for each trial, it shows another image of the trial's category."""
     root = tmp_path_factory.mktemp("evaluate")
     own = _write(root / "own", paired_dataset, donors=lambda i, n: (i + 2) % n, control="none")
-    shuffled = _write(root / "shuffled", paired_dataset, donors=lambda i, n: (i + 1 + i % 4) % n, control="shuffle")
-    assert main([str(own), "--control_dir", str(shuffled), *QUICK]) == 0
+    shuffled = _write(root / "own-shuffle", paired_dataset, donors=lambda i, n: (i + 1 + i % 4) % n, control="shuffle")
+    assert main([str(own), *QUICK]) == 0 and shuffled.name == "own-shuffle"
     return root
 
 
@@ -86,7 +86,7 @@ def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) 
 
 def test_the_report_is_one_file_with_the_numbers_of_the_metrics(perfect: Path) -> None:
     page = (perfect / "own" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 * 16
+    assert page.count("data:image/png;base64,") == 3 * 16 + 3 * 3 * 6
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     found = json.loads((perfect / "own" / "metrics.json").read_text())
     assert f"{found['generated'][f'accuracy[{JUDGE}]']['accuracy']:.1%}" in page and "not computed" in page
@@ -96,8 +96,11 @@ def test_a_second_evaluation_with_the_saved_classifier_gives_the_same_numbers(pe
     first = json.loads((perfect / "own" / "metrics.json").read_text())
     copy = shutil.copytree(perfect / "own", tmp_path / "copy")
     kept = str(perfect / "own" / "classifier.safetensors")
-    assert main([str(copy), "--control-dir", str(perfect / "shuffled"), "--classifier", kept, *QUICK]) == 0
-    assert json.loads((copy / "metrics.json").read_text()) == first
+    assert main([str(copy), "--controls", f"[{perfect / 'own-shuffle'}]", "--classifier", kept, *QUICK]) == 0
+    again = json.loads((copy / "metrics.json").read_text())
+    # Only the number of recorded openings of the test split has changed.
+    assert again["protocol"].pop("openings") != first["protocol"].pop("openings")
+    assert again == first
 
 
 class _Features(torch.nn.Module):
@@ -173,7 +176,7 @@ def _change_json(folder: Path, **changes: object) -> None:
         (lambda d: Image.new("RGB", (8, 8)).save(next((d / "images").iterdir())), "different sizes"),
         (lambda d: _change_json(d, dataset_id="0"), "of another dataset"),
         (lambda d: _change_json(d, dataset="/nowhere"), "/nowhere"),
-        (lambda d: _change_json(d, control="shuffle"), "holds control images"),
+        (lambda d: _change_json(d, control="shuffle"), "images of the control 'shuffle'"),
         (lambda d: _change_json(d, guidance_scale=3.0), "guidance_scale"),
     ],
 )
@@ -182,7 +185,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     copy = shutil.copytree(perfect / "own", tmp_path / "copy")
     spoil(copy)
-    control = [] if message in ("of another dataset", "/nowhere") else ["--control_dir", str(perfect / "shuffled")]
+    control = [] if message in ("of another dataset", "/nowhere") else ["--controls", f"[{perfect / 'own-shuffle'}]"]
     before = (copy / "metrics.json").read_bytes()
     assert run_main(main, [str(copy), *control]) == 2
     err = capsys.readouterr().err
@@ -191,5 +194,5 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_a_folder_that_is_not_a_control_is_refused(perfect: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_main(main, [str(perfect / "own"), "--control_dir", str(perfect / "own")]) == 2
+    assert run_main(main, [str(perfect / "own"), "--controls", f"[{perfect / 'own'}]"]) == 2
     assert "does not hold control images" in capsys.readouterr().err

@@ -37,12 +37,43 @@ def write_page(folder: Path, held_out: dict) -> Path:
         "shuffled": measured,
         "random_pairs": {"psnr": 10.0},
         "real": measured | {"psnr": "infinite: the images are the same"},
+        "controls": {"shuffle_within": measured, "baseline": "not applicable: no <script>baseline</script>"},
+        "by_person": {"s1": {"trials": 8, "accuracy": 0.75, "shuffled": None}},
+        "verdict": {
+            "word": "signal",
+            "scope": "new people",
+            "why": ["The score is better than every control.", "The design is random: <script>evidence</script>"],
+            "comparisons": [
+                {
+                    "name": "own - shuffle",
+                    "left": 0.75,
+                    "right": 0.25,
+                    "difference": {"mean": 0.5, "over_images": [0.25, 0.75], "over_people": None},
+                    "p_corrected": 0.01,
+                    "holds": True,
+                }
+            ],
+            "measure": "the category is right",
+            "identification": "correlation of the pixels",
+            "chance": 0.5,
+            "judge": 0.9,
+        },
+        "protocol": {
+            "openings": "The test split was opened once so far.",
+            "splits": {
+                "shared": ["image <script>x</script>"],
+                "to_look_at": [],
+                "compared": ["2 splits"],
+                "not_compared": [],
+            },
+            "pretraining": None,
+        },
         "memorisation": {"measure": "RMS pixel difference", "generated": quartiles, "real": quartiles},
     }
     about = {"trials": trials, "labels": LABELS}
     own = GeneratedSet(path=folder, about=about, images_BHW3=generated, real_BHW3=real)
     control = GeneratedSet(path=folder, about=about, images_BHW3=shuffled, real_BHW3=real)
-    (folder / "report.html").write_text(render_report(result, own, control, examples=6))
+    (folder / "report.html").write_text(render_report(result, own, control, examples=6, similarity_B=np.arange(8.0)))
     return folder / "report.html"
 
 
@@ -53,7 +84,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_numbers_and_names(page: Path) -> None:
     text = page.read_text()
-    assert text.count("data:image/png;base64,") == 3 * 6
+    assert text.count("data:image/png;base64,") == 3 * 6 + 3 * 3 * 6
+    assert "Signal." in text and "Scope: new people" in text and "+25.0% to +75.0%" in text
+    assert "1 findings of shared data" in text and "opened once" in text and "not applicable: no &lt;script&gt;" in text
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)") > 3 and "&lt;script&gt;alert(2)" in text
     assert "75.0%" in text and "0.750 [0.40, 0.90]\np = 0.03" in text and "fid: not computed: no weights" in text
     assert "2 of the images are also in the training split" in text
@@ -66,7 +99,7 @@ def test_a_dataset_without_held_out_images(page: Path, tmp_path: Path) -> None:
 
 
 def test_in_a_browser(page: Path, open_in_browser) -> None:
-    assert {view["pictures"] for view in open_in_browser(page)} == {18}
+    assert {view["pictures"] for view in open_in_browser(page)} == {18 + 54}
 
 
 def test_trials_are_chosen_evenly() -> None:

@@ -1,0 +1,146 @@
+"""Collect the evidence for a verdict from an EEG-image dataset: design, people, concepts, and predictors without EEG.
+
+`pretrain.evidence.rules` turns the evidence into a verdict. Array shapes: B trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.manifest import Manifest
+from finetune.generation.predictors import Prediction, Predictor, predict
+from finetune.generation.trials import NotApplicableError, Trial
+from pretrain.evidence.rules import Control, Design, Evidence, NotApplicable
+from pretrain.evidence.trials import TrialTable, tabulate_trials
+
+PREDICTORS: tuple[Predictor, ...] = ("time", "baseline", "eyes")
+"""Controls that need no generator."""
+
+
+def describe_design(manifest: Manifest, declared: str = "") -> tuple[Design, str]:
+    """Return the design of a dataset's corpora, and a sentence with the evidence.
+
+    Parameters
+    ----------
+    manifest : Manifest
+        Manifest of the dataset. Sharding measures the design of each corpus from the order of its trials.
+    declared : str
+        Published evidence of a random order, for corpora whose files have lost the order of the trials. The evidence
+        makes an unknown design random. The evidence does not change a measured block design.
+
+    Returns
+    -------
+    design : str
+        block if one corpus has a block design; else unknown if the design of one corpus is unknown; else random.
+    evidence : str
+        The evidence.
+    """
+    corpora: Any = manifest.extra.get("corpora") or []
+    found = {str(entry.get("design", "unknown")) or "unknown" for entry in corpora if isinstance(entry, dict)}
+    text = "; ".join(
+        f"{entry.get('name', '')}: {entry.get('evidence') or 'the order of the trials was not measured'}"
+        for entry in corpora
+        if isinstance(entry, dict)
+    )
+    if "block" in found:
+        return "block", text
+    if not found or found != {"random"}:
+        if declared.strip():
+            return "random", f"declared in the config: {declared.strip()} (measured: {text or 'nothing'})"
+        return "unknown", text or "the manifest does not name the design"
+    return "random", text
+
+
+def make_predictors(
+    train: EEGDataset,
+    data: EEGDataset,
+    trials: Sequence[Trial],
+    score: Callable[[Prediction], NDArray[np.float64]],
+    seed: int,
+) -> dict[str, Control | NotApplicable]:
+    """Score the predictors that see no response to the picture: time, baseline, eye and face channels.
+
+    Parameters
+    ----------
+    train, data : EEGDataset
+        Train split, and the split of the trials.
+    trials : sequence of Trial
+        The trials.
+    score : callable
+        Function that gives each trial a score from 0 to 1 for a prediction.
+    seed : int
+        Seed of the predictors.
+
+    Returns
+    -------
+    dict
+        Scores of each predictor, or the reason why the data cannot give the predictor.
+    """
+    found: dict[str, Control | NotApplicable] = {}
+    for name in PREDICTORS:
+        try:
+            prediction = predict(name, train, data, trials, seed=seed)
+        except NotApplicableError as error:
+            found[name] = NotApplicable(reason=str(error))
+        else:
+            found[name] = Control(hits_n=score(prediction), checked=True)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a verdict must know about the trials, apart from scores."""
+
+    trials: TrialTable
+    """The evaluated trials."""
+    train: TrialTable
+    """The training trials."""
+    design: Design
+    design_evidence: str
+
+    @classmethod
+    def read(cls, train: EEGDataset, data: EEGDataset, trials: Sequence[Trial], declared: str = "") -> Setting:
+        """Read the setting from the train split and the split of the trials; `declared` as in `describe_design`."""
+        design, evidence = describe_design(data.manifest, declared)
+        return cls(
+            trials=tabulate_trials(data).select([trial.numbers[0] for trial in trials]),
+            train=tabulate_trials(train),
+            design=design,
+            design_evidence=evidence,
+        )
+
+    def weigh(
+        self,
+        hits_n: NDArray[np.float64],
+        chance: float,
+        *,
+        controls: dict[str, Control | NotApplicable],
+        identification_n: NDArray[np.float64] | NotApplicable,
+        judge_n: NDArray[np.float64] | NotApplicable,
+        judge_chance: float | None = None,
+    ) -> Evidence:
+        """Put scores and controls together to the evidence for `pretrain.evidence.rules.judge`."""
+        shared = {
+            name: bool(len(np.intersect1d(getattr(self.trials, name), getattr(self.train, name))))
+            for name in ("subjects_n", "labels_n")
+        }
+        return Evidence(
+            trials=self.trials,
+            train=self.train,
+            design=self.design,
+            design_evidence=self.design_evidence,
+            hits_n=hits_n,
+            chance=chance,
+            controls=controls,
+            identification_n=identification_n,
+            judge_n=judge_n,
+            judge_chance=judge_chance,
+            new_people=not shared["subjects_n"],
+            new_concepts=not shared["labels_n"],
+        )

@@ -1,0 +1,233 @@
+"""Judge generated images: turn their scores and their controls into a verdict.
+
+If the dataset's training images show the categories of the trials, the score of a trial is 1 if the classifier finds
+the right category in the generated image. If the categories are new, the classifier cannot know them. The score of a
+trial is then the share of other seen images that are less similar to the generated image than the seen image.
+
+Array shapes: B trials, M images, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sharding.dataset.dataset import EEGDataset
+from finetune.evaluation.evidence import Setting, make_predictors
+from finetune.evaluation.generated import GeneratedSet, Images
+from finetune.evaluation.identification import two_way_identification
+from finetune.generation.predictors import Prediction
+from finetune.generation.trials import Trial
+from finetune.images import ImageTable
+from pretrain.evidence.rules import CONTROLS, Control, NotApplicable, judge
+
+THUMBNAIL = 16
+"""Width and height in pixels of the images whose pixels are compared."""
+COPY = "a mirrored and darker copy of each seen image"
+FROM_IMAGES = ("shuffle", "shuffle_within", "noise", "no_eeg")
+"""Controls whose scores come from folders of images."""
+Features = Callable[[Images], NDArray[np.float64]]
+Classify = Callable[[Images], NDArray[np.int64]]
+
+
+def pixel_features(images_BHW3: Images) -> NDArray[np.float64]:
+    """Return the pixels of small copies of images [B, D], for the comparison of images by the correlation of pixels."""
+    from PIL import Image
+
+    size = (THUMBNAIL, THUMBNAIL)
+    small = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in images_BHW3]
+    return np.stack([np.asarray(image, np.float64).ravel() for image in small])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """How images are scored."""
+
+    classify: Classify
+    """Function that finds the category of images."""
+    features: Features
+    """Function that computes features of images; similar images have correlated features."""
+    features_name: str
+    """Name of the features for reports."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores of images, from which a verdict is made."""
+
+    measure: str
+    """What the score of a trial is, as a phrase for reports."""
+    chance: float
+    score: Callable[[GeneratedSet], NDArray[np.float64]]
+    """Function that scores the trials of a folder."""
+    predicted: Callable[[Prediction], NDArray[np.float64]]
+    """Function that scores the prediction of a control without generator."""
+    nearest: Callable[[NDArray[np.int64]], NDArray[np.float64]]
+    """Function that scores rows of training images, shown in place of the generated images."""
+    judge_n: NDArray[np.float64]
+    """Scores that the judge gives to real images; one value for each image."""
+
+
+def _score_category(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scores:
+    labels_B = own.labels_B
+    _, first = np.unique([trial["image_id"] for trial in own.trials], return_index=True)
+    shares = np.bincount(labels_B) / len(labels_B)
+    return Scores(
+        measure="the classifier finds the right category in the generated image",
+        # A model that always shows the commonest category is right in this share of the trials.
+        chance=float(shares.max()) if len(shares[shares > 0]) > 1 else 1.0 / max(2, len(own.about["labels"])),
+        score=lambda given: (judges.classify(given.images_BHW3[:]) == given.labels_B).astype(float),
+        predicted=lambda found: (found.labels_B == labels_B).astype(float),
+        nearest=lambda rows: (table.labels[rows] == labels_B).astype(float),
+        judge_n=(judges.classify(own.real_BHW3[:][first]) == labels_B[first]).astype(float),
+    )
+
+
+def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scores:
+    ids = [trial["image_id"] for trial in own.trials]
+    real_BD = judges.features(own.real_BHW3[:])
+    size = own.real_BHW3.shape[1]
+
+    def score(images_BHW3: Images, names: list[str], real: NDArray[np.float64]) -> NDArray[np.float64]:
+        return two_way_identification(judges.features(images_BHW3), real, names)
+
+    def of_rows(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        return score(table.pixels(rows, size=size), ids, real_BD)
+
+    def of_set(given: GeneratedSet) -> NDArray[np.float64]:
+        names = [trial["image_id"] for trial in given.trials]
+        number_of = {trial["key"]: number for number, trial in enumerate(own.trials)}
+        rows = [number_of[trial["key"]] for trial in given.trials]
+        # The images of the control are compared with all seen images of the split, as the generated images are.
+        padded_BHW3 = np.zeros_like(own.images_BHW3[:])
+        padded_BHW3[rows] = given.images_BHW3[:]
+        assert [ids[row] for row in rows] == names
+        return score(padded_BHW3, ids, real_BD)[rows]
+
+    _, first = np.unique(ids, return_index=True)
+    copies = (own.real_BHW3[:][first][:, :, ::-1] * 0.7).astype(np.uint8)
+    return Scores(
+        measure=f"share of other seen images that are less similar than the seen image ({judges.features_name})",
+        chance=0.5,
+        score=of_set,
+        predicted=lambda found: of_rows(found.rows_B),
+        nearest=of_rows,
+        judge_n=score(copies, [ids[row] for row in first], real_BD[first]),
+    )
+
+
+def find_nearest(images_BD: NDArray[np.float64], train_MD: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the row of the training image whose features have the largest correlation, for each image."""
+    a, b = (
+        (x - x.mean(axis=1, keepdims=True)) / np.maximum(x.std(axis=1, keepdims=True), 1e-12)
+        for x in (images_BD, train_MD)
+    )
+    return (a @ b.T).argmax(axis=1)
+
+
+def judge_images(
+    own: GeneratedSet,
+    controls: Mapping[str, GeneratedSet | NotApplicable],
+    judges: Judge,
+    *,
+    train: EEGDataset,
+    data: EEGDataset,
+    trials: list[Trial],
+    design_evidence: str = "",
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Judge generated images by the written rules.
+
+    Parameters
+    ----------
+    own : GeneratedSet
+        The generated images.
+    controls : mapping
+        Control images by name, from `finetune.evaluation.controls.read_controls`.
+    judges : Judge
+        How images are scored.
+    train, data : EEGDataset
+        Train split, and the split of the trials.
+    trials : list of Trial
+        The trials of `own`.
+    design_evidence : str
+        Published evidence of a random order; see `finetune.evaluation.evidence.describe_design`.
+    resamples : int
+        Number of bootstrap resamples.
+    seed : int
+        Seed of the resamples and predictors.
+
+    Returns
+    -------
+    dict
+        The verdict from `pretrain.evidence.rules.Verdict.as_json`, with ``measure`` (what the score of a trial is),
+        ``identification`` (the features that identify images) and ``scores`` (mean score of each control).
+    """
+    table = ImageTable(train)
+    known = set(table.labels.tolist()) >= set(own.labels_B.tolist())
+    scores = (_score_category if known else _score_identification)(own, table, judges)
+    setting = Setting.read(train, data, trials, design_evidence)
+    ids = [trial["image_id"] for trial in own.trials]
+    own_BD = judges.features(own.images_BHW3[:])
+    identification = two_way_identification(
+        own_BD, judges.features(own.real_BHW3[:]), ids, own.labels_B, within_label=True
+    )
+    nearest = find_nearest(own_BD, judges.features(table.pixels(size=own.real_BHW3.shape[1])))
+    found: dict[str, Control | NotApplicable] = {
+        **{name: _read_scores(name, controls.get(name), own, scores) for name in FROM_IMAGES},
+        **make_predictors(train, data, trials, scores.predicted, seed),
+        "nearest": Control(hits_n=scores.nearest(nearest), checked=True),
+    }
+    hits_n = scores.score(own)
+    verdict = judge(
+        setting.weigh(
+            hits_n,
+            scores.chance,
+            controls=found,
+            identification_n=(
+                NotApplicable(reason="some categories have only one seen image")
+                if np.isnan(identification).any()
+                else identification
+            ),
+            judge_n=scores.judge_n,
+        ),
+        resamples=resamples,
+        seed=seed,
+    )
+    means = {
+        name: None
+        if isinstance(control, NotApplicable)
+        else float(control.hits_n[~control.left_out_n].mean())
+        if control.left_out_n is not None
+        else float(control.hits_n.mean())
+        for name, control in found.items()
+    }
+    return {
+        **verdict.as_json(),
+        "measure": scores.measure,
+        "identification": judges.features_name,
+        "chance": scores.chance,
+        "judge": float(scores.judge_n.mean()),
+        "scores": {"own": float(hits_n.mean()), **means},
+    }
+
+
+def _read_scores(
+    name: str, given: GeneratedSet | NotApplicable | None, own: GeneratedSet, scores: Scores
+) -> Control | NotApplicable:
+    """Score the images of a control. Trials for which the control has no image are left out."""
+    if given is None:
+        return NotApplicable(reason=f"it was not generated ({CONTROLS[name]}: dreamscale generate --control {name})")
+    if isinstance(given, NotApplicable):
+        return given
+    hits_B = np.zeros(len(own.trials))
+    left_out_B = np.ones(len(own.trials), bool)
+    number_of = {trial["key"]: number for number, trial in enumerate(own.trials)}
+    rows = [number_of[trial["key"]] for trial in given.trials]
+    hits_B[rows], left_out_B[rows] = scores.score(given), False
+    return Control(hits_n=hits_B, checked=True, left_out_n=left_out_B)
