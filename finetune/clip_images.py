@@ -1,10 +1,12 @@
-"""Compute the CLIP embeddings of a split's images once, with a frozen CLIP model.
+"""Compute the embeddings of a split's images once, with a frozen CLIP or DINOv2 model.
 
-Tensor shapes: M different images, P width of CLIP's projection.
+Tensor shapes: M different images, P width of the embeddings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 from data_sharding.common.untrusted import check_count
 from finetune.foreign_models import (
     MAX_SIDE,
@@ -24,7 +26,36 @@ from finetune.foreign_models import (
 from finetune.images import ImageTable
 
 _FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
-_WHAT = "a CLIP model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """A kind of image model."""
+
+    what: str
+    """Name for messages."""
+    classes: Callable[[], tuple[Any, Any]]
+    """Function that imports the class of the model and the class of its image processor."""
+
+
+def _clip_classes() -> tuple[Any, Any]:
+    from transformers import CLIPVisionModelWithProjection
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPVisionModelWithProjection, CLIPImageProcessorPil
+
+
+def _dinov2_classes() -> tuple[Any, Any]:
+    from transformers import Dinov2Model
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+    return Dinov2Model, BitImageProcessorPil
+
+
+_KINDS = {
+    "clip": _Kind(what="a CLIP model", classes=_clip_classes),
+    "dinov2": _Kind(what="a DINOv2 model", classes=_dinov2_classes),
+}
 
 
 def load_clip(clip: str | Path) -> tuple[Any, Any]:
@@ -47,48 +78,76 @@ def load_clip(clip: str | Path) -> tuple[Any, Any]:
     RequestError
         If `clip` is not a CLIP model, cannot be loaded, or describes a network that is larger than its weights.
     """
-    from huggingface_hub import snapshot_download
-    from transformers import CLIPVisionModelWithProjection
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    return _load(clip, _find_files(clip, _KINDS["clip"].what), _KINDS["clip"])
 
-    folder = Path(clip)
-    if not is_local(clip):
+
+def load_image_model(model: str | Path) -> tuple[Any, Any]:
+    """Load a frozen image model: the image side of CLIP, or DINOv2; arguments and results as in `load_clip`."""
+    folder = _find_files(model, "a CLIP or DINOv2 model")
+    kind = str(read_model_config(folder / "config.json").get("model_type", "")).removesuffix("_vision_model")
+    if kind not in _KINDS:
+        raise RequestError(
+            f"{model}: config.json names the model type {show(kind)}; give a model of type {' or '.join(_KINDS)}"
+        )
+    return _load(model, folder, _KINDS[kind])
+
+
+def _find_files(model: str | Path, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = Path(model)
+    if not is_local(model):
         # Download the files first, so that they can be checked before the model is built.
-        folder = Path(load_with_library(lambda: snapshot_download(str(clip), allow_patterns=_FILES), clip, _WHAT))
+        folder = Path(load_with_library(lambda: snapshot_download(str(model), allow_patterns=_FILES), model, what))
     if not (folder / "config.json").is_file():
-        raise RequestError(f"{clip}: not a CLIP model (no config.json); give the directory that save_pretrained wrote")
-    check_transformers_model(CLIPVisionModelWithProjection, folder)
+        raise RequestError(f"{model}: not {what} (no config.json); give the directory that save_pretrained wrote")
+    return folder
+
+
+def _load(name: str | Path, folder: Path, kind: _Kind) -> tuple[Any, Any]:
+    model_class, processor_class = kind.classes()
+    check_transformers_model(model_class, folder)
     read_model_config(folder / "preprocessor_config.json")
 
     def load() -> tuple[Any, Any]:
         words: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-        model = CLIPVisionModelWithProjection.from_pretrained(str(folder), **words)
-        return model, CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
+        model = model_class.from_pretrained(str(folder), **words)
+        return model, processor_class.from_pretrained(str(folder), local_files_only=True)
 
-    model, processor = load_with_library(load, clip, _WHAT)
+    model, processor = load_with_library(load, name, kind.what)
     check_count(model.config.image_size, str(folder / "config.json"), "image_size", least=1, most=MAX_SIDE)
-    for name in ("size", "crop_size"):
-        for key, value in (dict(getattr(processor, name) or {})).items():
+    for field in ("size", "crop_size"):
+        for key, value in (dict(getattr(processor, field) or {})).items():
             if value is not None:
                 where = str(folder / "preprocessor_config.json")
-                check_count(value, where, f"{name}.{key}", least=1, most=MAX_SIDE)
+                check_count(value, where, f"{field}.{key}", least=1, most=MAX_SIDE)
     # Try the processor once, because its config may hold values of any type.
     black = np.zeros((32, 32, 3), np.uint8)
-    load_with_library(lambda: processor(images=[black], return_tensors="pt")["pixel_values"].float(), clip, _WHAT)
+    load_with_library(lambda: processor(images=[black], return_tensors="pt")["pixel_values"].float(), name, kind.what)
     return model.requires_grad_(False).eval(), processor
 
 
 def embed_images(
-    table: ImageTable, clip: str | Path, *, device: Any = "cpu", cache: str | Path | None = None, write: bool = True
+    table: ImageTable,
+    clip: str | Path,
+    *,
+    layer: int | None = None,
+    device: Any = "cpu",
+    cache: str | Path | None = None,
+    write: bool = True,
 ) -> Tensor:
-    """Compute the CLIP embedding of every image of a split.
+    """Compute the embedding of every image of a split with a frozen image model.
 
     Parameters
     ----------
     table : ImageTable
         Images of the split.
     clip : str or Path
-        Directory of a CLIP model with its image processor, or its hub id, e.g. ``openai/clip-vit-large-patch14``.
+        Directory of a CLIP or DINOv2 model with its image processor, or its hub id, e.g.
+        ``openai/clip-vit-large-patch14``.
+    layer : int, optional
+        Hidden layer whose class token is the embedding: 0 is the input of the first layer, -1 the output of the last
+        layer. By default, the model's final embedding: CLIP's projection, or DINOv2's normalised class token.
     device : torch.device
         Device of the computation.
     cache : str or Path, optional
@@ -104,20 +163,27 @@ def embed_images(
     Raises
     ------
     RequestError
-        If `clip` is not a CLIP model, or cannot be loaded.
+        If `clip` is not a CLIP or DINOv2 model, cannot be loaded, or has no such layer.
     """
-    model, processor = load_clip(clip)
-    model, size = model.to(device), int(model.config.image_size)
+    model, processor = load_image_model(clip)
+    model = model.to(device)
+    layers = int(model.config.num_hidden_layers)
+    if layer is not None and not -layers - 1 <= layer <= layers:
+        raise RequestError(f"layer is {layer}, but {clip} has {layers} hidden layers; give 0 to {layers}, or -1")
 
-    def compute(pixels_BHW3: np.ndarray) -> Tensor:
-        values = processor(images=list(pixels_BHW3), return_tensors="pt")["pixel_values"]
+    def compute(images: list[np.ndarray]) -> Tensor:
+        # The processor resizes the original pixels, as in the publication of the model.
+        values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
         with torch.no_grad():
-            embeds_BP = model(pixel_values=values.to(device)).image_embeds.float()
+            out = model(pixel_values=values, output_hidden_states=layer is not None)
+        if layer is not None:
+            embeds_BP = out.hidden_states[layer][:, 0].float()
+        else:
+            embeds_BP = (out.image_embeds if hasattr(out, "image_embeds") else out.pooler_output).float()
         return torch.nn.functional.normalize(embeds_BP, dim=-1)
 
-    # Resize images before CLIP's processor resizes them again, because all images of a batch must have the same size.
-    key = {"what": "clip", "weights": digest_weights(model)}
-    return table.features(compute, size=size, key=key, cache=cache, write=write)
+    key = {"what": "embeddings", "weights": digest_weights(model), "layer": layer}
+    return table.features(compute, size=None, key=key, cache=cache, write=write)
 
 
 def digest_weights(model: torch.nn.Module) -> list[float]:

@@ -260,20 +260,23 @@ class ImageTable:
         RequestError
             If an image cannot be decoded, or the images differ in size and no size was given.
         """
-        out = []
-        for row in range(len(self)) if rows is None else rows:
-            number = self._first[row]
-            name = f"{self.dataset.path}: sample {self.dataset.key(number)}"
-            out.append(decode_image(self.dataset.image(number), size, name=name))
+        out = self._decode(range(len(self)) if rows is None else rows, size)
         if len({image.shape for image in out}) > 1:
             raise RequestError(
                 f"{self.dataset.path}: the images have different sizes; give the size to which the images are resized"
             )
         return np.stack(out)
 
+    def _decode(self, rows: Any, size: int | None) -> list[np.ndarray]:
+        numbers = [self._first[row] for row in rows]
+        return [
+            decode_image(self.dataset.image(n), size, name=f"{self.dataset.path}: sample {self.dataset.key(n)}")
+            for n in numbers
+        ]
+
     def features(
         self,
-        compute: Callable[[np.ndarray], torch.Tensor],
+        compute: Callable[[Any], torch.Tensor],
         *,
         size: int | None,
         key: dict[str, Any],
@@ -286,9 +289,11 @@ class ImageTable:
         Parameters
         ----------
         compute : callable
-            Function that takes images as uint8 [B, H, W, 3] and returns their features as a tensor [B, ...].
+            Function that takes images and returns their features as a tensor [B, ...]. The images are an array of
+            uint8 [B, H, W, 3], or a list of arrays [H, W, 3] if `size` is None.
         size : int or None
-            Width and height in pixels to which images are resized; None does not resize images.
+            Width and height in pixels to which images are resized. None does not resize images, so that a network's own
+            resize starts from the original pixels.
         key : dict
             What the features depend on in addition to the images and `size`, e.g. a digest of the model's weights.
         cache : str or Path, optional
@@ -318,7 +323,8 @@ class ImageTable:
         parts = []
         for start in range(0, len(self), batch_size):
             rows = range(start, min(start + batch_size, len(self)))
-            parts.append(compute(self.pixels(rows, size)).detach().cpu())
+            images = self._decode(rows, None) if size is None else self.pixels(rows, size)
+            parts.append(compute(images).detach().cpu())
         features = torch.cat(parts).contiguous()
         if path is not None and write:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -100,6 +100,11 @@ STAGES: dict[str, Stage] = {
         help="generate an image for each trial of a split",
         launcher="accelerate",
     ),
+    "retrieve": Stage(
+        module="finetune.retrieval.run",
+        usage="RUN|ridge DATASET -o DIR",
+        help="find the image of each trial among all images of a split, with controls and a verdict",
+    ),
     "evaluate": Stage(
         module="finetune.evaluation.evaluate",
         usage="DIR",

@@ -110,6 +110,6 @@ def test_folders_without_a_model_are_refused(tmp_path: Path, unpaired_dataset: P
         load_base(tmp_path)
     with pytest.raises(RequestError, match="no such directory"):
         load_base("./nowhere")
-    with pytest.raises(RequestError, match="not a CLIP model"):
+    with pytest.raises(RequestError, match="not a CLIP or DINOv2 model"):
         embed_images(ImageTable(open_paired(paired_dataset, "val")), tmp_path)
     assert run_main(main, [str(unpaired_dataset), "-o", str(tmp_path / "m")]) == 2

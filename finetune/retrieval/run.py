@@ -1,0 +1,392 @@
+"""The command ``dreamscale retrieve``: rank the images of a split by their similarity to EEG embeddings.
+
+Array shapes: B trials, M images, P width of the embeddings.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sharding.common.config import command, to_dict
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError
+from data_sharding.common.files import atomic_write_text, write_json
+from data_sharding.dataset.dataset import EEGDataset
+from finetune.clip_images import embed_images
+from finetune.eeg import group_repeats
+from finetune.evaluation.evidence import Setting, make_predictors
+from finetune.evaluation.identification import rank_true_images, two_way_identification
+from finetune.evaluation.openings import record_opening
+from finetune.evaluation.per_trial import summarise
+from finetune.generation.predictors import Prediction
+from finetune.generation.trials import list_trials
+from finetune.generators import digest_folder
+from finetune.images import ImageTable, open_paired
+from finetune.retrieval.maps import RIDGE, AlignmentRun, Fit, RidgeMap
+from finetune.retrieval.report import render_retrieval
+from finetune.retrieval.scores import identify, match_images, measure_hubness, top_k
+from finetune.training.accelerate import quiet_libraries
+from pretrain.evidence.rules import Control, NotApplicable, judge
+from pretrain.evidence.trials import derange_within, find_neighbourhoods
+from pretrain.runs.distributed import choose_device
+
+NAME = "retrieval.json"
+"""Name of the file with the result, in the output folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieveConfig:
+    """Find the image that a person saw among all images of a split, from EEG."""
+
+    model: str
+    """Alignment run (the output of `dreamscale align`), or the word ridge for a ridge regression from time courses to
+    the embeddings, which is fitted on the train split."""
+    dataset: str
+    """Path of the EEG-image dataset."""
+    output: str
+    """Folder for retrieval.json, retrieval.html and ranks.json."""
+    split: str = "test"
+    """Split whose images are searched."""
+    target: str = ""
+    """Frozen image model: a directory, or a hub id. Empty: the CLIP model of the alignment run."""
+    layer: int | None = None
+    """Hidden layer of the image model, whose class token is the embedding of an image; 0 is the input of the first
+    layer, and -1 is the output of the last layer. Empty: the final embedding. Only for ridge."""
+    fit: Fit = "pooled"
+    """Only for ridge. pooled: one regression for all people. each: one regression for each person of the split, who
+    must be in the train split too (decoding within people)."""
+    bins: int = 25
+    """Only for ridge: number of time bins of each channel."""
+    average_repeats: list[int] = field(default_factory=lambda: [1, 0])
+    """Numbers of presentations of one image to one person that are averaged to a trial. The retrieval is measured for
+    each number. 1: single trials. 0: all presentations, as papers do with test images."""
+    n_way: list[int] = field(default_factory=lambda: [200])
+    """Numbers of images among which the own image is searched, in addition to all images of the split. Numbers that are
+    not below the number of images are left out, and a message says so."""
+    resamples: int = 2000
+    """Number of bootstrap resamples for the confidence intervals, and of permutations."""
+    design_evidence: str = ""
+    """Published evidence that the images were shown in random order, for files that have lost the order of the trials,
+    such as the preprocessed THINGS-EEG2. The evidence is printed beside the verdict."""
+    require: Literal["", "signal"] = ""
+    """signal: end with exit code 1 unless the verdict is "signal"."""
+    seed: int = 0
+    """Seed for shuffling EEG embeddings and for resampling."""
+    device: str = "auto"
+    """Device of the computation: auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if not self.average_repeats or any(number < 0 for number in self.average_repeats):
+            raise ValueError("average_repeats needs at least one number, and no number below 0")
+        if any(n < 2 for n in self.n_way) or self.resamples < 99 or self.bins < 1:
+            raise ValueError("need every n_way >= 2, resamples >= 99 and bins >= 1")
+        if self.model != RIDGE and (self.layer is not None or self.fit != "pooled"):
+            raise ValueError("the keys layer and fit are only for model: ridge")
+        if self.model == RIDGE and not self.target:
+            raise ValueError("model: ridge needs the key target, e.g. openai/clip-vit-large-patch14")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """The images of a split among which the own image of each trial is searched."""
+
+    table: ImageTable
+    target_MP: NDArray[np.float32]
+    """Embeddings of the images, in the order of the table."""
+
+    def rank(self, embeds_BP: NDArray[Any], rows_B: NDArray[np.integer]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Count the images that are more similar than the own image, and the images that are equally similar."""
+        return rank_true_images(embeds_BP, self.target_MP, rows_B)
+
+
+def measure_trials(
+    gallery: Gallery, embeds_BP: NDArray[Any], rows_B: NDArray[np.integer], n_way: Sequence[int]
+) -> dict[str, NDArray[np.float64]]:
+    """Compute the scores of each trial.
+
+    Parameters
+    ----------
+    gallery : Gallery
+        Images that are searched.
+    embeds_BP : ndarray
+        EEG embeddings of the trials.
+    rows_B : ndarray of int, shape (B,)
+        Row of each trial's own image in the gallery.
+    n_way : sequence of int
+        Numbers of images among which the own image is searched, in addition to all images.
+
+    Returns
+    -------
+    dict
+        One number for each trial: ``rank`` (1 is best; among equal images, the expected rank), ``identification``
+        (share of other images that are less similar; chance 0.5), ``top1`` and ``top5`` among all images, and
+        ``top1[n]`` and ``top5[n]`` among n images.
+    """
+    images = len(gallery.table)
+    better_B, tied_B = gallery.rank(embeds_BP, rows_B)
+    found = {"rank": 1 + better_B + tied_B / 2, "identification": identify(better_B, tied_B, images)}
+    for n in (images, *n_way):
+        for k in (1, 5):
+            if k < n <= images:
+                name = f"top{k}" if n == images else f"top{k}[{n}]"
+                found[name] = top_k(better_B, tied_B, images=images, n=n, k=k)
+    return found
+
+
+def chance_of(name: str, images: int) -> float:
+    """Return the value of a score for EEG embeddings that know nothing."""
+    if name in ("rank", "identification"):
+        return (images + 1) / 2 if name == "rank" else 0.5
+    k, _, n = name.removeprefix("top").partition("[")
+    return int(k) / (int(n.removesuffix("]")) if n else images)
+
+
+def _embed_groups(
+    config: RetrieveConfig, run: AlignmentRun | None, train: EEGDataset, train_MP: Any, data: EEGDataset, groups: Any
+) -> NDArray[Any]:
+    if run is not None:
+        return run.embed(data, groups, choose_device(config.device))
+    return RidgeMap(bins=config.bins, fit=config.fit).embed(train, train_MP, data, groups)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One set of trials whose images are searched: single trials, or means over presentations."""
+
+    gallery: Gallery
+    embeds_BP: NDArray[Any]
+    """EEG embeddings of the trials."""
+    setting: Setting
+    """The trials, the training trials, and the design."""
+    predictors: Callable[[Callable[[Prediction], NDArray[np.float64]]], dict[str, Control | NotApplicable]]
+    """Function that scores the predictors without EEG response, for a given score of a prediction."""
+    train_MP: NDArray[Any]
+    """Embeddings of the training images."""
+    train_labels_M: NDArray[np.integer]
+    """Labels of the training images."""
+
+    @functools.cached_property
+    def rows_B(self) -> NDArray[np.int64]:
+        """Row of each trial's own image in the gallery."""
+        row_of = {image: row for row, image in enumerate(self.gallery.table.ids)}
+        return np.array([row_of[str(image)] for image in self.setting.trials.images_n])
+
+    def identify(self, embeds_BP: NDArray[Any]) -> NDArray[np.float64]:
+        """Return the share of other images that are less similar than the own image, for each trial."""
+        return identify(*self.gallery.rank(embeds_BP, self.rows_B), len(self.gallery.table))
+
+    def score_prediction(self, prediction: Prediction) -> NDArray[np.float64]:
+        """Score a predictor of labels: search with the mean embedding of the training images of the predicted label."""
+        labels = np.unique(self.train_labels_M)
+        means_LP = np.stack([self.train_MP[self.train_labels_M == label].mean(axis=0) for label in labels])
+        return self.identify(means_LP[np.searchsorted(labels, prediction.labels_B)])
+
+    def identify_within_label(self) -> NDArray[np.float64] | NotApplicable:
+        """Return the share of other images of the same label that are less similar than the own image."""
+        trials = self.setting.trials
+        found = two_way_identification(
+            self.embeds_BP,
+            self.gallery.target_MP[self.rows_B],
+            trials.images_n.tolist(),
+            trials.labels_n,
+            within_label=True,
+        )
+        if np.isnan(found).any():
+            return NotApplicable(reason="some labels have only one image in the split")
+        return found
+
+
+def measure(question: Question, config: RetrieveConfig) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+    """Measure the retrieval of one set of trials with its controls, and judge the result.
+
+    Parameters
+    ----------
+    question : Question
+        Trials, their EEG embeddings, and the images.
+    config : RetrieveConfig
+        Config of the command.
+
+    Returns
+    -------
+    result : dict
+        Entry of retrieval.json for this set of trials.
+    scores : dict
+        Scores of each trial, from `measure_trials`; with the prefix ``shuffle/`` and ``shuffle_within/`` for the
+        controls.
+    """
+    gallery, embeds_BP, trials = question.gallery, question.embeds_BP, question.setting.trials
+    rows_B, images = question.rows_B, len(gallery.table)
+    options: Any = {"resamples": config.resamples, "seed": config.seed}
+    n_way = [n for n in config.n_way if n < images]
+    scores = measure_trials(gallery, embeds_BP, rows_B, n_way)
+    own = dict(scores)
+    controls: dict[str, Control | NotApplicable] = {
+        "noise": NotApplicable(reason="retrieval without a generator uses the other controls"),
+        "no_eeg": NotApplicable(reason="without EEG there is no embedding to search with"),
+        "nearest": NotApplicable(reason="no image is generated"),
+        **question.predictors(question.score_prediction),
+    }
+    orders = {
+        "shuffle": derange_within(np.zeros(len(trials)), trials.images_n, config.seed),
+        "shuffle_within": derange_within(find_neighbourhoods(trials), trials.images_n, config.seed),
+    }
+    for name, (order_B, alone_B) in orders.items():
+        exchanged = measure_trials(gallery, embeds_BP[order_B], rows_B, n_way)
+        if alone_B.all():
+            controls[name] = NotApplicable(reason="the time of the trials is unknown, so no trial has neighbours")
+            continue
+        left_out_B = alone_B | (trials.images_n[order_B] == trials.images_n)
+        controls[name] = Control(hits_n=exchanged["identification"], checked=True, left_out_n=left_out_B)
+        scores |= {f"{name}/{key}": np.where(left_out_B, np.nan, values) for key, values in exchanged.items()}
+    verdict = judge(
+        question.setting.weigh(
+            own["identification"],
+            0.5,
+            controls=controls,
+            identification_n=question.identify_within_label(),
+            judge_n=NotApplicable(reason="retrieval needs no judge of images"),
+        ),
+        resamples=max(500, config.resamples),
+        seed=config.seed,
+    )
+    seen = set(question.setting.train.subjects_n.tolist())
+    people = np.unique(trials.subjects_n)
+    result = {
+        "trials": len(trials),
+        "images": images,
+        "people": len(people),
+        "scores": {
+            key: {**summarise(values, trials.images_n, trials.subjects_n, **options), "chance": chance_of(key, images)}
+            for key, values in own.items()
+        },
+        "shuffled": {
+            key: summarise(scores[f"shuffle/{key}"], trials.images_n, trials.subjects_n, **options) for key in own
+        },
+        "by_person": {
+            str(person): {
+                "in_train": str(person) in seen,
+                "trials": int((trials.subjects_n == person).sum()),
+                **{key: float(values[trials.subjects_n == person].mean()) for key, values in own.items()},
+            }
+            for person in people
+        },
+        "matching": {
+            "accuracy": match_images(embeds_BP, gallery.target_MP, rows_B),
+            "chance": 1 / len(np.unique(rows_B)),
+            "note": "transductive: every image may be chosen only once, so all trials are needed at the same time",
+        },
+        "hubness": measure_hubness(embeds_BP, gallery.target_MP),
+        "verdict": verdict.as_json(),
+    }
+    return result, scores
+
+
+def retrieve(config: RetrieveConfig) -> int:
+    """Measure retrieval on a split, and write retrieval.json, ranks.json and the report.
+
+    Parameters
+    ----------
+    config : RetrieveConfig
+        Config of the command.
+
+    Returns
+    -------
+    int
+        Exit code of the command.
+    """
+    quiet_libraries()
+    output = Path(config.output)
+    if output.exists() and not (output / NAME).is_file() and (output.is_file() or any(output.iterdir())):
+        raise RequestError(f"{output}: exists but does not hold a retrieval; choose another output")
+    run = None if config.model == RIDGE else AlignmentRun.load(config.model)
+    part = run.part if run is not None else {"tmin": None, "tmax": None}
+    train, data = (open_paired(config.dataset, split, **part) for split in ("train", config.split))
+    if run is not None and run.dataset_id != data.manifest.dataset_id:
+        print(f"{config.model}: was trained on another version of the dataset, or on another dataset")
+    output.mkdir(parents=True, exist_ok=True)
+    digest = "" if run is None else digest_folder(Path(config.model) / "encoder", Path(config.model) / "align")
+    openings = record_opening(
+        config.dataset,
+        config.split,
+        command="retrieve",
+        dataset_id=data.manifest.dataset_id,
+        model_digest=digest,
+        config=to_dict(config),
+        fallback=output,
+    )
+    target = config.target or (run.clip if run is not None else "")
+    tables = ImageTable(train), ImageTable(data)
+    device = choose_device(config.device)
+    train_MP, gallery_MP = (embed_images(table, target, layer=config.layer, device=device).numpy() for table in tables)
+    rows: dict[str, Any] = {}
+    ranks: dict[str, Any] = {}
+    for average in config.average_repeats:
+        groups = group_repeats(data, average)
+        name = "single trials" if average == 1 else f"means of {average or 'all'} presentations"
+        if average != 1 and len(groups) == len(data):
+            rows[name] = "not applicable: every image was shown once to each person"
+            continue
+        embeds_BP = _embed_groups(config, run, train, train_MP, data, groups)
+        if embeds_BP.shape[1] != gallery_MP.shape[1]:
+            raise RequestError(
+                f"target '{target}' has embeddings of width {gallery_MP.shape[1]}, and the model {config.model} "
+                f"predicts width {embeds_BP.shape[1]}; leave target out, or give the CLIP model of the alignment run"
+            )
+        trials = list_trials(data, groups, groups)
+        question = Question(
+            gallery=Gallery(table=tables[1], target_MP=gallery_MP),
+            embeds_BP=embeds_BP,
+            setting=Setting.read(train, data, trials, config.design_evidence),
+            predictors=lambda score, trials=trials: make_predictors(train, data, trials, score, config.seed),
+            train_MP=train_MP,
+            train_labels_M=tables[0].labels,
+        )
+        rows[name], scores = measure(question, config)
+        ranks[name] = {trial.key: {n: _number(v[i]) for n, v in scores.items()} for i, trial in enumerate(trials)}
+    result = {
+        "schema": 1,
+        "model": config.model,
+        "model_digest": digest,
+        "target": target,
+        "layer": config.layer,
+        "fit": config.fit if run is None else None,
+        "dataset_id": data.manifest.dataset_id,
+        "dataset_version": data.manifest.version,
+        "split": config.split,
+        "seed": config.seed,
+        "openings": None if openings is None else openings.describe(config.split),
+        "rows": rows,
+    }
+    write_json(output / "ranks.json", {"schema": 1, "trials": ranks})
+    atomic_write_text(output / "retrieval.html", render_retrieval(result))
+    write_json(output / NAME, result)
+    measured = {name: row for name, row in rows.items() if isinstance(row, dict)}
+    for name, row in measured.items():
+        top1 = row["scores"].get("top1", {"mean": math.nan, "chance": math.nan})
+        print(
+            f"{name}: top-1 of {row['images']} {top1['mean']:.1%} (chance {top1['chance']:.1%}), identification "
+            f"{row['scores']['identification']['mean']:.1%} (chance 50%); verdict: {row['verdict']['word']}"
+        )
+    print(f"report: {output / 'retrieval.html'}; next: 'dreamscale finetune' trains a generator of images")
+    words = {row["verdict"]["word"] for row in measured.values()}
+    return EXIT_FAILED if config.require == "signal" and words != {"signal"} else EXIT_DONE
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+main = command(
+    RetrieveConfig, retrieve, prog="dreamscale retrieve", positionals=("model", "dataset"), aliases={"-o": "output"}
+)
+
+if __name__ == "__main__":
+    sys.exit(main())
