@@ -173,12 +173,20 @@ def _vote_of_nearest(k: int) -> Rule:
                 continue
             if gap is not None:
                 distance = _hide_near(distance, rows, columns, gap)
-            near = np.argsort(distance, axis=1, kind="stable")[:, :k]
+            near = _find_nearest(distance, k)
             valid = np.isfinite(np.take_along_axis(distance, near, axis=1))
             found[rows] = _count_votes(fit.label_n[columns[near]], valid)
         return found
 
     return rule
+
+
+def _find_nearest(distance: NDArray[np.float64], k: int) -> Labels:
+    """Return the columns of the k smallest distances of each row, the nearest first."""
+    # A partition is much faster than a complete sort if a recording has thousands of trials.
+    near = np.argpartition(distance, k - 1, axis=1)[:, :k] if k < distance.shape[1] else np.argsort(distance, axis=1)
+    order = np.argsort(np.take_along_axis(distance, near, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(near, order, axis=1)
 
 
 def _hide_near(distance: NDArray[np.float64], rows: Labels, columns: Labels, gap: float) -> NDArray[np.float64]:
