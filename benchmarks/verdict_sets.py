@@ -78,6 +78,7 @@ SETS: dict[str, tuple[Design, str]] = {
     "null, images have responses of their own": (replace(NULL, exemplar=1.5), "no signal"),
     "null, twelve test images under four names each": (replace(NULL, exemplar=1.5, images=12, copies=4), "no signal"),
     "null, three people": (replace(NULL, people=3), "no signal"),
+    "null, three people, twelve test images": (replace(NULL, people=3, exemplar=3.0, images=12), "no signal"),
     "random order, block-wise split, drift": (replace(NULL, split="time", drift=0.5), "no signal"),
     "blocks and drift": (replace(NULL, blocks=True, drift=0.5), "confounded"),
     "blocks and drift, four people": (replace(NULL, people=4, recordings=1, blocks=True, drift=0.5), "confounded"),
