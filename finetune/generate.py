@@ -98,12 +98,14 @@ def _use_model(generator: Generator, dataset: EEGDataset, config: GenerateConfig
     return make
 
 
-def _open_train(dataset: EEGDataset, config: GenerateConfig, part: dict[str, float | None]) -> EEGDataset:
+def _open_train(dataset: EEGDataset, config: GenerateConfig) -> EEGDataset:
     """Open the train split for a predictor, in the version of the dataset that is used."""
     if config.split == "train":
         raise RequestError(f"split is train, but --control {config.control} learns from train; give another split")
     try:
-        return open_paired(config.dataset, "train", version=dataset.manifest.dataset_id, verbose=False, **part)
+        version = dataset.manifest.dataset_id
+        found = EEGDataset(config.dataset, "train", version=version, tmin=dataset.tmin, tmax=dataset.tmax)
+        return found.require_images()
     except RequestError as error:
         raise NotApplicableError(f"the train split cannot be read ({error})") from None
 
@@ -163,7 +165,7 @@ def _make_plan(
     if control not in PREDICTORS:
         extra = [{"noise": True} if control == "noise" else {} for _ in trials]
         return _Plan(trials=trials, make=_use_model(generator, dataset, config, sampling), extra=extra)
-    train = _open_train(dataset, config, generator.part)
+    train = _open_train(dataset, config)
     found = _compute_on_first(
         world,
         lambda: predict(control, train, dataset, trials, seed=config.seed, average_repeats=config.average_repeats),
@@ -223,10 +225,13 @@ def generate(config: GenerateConfig) -> int:
         raise RequestError(f"{output}: exists but does not hold generated images; choose another output")
     accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, timeout_s=WAIT_S)
     world = get_world(accelerator)
-    # Check the dataset before the model, because loading a model takes longer.
-    open_paired(config.dataset, config.split)
+    # Check the dataset before the model, because loading a model takes longer. All processes read the same version.
+    version = _compute_on_first(world, lambda: open_paired(config.dataset, config.split).manifest.dataset_id)
     generator = load_generator(config.model, str(world.device))
-    dataset = open_paired(config.dataset, config.split, verbose=world.first, **generator.part)
+    part = generator.part
+    # On rank 0, `open_paired` prints how many trials are left out.
+    open_split = open_paired if world.first else EEGDataset
+    dataset = open_split(config.dataset, config.split, tmin=part.get("tmin"), tmax=part.get("tmax"), version=version)
     dataset.require_preprocess(generator.spec, f"model {config.model}")
     sampling = generator.choose_sampling(
         sampler=config.sampler, steps=config.steps, guidance_scale=config.guidance_scale

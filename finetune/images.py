@@ -23,13 +23,7 @@ if TYPE_CHECKING:
 
 
 def open_paired(
-    path: str | Path,
-    split: str,
-    *,
-    tmin: float | None = None,
-    tmax: float | None = None,
-    version: str = "",
-    verbose: bool = True,
+    path: str | Path, split: str, *, tmin: float | None = None, tmax: float | None = None, version: str = ""
 ) -> EEGDataset:
     """Open a split in which every trial has an image. Print a message if trials are left out.
 
@@ -43,8 +37,6 @@ def open_paired(
         Part of each trial to read, in seconds from the onset of its image (see `EEGDataset`).
     version : str
         Dataset id of the version to read; by default the newest version.
-    verbose : bool
-        False: print no message. Of several processes, only rank 0 should print.
 
     Returns
     -------
@@ -57,7 +49,7 @@ def open_paired(
         If the dataset is incomplete, the split does not exist, or a trial has no image.
     """
     dataset = EEGDataset(path, split, tmin=tmin, tmax=tmax, version=version).require_images()
-    if dataset.left_out and verbose:
+    if dataset.left_out:
         print(
             f"{path} ({split}): {dataset.left_out} trials are left out, because they are not stored from tmin to tmax"
         )

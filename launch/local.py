@@ -76,7 +76,8 @@ def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
         The value on the command line, or else the value in the YAML file.
     """
     wanted: object = None
-    files = [argv[0]] if argv and not argv[0].startswith("-") else []
+    # The first argument of some stages is the folder of a model, not a config.
+    files = [argv[0]] if argv and not argv[0].startswith("-") and not Path(argv[0]).is_dir() else []
     for position, word in enumerate(argv):
         key, _, value = word.partition("=")
         value = value or (argv[position + 1] if position + 1 < len(argv) else "")

@@ -70,7 +70,7 @@ def make_accelerator(
     _, launched = launched_world()
     # Several processes need the name of the communication backend, because otherwise CPU processes would not join one
     # process group. With only one process, Accelerate would reject the name of a backend.
-    limit = {} if timeout_s is None else {"timeout": datetime.timedelta(seconds=timeout_s)}
+    limit: dict[str, Any] = {} if timeout_s is None else {"timeout": datetime.timedelta(seconds=timeout_s)}
     backend = "gloo" if cpu else "nccl"
     handlers: list[Any] = [InitProcessGroupKwargs(backend=backend, **limit)] if launched > 1 else []
     accelerator = Accelerator(

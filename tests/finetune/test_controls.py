@@ -107,8 +107,8 @@ def test_shuffle_within_exchanges_the_eeg_of_neighbours_that_show_another_image(
         assert abs(mine["start"] - other["start"]) < 60
     # The generated image really comes from the EEG of the neighbour: it is the image of the neighbour's own trial.
     for trial in trials:
-        image = (control / trial["file"], own / "images" / f"{trial['eeg_key']}.png")
-        np.testing.assert_array_equal(*map(np.asarray, map(Image.open, image)))
+        shown = Image.open(own / "images" / f"{trial['eeg_key']}.png")
+        np.testing.assert_array_equal(Image.open(control / trial["file"]), shown)
 
 
 def test_shuffle_within_leaves_presentations_of_the_own_image_out_of_an_average(

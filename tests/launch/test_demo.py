@@ -51,6 +51,7 @@ def test_the_chain_uses_several_processes(tmp_path: Path):
     (tmp_path / "c.yaml").write_text(f"num_processes: {by_name['pretrain'].config['num_processes']}\n")
     assert processes_wanted([str(tmp_path / "c.yaml")]) == 2
     assert by_name["pretrain"].config["zero_stage"] == 2
+    assert processes_wanted(by_name["generate_eg_ddpm_shuffled"].words[1:]) == 2
 
 
 def test_folders_of_two_seeds_do_not_mix(tmp_path: Path):
