@@ -110,6 +110,11 @@ STAGES: dict[str, Stage] = {
         usage="DIR",
         help="compute metrics of generated images and controls, and write a report",
     ),
+    "compare": Stage(
+        module="finetune.evaluation.compare",
+        usage="DIR DIR",
+        help="compare the evaluated images of two models, paired by trial",
+    ),
     "ablate": Stage(
         module="launch.ablate.run",
         usage="CONFIG|FOLDER",

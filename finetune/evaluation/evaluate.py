@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data_sharding.audit.leakage import Contents, Findings, compare_datasets, compare_splits
 from data_sharding.common.config import command, to_dict
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, printable, show
-from data_sharding.common.files import atomic_write_text, write_json
+from data_sharding.common.files import atomic_write_text, sha256_file, write_json
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.evaluation import metrics
 from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
@@ -490,6 +490,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "sampling": {key: own.about.get(key) for key in ("sampler", "steps", "guidance_scale", "seed")},
         "classifier": {
             "name": JUDGE,
+            "sha256": sha256_file(config.classifier or own.path / "classifier.safetensors"),
             "trained_on": {"split": "train", "images": len(table)},
             "held_out": _held_out(path, judges, own.about["split"]),
         },

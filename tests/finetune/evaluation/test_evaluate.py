@@ -14,6 +14,7 @@ from PIL import Image
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.evaluation import metrics, pixel_metrics
+from finetune.evaluation.compare import main as compare
 from finetune.evaluation.evaluate import SAME_SET, compare_random_pairs, main, measure_nearest_training_image
 from finetune.evaluation.generated import read_generated
 from finetune.images import ImageTable
@@ -101,6 +102,28 @@ def test_a_second_evaluation_with_the_saved_classifier_gives_the_same_numbers(pe
     # Only the number of recorded openings of the test split has changed.
     assert again["protocol"].pop("openings") != first["protocol"].pop("openings")
     assert again == first
+
+
+def test_two_models_are_compared_on_the_same_trials(
+    perfect: Path, paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = _write(tmp_path / "other", paired_dataset, donors=lambda i, n: (i + 1 + i % 2) % n, control="none")
+    words = [str(perfect / "own"), str(other)]
+    assert run_main(compare, words) == 2
+    assert "run 'dreamscale evaluate" in capsys.readouterr().err
+    assert main([str(other), *QUICK, "--seed", "1"]) == 0
+    assert run_main(compare, words) == 2
+    assert "different classifiers" in capsys.readouterr().err
+    assert main([str(other), *QUICK, "--classifier", str(perfect / "own" / "classifier.safetensors")]) == 0
+    assert compare([*words, "-o", str(tmp_path / "comparison.json"), "--resamples", "499"]) == 0
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    own, there = (json.loads((folder / "metrics.json").read_text())["generated"] for folder in map(Path, words))
+    accuracy = f"accuracy[{JUDGE}]"
+    difference = found["metrics"]["accuracy"]["difference"]
+    assert difference["mean"] == pytest.approx(there[accuracy]["accuracy"] - own[accuracy]["accuracy"])
+    assert difference["mean"] < 0 and difference["n"] == 16
+    assert difference["p_images"] <= difference["p_images_corrected"] <= 1
+    assert "B minus A on 16 shared trials" in capsys.readouterr().out
 
 
 class _Features(torch.nn.Module):
