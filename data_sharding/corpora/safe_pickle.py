@@ -305,6 +305,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
     def load_build(self) -> None:
         """Execute the pickle instruction that sets the content of an object. The object must be an array or a dtype."""
         state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, OrderedDict) and isinstance(state, dict) and state.keys() == {"_metadata"}:
+            return  # `torch.save` stores the versions of a network's layers with its weights. They are no weights.
         if not isinstance(target, _Array | _DType):
             raise RefusedPickle(f"refused: it sets the state of a {type(target).__name__}")
         if isinstance(target, _Array) and isinstance(state, tuple):

@@ -115,7 +115,7 @@ class ImageClassifier(nn.Module):
         self.eval()
         features, probabilities = [], []
         for start in range(0, len(images_BHW3), batch):
-            f, logits = self(_to_input(images_BHW3[start : start + batch], self.size))
+            f, logits = self(to_input(images_BHW3[start : start + batch], self.size))
             features.append(f.double().numpy())
             probabilities.append(logits.double().softmax(dim=1).numpy())
         return np.concatenate(features), np.concatenate(probabilities)
@@ -184,7 +184,8 @@ class ImageClassifier(nn.Module):
         return model.eval(), metadata
 
 
-def _to_input(images_BHW3: Images, size: int) -> Tensor:
+def to_input(images_BHW3: Images, size: int) -> Tensor:
+    """Convert images of uint8 [B, H, W, 3] to the classifier's input [B, 3, H, W] with values from -1 to 1."""
     x = torch.from_numpy(np.ascontiguousarray(images_BHW3)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     if x.shape[-1] != size:
         x = nn.functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -245,7 +246,7 @@ def train_classifier(
         torch.manual_seed(seed)
         model = ImageClassifier(n_classes, config.width, config.size).train()
     generator = torch.Generator().manual_seed(seed)
-    x, y = _to_input(images_BHW3, config.size), torch.as_tensor(labels_B).long()
+    x, y = to_input(images_BHW3, config.size), torch.as_tensor(labels_B).long()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.2)
     order = torch.empty(0, dtype=torch.long)

@@ -23,19 +23,15 @@ from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, tr
 from finetune.evaluation.controls import find_controls, read_controls
 from finetune.evaluation.generated import GeneratedSet, Images, read_generated
 from finetune.evaluation.judgement import THUMBNAIL, Judge, judge_images, pixel_features
-from finetune.evaluation.metrics import JUDGE, METRICS, JudgedImages
+from finetune.evaluation.measure import MeasureOptions, compare_random_pairs, measure, measure_real
+from finetune.evaluation.metrics import JUDGE
+from finetune.evaluation.networks.judges import RealImages, find_judges, make_classifier_network, resize_images
 from finetune.evaluation.openings import record_opening
-from finetune.evaluation.per_trial import ACCURACY, measure_trials, write_trials
-from finetune.evaluation.pixel_metrics import PAIRED_METRICS, ImageRows, ImageSource, average_pairs
+from finetune.evaluation.per_trial import ACCURACY, write_trials
 from finetune.evaluation.report import render_report
 from finetune.generation.trials import Trial, list_trials
 from finetune.images import ImageTable, open_paired
 from pretrain.evidence.rules import NotApplicable
-
-SAME_IMAGE = "not computed: all trials show the same image"
-SAME_SET = "not computed: compares images with themselves"
-RANDOM_PAIRS = 10_000
-"""Number of random pairs above which each trial is compared with only one other trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +63,16 @@ class EvaluateConfig:
     permutations: int = 10_000
     """Number of times that the labels are shuffled between images to compute the p-value."""
     inception: str | None = None
-    """TorchScript file of Inception-V3 (inception-2015-12-05.pt), without which FID and KID are not computed.
-    A TorchScript file is a program, so it needs trust_programs: true."""
-    lpips: str | None = None
-    """TorchScript file of VGG-16 with LPIPS weights (vgg16.pt), without which LPIPS is not computed. A TorchScript
-    file is a program, so it needs trust_programs: true."""
-    trust_programs: bool = False
-    """True: run the programs in the files `inception` and `lpips`. A TorchScript program may do anything that you may
-    do, so give only files that you downloaded from their authors and whose checksums you compared."""
+    """File of the weights of Inception-V3 (pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or a safetensors file
+    with the same names), without which FID and KID are not computed."""
+    clip: str | None = None
+    """Directory or hub id of a CLIP model, such as openai/clip-vit-large-patch14, without which the CLIP similarity is
+    not computed."""
+    dinov2: str | None = None
+    """Directory or hub id of a DINOv2 model, such as facebook/dinov2-base, whose embeddings are then compared, too."""
+    lpips: list[str] = field(default_factory=lambda: ["alex"])
+    """Variants of LPIPS: alex (AlexNet) and vgg (VGG-16, about forty times slower). LPIPS needs the packages of the
+    extra `judges`."""
     design_evidence: str = ""
     """Published evidence that the images were shown in random order, for files that have lost the order of the trials,
     such as the preprocessed THINGS-EEG2. The evidence is printed beside the verdict."""
@@ -92,239 +90,12 @@ class EvaluateConfig:
     """Seed for training the classifier, drawing random pairs of images and shuffling labels."""
 
     def __post_init__(self) -> None:
-        if (self.inception or self.lpips) and not self.trust_programs:
-            raise ValueError(
-                "inception and lpips are TorchScript files, which are programs and could do anything that you can do; "
-                "if you trust their authors, set trust_programs: true; otherwise leave inception and lpips out"
-            )
+        if not set(self.lpips) <= {"alex", "vgg"}:
+            raise ValueError(f"lpips holds the names of variants, alex and vgg, not {self.lpips}")
         if self.permutations < 99 or self.examples < 1 or any(n < 2 for n in self.n_way):
             raise ValueError("need permutations >= 99, examples >= 1 and every n_way >= 2")
         if self.draws < 2 or any(k < 1 for k in self.top_k):
             raise ValueError("need draws >= 2 and every top_k >= 1")
-
-
-def _resize(images_BHW3: ImageSource, size: int) -> Images:
-    """Resize images as the dataset classifier's training images were resized."""
-    from PIL import Image
-
-    if isinstance(images_BHW3, np.ndarray) and images_BHW3.shape[1:3] == (size, size):
-        return images_BHW3
-    resized = np.empty((len(images_BHW3), size, size, 3), np.uint8)
-    for number in range(len(images_BHW3)):
-        resized[number] = Image.fromarray(images_BHW3[number]).resize((size, size), Image.Resampling.LANCZOS)
-    return resized
-
-
-def _load_torchscript(path: str, key: str, folders: list[Path]) -> Any:
-    """Load a TorchScript program of the user. Refuse a program in one of the `folders`, which others may have made."""
-    import torch
-
-    if any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in folders):
-        raise RequestError(
-            f"{key} '{path}': a TorchScript file is a program, and no program in a folder of images or of a dataset is "
-            "run; give the file that you downloaded from its authors"
-        )
-    if not Path(path).is_file():
-        raise RequestError(f"{key} '{path}': no such file; give the path of the TorchScript file, or leave {key} out")
-    try:
-        return torch.jit.load(path, map_location="cpu").eval()
-    except RuntimeError as error:
-        raise RequestError(f"{key} '{path}': not a TorchScript file ({str(error).splitlines()[0]})") from None
-
-
-def _run_script(script: Any, images_BHW3: Images, batch: int = 32, **options: Any) -> NDArray[np.float64]:
-    """Run a TorchScript network on images; the network's input is [B, 3, H, W] with values from 0 to 255."""
-    import torch
-
-    parts = []
-    with torch.no_grad():
-        for start in range(0, len(images_BHW3), batch):
-            x = torch.from_numpy(images_BHW3[start : start + batch]).permute(0, 3, 1, 2).float()
-            parts.append(script(x, **options).double().numpy())
-    return np.concatenate(parts)
-
-
-@dataclass(kw_only=True)
-class Judges:
-    """The networks that compute features and class probabilities of images for the metrics."""
-
-    classifier: ImageClassifier
-    """Image classifier that was trained on the dataset's training images."""
-    size: int
-    """Width and height, in pixels, of the images that the classifier takes."""
-    inception: Any = None
-    """TorchScript network Inception-V3 for FID and KID; None if no file was given."""
-    lpips: Any = None
-    """TorchScript network VGG-16 for LPIPS; None if no file was given."""
-
-
-def _classify(
-    probabilities_BK: NDArray[np.float64], labels_B: NDArray[np.integer], image_ids: list[str], config: EvaluateConfig
-) -> dict[str, Any]:
-    """Compute the accuracies and the confusion matrix of images whose class probabilities are given."""
-    predicted, classes = probabilities_BK.argmax(axis=1), probabilities_BK.shape[1]
-    confusion = np.zeros((classes, classes), int)
-    np.add.at(confusion, (labels_B, predicted), 1)
-    return {
-        f"accuracy[{JUDGE}]": metrics.accuracy_with_p_value(
-            predicted, labels_B, image_ids, permutations=config.permutations, seed=config.seed
-        ),
-        **{
-            f"{n}-way-top-{k}[{JUDGE}]": metrics.n_way_top_k(
-                probabilities_BK, labels_B, n=n, k=k, draws=config.draws, seed=config.seed
-            )
-            for n in config.n_way
-            if n <= classes
-            for k in config.top_k
-            if k < n
-        },
-        "confusion": confusion.tolist(),
-    }
-
-
-def measure(
-    images_BHW3: ImageSource,
-    real_BHW3: ImageSource,
-    labels_B: Any,
-    image_ids: list[str],
-    judges: Judges,
-    config: EvaluateConfig,
-) -> dict[str, Any]:
-    """Compute every metric for a set of generated images.
-
-    Parameters
-    ----------
-    images_BHW3, real_BHW3 : ImageSource of uint8, shape (B, H, W, 3)
-        Generated images, and the images that the person saw in the same trials.
-    labels_B : ndarray of int, shape (B,)
-        Category of the image that the person saw in each trial.
-    image_ids : list of str
-        Id of the image that the person saw in each trial.
-    judges : Judges
-        Networks that compute features and class probabilities.
-    config : EvaluateConfig
-        Config of the evaluation.
-
-    Returns
-    -------
-    dict
-        Maps the name of each metric to a number, to a dictionary of numbers, or to a text that says why the metric was
-        not computed. The names of metrics that use the image classifier end with its name in brackets. Other keys are
-        ``confusion`` (the confusion matrix) and ``frechet_note``.
-    """
-    features, probabilities = judges.classifier.judge(_resize(images_BHW3, judges.size))
-    real_features, _ = judges.classifier.judge(_resize(real_BHW3, judges.size))
-    judged = JudgedImages(
-        features_BD=features,
-        real_features_BD=real_features,
-        ids=image_ids,
-        real_ids=image_ids,
-        probabilities_BK=probabilities,
-    )
-    different = len(set(image_ids))
-    out: dict[str, Any] = _classify(probabilities, labels_B, image_ids, config)
-    for name, compare in PAIRED_METRICS.items():
-        out |= average_pairs(name, compare(images_BHW3, real_BHW3))
-    out |= {f"{name}[{JUDGE}]": compute(judged) for name, compute in METRICS.items()}
-    out["frechet_note"] = (
-        f"biased: there are only {different} different images, papers use 2048 or more" if different < 2048 else ""
-    )
-    if judges.inception is not None and different >= 2:
-        ours = _run_script(judges.inception, images_BHW3, return_features=True)
-        theirs = _run_script(judges.inception, real_BHW3, return_features=True)
-        out["fid"] = metrics.frechet_distance(theirs, ours)
-        out["kid"] = metrics.kernel_distance(theirs, ours, real_ids=image_ids, generated_ids=image_ids)
-    else:
-        out["fid"] = out["kid"] = "not computed: needs Inception-V3 weights (--inception PATH) and two different images"
-    if judges.lpips is not None:
-        a, b = (_run_script(judges.lpips, x, resize_images=False, return_lpips=True) for x in (images_BHW3, real_BHW3))
-        out["lpips"] = float(np.square(a - b).sum(axis=1).mean())
-    else:
-        out["lpips"] = "not computed: needs LPIPS weights (--lpips PATH)"
-    return out
-
-
-def measure_real(
-    real_BHW3: ImageSource, labels_B: Any, image_ids: list[str], judges: Judges, config: EvaluateConfig
-) -> dict[str, Any]:
-    """Compute every metric that says something about the real images, as a limit for generated images.
-
-    A metric that compares two sets of images compares one half of the different real images with the other half. A
-    metric that compares a generated image with the real image of its trial has no value for real images.
-
-    Parameters
-    ----------
-    real_BHW3, labels_B, image_ids, judges, config
-        The arguments of `measure`.
-
-    Returns
-    -------
-    dict
-        The keys of `measure`.
-    """
-    features, probabilities = judges.classifier.judge(_resize(real_BHW3, judges.size))
-    out: dict[str, Any] = _classify(probabilities, labels_B, image_ids, config)
-    out |= dict.fromkeys((*PAIRED_METRICS, "fid", "kid", "lpips"), SAME_SET)
-    names, rows_M = np.unique(np.asarray(image_ids), return_index=True)
-    order = np.random.default_rng(config.seed).permutation(len(names))
-    first, second = order[: len(order) // 2], order[len(order) // 2 :]
-    halves = JudgedImages(
-        features_BD=features[rows_M[first]],
-        real_features_BD=features[rows_M[second]],
-        ids=names[first].tolist(),
-        real_ids=names[second].tolist(),
-        probabilities_BK=probabilities[rows_M],
-    )
-    return out | {f"{name}[{JUDGE}]": compute(halves) for name, compute in METRICS.items()}
-
-
-def _choose_other_trials(image_ids: list[str], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Choose, for each trial, a random trial that shows another image."""
-    ids = np.asarray(image_ids)
-    order = np.argsort(ids, kind="stable")
-    first, last = (np.searchsorted(ids[order], ids, side=side) for side in ("left", "right"))
-    # The trials of the own image are neighbours in `order`, so a random number can skip them.
-    chosen = rng.integers(0, len(ids) - (last - first))
-    return order[chosen + np.where(chosen >= first, last - first, 0)]
-
-
-def compare_random_pairs(
-    images_BHW3: ImageSource, real_BHW3: ImageSource, image_ids: list[str], *, seed: int, draws: int | None = None
-) -> dict[str, Any]:
-    """Compare each generated image with the real image of a random other trial, by every paired metric.
-
-    The paired metrics are those of `pixel_metrics.PAIRED_METRICS`.
-
-    Parameters
-    ----------
-    images_BHW3, real_BHW3 : ImageSource of uint8, shape (B, H, W, 3)
-        Generated and real images.
-    image_ids : list of str
-        Id of the image of each trial. A generated image is never compared with the image of its own trial.
-    seed : int
-        Seed for the random choice of the other trials.
-    draws : int, optional
-        Number of other trials with which each trial is compared. By default 10, but fewer if there would be more than
-        `RANDOM_PAIRS` pairs.
-
-    Returns
-    -------
-    dict
-        Maps each metric's name to its mean, or to a text that says why the metric was not computed.
-    """
-    rng = np.random.default_rng(seed)
-    if len(set(image_ids)) < 2:
-        return dict.fromkeys(PAIRED_METRICS, SAME_IMAGE)
-    number = draws or max(1, min(10, RANDOM_PAIRS // len(image_ids)))
-    found: dict[str, list[Any]] = {name: [] for name in PAIRED_METRICS}
-    for _ in range(number):
-        others_BHW3 = ImageRows(real_BHW3, _choose_other_trials(image_ids, rng))
-        for name, compare in PAIRED_METRICS.items():
-            found[name].append(compare(images_BHW3, others_BHW3))
-    return {
-        name: average_pairs(name, values[0] if isinstance(values[0], str) else np.concatenate(values))[name]
-        for name, values in found.items()
-    }
 
 
 def measure_nearest_training_image(images_BHW3: Images, train_MHW3: Images) -> NDArray[np.float64]:
@@ -353,17 +124,18 @@ def _quartiles(values: NDArray[np.float64]) -> dict[str, float]:
 
 def _classifier(
     config: EvaluateConfig, table: ImageTable, dataset_id: str, labels: list[str], output: Path
-) -> ImageClassifier:
-    """Load the image classifier from its file. If no file is given, train a classifier and save its file."""
+) -> tuple[ImageClassifier, Path]:
+    """Load the image classifier and return its file. If no file is given, train a classifier and save its file."""
     if config.classifier is not None:
         classifier, about = ImageClassifier.load(config.classifier)
         if about.get("dataset_id") != dataset_id or classifier.n_classes != len(labels):
             raise RequestError(f"{config.classifier}: this classifier is of another dataset; leave --classifier out")
-        return classifier
+        return classifier, Path(config.classifier)
     images = table.pixels(size=config.training.size)
     classifier = train_classifier(images, table.labels, len(labels), config=config.training, seed=config.seed)
-    classifier.save(output / "classifier.safetensors", {"dataset_id": dataset_id, "seed": str(config.seed)})
-    return classifier
+    path = output / "classifier.safetensors"
+    classifier.save(path, {"dataset_id": dataset_id, "seed": str(config.seed)})
+    return classifier, path
 
 
 def _list_trials(data: EEGDataset, own: GeneratedSet) -> list[Trial]:
@@ -401,7 +173,14 @@ def _show_findings(findings: Findings) -> dict[str, list[str]]:
     }
 
 
-def _held_out(path: Path, judges: Judges, dataset_split: str) -> dict[str, Any]:
+def _find_real_images(control: GeneratedSet, own: GeneratedSet, real: RealImages) -> RealImages:
+    """Return the images that the person saw in the trials of a control, which may have fewer trials than `own`."""
+    if [trial["key"] for trial in control.trials] == [trial["key"] for trial in own.trials]:
+        return real
+    return RealImages(control.real_BHW3, [trial["image_id"] for trial in control.trials], control.labels_B)
+
+
+def _held_out(path: Path, classifier: ImageClassifier, dataset_split: str) -> dict[str, Any]:
     """Measure the classifier's accuracy on real images that were not used in its training."""
     correct, total, ids = 0, 0, []
     for split in dict.fromkeys(("val", "test", dataset_split)):
@@ -411,7 +190,7 @@ def _held_out(path: Path, judges: Judges, dataset_split: str) -> dict[str, Any]:
             table = ImageTable(open_paired(path, split))
         except RequestError:
             continue  # A dataset may have no val or test split. The result's entry "splits" names the splits in use.
-        _, probabilities = judges.classifier.judge(table.pixels(size=judges.size))
+        _, probabilities = classifier.judge(table.pixels(size=classifier.size))
         correct += int((probabilities.argmax(axis=1) == table.labels).sum())
         total += len(table)
         ids.append(split)
@@ -461,15 +240,27 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise RequestError(
             f"{path}: the images in {config.directory} are of another dataset; give that dataset as --dataset"
         )
-    folders = [Path(folder) for folder in (config.directory, *wanted, path)]
-    inception = _load_torchscript(config.inception, "inception", folders) if config.inception else None
-    lpips = _load_torchscript(config.lpips, "lpips", folders) if config.lpips else None
     table = ImageTable(train)
     labels = own.about["labels"]
-    classifier = _classifier(config, table, train.manifest.dataset_id, labels, own.path)
-    judges = Judges(classifier=classifier, size=classifier.size, inception=inception, lpips=lpips)
+    classifier, classifier_file = _classifier(config, table, train.manifest.dataset_id, labels, own.path)
+    judges = find_judges(
+        make_classifier_network(classifier, classifier_file),
+        lpips_variants=config.lpips,
+        inception_file=config.inception,
+        clip=config.clip,
+        dinov2=config.dinov2,
+    )
     y_B, ids = own.labels_B, [trial["image_id"] for trial in own.trials]
 
+    real = RealImages(own.real_BHW3, ids, y_B)
+    options = MeasureOptions(
+        n_way=config.n_way,
+        top_k=config.top_k,
+        draws=config.draws,
+        permutations=config.permutations,
+        seed=config.seed,
+    )
+    generated = measure(own.images_BHW3, real, judges, options)
     seen_in_training = sorted(set(ids) & set(table.ids))
     result: dict[str, Any] = {
         "schema": 1,
@@ -492,59 +283,47 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "name": JUDGE,
             "sha256": sha256_file(config.classifier or own.path / "classifier.safetensors"),
             "trained_on": {"split": "train", "images": len(table)},
-            "held_out": _held_out(path, judges, own.about["split"]),
+            "held_out": _held_out(path, classifier, own.about["split"]),
         },
-        "generated": measure(own.images_BHW3, own.real_BHW3, y_B, ids, judges, config),
+        "networks": judges.describe(),
+        "generated": generated.metrics,
         "shuffled": "not computed: no images of --control shuffle",
-        "real": measure_real(own.real_BHW3, y_B, ids, judges, config),
-        "random_pairs": compare_random_pairs(own.images_BHW3, own.real_BHW3, ids, seed=config.seed),
+        "real": measure_real(real, judges, options),
+        "random_pairs": compare_random_pairs(own.images_BHW3, own.real_BHW3, ids, judges, seed=config.seed),
     }
     result["controls"] = {
         name: f"not applicable: {found.reason}"
         if isinstance(found, NotApplicable)
-        else measure(
-            found.images_BHW3,
-            found.real_BHW3,
-            found.labels_B,
-            [trial["image_id"] for trial in found.trials],
-            judges,
-            config,
-        )
+        else measure(found.images_BHW3, _find_real_images(found, own, real), judges, options).metrics
         for name, found in controls.items()
         if name != "shuffle"
     }
+    shuffled: dict[str, NDArray[np.float64]] = {}
     if control is not None:
-        result["shuffled"] = measure(control.images_BHW3, control.real_BHW3, y_B, ids, judges, config)
+        of_control = measure(control.images_BHW3, real, judges, options)
+        result["shuffled"], shuffled = of_control.metrics, of_control.trials
         label_of = {trial["key"]: trial["label"] for trial in own.trials}
         image_of = {trial["key"]: trial["image_id"] for trial in own.trials}
         givers = [trial["eeg_key"] for trial in control.trials]
         if set(givers) <= label_of.keys():
-            _, probabilities = classifier.judge(_resize(control.images_BHW3, judges.size))
             # If a good model gets the EEG of another trial, the generated image shows the category of this other trial.
             # Therefore, compute `accuracy_of_eeg` with the labels of the trials whose EEG was used.
             result["shuffled"][f"accuracy_of_eeg[{JUDGE}]"] = metrics.accuracy_with_p_value(
-                probabilities.argmax(axis=1),
+                of_control.predicted_B,
                 np.array([label_of[key] for key in givers]),
                 [image_of[key] for key in givers],
                 permutations=config.permutations,
                 seed=config.seed,
             )
-    train_images = table.pixels(size=judges.size)
+    train_images = table.pixels(size=classifier.size)
     # If a generator does not copy training images, its images should not be closer to the training images than the real
     # images of the evaluated split are.
+    size = classifier.size
     result["memorisation"] = {
-        "measure": f"RMS pixel difference to the most similar of {len(table)} training images at {judges.size} pixels",
-        "generated": _quartiles(measure_nearest_training_image(_resize(own.images_BHW3, judges.size), train_images)),
-        "real": _quartiles(measure_nearest_training_image(_resize(own.real_BHW3, judges.size), train_images)),
+        "measure": f"RMS pixel difference to the most similar of {len(table)} training images at {size} pixels",
+        "generated": _quartiles(measure_nearest_training_image(resize_images(own.images_BHW3, size), train_images)),
+        "real": _quartiles(measure_nearest_training_image(resize_images(own.real_BHW3, size), train_images)),
     }
-    values, shuffled = (
-        {}
-        if given is None
-        else measure_trials(
-            given.images_BHW3, given.real_BHW3, y_B, classifier.judge(_resize(given.images_BHW3, judges.size))[1]
-        )
-        for given in (own, control)
-    )
     eeg: dict[str, Any] = own.about.get("eeg") or {}
     part = {name: eeg.get(name) for name in ("tmin", "tmax")}
     data = open_paired(path, own.about["split"], **part)
@@ -561,7 +340,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         own,
         controls,
         Judge(
-            classify=lambda images: classifier.judge(_resize(images, judges.size))[1].argmax(axis=1),
+            classify=lambda images: classifier.judge(resize_images(images, size))[1].argmax(axis=1),
             features=pixel_features,
             features_name=f"correlation of the pixels at {THUMBNAIL} x {THUMBNAIL}",
         ),
@@ -580,14 +359,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     result["by_person"] = {
         str(person): {
             "trials": int((people_B == person).sum()),
-            "accuracy": float(values[ACCURACY][people_B == person].mean()),
+            "accuracy": float(generated.trials[ACCURACY][people_B == person].mean()),
             "shuffled": float(shuffled[ACCURACY][people_B == person].mean()) if shuffled else None,
         }
         for person in np.unique(people_B)
     }
-    write_trials(own.path, own.trials, values, shuffled)
+    write_trials(own.path, own.trials, generated.trials, shuffled)
     write_json(own.path / "metrics.json", result)
-    similarity_B = values.get("pixel_correlation")
+    similarity_B = generated.trials.get("pixel_correlation")
     page = render_report(result, own, control, examples=config.examples, similarity_B=similarity_B)
     atomic_write_text(own.path / "report.html", page)
     return result

@@ -91,8 +91,21 @@ class RunningGaussian:
         return self._scatter_DD / (self.count - 1)
 
 
-def compare_gaussians(real: RunningGaussian, generated: RunningGaussian) -> float:
-    """Compute the Fréchet distance between two Gaussian distributions (see `frechet_distance`)."""
+def _compare_few(real_BD: NDArray[np.float64], generated_BD: NDArray[np.float64]) -> float:
+    """Compute the Fréchet distance of fewer rows than columns, without matrices of the columns."""
+    means = real_BD.mean(axis=0), generated_BD.mean(axis=0)
+    a, b = (
+        (rows_BD - mean_D) / np.sqrt(len(rows_BD) - 1)
+        for rows_BD, mean_D in zip((real_BD, generated_BD), means, strict=True)
+    )
+    # With S_r = a'a and S_g = b'b, the trace of (S_r S_g)^(1/2) is the sum of the singular values of a b'.
+    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    mean = np.square(means[0] - means[1]).sum()
+    return float(max(0.0, mean + np.square(a).sum() + np.square(b).sum() - 2 * cross))
+
+
+def _compare_gaussians(real: RunningGaussian, generated: RunningGaussian) -> float:
+    """Compute the Fréchet distance between two Gaussian distributions."""
     cov_r, cov_g = real.covariance_DD, generated.covariance_DD
     # Tr (S_r S_g)^(1/2) is computed as the trace of the square root of S_r^(1/2) S_g S_r^(1/2): the two traces are
     # equal, and the second matrix is symmetric, so that its square root has no complex numbers.
@@ -128,11 +141,14 @@ def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
     Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash equilibrium", NeurIPS 2017.
     """
     _check_features(real_BD, generated_BD)
+    if max(len(real_BD), len(generated_BD)) <= min(BLOCK_ROWS, np.shape(real_BD)[1]):
+        real_rows_BD = np.concatenate([*iterate_blocks(real_BD, "real_BD")])
+        return _compare_few(real_rows_BD, np.concatenate([*iterate_blocks(generated_BD, "generated_BD")]))
     real, generated = RunningGaussian(), RunningGaussian()
     for gaussian, features_BD, name in ((real, real_BD, "real_BD"), (generated, generated_BD, "generated_BD")):
         for block in iterate_blocks(features_BD, name):
             gaussian.add(block)
-    return compare_gaussians(real, generated)
+    return _compare_gaussians(real, generated)
 
 
 def _mean_kernel(

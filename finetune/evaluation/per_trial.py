@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json, write_json
 from data_sharding.common.untrusted import check_group, check_list, check_number, check_text
-from finetune.evaluation.pixel_metrics import PAIRED_METRICS, ImageSource
 from pretrain.evidence.statistics import FEWEST_SUBJECTS, difference_interval, flip_test
 
 NAME = "trials.json"
@@ -47,33 +46,6 @@ class TrialValues:
     """Values [B] of each metric for the images from shuffled EEG; empty if there are no such images."""
 
 
-def measure_trials(
-    images_BHW3: ImageSource,
-    real_BHW3: ImageSource,
-    labels_B: NDArray[np.integer],
-    probabilities_BK: NDArray[np.float64],
-) -> dict[str, NDArray[np.float64]]:
-    """Compute the metrics of the generated image of each trial.
-
-    Parameters
-    ----------
-    images_BHW3, real_BHW3 : ImageSource of uint8, shape (B, H, W, 3)
-        Generated images, and the images that the person saw.
-    labels_B : ndarray of int, shape (B,)
-        Category of the image that the person saw.
-    probabilities_BK : ndarray, shape (B, K)
-        Probabilities that the classifier gives to the categories of each generated image.
-
-    Returns
-    -------
-    dict
-        `ACCURACY` and each metric of `PAIRED_METRICS` that can be computed, with one number for each trial.
-    """
-    found: dict[str, Any] = {ACCURACY: (probabilities_BK.argmax(axis=1) == labels_B).astype(float)}
-    found |= {name: compare(images_BHW3, real_BHW3) for name, compare in PAIRED_METRICS.items()}
-    return {name: values for name, values in found.items() if not isinstance(values, str)}
-
-
 def write_trials(
     folder: Path,
     trials: list[dict[str, Any]],
@@ -89,7 +61,7 @@ def write_trials(
     trials : list of dict
         Entries of generated.json.
     values, shuffled : mapping of str to ndarray, shape (B,)
-        Values of the generated images, and of the control images, from `measure_trials`.
+        Values of the generated images, and of the control images, from `measure.measure`.
     """
 
     def row(columns: Mapping[str, NDArray[np.float64]], number: int) -> dict[str, float | None]:

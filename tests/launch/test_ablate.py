@@ -14,7 +14,8 @@ import pytest
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.shipped import shipped_configs
-from finetune.evaluation.per_trial import TrialValues, compare_models, measure_trials, read_trials_file, write_trials
+from finetune.evaluation.per_trial import TrialValues, compare_models, read_trials_file, write_trials
+from finetune.evaluation.pixel_metrics import PAIRED_METRICS
 from launch.ablate.config import read_ablation
 from launch.ablate.plan import plan_rows
 from launch.ablate.run import main
@@ -81,7 +82,9 @@ def test_two_rows_are_trained_stopped_resumed_and_compared(folder: Path, tmp_pat
     result = json.loads((out / "ablation.json").read_text())
     assert {row["state"] for row in result["rows"].values()} == {"done"} and list(result["rows"]) == ["base", "l1"]
     for name, row in result["rows"].items():
-        assert set(row["metrics"]) == {"accuracy", "psnr", "ssim", "pixel_correlation"}
+        of_networks = {name for name in row["metrics"] if name.endswith("[dataset-classifier]")}
+        assert set(row["metrics"]) - of_networks == {"accuracy", "psnr", "ssim", "pixel_correlation"}
+        assert "two_way_identification[dataset-classifier]" in of_networks
         assert row["metrics"]["ssim"]["own"]["n"] == 8 and row["metrics"]["ssim"]["shuffled"] is not None
         assert (row["metrics"]["ssim"]["difference"] is None) == (name == "base")
         stored = json.loads((out / "images" / name / "metrics.json").read_text())
@@ -200,8 +203,9 @@ def test_values_of_trials_are_written_and_checked(tmp_path: Path) -> None:
     real = rng.integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
     made = real.copy()
     made[1:] = 255 - made[1:]
-    values = measure_trials(made, real, np.array([0, 1, 1]), np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]]))
-    assert values["accuracy"].tolist() == [1, 0, 1] and np.isinf(values["psnr"][0])
+    values = {name: compare(made, real) for name, compare in PAIRED_METRICS.items()}
+    values = {"accuracy": np.array([1.0, 0.0, 1.0])} | {k: v for k, v in values.items() if isinstance(v, np.ndarray)}
+    assert np.isinf(values["psnr"][0])
     trials = [{"key": f"t{i}", "subject": "a", "image_id": f"i{i}", "label": 0} for i in range(3)]
     write_trials(tmp_path, trials, values, {})
     found = read_trials_file(tmp_path)

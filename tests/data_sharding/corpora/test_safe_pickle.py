@@ -130,6 +130,7 @@ BROKEN = {
     "old instance": op(b"(icollections\nOrderedDict\n"),
     "extension": op(b"\x82\x01"),
     "sets attributes of a class": op(glob("numpy", "ndarray"), b"}\x8c\x01xK\x01sb"),
+    "sets an attribute of a dictionary": op(glob("collections", "OrderedDict"), b")R}\x8c\x01xK\x01sb"),
     "persistent": op(b"\x8c\x01xQ"),
     "a function as a value": op(glob("_codecs", "encode")),
     "a function as a key": op(b"}" + glob("_codecs", "encode") + b"K\x01s"),
@@ -160,6 +161,15 @@ def test_broken_pickles_are_refused_in_one_line(tmp_path: Path, name: str) -> No
     with pytest.raises((RefusedPickle, OSError, ValueError)) as caught:
         load_npy(path)
     assert isinstance(caught.value, RefusedPickle) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_of_a_network_are_read_without_the_versions_of_its_layers(tmp_path: Path, zipped: bool) -> None:
+    network = torch.nn.Linear(2, 3)
+    torch.save(network.state_dict(), tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    found = load_torch(tmp_path / "a.pth")
+    assert list(found) == ["weight", "bias"]
+    np.testing.assert_array_equal(found["weight"], network.weight.detach().numpy())
 
 
 @given(st.binary(min_size=1, max_size=8), st.integers(0, 10_000), st.booleans())

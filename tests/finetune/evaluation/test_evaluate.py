@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.evaluation import metrics, pixel_metrics
 from finetune.evaluation.compare import main as compare
-from finetune.evaluation.evaluate import SAME_SET, compare_random_pairs, main, measure_nearest_training_image
+from finetune.evaluation.evaluate import main, measure_nearest_training_image
 from finetune.evaluation.generated import read_generated
+from finetune.evaluation.measure import SAME_SET, compare_random_pairs
+from finetune.evaluation.networks.inception import InceptionV3, load_inception
+from finetune.evaluation.networks.network import NetworkOutput
 from finetune.images import ImageTable
 
 JUDGE = "dataset-classifier"
@@ -79,8 +83,18 @@ def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) 
     assert found["real"][f"frechet_distance[{JUDGE}]"] > 0.01
     assert own["constant"] == own["uniform"] == 0.5
     assert found["memorisation"]["generated"] == found["memorisation"]["real"]
-    for name in ("fid", "kid", "lpips"):
+    for name in ("fid", "kid", "cosine_similarity[clip]", "cosine_similarity[dinov2]"):
         assert found["generated"][name].startswith("not computed")
+    assert found["networks"][0]["name"] == JUDGE and len(found["networks"][0]["sha256"]) == 64
+    # Each generated image shows another image of the own category, so the own image is not found within the category.
+    assert found["generated"][f"two_way_identification[{JUDGE}]"] > 0.6
+    assert found["generated"][f"two_way_within_category[{JUDGE}]"] < 0.6
+    assert found["generated"][f"retrieval_top_1[{JUDGE}]"]["chance"] == 1 / 16
+    same_class = found["generated"][f"2-way-top-1[{JUDGE}, class of the real image]"]
+    assert same_class["accuracy"] > 0.9
+    trials = json.loads((perfect / "own" / "trials.json").read_text())["trials"]
+    assert {f"two_way_within_category[{JUDGE}]", "psnr", "accuracy"} <= trials[0]["values"].keys()
+    assert trials[0]["values"].keys() == trials[0]["shuffled"].keys()
     assert not any(name.startswith("50-way") for name in found["generated"])
     assert found["generated"][f"2-way-top-1[{JUDGE}]"]["accuracy"] == own["accuracy"]
 
@@ -126,33 +140,26 @@ def test_two_models_are_compared_on_the_same_trials(
     assert "B minus A on 16 shared trials" in capsys.readouterr().out
 
 
-class _Features(torch.nn.Module):
-    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        return torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1) / 255
-
-
-class _Lpips(torch.nn.Module):
-    def forward(self, x: torch.Tensor, resize_images: bool = False, return_lpips: bool = False) -> torch.Tensor:
-        return x.flatten(1) / 1000
-
-
-def test_inception_and_lpips_files_are_used_if_they_are_trusted(
-    perfect: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.jit.script(_Features()).save(str(tmp_path / "inception.pt"))
-    torch.jit.script(_Lpips()).save(str(tmp_path / "lpips.pt"))
+def test_given_inception_weights_are_used(perfect: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "inception.safetensors"
+    torch.manual_seed(0)
+    save_file(InceptionV3().state_dict(), weights)
     copy = shutil.copytree(perfect / "own", tmp_path / "copy")
-    weights = ["--inception", str(tmp_path / "inception.pt"), "--lpips", str(tmp_path / "lpips.pt")]
-    assert main([str(copy), *weights]) == 2
-    assert "set trust_programs: true" in capsys.readouterr().err
-    weights += ["--trust_programs", "true"]
-    assert main([str(copy), *weights, "--classifier", str(copy / "classifier.safetensors"), *QUICK]) == 0
+    kept = ["--classifier", str(copy / "classifier.safetensors")]
+    assert main([str(copy), "--inception", str(weights), *kept, *QUICK]) == 0
     found, images = json.loads((copy / "metrics.json").read_text()), read_generated(copy)
-    a, b = (np.concatenate([x.mean((1, 2)), x.max((1, 2))], 1) / 255 for x in (images.real_BHW3, images.images_BHW3))
-    assert found["generated"]["fid"] == pytest.approx(metrics.frechet_distance(a, b), abs=1e-5)
-    difference = (images.real_BHW3.astype(float) - images.images_BHW3) / 1000
-    assert found["generated"]["lpips"] == pytest.approx(np.square(difference).sum((1, 2, 3)).mean(), rel=1e-4)
+    network = load_inception(weights)
+    a, b = (network.judge(x) for x in (images.real_BHW3, images.images_BHW3))
+    assert isinstance(a, NetworkOutput) and isinstance(b, NetworkOutput)
+    ids = [trial["image_id"] for trial in images.trials]
+    assert found["generated"]["fid"] == pytest.approx(metrics.frechet_distance(a.features_BD, b.features_BD), rel=1e-4)
+    kid = metrics.kernel_distance(a.features_BD, b.features_BD, real_ids=ids, generated_ids=ids)
+    assert found["generated"]["kid"] == pytest.approx(kid, rel=1e-4)
+    assert 1 <= found["generated"]["inception_score"] <= 1008
+    assert network.describe() in found["networks"]
     assert found["shuffled"].startswith("not computed")
+    assert run_main(main, [str(copy), "--inception", str(copy / "classifier.safetensors"), *kept, *QUICK]) == 2
+    assert "give a file of weights of InceptionV3" in capsys.readouterr().err
 
 
 def test_copies_of_training_images_are_detected(paired_dataset: Path) -> None:

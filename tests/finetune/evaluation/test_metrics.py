@@ -16,6 +16,12 @@ def test_frechet_distance_against_the_formula() -> None:
     assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
     # With fewer rows than columns the covariance matrices are singular, but the Fréchet distance must be a real number.
     assert metrics.frechet_distance(x[:3], y[:3]) > 0
+    # Fewer rows than columns are compared in another way than more rows than columns.
+    few, other = rng.normal(size=(5, 9)), rng.normal(size=(7, 9)) * 2 + 1
+    gaussians = metrics.RunningGaussian(), metrics.RunningGaussian()
+    for gaussian, rows in zip(gaussians, (few, other), strict=True):
+        gaussian.add(rows)
+    assert metrics.frechet_distance(few, other) == pytest.approx(metrics._compare_gaussians(*gaussians), rel=1e-6)
 
 
 def test_features_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,163 @@
+"""Frozen CLIP and DINOv2 models in the layout of transformers, from a folder or from the hub.
+
+Array shapes: B images, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_sharding.common.errors import RequestError
+from data_sharding.common.files import digest_of, sha256_file
+from data_sharding.common.untrusted import check_count
+from finetune.clip_images import load_clip
+from finetune.evaluation.networks.network import FrozenNetwork
+from finetune.evaluation.pixel_metrics import Images
+from finetune.foreign_models import (
+    MAX_SIDE,
+    check_transformers_model,
+    is_local,
+    load_with_library,
+    read_model_config,
+)
+
+_FILES = ["config.json", "preprocessor_config.json", "*.safetensors"]
+
+
+def find_model_folder(model: str | Path, what: str) -> Path:
+    """Return the folder of a model of transformers, and download the model if a hub id is given.
+
+    Parameters
+    ----------
+    model : str or Path
+        Directory or hub id of the model.
+    what : str
+        Kind of the model, for messages.
+
+    Returns
+    -------
+    Path
+        Folder with config.json, preprocessor_config.json and weights.
+
+    Raises
+    ------
+    RequestError
+        If the folder does not exist or is not complete, or if the model cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder = Path(model)
+    if not is_local(model):
+        folder = Path(load_with_library(lambda: snapshot_download(str(model), allow_patterns=_FILES), model, what))
+    for name in ("config.json", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            raise RequestError(f"{model}: not {what} (no {name}); give the directory that save_pretrained wrote")
+    return folder
+
+
+def _digest_weights(folder: Path) -> str:
+    """Return the checksum of the file of weights, or a digest of the checksums of several files."""
+    digests = {path.name: sha256_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    return next(iter(digests.values())) if len(digests) == 1 else digest_of(digests)
+
+
+def _make_prepare(processor: Any, what: str, model: str | Path) -> Any:
+    """Return the preparation of images by the image processor of a model, and try the processor once."""
+
+    def prepare(images_BHW3: Images) -> Tensor:
+        return torch.as_tensor(np.asarray(processor(images=list(images_BHW3), return_tensors="np")["pixel_values"]))
+
+    load_with_library(lambda: prepare(np.zeros((1, 32, 32, 3), np.uint8)).float(), model, what)
+    return prepare
+
+
+def load_clip_network(clip: str | Path) -> FrozenNetwork:
+    """Load the image side of a CLIP model. The embedding is the projection to the space shared with texts.
+
+    Parameters
+    ----------
+    clip : str or Path
+        Directory or hub id of the model, e.g. ``openai/clip-vit-large-patch14``.
+
+    Returns
+    -------
+    FrozenNetwork
+        The network ``clip``. Its own image processor resizes the original images.
+
+    Raises
+    ------
+    RequestError
+        If `clip` is not a CLIP model or cannot be loaded.
+    """
+    folder = find_model_folder(clip, "a CLIP model")
+    model, processor = load_clip(folder)
+
+    def compute(x_B3HW: Tensor) -> tuple[Tensor, None]:
+        return model(pixel_values=x_B3HW.float()).image_embeds, None
+
+    return FrozenNetwork(
+        name="clip",
+        file=str(clip),
+        sha256=_digest_weights(folder),
+        prepare=_make_prepare(processor, "a CLIP model", clip),
+        compute=compute,
+        batch=16,
+    )
+
+
+def load_dinov2_network(dinov2: str | Path) -> FrozenNetwork:
+    """Load a DINOv2 model. The embedding is the class token after the last layer.
+
+    Parameters
+    ----------
+    dinov2 : str or Path
+        Directory or hub id of the model, e.g. ``facebook/dinov2-base``.
+
+    Returns
+    -------
+    FrozenNetwork
+        The network ``dinov2``. Its own image processor resizes the original images.
+
+    Raises
+    ------
+    RequestError
+        If `dinov2` is not a DINOv2 model or cannot be loaded.
+    """
+    from transformers import Dinov2Model
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+    what = "a DINOv2 model"
+    folder = find_model_folder(dinov2, what)
+    if (kind := read_model_config(folder / "config.json").get("model_type")) != "dinov2":
+        raise RequestError(f"{dinov2}: the model_type in config.json is '{kind}', not 'dinov2'; give {what}")
+    check_transformers_model(Dinov2Model, folder)
+    sizes = read_model_config(folder / "preprocessor_config.json")
+
+    def load() -> tuple[Any, Any]:
+        words: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+        model = Dinov2Model.from_pretrained(str(folder), **words)
+        return model, BitImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
+
+    for name in ("size", "crop_size"):
+        entry = sizes.get(name)
+        for value in entry.values() if isinstance(entry, dict) else [] if entry is None else [entry]:
+            check_count(value, str(folder / "preprocessor_config.json"), name, least=1, most=MAX_SIDE)
+    model, processor = load_with_library(load, dinov2, what)
+    model.requires_grad_(False).eval()
+
+    def compute(x_B3HW: Tensor) -> tuple[Tensor, None]:
+        return model(pixel_values=x_B3HW.float()).last_hidden_state[:, 0], None
+
+    return FrozenNetwork(
+        name="dinov2",
+        file=str(dinov2),
+        sha256=_digest_weights(folder),
+        prepare=_make_prepare(processor, what, dinov2),
+        compute=compute,
+        batch=16,
+    )
