@@ -21,6 +21,13 @@ RESULTS = Path(__file__).with_name("results") / "demo_seeds.json"
 PAGE = Path(__file__).parents[1] / "docs" / "demo.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 TITLES = {"stable_diffusion": "Stable Diffusion", "eg_ddpm": "EG-DDPM", "linear": "linear map, training picture"}
+EEG = {
+    "none": "own",
+    "shuffle": "shuffled",
+    "shuffle_within": "shuffled among neighbours",
+    "no_eeg": "none",
+    "class": "true category",
+}
 MEASURES = ("category", "colour", "identification")
 
 
@@ -48,6 +55,7 @@ def run_seed(out: Path, seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "passed": report["passed"],
+        "verdicts": {kind: found["verdict"]["word"] for kind, found in report["models"].items()},
         "pictures": {
             kind: {"scores": found["scores"], "own_minus_shuffled": found.get("own_minus_shuffled")}
             for kind, found in report["pictures"].items()
@@ -82,19 +90,22 @@ def render(results: list[dict[str, Any]]) -> str:
                         values = found["own_minus_shuffled"]["category"]
                         low, high = values["interval"]
                         difference = f"{values['mean']:+.0%} ({low:+.0%} to {high:+.0%})"
-                    name = {"none": "own", "shuffle": "shuffled", "no_eeg": "none", "class": "true category"}[eeg]
+                    name = EEG[eeg]
                     lines.append(
                         f"| {result['seed']} | {TITLES[kind]} | {name} | " + " | ".join(cells) + f" | {difference} |"
                     )
         lines += [
             "",
-            "| seed | conclusion | held-out loss, first | last | minutes |",
-            "| --- | --- | --- | --- | --- |",
+            "| seed | conclusion | verdicts | held-out loss, first | last | minutes |",
+            "| --- | --- | --- | --- | --- | --- |",
         ]
         for result in own:
             first, last = result["held_out_loss"]
             verdict = "shown" if result["passed"] else "not shown"
-            lines.append(f"| {result['seed']} | {verdict} | {first:.3f} | {last:.3f} | {result['minutes']:.1f} |")
+            words = "; ".join(f"{TITLES[kind]}: {word}" for kind, word in result["verdicts"].items())
+            lines.append(
+                f"| {result['seed']} | {verdict} | {words} | {first:.3f} | {last:.3f} | {result['minutes']:.1f} |"
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

@@ -10,6 +10,7 @@ from typing import Any
 from data_sharding.common.files import atomic_write_text, read_json, write_json
 from data_sharding.common.html.render import Picture, Table, embed_png, render_page
 from finetune.evaluation.classifier import ImageClassifier
+from finetune.evaluation.verdict import make_comparison_table
 from launch.chain import Step
 from launch.demo import figures
 from launch.demo.scores import MEASURES, Scores, compare, score_folder
@@ -21,7 +22,13 @@ EXAMPLES = 3
 TITLES = {"stable_diffusion": "Stable Diffusion", "eg_ddpm": "EG-DDPM"}
 LINEAR = "linear map, training picture"
 """Title of the linear baseline in the report."""
-EEG = {"none": "own", "shuffle": "shuffled", "no_eeg": "none (floor)", "class": "true category (ceiling)"}
+EEG = {
+    "none": "own",
+    "shuffle": "shuffled",
+    "shuffle_within": "shuffled among neighbours in time",
+    "no_eeg": "none (floor)",
+    "class": "true category (ceiling)",
+}
 """Name of each control in the tables of the report."""
 LIBRARIES = ("dreamscale", "torch", "deepspeed", "accelerate", "diffusers", "transformers", "ray", "mne", "numpy")
 JUDGE = "dataset-classifier"
@@ -105,6 +112,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
         "random_pairs": found["random_pairs"],
         "memorisation": found["memorisation"],
         "judge": {key: found["classifier"]["held_out"][key] for key in ("accuracy", "n")},
+        "verdict": found["verdict"],
     }
 
 
@@ -153,42 +161,46 @@ def summarise(out: Path, seconds: dict[str, float], *, seed: int, profile: str) 
         "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
         "versions": {name: metadata.version(name) for name in LIBRARIES},
     }
-    return summary | conclude({kind: pictures[kind] for kind in MODELS})
+    verdicts = {kind: found["verdict"] for kind, found in models.items()}
+    return summary | conclude({kind: pictures[kind] for kind in MODELS}, verdicts)
 
 
-def conclude(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Judge whether the generated pictures show the category of the seen pictures.
+def conclude(models: dict[str, dict[str, Any]], verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Say whether the generated pictures show what people saw.
 
     Parameters
     ----------
     models : dict
         For each generator, the scores of `score_pictures`.
+    verdicts : dict
+        For each generator, the verdict of `dreamscale evaluate`.
 
     Returns
     -------
     dict
-        ``passed`` is true if the pictures of every generator show the right category more often with the right EEG than
-        with the EEG of another trial: the 95 % interval of the difference, over people and pictures, must lie above 0.
-        ``conclusion`` is the result in words.
+        ``passed`` is true if the verdict of every generator is "signal". ``conclusion`` is the result in words.
     """
     parts, passed = [], True
     for kind, found in models.items():
         own, shuffled = (found["scores"][control]["category"] for control in ("none", "shuffle"))
         difference = found["own_minus_shuffled"]["category"]
         low, high = difference["interval"]
-        passed &= low > 0
+        verdict = verdicts[kind]
+        passed &= verdict["word"] == "signal"
         also = [name for name in ("colour", "identification") if found["own_minus_shuffled"][name]["interval"][0] > 0]
         parts.append(
-            f"{TITLES[kind]}: {own['mean']:.0%} of {own['n']} generated pictures show the category seen (chance 25%), "
+            f"{TITLES[kind]}: verdict {verdict['word']}; {own['mean']:.0%} of {own['n']} generated pictures show the "
+            "category seen (chance 25%), "
             f"with shuffled EEG {shuffled['mean']:.0%}; difference {difference['mean']:+.0%} ({low:+.0%} to "
             f"{high:+.0%}); also above shuffled EEG: {', '.join(also) or 'nothing else'}."
+            + ("" if verdict["word"] == "signal" else f" {verdict['why'][0]}")
         )
-    verdict = (
-        "The generated pictures show what people saw, and with shuffled EEG they do not."
+    result = (
+        "The generated pictures show what people saw, and the controls do not."
         if passed
-        else "Not shown: at least one generator is not better with the right EEG than with shuffled EEG."
+        else "Not shown: the verdict of at least one generator is not 'signal'."
     )
-    return {"passed": bool(passed), "conclusion": f"{verdict} {' '.join(parts)}"}
+    return {"passed": bool(passed), "conclusion": f"{result} {' '.join(parts)}"}
 
 
 def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any]]:
@@ -283,6 +295,10 @@ def write_report(
         **summary,
         **_describe_corpus(read_json(out / "corpus" / "truth.json"), summary),
         **_make_score_tables(summary),
+        verdicts=[
+            (TITLES[kind], found["verdict"], make_comparison_table(found["verdict"]))
+            for kind, found in summary["models"].items()
+        ],
         columns=[
             (name, [_embed(path, f"{name}, {label}") for path, label in zip(paths, row_labels, strict=True)])
             for name, paths in columns

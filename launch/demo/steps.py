@@ -17,11 +17,18 @@ DEFAULT_OUT = "runs/demo"
 the other folder replaces the default folder in these paths."""
 MODELS = {"stable_diffusion": "stable_diffusion", "eg_ddpm": "dm_re2i"}
 """Folder of the training run for each kind of generator."""
-CONTROLS = {"none": "", "shuffle": "-shuffled", "no_eeg": "-no_eeg", "class": "-class"}
+CONTROLS = {
+    "none": "",
+    "shuffle": "-shuffled",
+    "shuffle_within": "-shuffle_within",
+    "no_eeg": "-no_eeg",
+    "class": "-class",
+}
 """Suffix of the folder with generated images, for each control of ``dreamscale generate``."""
 SOURCES = {
     "none": "the EEG of new people",
     "shuffle": "shuffled EEG, as a control",
+    "shuffle_within": "EEG shuffled among neighbours in time, as a control",
     "no_eeg": "no EEG, as a floor",
     "class": "the true caption or category, as a ceiling",
 }
@@ -172,7 +179,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
                 words=[*words, "--seed", str(seed)],
                 outputs=[],
                 proofs=[f"generated/{kind}/metrics.json"],
-                needs=[f"generate_{kind}", f"generate_{kind}_shuffled", *first],
+                needs=[*(f"generate_{kind}{ending.replace('-', '_')}" for ending in CONTROLS.values()), *first],
             )
         )
     return [*steps, generation("linear", "linear", "none")]

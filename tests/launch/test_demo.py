@@ -18,7 +18,7 @@ from PIL import Image
 from data_sharding.common.errors import RequestError
 from launch.demo import report
 from launch.demo.run import DemoConfig, choose_folder
-from launch.demo.steps import make_steps
+from launch.demo.steps import CONTROLS, make_steps
 from launch.local import processes_wanted
 
 
@@ -83,23 +83,23 @@ def make_scores(own: float, low: float, colour_low: float = -0.1) -> dict:
     }
 
 
+MODELS = {"stable_diffusion": make_scores(0.7, 0.3, colour_low=0.05), "eg_ddpm": make_scores(0.6, 0.2)}
+
+
 @pytest.mark.parametrize(
-    ("models", "passed"),
-    [
-        ({"stable_diffusion": make_scores(0.7, 0.3), "eg_ddpm": make_scores(0.6, 0.2)}, True),
-        ({"stable_diffusion": make_scores(0.7, 0.3), "eg_ddpm": make_scores(0.3, -0.01)}, False),
-        ({"stable_diffusion": make_scores(0.3, 0.0), "eg_ddpm": make_scores(0.6, 0.2)}, False),
-    ],
+    ("words", "passed"),
+    [(("signal", "signal"), True), (("signal", "category only"), False), (("confounded", "signal"), False)],
 )
-def test_the_conclusion_follows_the_numbers(models: dict, passed: bool):
-    concluded = report.conclude(models)
+def test_the_conclusion_follows_the_verdicts(words: tuple[str, str], passed: bool):
+    verdicts = {kind: {"word": word, "why": ["Because."]} for kind, word in zip(MODELS, words, strict=True)}
+    concluded = report.conclude(MODELS, verdicts)
     assert concluded["passed"] is passed
-    assert ("Not shown" in concluded["conclusion"]) is not passed
+    assert ("Not shown" in concluded["conclusion"]) is ("Because." in concluded["conclusion"]) is not passed
+    assert all(f"verdict {word};" in concluded["conclusion"] for word in words)
 
 
 def test_the_conclusion_names_what_else_is_above_shuffled_eeg():
-    models = {"stable_diffusion": make_scores(0.7, 0.3, colour_low=0.05), "eg_ddpm": make_scores(0.6, 0.2)}
-    text = report.conclude(models)["conclusion"]
+    text = report.conclude(MODELS, {kind: {"word": "signal", "why": []} for kind in MODELS})["conclusion"]
     assert "also above shuffled EEG: colour." in text and "also above shuffled EEG: nothing else." in text
 
 
@@ -167,7 +167,7 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     assert numbers["conclusion"]
     for kind in ("stable_diffusion", "eg_ddpm", "linear"):
         found = numbers["pictures"][kind]
-        assert set(found["scores"]) == ({"none"} if kind == "linear" else {"none", "shuffle", "no_eeg", "class"})
+        assert set(found["scores"]) == ({"none"} if kind == "linear" else set(CONTROLS))
         for scores in found["scores"].values():
             assert all(0 <= scores[name]["interval"][0] <= scores[name]["mean"] <= 1 for name in scores)
         assert len(found["people"]) > 1
