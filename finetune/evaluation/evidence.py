@@ -7,54 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.manifest import Manifest
+from data_sharding.dataset.manifest import NAME
 from finetune.generation.predictors import Prediction, Predictor, predict
 from finetune.generation.trials import NotApplicableError, Trial
+from pretrain.evidence.design import describe_design
 from pretrain.evidence.rules import Control, Design, Evidence, NotApplicable
 from pretrain.evidence.trials import TrialTable, tabulate_trials
 
 PREDICTORS: tuple[Predictor, ...] = ("time", "baseline", "eyes")
 """Controls that need no generator."""
-
-
-def describe_design(manifest: Manifest, declared: str = "") -> tuple[Design, str]:
-    """Return the design of a dataset's corpora, and a sentence with the evidence.
-
-    Parameters
-    ----------
-    manifest : Manifest
-        Manifest of the dataset. Sharding measures the design of each corpus from the order of its trials.
-    declared : str
-        Published evidence of a random order, for corpora whose files have lost the order of the trials. The evidence
-        makes an unknown design random. The evidence does not change a measured block design.
-
-    Returns
-    -------
-    design : str
-        block if one corpus has a block design; else unknown if the design of one corpus is unknown; else random.
-    evidence : str
-        The evidence.
-    """
-    corpora: Any = manifest.extra.get("corpora") or []
-    found = {str(entry.get("design", "unknown")) or "unknown" for entry in corpora if isinstance(entry, dict)}
-    text = "; ".join(
-        f"{entry.get('name', '')}: {entry.get('evidence') or 'the order of the trials was not measured'}"
-        for entry in corpora
-        if isinstance(entry, dict)
-    )
-    if "block" in found:
-        return "block", text
-    if not found or found != {"random"}:
-        if declared.strip():
-            return "random", f"declared in the config: {declared.strip()} (measured: {text or 'nothing'})"
-        return "unknown", text or "the manifest does not name the design"
-    return "random", text
 
 
 def make_predictors(
@@ -107,7 +73,7 @@ class Setting:
     @classmethod
     def read(cls, train: EEGDataset, data: EEGDataset, trials: Sequence[Trial], declared: str = "") -> Setting:
         """Read the setting from the train split and the split of the trials; `declared` as in `describe_design`."""
-        design, evidence = describe_design(data.manifest, declared)
+        design, evidence = describe_design(data.manifest, declared, where=str(data.path / NAME))
         return cls(
             trials=tabulate_trials(data).select([trial.numbers[0] for trial in trials]),
             train=tabulate_trials(train),

@@ -156,7 +156,7 @@ def judge_images(
     trials : list of Trial
         The trials of `own`.
     design_evidence : str
-        Published evidence of a random order; see `finetune.evaluation.evidence.describe_design`.
+        Published evidence of a random order; see `pretrain.evidence.design.describe_design`.
     resamples : int
         Number of bootstrap resamples.
     seed : int

@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,8 @@ from pretrain.evidence.trials import TrialTable, join_tables, label_is_constant_
 
 Word = Literal["confounded", "not judgeable", "no signal", "category only", "signal"]
 Design = Literal["random", "block", "unknown"]
+DESIGNS: tuple[Design, ...] = get_args(Design)
+"""Every design."""
 
 LEVEL = 0.05
 """Largest corrected p-value of a comparison that holds."""

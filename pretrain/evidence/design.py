@@ -1,0 +1,73 @@
+"""The design of a dataset: whether the categories were shown in random order or in blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data_sharding.common.errors import RequestError, show
+from data_sharding.common.untrusted import check_group, check_list, check_text
+from data_sharding.dataset.manifest import Manifest
+from pretrain.evidence.rules import DESIGNS, Design
+
+LONGEST = 2000
+"""Largest number of characters of the evidence of one corpus."""
+
+
+def describe_design(manifest: Manifest, declared: str = "", *, where: str = "manifest.json") -> tuple[Design, str]:
+    """Return the design of a dataset's corpora, and a sentence with the evidence.
+
+    Parameters
+    ----------
+    manifest : Manifest
+        Manifest of the dataset. Sharding measures the design of each corpus from the order of its trials.
+    declared : str
+        Published evidence of a random order, for corpora whose files have lost the order of the trials. The evidence
+        makes an unknown design random. The evidence does not change a measured block design.
+    where : str
+        Path of the manifest, for error messages.
+
+    Returns
+    -------
+    design : str
+        block if one corpus has a block design; else unknown if the design of one corpus is unknown; else random.
+    evidence : str
+        The evidence.
+
+    Raises
+    ------
+    RequestError
+        If the manifest describes the corpora in another form than sharding writes.
+    """
+    entries = [_check_entry(entry, where) for entry in _list_corpora(manifest, where)]
+    found = {design for _, design, _ in entries}
+    text = "; ".join(f"{name}: {evidence}" for name, _, evidence in entries)
+    if "block" in found:
+        return "block", text
+    if found != {"random"}:
+        if declared.strip():
+            return "random", f"declared in the config: {declared.strip()} (measured: {text or 'nothing'})"
+        return "unknown", text or "the manifest does not name the design"
+    return "random", text
+
+
+def _list_corpora(manifest: Manifest, where: str) -> list[Any]:
+    corpora = manifest.extra.get("corpora", [])
+    if isinstance(corpora, dict):
+        # Old manifests have the name of each corpus as a key.
+        return [{"name": name, **check_group(entry, where, "a corpus")} for name, entry in corpora.items()]
+    return check_list(corpora, where, "extra.corpora")
+
+
+def _check_entry(entry: Any, where: str) -> tuple[str, Design, str]:
+    """Return name, design and evidence of one corpus, as texts without control characters."""
+    values = check_group(entry, where, "a corpus")
+    name, given, evidence = (
+        check_text(values.get(key, ""), where, f"the {key} of a corpus") for key in ("name", "design", "evidence")
+    )
+    design = next((known for known in DESIGNS if known == (given or "unknown")), None)
+    if design is None:
+        raise RequestError(
+            f"{where}: the design of the corpus '{show(name)}' is '{show(given)}', not one of {', '.join(DESIGNS)}; "
+            "get the file again from its source, or make the dataset again"
+        )
+    return show(name), design, show(evidence, LONGEST) or "the order of the trials was not measured"
