@@ -23,9 +23,56 @@ from data_sharding.common.untrusted import (
     check_text,
     read_limited,
 )
+from finetune.evaluation.pixel_metrics import ImageSource
 from finetune.images import decode_image
 
 Images = NDArray[np.uint8]
+IN_MEMORY = 2**28
+"""Largest size in bytes of the pixels of a set of images that is kept in memory. The images of a larger set are decoded
+whenever they are read."""
+
+
+class ImageFiles:
+    """Images of equal size in files, which are decoded whenever they are read.
+
+    Parameters
+    ----------
+    files : list of Path
+        File of each image.
+    size : tuple of int
+        Height and width of the images in pixels, and the number of colours.
+    """
+
+    def __init__(self, files: list[Path], size: tuple[int, ...]) -> None:
+        self.files, self.size = files, size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The numbers B, H, W and 3."""
+        return len(self.files), *self.size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, rows: Any, /) -> Images:
+        """Return one image for a number, and several images for a slice.
+
+        Raises
+        ------
+        RequestError
+            If a file is missing or damaged, or has another size than before.
+        """
+        if isinstance(rows, slice):
+            chosen = range(len(self))[rows]
+            return np.stack([self[row] for row in chosen]) if chosen else np.empty((0, *self.size), np.uint8)
+        file = self.files[rows]
+        try:
+            image = decode_image(read_limited(file, MAX_IMAGE), name=str(file))
+        except OSError as error:
+            raise RequestError(f"{file}: {error.strerror or error}; generate the images again") from None
+        if image.shape != self.size:
+            raise RequestError(f"{file}: the image was changed during the evaluation; evaluate again")
+        return image
 
 
 @dataclass(kw_only=True)
@@ -36,9 +83,9 @@ class GeneratedSet:
     """Path of the folder."""
     about: dict[str, Any]
     """Content of generated.json."""
-    images_BHW3: Images
+    images_BHW3: ImageSource
     """Pixels of the generated images."""
-    real_BHW3: Images
+    real_BHW3: ImageSource
     """Pixels of the images that the person saw."""
 
     @property
@@ -114,13 +161,16 @@ def read_generated(path: str | Path) -> GeneratedSet:
         keys = check_list(trial.get("eeg_keys") or [], str(record), "eeg_keys of a trial")
         for key in (trial.get("eeg_key") or "", *keys):
             check_text(key, str(record), "eeg_key of a trial")
-    found: dict[str, Images] = {}
+    found: dict[str, ImageSource] = {}
     for name in ("file", "real_file"):
-        images = []
+        images, files, shapes = [], [], set()
         for trial in about["trials"]:
             try:
-                file = path / check_path(check_group(trial, str(record), "a trial")[name], str(record))
-                images.append(decode_image(read_limited(file, MAX_IMAGE), name=str(file)))
+                files.append(path / check_path(check_group(trial, str(record), "a trial")[name], str(record)))
+                image = decode_image(read_limited(files[-1], MAX_IMAGE), name=str(files[-1]))
+                shapes.add(image.shape)
+                if image.nbytes * len(about["trials"]) <= IN_MEMORY:
+                    images.append(image)
                 known = type(trial["label"]) is int and 0 <= trial["label"] < len(about["labels"])
             except KeyError as error:
                 raise RequestError(f"{record}: a trial has no {error}; {again}") from None
@@ -128,9 +178,9 @@ def read_generated(path: str | Path) -> GeneratedSet:
                 raise RequestError(f"{path / trial[name]}: {error.strerror or error}; {again}") from None
             if not known:
                 raise RequestError(f"{record}: trial {trial.get('key')} has no valid label; {again}")
-        if len({image.shape for image in images}) > 1:
+        if len(shapes) > 1:
             raise RequestError(f"{path}: the images have different sizes; {again}")
-        found[name] = np.stack(images)
+        found[name] = np.stack(images) if images else ImageFiles(files, shapes.pop())
     if found["file"].shape != found["real_file"].shape:
         raise RequestError(f"{path}: generated and real images have different sizes; {again}")
     return GeneratedSet(path=path, about=about, images_BHW3=found["file"], real_BHW3=found["real_file"])

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.evaluation.evidence import Setting, make_predictors
-from finetune.evaluation.generated import GeneratedSet, Images
+from finetune.evaluation.generated import GeneratedSet
 from finetune.evaluation.identification import two_way_identification
+from finetune.evaluation.pixel_metrics import ImageRows, ImageSource
 from finetune.generation.predictors import Prediction
 from finetune.generation.trials import Trial
 from finetune.images import ImageTable
@@ -30,17 +31,20 @@ THUMBNAIL = 16
 COPY = "a mirrored and darker copy of each seen image"
 FROM_IMAGES = ("shuffle", "shuffle_within", "noise", "no_eeg")
 """Controls whose scores come from folders of images."""
-Features = Callable[[Images], NDArray[np.float64]]
-Classify = Callable[[Images], NDArray[np.int64]]
+Features = Callable[[ImageSource], NDArray[np.float64]]
+Classify = Callable[[ImageSource], NDArray[np.int64]]
 
 
-def pixel_features(images_BHW3: Images) -> NDArray[np.float64]:
+def pixel_features(images_BHW3: ImageSource) -> NDArray[np.float64]:
     """Return the pixels of small copies of images [B, D], for the comparison of images by the correlation of pixels."""
     from PIL import Image
 
     size = (THUMBNAIL, THUMBNAIL)
-    small = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in images_BHW3]
-    return np.stack([np.asarray(image, np.float64).ravel() for image in small])
+    features_BD = np.empty((len(images_BHW3), 3 * THUMBNAIL**2))
+    for number in range(len(images_BHW3)):
+        small = Image.fromarray(images_BHW3[number]).resize(size, Image.Resampling.BOX)
+        features_BD[number] = np.asarray(small, np.float64).ravel()
+    return features_BD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,44 +84,52 @@ def _score_category(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scor
         measure="the classifier finds the right category in the generated image",
         # A model that always shows the commonest category is right in this share of the trials.
         chance=float(shares.max()) if len(shares[shares > 0]) > 1 else 1.0 / max(2, len(own.about["labels"])),
-        score=lambda given: (judges.classify(given.images_BHW3[:]) == given.labels_B).astype(float),
+        score=lambda given: (judges.classify(given.images_BHW3) == given.labels_B).astype(float),
         predicted=lambda found: (found.labels_B == labels_B).astype(float),
         nearest=lambda rows: (table.labels[rows] == labels_B).astype(float),
-        judge_n=(judges.classify(own.real_BHW3[:][first]) == labels_B[first]).astype(float),
+        judge_n=(judges.classify(ImageRows(own.real_BHW3, first)) == labels_B[first]).astype(float),
     )
 
 
 def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scores:
     ids = [trial["image_id"] for trial in own.trials]
-    real_BD = judges.features(own.real_BHW3[:])
+    real_BD = judges.features(own.real_BHW3)
     size = own.real_BHW3.shape[1]
 
-    def score(images_BHW3: Images, names: list[str], real: NDArray[np.float64]) -> NDArray[np.float64]:
-        return two_way_identification(judges.features(images_BHW3), real, names)
-
     def of_rows(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        return score(table.pixels(rows, size=size), ids, real_BD)
+        different, number_B = np.unique(rows, return_inverse=True)
+        return two_way_identification(_read_features(table, different, size, judges)[number_B], real_BD, ids)
 
     def of_set(given: GeneratedSet) -> NDArray[np.float64]:
         names = [trial["image_id"] for trial in given.trials]
         number_of = {trial["key"]: number for number, trial in enumerate(own.trials)}
         rows = [number_of[trial["key"]] for trial in given.trials]
         # The images of the control are compared with all seen images of the split, as the generated images are.
-        padded_BHW3 = np.zeros_like(own.images_BHW3[:])
-        padded_BHW3[rows] = given.images_BHW3[:]
+        padded_BD = np.zeros_like(real_BD)
+        padded_BD[rows] = judges.features(given.images_BHW3)
         assert [ids[row] for row in rows] == names
-        return score(padded_BHW3, ids, real_BD)[rows]
+        return two_way_identification(padded_BD, real_BD, ids)[rows]
 
     _, first = np.unique(ids, return_index=True)
-    copies = (own.real_BHW3[:][first][:, :, ::-1] * 0.7).astype(np.uint8)
+    copies_MD = np.concatenate(
+        [judges.features((own.real_BHW3[int(row)][None, :, ::-1] * 0.7).astype(np.uint8)) for row in first]
+    )
     return Scores(
         measure=f"share of other seen images that are less similar than the seen image ({judges.features_name})",
         chance=0.5,
         score=of_set,
         predicted=lambda found: of_rows(found.rows_B),
         nearest=of_rows,
-        judge_n=score(copies, [ids[row] for row in first], real_BD[first]),
+        judge_n=two_way_identification(copies_MD, real_BD[first], [ids[row] for row in first]),
     )
+
+
+def _read_features(
+    table: ImageTable, rows: NDArray[np.int64], size: int, judges: Judge, batch: int = 64
+) -> NDArray[np.float64]:
+    """Compute the features of training images, which are decoded batch by batch."""
+    parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    return np.concatenate([judges.features(table.pixels(part, size=size)) for part in parts])
 
 
 def find_nearest(images_BD: NDArray[np.float64], train_MD: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -173,11 +185,11 @@ def judge_images(
     scores = (_score_category if known else _score_identification)(own, table, judges)
     setting = Setting.read(train, data, trials, design_evidence)
     ids = [trial["image_id"] for trial in own.trials]
-    own_BD = judges.features(own.images_BHW3[:])
+    own_BD = judges.features(own.images_BHW3)
     identification = two_way_identification(
-        own_BD, judges.features(own.real_BHW3[:]), ids, own.labels_B, within_label=True
+        own_BD, judges.features(own.real_BHW3), ids, own.labels_B, within_label=True
     )
-    nearest = find_nearest(own_BD, judges.features(table.pixels(size=own.real_BHW3.shape[1])))
+    nearest = find_nearest(own_BD, _read_features(table, np.arange(len(table)), own.real_BHW3.shape[1], judges))
     found: dict[str, Control | NotApplicable] = {
         **{name: _read_scores(name, controls.get(name), own, scores) for name in FROM_IMAGES},
         **make_predictors(train, data, trials, scores.predicted, seed),

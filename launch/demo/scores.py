@@ -86,8 +86,8 @@ def score_folder(folder: Path, pictures: dict[str, dict[str, Any]], judge: Image
     found = read_generated(folder)
     seen = [pictures[trial["image_id"]] for trial in found.trials]
     ids = [trial["image_id"] for trial in found.trials]
-    _, probabilities_BK = judge.judge(found.images_BHW3)
-    colours = [measure_colour(image) for image in found.images_BHW3]
+    _, probabilities_BK = judge.judge(found.images_BHW3[:])
+    colours = [measure_colour(image) for image in found.images_BHW3[:]]
     return Scores(
         keys=[trial["key"] for trial in found.trials],
         subjects_B=np.array([trial["subject"] for trial in found.trials]),
@@ -96,7 +96,7 @@ def score_folder(folder: Path, pictures: dict[str, dict[str, Any]], judge: Image
         values={
             "category": (probabilities_BK.argmax(axis=1) == found.labels_B).astype(float),
             "colour": np.array([float(c == p["colour"]) for c, p in zip(colours, seen, strict=True)]),
-            "identification": identify(found.images_BHW3, found.real_BHW3, ids, [p["category"] for p in seen]),
+            "identification": identify(found.images_BHW3[:], found.real_BHW3[:], ids, [p["category"] for p in seen]),
         },
     )
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset
-from finetune.evaluation import metrics, pixel_metrics
+from finetune.evaluation import generated, metrics, pixel_metrics
 from finetune.evaluation.compare import main as compare
 from finetune.evaluation.evaluate import main, measure_nearest_training_image
 from finetune.evaluation.generated import read_generated
@@ -95,7 +95,7 @@ def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) 
     trials = json.loads((perfect / "own" / "trials.json").read_text())["trials"]
     assert {f"two_way_within_category[{JUDGE}]", "psnr", "accuracy"} <= trials[0]["values"].keys()
     assert trials[0]["values"].keys() == trials[0]["shuffled"].keys()
-    assert not any(name.startswith("50-way") for name in found["generated"])
+    assert not any(name.startswith("50-way") and JUDGE in name for name in found["generated"])
     assert found["generated"][f"2-way-top-1[{JUDGE}]"]["accuracy"] == own["accuracy"]
 
 
@@ -116,6 +116,21 @@ def test_a_second_evaluation_with_the_saved_classifier_gives_the_same_numbers(pe
     # Only the number of recorded openings of the test split has changed.
     assert again["protocol"].pop("openings") != first["protocol"].pop("openings")
     assert again == first
+
+
+def test_images_that_are_not_kept_in_memory_give_the_same_results(
+    perfect: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ["--classifier", str(perfect / "own" / "classifier.safetensors")]
+    found = {}
+    for name, limit in (("memory", 2**28), ("files", 1000)):
+        monkeypatch.setattr(generated, "IN_MEMORY", limit)
+        copy = shutil.copytree(perfect / "own", tmp_path / name)
+        assert isinstance(read_generated(copy).images_BHW3, np.ndarray) == (name == "memory")
+        assert main([str(copy), *kept, *QUICK, "--verify", "none"]) == 0
+        found[name] = json.loads((copy / "metrics.json").read_text())
+    for name in ("generated", "real", "random_pairs", "memorisation", "verdict"):
+        assert found["memory"][name] == found["files"][name]
 
 
 def test_two_models_are_compared_on_the_same_trials(
