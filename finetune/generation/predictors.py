@@ -8,7 +8,6 @@ Array shapes: n presentations, m test presentations, C channels, T samples, F fe
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_sharding.common.progress import progress
+from data_sharding.common.untrusted import parse_json
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.samples import pad_channels
 from data_sharding.formats.channels import is_grid, is_net, kind_of
@@ -198,8 +198,8 @@ def _read_eyes(train: EEGDataset, test: EEGDataset, numbers: list[int]) -> Windo
             for names, places in zip(stored.codes("ch_names")[wanted], stored.codes("positions")[wanted], strict=True)
         }
         for names, places in pairs:
-            named = json.loads(stored.values("ch_names")[names] or "[]")
-            placed = json.loads(stored.values("positions")[places] or "null") or [None] * len(named)
+            named = parse_json(stored.values("ch_names")[names] or "[]")
+            placed = parse_json(stored.values("positions")[places] or "null") or [None] * len(named)
             face = set(find_face_channels(named, placed))
             common = face if common is None else common & face
     if not common:
