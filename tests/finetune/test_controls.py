@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.signal import butter, sosfiltfilt
 
 from data_sharding.common.errors import RequestError, run_main
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
@@ -18,10 +19,11 @@ from finetune.eeg import read_means
 from finetune.evaluation.generated import check_control, read_generated, read_not_applicable
 from finetune.generate import main
 from finetune.generation.exchange import randomise_phases, read_noise
-from finetune.generation.predictors import find_face_channels
+from finetune.generation.predictors import find_face_channels, remove_line
 from finetune.generation.trials import list_trials
 from finetune.images import ImageTable
 from finetune.linear.train import main as train_linear
+from pretrain.evidence.predictors import noise_features, predict_from_features
 from pretrain.evidence.trials import find_neighbourhoods, tabulate_trials
 
 ONSET = 32
@@ -48,6 +50,8 @@ def write_blocks(path: Path, source: Path, *, onset: int = ONSET, timed: bool = 
             split = "test" if place % 3 == 1 else "train"
             eeg = rng.normal(0, 5, (8, onset + 128)) + (20.0 if label else -20.0)
             eeg[:, onset + 40 : onset + 60] += 40.0 if label else -40.0
+            # Before the image, the alpha rhythm is stronger in one of the two kinds of block.
+            eeg[:, :onset] += (40.0 if label else 5.0) * np.sin(2 * np.pi * 10 / 128 * np.arange(onset))
             meta = sample.meta | {"n": 8, "onset": onset, "start": 2.0 * place if timed else 0.0, "split": split}
             meta |= {"ch_names": [*(f"C{i}" for i in range(1, 8)), "HEOG"], "positions": [None] * 8}
             meta |= {"recording": f"rec-{person}", "subject": person, "image_id": f"{split}-{sample.meta['image_id']}"}
@@ -168,6 +172,27 @@ def test_noise_of_a_trial_depends_on_its_key_only_and_is_given_to_the_model(
     assert all(trial["noise"] is True and trial["eeg_key"] == trial["key"] for trial in trials)
     differ = [(own / trial["file"]).read_bytes() != (control / trial["file"]).read_bytes() for trial in trials]
     assert any(differ)
+
+
+def test_a_filter_that_carries_the_response_to_before_the_image_is_no_leak() -> None:
+    rng = np.random.default_rng(0)
+    labels_n = np.repeat([0, 1], 100)
+    times = (np.arange(512) - 256) / 128
+    response = np.exp(-(((times - 0.35) / 0.08) ** 2)) * np.array([1.0, -0.6, 0.3])[:, None]
+    raw_nCT = np.where(labels_n == 0, -1, 1)[:, None, None] * 12 * response + rng.normal(0, 1.0, (200, 3, 512))
+    high_pass = butter(2, 0.5, "highpass", fs=128, output="sos")
+    before_nCT = sosfiltfilt(high_pass, raw_nCT, axis=-1)[..., 224:256]
+    order = rng.permutation(200)
+    fit, new = order[:100], order[100:]
+
+    def score(x_nCT: np.ndarray) -> float:
+        x_nF = noise_features(x_nCT, 128.0)
+        found = predict_from_features(x_nF[fit], labels_n[fit], x_nF[new])
+        return float((found == labels_n[new]).mean())
+
+    assert score(before_nCT) > 0.9, "the slow wave of the filter reveals the label"
+    assert 0.35 < score(np.stack([remove_line(x_CT) for x_CT in before_nCT])) < 0.65
+    assert 0.35 < score(raw_nCT[..., 224:256]) < 0.65, "without a filter, there is nothing before the image"
 
 
 @pytest.mark.parametrize("control", ["time", "baseline", "eyes", "nearest"])
