@@ -20,7 +20,7 @@ from launch.demo.pictures import CATEGORIES, Picture
 Array = NDArray[np.float32]
 
 N_SOURCES = 40
-RESPONSE_GAIN = 2.6
+RESPONSE_GAIN = 4.0
 """Scale of the evoked responses. A larger value makes it easier to decode the category from a single trial."""
 PERSON_DELAY_S = 0.020
 """Standard deviation over people of the delay of all components, in seconds."""
