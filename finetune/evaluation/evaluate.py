@@ -30,6 +30,7 @@ from finetune.evaluation.openings import record_opening
 from finetune.evaluation.per_trial import ACCURACY, write_trials
 from finetune.evaluation.report import render_report
 from finetune.generation.trials import Trial, list_trials
+from finetune.generators import read_part
 from finetune.images import ImageTable, open_paired
 from pretrain.evidence.rules import NotApplicable
 
@@ -324,8 +325,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "generated": _quartiles(measure_nearest_training_image(resize_images(own.images_BHW3, size), train_images)),
         "real": _quartiles(measure_nearest_training_image(resize_images(own.real_BHW3, size), train_images)),
     }
-    eeg: dict[str, Any] = own.about.get("eeg") or {}
-    part = {name: eeg.get(name) for name in ("tmin", "tmax")}
+    part: dict[str, Any] = dict(read_part(own.about, str(own.path / "generated.json")))
     data = open_paired(path, own.about["split"], **part)
     openings = record_opening(
         path,

@@ -307,7 +307,7 @@ def retrieve(config: RetrieveConfig) -> int:
     if output.exists() and not (output / NAME).is_file() and (output.is_file() or any(output.iterdir())):
         raise RequestError(f"{output}: exists but does not hold a retrieval; choose another output")
     run = None if config.model == RIDGE else AlignmentRun.load(config.model)
-    part = run.part if run is not None else {"tmin": None, "tmax": None}
+    part: dict[str, Any] = dict(run.part) if run is not None else {"tmin": None, "tmax": None}
     train, data = (open_paired(config.dataset, split, **part) for split in ("train", config.split))
     if run is not None and run.dataset_id != data.manifest.dataset_id:
         print(f"{config.model}: was trained on another version of the dataset, or on another dataset")
