@@ -64,6 +64,8 @@ def sharding_minute(found: dict[str, Any]) -> str:
 The command is `python benchmarks/sharding.py --seconds 60 --repeats {found["repeats"]}`. The two programs ran in turn.
 Dreamscale needs {ours:.3f} s of CPU time and MNE's path {mne:.3f} s (medians). The median over the pairs of
 Dreamscale's time divided by MNE's is **{found["paired_ratio"]:.2f}** (aim: at most 1).
+Dreamscale's process keeps freed memory, like the child processes of a sharding job
+(`KEPT_MEMORY` in `data_sharding/job/isolation.py`); MNE's process has the default settings.
 {origin(found)}
 """
 

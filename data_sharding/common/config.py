@@ -238,6 +238,7 @@ def merge_configs(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str,
     merged = dict(base)
     for key, value in over.items():
         known = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(known, Mapping)
-        merged[key] = merge_configs(known, value) if both else value
+        if isinstance(value, Mapping) and isinstance(known, Mapping):
+            value = merge_configs(known, value)
+        merged[key] = value
     return merged

@@ -46,6 +46,10 @@ KEEP = "keep"
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Each child process uses one thread, because it is faster to read several recordings at once than to use several
 threads for one recording."""
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20)}
+"""Settings of the C library's memory allocation (glibc), in bytes. A child process keeps up to 128 MB of freed memory,
+and uses this memory again. Without these settings, a short recording takes a tenth more CPU time, because the kernel
+gives new memory to every large array. If the user sets variables with these names, the user's values are used."""
 
 
 class GivenUp(Exception):
@@ -160,6 +164,7 @@ class Child:
         folder = self._stack.enter_context(owned_folder(base, "dreamscale-child"))
         ours, theirs = socket.socketpair()
         env = {
+            **KEPT_MEMORY,
             **os.environ,
             **ONE_THREAD,
             "DREAMSCALE_SCRATCH": str(folder),

@@ -230,8 +230,8 @@ class Cells:
     def _measure(self, x: np.ndarray) -> None:
         """Set the flags of the cells `x`, [n, k, L], of all channels."""
         flags = np.zeros(x.shape[:2], np.uint16)
-        # Process a few rows at a time, so that the rows stay in the CPU's cache.
-        portion = max(1, 2**16 // (x.shape[1] * x.shape[2]))
+        # Process a few rows (2 MB) at a time, so that the rows stay in the CPU's cache.
+        portion = max(1, 2**18 // (x.shape[1] * x.shape[2]))
         with np.errstate(invalid="ignore", over="ignore"):
             for first in range(0, len(x), portion):
                 rows = slice(first, min(first + portion, len(x)))
@@ -291,11 +291,13 @@ class Cells:
     def _note_extremes(self, row: int, x: np.ndarray, low: float, high: float) -> None:
         """Update the largest and smallest value of a row that is not clipped."""
         for rail, end, value in ((self.high, high, high), (self.low, -low, low)):
+            if end < rail.value[row]:
+                continue
+            at = x == value
             if end > rail.value[row]:
                 rail.value[row], rail.samples[row] = end, 0
-                rail.since[row] = self.n_cells + int(np.argmax(x == value)) // self.length
-            if end == rail.value[row]:
-                rail.samples[row] += np.count_nonzero(x == value)
+                rail.since[row] = self.n_cells + int(at.argmax()) // self.length
+            rail.samples[row] += np.count_nonzero(at)
 
     def _judge_quiet(self, x: np.ndarray) -> np.uint16:
         """Return the flags of one cell [L] that may be dead."""

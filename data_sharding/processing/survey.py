@@ -151,6 +151,11 @@ def _measuring_filter(rate: float, high: float) -> np.ndarray:
     return np.asarray(butter(2, [1.0, high], btype="bandpass", fs=rate, output="sos"))
 
 
+@functools.lru_cache(maxsize=4)
+def _hann_window(n: int) -> np.ndarray:
+    return np.hanning(n + 1)[:-1]
+
+
 def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, int]]:
     """Choose the stretches (intervals of about four seconds) in which amplitudes and spectra are measured.
 
@@ -349,8 +354,7 @@ class Survey:
         if self._n_fft and x.shape[1] >= self._n_fft:
             from scipy.fft import rfft
 
-            window = np.hanning(self._n_fft + 1)[:-1]
-            spectrum = np.asarray(rfft(x[:, : self._n_fft] * window, axis=1))
+            spectrum = np.asarray(rfft(x[:, : self._n_fft] * _hann_window(self._n_fft), axis=1))
             power = np.abs(spectrum) ** 2
             self._power += power
             self._n_power += 1
@@ -464,7 +468,7 @@ class Survey:
         """
         if not self._amplitudes:
             return np.zeros(len(self._steps))
-        robust = np.median(np.concatenate(self._amplitudes, axis=1), axis=1)
+        robust = _row_medians(np.concatenate(self._amplitudes, axis=1))
         for i in np.flatnonzero(~live.all(axis=0)):
             robust[i] = np.median(np.concatenate([self._amplitudes[k][i] for k in np.flatnonzero(live[:, i])]))
         return 1.4826 * robust.astype(float)
@@ -561,6 +565,16 @@ class Survey:
         y, rate = filter_to_band(x, self._rate)
         count = min(count, int((y.shape[-1] - 1) / rate / FINGERPRINT_STEP_S))
         return y[:, np.round((begin_s + np.arange(max(count, 0)) * FINGERPRINT_STEP_S) * rate).astype(int)]
+
+
+def _row_medians(x: np.ndarray) -> np.ndarray:
+    """Return the median of each row without NaN, as np.median does, but in half the time."""
+    if np.isnan(x).any():
+        return np.median(x, axis=1)
+    middle = x.shape[1] // 2
+    x = np.partition(x, middle, axis=1)
+    upper = x[:, middle]
+    return upper if x.shape[1] % 2 else np.stack([x[:, :middle].max(axis=1), upper]).mean(axis=0)
 
 
 def _median(x: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 
 from data_sharding.audit.duplicates import Copy, RecordingFingerprint, find_duplicates
 from data_sharding.formats.signal import Segment
-from data_sharding.processing.survey import Survey, assess, stretches_of
+from data_sharding.processing.survey import Survey, _row_medians, assess, stretches_of
 
 RATE = 250.0
 
@@ -199,3 +199,11 @@ class TestDuplicates:
             )
             == {}
         )
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 4096])
+def test_medians_of_rows_are_those_of_numpy(n: int) -> None:
+    x = np.random.default_rng(n).normal(size=(5, n)).astype(np.float32)
+    np.testing.assert_array_equal(_row_medians(x), np.median(x, axis=1))
+    x[1, n // 2] = np.nan
+    np.testing.assert_array_equal(_row_medians(x), np.median(x, axis=1))
