@@ -9,23 +9,23 @@ Array shapes: n presentations, m test presentations, C channels, T samples, F fe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sharding.common.progress import progress
 from data_sharding.common.untrusted import parse_json
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.samples import pad_channels
 from data_sharding.formats.channels import is_grid, is_net, kind_of
 from finetune.eeg import PART, group_repeats, read_means
 from finetune.generation.trials import NotApplicableError, Trial, trial_seed
 from finetune.images import ImageTable
 from finetune.linear.model import compute_time_courses
+from pretrain.evidence.baseline import Part, Window, compute_baseline_features, compute_features, count_channels
 from pretrain.evidence.predictors import noise_features, predict_from_features, predict_from_time
+from pretrain.evidence.rules import NotApplicable
 from pretrain.evidence.trials import group_recordings, tabulate_trials
 from pretrain.probe.features import time_courses
 
@@ -34,16 +34,12 @@ PREDICTORS: tuple[Predictor, ...] = ("time", "baseline", "eyes", "nearest")
 """Controls that show a training picture of a predicted category."""
 BINS = 25
 """Number of time bins of a time course, as in the linear baseline."""
-LEAST_BASELINE_S = 0.05
-"""Smallest duration of the baseline in seconds; its spectrum then has a frequency of at most 20 Hz."""
 FACE_Y, FACE_Z = 0.03, -0.015
 """An electrode more than 3 cm in front of the ears and more than 1.5 cm below the plane through the nasion and the ears
 is on the face (head coordinates in metres). The electrodes of the 10-05 system are not on the face by this rule; the
 electrodes 125 to 128 of a HydroCel net of 128 electrodes are."""
 
 Floats = NDArray[np.float64]
-Window = Callable[[EEGDataset, int], np.ndarray]
-"""Function that reads a part [C, T] of the EEG of one presentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,80 +111,22 @@ def _predict_labels(
     table = tabulate_trials(train)
     if name == "time":
         return predict_from_time(table, tabulate_trials(test).select(numbers))
+    parts: list[Part] = [(train, range(len(train))), (test, numbers)]
     if name == "baseline":
-        window, courses = _read_baseline(train, test, numbers), False
+        features = compute_baseline_features(parts)
+        if isinstance(features, NotApplicable):
+            raise NotApplicableError(features.reason)
     else:
-        window, courses = _read_eyes(train, test, numbers), True
-    x_nF, new_mF = (
-        _read_features(dataset, wanted, window, courses)
-        for dataset, wanted in ((train, list(range(len(train)))), (test, numbers))
-    )
+        window = _read_eyes(train, test, numbers)
+        features = [compute_features(*part, window, _compute_eye_features) for part in parts]
+    x_nF, new_mF = features
     return predict_from_features(x_nF, table.labels_n, new_mF, groups_n=group_recordings(table), seed=seed)
 
 
-def _read_features(dataset: EEGDataset, numbers: list[int], window: Window, courses: bool) -> Floats:
-    """Compute features of a part of each presentation: spectrum and mean, and if asked for the time course."""
-    parts = []
-    with progress("features of the control", len(numbers), enabled=len(numbers) >= 10_000) as advance:
-        for start in range(0, len(numbers), PART):
-            wanted = numbers[start : start + PART]
-            x_nCT = np.stack([window(dataset, number) for number in wanted]).astype(np.float64)
-            features_nF = noise_features(x_nCT, dataset.spec.sfreq)
-            if courses:
-                features_nF = np.concatenate([features_nF, time_courses(x_nCT, min(BINS, x_nCT.shape[-1]))], axis=1)
-            parts.append(features_nF)
-            advance(len(wanted))
-    return np.concatenate(parts)
-
-
-def _read_baseline(train: EEGDataset, test: EEGDataset, numbers: list[int]) -> Window:
-    """Return a function that reads the EEG before the picture, as long as it is stored for all presentations."""
-    onsets_n = np.concatenate([train.trials.numbers("onset"), test.trials.numbers("onset")[numbers]])
-    samples, short = int(onsets_n.min()), int((onsets_n < LEAST_BASELINE_S * train.spec.sfreq).sum())
-    if short:
-        raise NotApplicableError(
-            f"{short} of {len(onsets_n)} trials are stored with less than {LEAST_BASELINE_S:g} s before the picture"
-        )
-    channels = _count_channels(train, test)
-
-    def read(dataset: EEGDataset, number: int) -> np.ndarray:
-        sample = dataset.read_stored(number)
-        onset = int(sample.meta["onset"])
-        return pad_channels(remove_line(sample.eeg[:, onset - samples : onset]), channels)
-
-    return read
-
-
-def remove_line(x_CT: np.ndarray) -> np.ndarray:
-    """Remove the mean and the straight line of each channel from the EEG before a picture.
-
-    A high-pass filter without delay (zero phase) works forwards and backwards in time, so it carries a slow wave of the
-    response, of opposite sign, to before the picture. Without this step, the baseline would predict the category in a
-    clean experiment. Slow changes that are not made by the filter are found by the control ``shuffle_within``.
-
-    Parameters
-    ----------
-    x_CT : ndarray, shape (C, T)
-        EEG before the picture.
-
-    Returns
-    -------
-    ndarray of float, shape (C, T)
-        EEG without the slow part.
-
-    References
-    ----------
-    Tanner et al., "How inappropriate high-pass filters can produce artifactual effects and incorrect conclusions in ERP
-    studies of language and cognition", Psychophysiology 52 (2015).
-    """
-    from scipy.signal import detrend
-
-    return detrend(np.asarray(x_CT, np.float64), axis=-1)
-
-
-def _count_channels(*datasets: EEGDataset) -> int:
-    """Return the largest number of channels of a trial."""
-    return max(int(dataset.trials.numbers("n").max()) for dataset in datasets)
+def _compute_eye_features(x_nCT: np.ndarray, sfreq: float) -> Floats:
+    """Compute spectrum, mean and time course of each channel."""
+    courses_nF = time_courses(x_nCT, min(BINS, x_nCT.shape[-1]))
+    return np.concatenate([noise_features(x_nCT, sfreq), courses_nF], axis=1)
 
 
 def find_face_channels(names: Sequence[str], positions: Sequence[Sequence[float] | None]) -> list[str]:
@@ -246,7 +184,7 @@ def _find_nearest(
     """Find for each trial the training image whose EEG has the most similar time courses."""
     from sklearn.neighbors import NearestNeighbors
 
-    channels = _count_channels(train, test)
+    channels = count_channels(train, test)
     fit, new = group_repeats(train, average_repeats), [trial.numbers for trial in trials]
     bins = min(BINS, train.n_times)
 

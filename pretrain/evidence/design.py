@@ -64,7 +64,8 @@ def _check_entry(entry: Any, where: str) -> tuple[str, Design, str]:
     name, given, evidence = (
         check_text(values.get(key, ""), where, f"the {key} of a corpus") for key in ("name", "design", "evidence")
     )
-    design = next((known for known in DESIGNS if known == (given or "unknown")), None)
+    designs: dict[str, Design] = {design: design for design in DESIGNS}
+    design = designs.get(given or "unknown")
     if design is None:
         raise RequestError(
             f"{where}: the design of the corpus '{show(name)}' is '{show(given)}', not one of {', '.join(DESIGNS)}; "

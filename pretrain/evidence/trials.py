@@ -18,7 +18,7 @@ Array shapes: n trials.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,16 +102,20 @@ def join_tables(*tables: TrialTable) -> TrialTable:
     return TrialTable(**{name: np.concatenate([getattr(table, name) for table in tables]) for name in names})
 
 
-def tabulate_trials(dataset: EEGDataset, *, times_known: bool = True) -> TrialTable:
+def tabulate_trials(dataset: EEGDataset, *, times_known: bool = True, images_needed: bool = True) -> TrialTable:
     """Read the trial table of one split of a dataset.
 
     Parameters
     ----------
     dataset : EEGDataset
-        The split. Every sample must be a trial with a label, an image and a person.
+        The split. Every sample must be a trial with a label, a person and, by default, an image.
     times_known : bool
         False for a corpus whose files do not keep the order of the trials, such as preprocessed THINGS-EEG2. The time
         of every trial is then unknown.
+    images_needed : bool
+        False for a dataset whose trials may have no image. If all trials of a recording have the same label, the trials
+        without an image get the name of the recording as their image, because such trials are parts of one long
+        event. Every other trial without an image gets a unique name.
 
     Returns
     -------
@@ -122,7 +126,7 @@ def tabulate_trials(dataset: EEGDataset, *, times_known: bool = True) -> TrialTa
     Raises
     ------
     RequestError
-        If a sample has no label, no image or no person.
+        If a sample has no label, no person or no image that is needed.
     """
     stored = dataset.trials
     labels_n = np.array(stored.numbers("label"), np.int64)
@@ -132,7 +136,8 @@ def tabulate_trials(dataset: EEGDataset, *, times_known: bool = True) -> TrialTa
         return values[stored.codes(name)]
 
     images_n, people_n = column("image_id"), column("subject")
-    for name, missing_n in (("label", labels_n < 0), ("image_id", images_n == ""), ("subject", people_n == "")):
+    no_image_n = (images_n == "") & images_needed
+    for name, missing_n in (("label", labels_n < 0), ("image_id", no_image_n), ("subject", people_n == "")):
         if missing_n.any():
             raise RequestError(
                 f"{dataset.path} ({dataset.split}): {int(missing_n.sum())} samples have no {name}; make the dataset "
@@ -152,10 +157,24 @@ def tabulate_trials(dataset: EEGDataset, *, times_known: bool = True) -> TrialTa
     pairs = np.stack([group_n.astype(np.float64), table.times_n])
     unique, count = np.unique(pairs, axis=1, return_counts=True)
     doubtful = unique[0, (count > 1) & np.isfinite(unique[1])]
-    return TrialTable(
-        **{field.name: getattr(table, field.name) for field in fields(table) if field.name != "times_n"},
+    return replace(
+        table,
         times_n=np.where(np.isin(group_n, doubtful), np.nan, table.times_n),
+        images_n=_name_missing_images(table, dataset.split),
     )
+
+
+def _name_missing_images(table: TrialTable, split: str) -> NDArray[np.str_]:
+    """Return the images of the trials, with a name for each trial without an image; see `tabulate_trials`."""
+    if (table.images_n != "").all():
+        return table.images_n
+    group_n = group_recordings(table)
+    pairs = np.unique(np.stack([group_n, table.labels_n]), axis=1)
+    is_constant_n = (np.bincount(pairs[0])[group_n] == 1) & (table.recordings_n != "")
+    places = zip(table.subjects_n, table.sessions_n, table.recordings_n, strict=True)
+    of_recording_n = np.array([f"recording {'/'.join(place)}" for place in places])
+    own_n = np.array([f"trial {number} of {split}" for number in range(len(table))])
+    return np.where(table.images_n != "", table.images_n, np.where(is_constant_n, of_recording_n, own_n))
 
 
 def merge_copies(images_n: ArrayLike, copies: Iterable[tuple[str, str]]) -> NDArray[np.str_]:

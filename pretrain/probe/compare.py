@@ -62,9 +62,9 @@ def compare(
     -------
     scored : ndarray of int
         Indices of the test trials of all folds.
-    hits : dict of str to ndarray
-        For each method, an array of shape [S, number of scored trials], where S is the number of classifiers. A value
-        is 1 if the predicted label is right, else 0.
+    predicted : dict of str to ndarray of int
+        Predicted labels of each method, as an array of shape [S, number of scored trials], where S is the number of
+        classifiers.
     chosen : dict of str to list of float
         For each method, the value that was chosen in each fold: the number of the best epoch for EEGNet, the learning
         rate for fine-tuning, and the ridge penalty for all other methods.
@@ -74,9 +74,8 @@ def compare(
     if config.shuffles:
         shuffled_Sn = shuffle_labels(trials, config.shuffles, config.seed)
         label_sets[ENCODER] = np.concatenate([label_sets[ENCODER], shuffled_Sn])
-    truth = np.concatenate([trials.labels_n[fold.test] for fold in folds])
     inner = [make_inner_folds(trials, fold) for fold in folds]
-    hits: dict[str, np.ndarray] = {}
+    predicted: dict[str, np.ndarray] = {}
     chosen: dict[str, list[float]] = {}
     with progress("folds", len(features) * len(folds)) as advance:
         for name, features_nF in features.items():
@@ -95,22 +94,22 @@ def compare(
                     parts.append(labels_Sn)
                 chosen.setdefault(name, []).append(float(choice))
                 advance(1)
-            hits[name] = (np.concatenate(parts, axis=1) == truth).astype(float)
+            predicted[name] = np.concatenate(parts, axis=1)
     commonest = [np.full(len(fold.test), np.bincount(trials.labels_n[fold.train]).argmax()) for fold in folds]
-    hits[COMMONEST] = (np.concatenate(commonest) == truth).astype(float)[None]
+    predicted[COMMONEST] = np.concatenate(commonest)[None]
     if config.shuffles:
-        hits[ENCODER], hits[SHUFFLED] = hits[ENCODER][:1], hits[ENCODER][1:]
+        predicted[ENCODER], predicted[SHUFFLED] = predicted[ENCODER][:1], predicted[ENCODER][1:]
     random = [name for name in trials.tokens if name != ENCODER]
     if random:
-        hits["random weights"] = np.concatenate([hits.pop(name) for name in random])
+        predicted["random weights"] = np.concatenate([predicted.pop(name) for name in random])
     for name, encoder in encoders.items() if "fine-tuning" in config.methods else ():
         labels_n, rates = _fine_tune(trials, folds, inner, encoder, classes, config, device)
         title = TUNED if name == ENCODER else TUNED_RANDOM
-        hits[title] = np.concatenate([hits.get(title, np.empty((0, len(truth)))), (labels_n == truth)[None]])
+        predicted[title] = np.stack([*predicted.get(title, []), labels_n])
         chosen.setdefault(title, []).extend(rates)
     order = (ENCODER, *DEFAULT_METHODS, TUNED, TUNED_RANDOM, COMMONEST, SHUFFLED)
-    hits = {name: hits[name] for name in order if name in hits}
-    return np.concatenate([fold.test for fold in folds]), hits, chosen
+    predicted = {name: predicted[name] for name in order if name in predicted}
+    return np.concatenate([fold.test for fold in folds]), predicted, chosen
 
 
 def _compute_features(trials: Trials, sfreq: float, config: ProbeConfig) -> dict[str, np.ndarray]:

@@ -60,6 +60,11 @@ class ProbeConfig:
     finetune_rates: list[float] = dataclasses.field(default_factory=lambda: [3e-4, 1e-3])
     """Learning rates to try in fine-tuning. The rate with the best accuracy on the val split is used. If there are no
     val trials, some training trials are held out to find the best rate."""
+    design_evidence: str = ""
+    """Published evidence that the categories were shown in random order, for files that have lost the order of the
+    trials, such as the preprocessed THINGS-EEG2. The evidence is printed beside the verdict."""
+    require: Literal["", "signal"] = ""
+    """signal: end with exit code 1 unless the verdict is "signal"."""
     batch_size: int = 64
     """Number of trials that are encoded in one forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

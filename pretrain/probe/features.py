@@ -21,6 +21,7 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.progress import progress
 from data_sharding.dataset.batch import sequential
 from data_sharding.dataset.dataset import EEGDataset
+from pretrain.evidence.trials import TrialTable, join_tables, tabulate_trials
 from pretrain.probe.config import Standardize
 
 if TYPE_CHECKING:
@@ -35,12 +36,9 @@ class Trials:
 
     splits_n: np.ndarray
     """[n] name of each trial's split."""
-    labels_n: np.ndarray
-    """[n] label of each trial, as a number."""
-    images_n: np.ndarray
-    """[n] name of each trial's image. A trial without an image gets a unique name."""
-    subjects_n: np.ndarray
-    """[n] each trial's subject, written as corpus/subject."""
+    table: TrialTable
+    """Label, image, person, recording and time of each trial. `pretrain.evidence.trials.tabulate_trials` describes the
+    names of missing images."""
     channels: list[str]
     """Channels that all trials have in common, in the order of the first trial."""
     eeg_nCT: np.ndarray
@@ -54,7 +52,22 @@ class Trials:
     """[n, F] tokens of each encoder in float32, averaged within each time bin."""
 
     def __len__(self) -> int:
-        return len(self.labels_n)
+        return len(self.table)
+
+    @property
+    def labels_n(self) -> np.ndarray:
+        """[n] label of each trial, as a number."""
+        return self.table.labels_n
+
+    @property
+    def images_n(self) -> np.ndarray:
+        """[n] name of each trial's image."""
+        return self.table.images_n
+
+    @property
+    def subjects_n(self) -> np.ndarray:
+        """[n] each trial's subject, written as corpus/subject."""
+        return self.table.subjects_n
 
 
 def average_bins(x: np.ndarray, bins: int) -> np.ndarray:
@@ -187,7 +200,7 @@ def collect(
     Raises
     ------
     RequestError
-        If a trial has no label, or if the trials have fewer than two channels in common.
+        If a trial has no label or no subject, or if the trials have fewer than two channels in common.
     """
     import torch
 
@@ -195,8 +208,10 @@ def collect(
     metas: list[dict[str, Any]] = []
     signals: list[np.ndarray] = []
     of_split: list[str] = []
+    tables: list[TrialTable] = []
     for split in splits:
         part = EEGDataset(dataset, split)
+        tables.append(tabulate_trials(part, images_needed=False))
         with progress(f"features of {split}", len(part)) as advance, torch.no_grad():
             for batch in sequential(part, batch_size):
                 uv_BCT = batch.padded(device, torch.float32)
@@ -208,17 +223,10 @@ def collect(
                 metas += batch.metas
                 of_split += [split] * len(batch)
                 advance(len(batch))
-        if any(meta.get("label") is None for meta in metas):
-            raise RequestError(
-                f"{dataset} ({split}): some samples have no label; a probe needs an EEG-image dataset in which every "
-                "sample has a label"
-            )
     channels, rows, electrodes = _pick_common_channels(dataset, metas, signals)
     return Trials(
         splits_n=np.array(of_split),
-        labels_n=np.array([meta["label"] for meta in metas]),
-        images_n=np.array([str(meta.get("image_id") or f"trial {number}") for number, meta in enumerate(metas)]),
-        subjects_n=np.array([f"{meta['corpus']}/{meta['subject']}" for meta in metas]),
+        table=join_tables(*tables),
         channels=channels,
         eeg_nCT=np.stack(rows),
         metas=metas,

@@ -30,7 +30,8 @@ def summarize(
     scored : ndarray of int
         Indices of the test trials of all folds.
     hits : dict of str to ndarray
-        Right and wrong answers of each method, from `pretrain.probe.compare.compare`.
+        For each method, an array of shape [S, number of scored trials], where S is the number of classifiers. A value
+        is 1 if the predicted label is right, else 0.
     config : ProbeConfig
         Config of the probe.
 
@@ -124,6 +125,11 @@ def _make_notes(result: dict[str, Any], by_subject: bool) -> list[str]:
         notes.append(
             f"Trials left out because their image is in both training and test: {left_out['test']} test trials, "
             f"{left_out['train']} training trials (sum over all fits)."
+        )
+    if result["settings"]["standardize"] == "subject":
+        notes.append(
+            "The features were standardised over all trials of each subject, with the test trials and without labels. "
+            "The result therefore needs all trials of a subject at the same time (it is transductive)."
         )
     if TUNED_RANDOM in result["accuracy"]:
         notes.append(f"The row '{TUNED_RANDOM}' is compared with '{TUNED}'.")

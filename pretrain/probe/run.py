@@ -2,26 +2,33 @@
 
 A linear classifier is trained on the encoder's tokens, and tested on trials of other images and (with ``folds:
 subjects``) of other subjects. On the same test trials, the probe tests encoders with random weights, classical
-features, EEGNet, and controls whose accuracy must be at chance.
+features, EEGNet, and controls whose accuracy must be at chance. The probe ends with a verdict on the encoder by the
+written rules of `pretrain.evidence.rules`.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_sharding.common.config import command
-from data_sharding.common.errors import EXIT_DONE, RequestError
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError
 from data_sharding.common.files import write_json
 from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.manifest import NAME as MANIFEST_NAME
+from pretrain.evidence.baseline import compute_baseline_features
+from pretrain.evidence.design import describe_design
+from pretrain.evidence.rules import NotApplicable, judge
 from pretrain.probe.compare import ENCODER, compare
 from pretrain.probe.config import ProbeConfig
 from pretrain.probe.features import Trials, collect
 from pretrain.probe.folds import make_outer_folds
 from pretrain.probe.report import draw, show, summarize
+from pretrain.probe.verdict import MEASURE, Setting, collect_evidence
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +47,7 @@ def probe(config: ProbeConfig) -> int:
     Returns
     -------
     int
-        Exit code 0.
+        Exit code of the command: 1 if `config.require` is signal and the verdict is another word, else 0.
 
     Raises
     ------
@@ -48,11 +55,13 @@ def probe(config: ProbeConfig) -> int:
         If dataset and encoder have different preprocessing, or if there are no usable training or test trials.
     """
     train_set = _open_dataset(config)
+    manifest, classes = train_set.manifest, len(train_set.labels)
+    design, evidence = describe_design(manifest, config.design_evidence, where=str(train_set.path / MANIFEST_NAME))
     from pretrain.runs.distributed import choose_device
 
     device = choose_device(config.device)
     encoders = _load_encoders(config, train_set, device)
-    have = [name for name in ("train", "val", "test") if train_set.manifest.samples(name)]
+    have = [name for name in ("train", "val", "test") if manifest.samples(name)]
     splits = have if config.folds == "subjects" else [s for s in have if s in ("train", "val", config.split)]
     trials = collect(
         config.dataset, splits, encoders, bins=config.time_bins, batch_size=config.batch_size, device=device
@@ -61,14 +70,25 @@ def probe(config: ProbeConfig) -> int:
     _check_trials(config, trials)
     if "random weights" not in config.methods:
         trials.tokens = {ENCODER: trials.tokens[ENCODER]}
-    scored, hits, chosen = compare(
-        trials, folds, encoders, sfreq=train_set.spec.sfreq, classes=len(train_set.labels), config=config, device=device
+    scored, predicted, chosen = compare(
+        trials, folds, encoders, sfreq=train_set.spec.sfreq, classes=classes, config=config, device=device
     )
+    hits = {name: (labels_Sn == trials.labels_n[scored]).astype(float) for name, labels_Sn in predicted.items()}
+    setting = Setting(
+        trials=trials,
+        folds=folds,
+        classes=classes,
+        design=design,
+        design_evidence=evidence,
+        baseline_nF=_read_baseline(config, splits),
+        seed=config.seed,
+    )
+    verdict = _judge(setting, predicted[ENCODER][0], config)
     result = {
         "encoder": str(config.encoder),
-        "dataset_id": train_set.manifest.dataset_id,
+        "dataset_id": manifest.dataset_id,
         "labels": train_set.labels,
-        "chance": 1 / len(train_set.labels),
+        "chance": 1 / classes,
         "settings": {
             name: getattr(config, name)
             for name in ("folds", "split", "time_bins", "standardize", "random_seeds", "seed")
@@ -77,6 +97,7 @@ def probe(config: ProbeConfig) -> int:
         "left_out_for_shared_images": left_out,
         "channels_in_common": len(trials.channels),
         "chosen": chosen,
+        "verdict": verdict,
     }
     show(result)
     if config.output:
@@ -84,12 +105,28 @@ def probe(config: ProbeConfig) -> int:
     if config.figure:
         draw(result, config.figure)
     written = " and ".join(path for path in (config.output, config.figure) if path)
+    scope = f" ({verdict['scope']})" if verdict["scope"] else ""
+    print(f"verdict: {verdict['word']}{scope}. {verdict['why'][0]}")
     print(
         f"dreamscale probe: {f'result in {written}' if written else 'done; --output FILE.json keeps the result'}; "
         "next: dreamscale align configs/finetune/align.yaml "
         f"--encoder {config.encoder} --dataset {config.dataset}"
     )
-    return EXIT_DONE
+    return EXIT_FAILED if config.require == "signal" and verdict["word"] != "signal" else EXIT_DONE
+
+
+def _read_baseline(config: ProbeConfig, splits: list[str]) -> NDArray[np.float64] | NotApplicable:
+    """Compute features of the EEG before the picture [n, F] for the trials of all splits, if the shards hold it."""
+    parts = [EEGDataset(config.dataset, split) for split in splits]
+    features = compute_baseline_features([(part, range(len(part))) for part in parts])
+    return features if isinstance(features, NotApplicable) else np.concatenate(features)
+
+
+def _judge(setting: Setting, predicted_s: NDArray[np.int64], config: ProbeConfig) -> dict[str, Any]:
+    """Return the verdict on the encoder, with the meaning of a trial's score and the chance of the score."""
+    evidence = collect_evidence(setting, predicted_s)
+    verdict = judge(evidence, resamples=max(500, config.resamples), seed=config.seed)
+    return {**verdict.as_json(), "measure": MEASURE, "chance": evidence.chance}
 
 
 def _open_dataset(config: ProbeConfig) -> EEGDataset:

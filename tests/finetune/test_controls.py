@@ -19,10 +19,11 @@ from finetune.eeg import read_means
 from finetune.evaluation.generated import check_control, read_generated, read_not_applicable
 from finetune.generate import main
 from finetune.generation.exchange import randomise_phases, read_noise
-from finetune.generation.predictors import find_face_channels, remove_line
+from finetune.generation.predictors import find_face_channels
 from finetune.generation.trials import list_trials
 from finetune.images import ImageTable
 from finetune.linear.train import main as train_linear
+from pretrain.evidence.baseline import remove_line
 from pretrain.evidence.predictors import noise_features, predict_from_features
 from pretrain.evidence.trials import find_neighbourhoods, tabulate_trials
 

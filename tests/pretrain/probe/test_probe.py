@@ -21,6 +21,7 @@ from data_sharding.dataset.samples import Sample
 from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.evidence.ridge import STRENGTHS, ridge_scores
+from pretrain.evidence.trials import TrialTable
 from pretrain.model.config import EncoderConfig
 from pretrain.probe.compare import TUNED, TUNED_RANDOM
 from pretrain.probe.config import DEFAULT_METHODS, ProbeConfig
@@ -93,9 +94,14 @@ def trials_of(subjects: int, images: int, *, shared: bool = True) -> Trials:
     n = len(subject)
     return Trials(
         splits_n=np.where(subject == subjects - 1, "test", "train"),
-        labels_n=image % 2,
-        images_n=np.array([f"{i}" if shared else f"{s}-{i}" for s, i in zip(subject, image, strict=True)]),
-        subjects_n=np.array([f"s{s}" for s in subject]),
+        table=TrialTable(
+            labels_n=image % 2,
+            images_n=np.array([f"{i}" if shared else f"{s}-{i}" for s, i in zip(subject, image, strict=True)]),
+            subjects_n=np.array([f"s{s}" for s in subject]),
+            sessions_n=np.full(n, ""),
+            recordings_n=np.array([f"r{s}" for s in subject]),
+            times_n=image.astype(float),
+        ),
         channels=["a", "b"],
         eeg_nCT=np.zeros((n, 2, 16), np.float16),
         metas=[{}] * n,

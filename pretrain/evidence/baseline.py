@@ -1,0 +1,125 @@
+"""Read the EEG before the picture, from which no response can be read.
+
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`. F counts features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sharding.common.progress import progress
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.samples import pad_channels
+from pretrain.evidence.predictors import noise_features
+from pretrain.evidence.rules import NotApplicable
+
+LEAST_BASELINE_S = 0.05
+"""Smallest duration of the baseline in seconds; its spectrum then has a frequency of at most 20 Hz."""
+PART = 256
+"""Number of trials that are read at once."""
+
+Part = tuple[EEGDataset, Sequence[int]]
+"""A split, and the numbers of the trials that are read from the split."""
+Window = Callable[[EEGDataset, int], np.ndarray]
+"""Function that reads a part [C, T] of the EEG of one trial."""
+Features = Callable[[np.ndarray, float], NDArray[np.float64]]
+"""Function that computes features [n, F] from EEG [n, C, T] and its sampling rate in Hz."""
+
+
+def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float64]] | NotApplicable:
+    """Compute features of the EEG before the picture.
+
+    Parameters
+    ----------
+    parts : sequence of (EEGDataset, sequence of int)
+        Splits, and the numbers of their trials.
+
+    Returns
+    -------
+    list of ndarray, each [n, F], or NotApplicable
+        Features of the trials of each part, from `pretrain.evidence.predictors.noise_features`. `remove_line` removes
+        the slow part of the EEG first. The baseline has the same duration in all trials: as long as it is stored for
+        every trial. `NotApplicable` if a trial is stored with less than `LEAST_BASELINE_S` before the picture.
+    """
+    onsets_n = np.concatenate([dataset.trials.numbers("onset")[list(numbers)] for dataset, numbers in parts])
+    spec = parts[0][0].spec
+    samples, short = int(onsets_n.min()), int((onsets_n < LEAST_BASELINE_S * spec.sfreq).sum())
+    if short:
+        return NotApplicable(
+            reason=f"{short} of {len(onsets_n)} trials are stored with less than {LEAST_BASELINE_S:g} s before the "
+            "picture"
+        )
+    channels = count_channels(*(dataset for dataset, _ in parts))
+
+    def read(dataset: EEGDataset, number: int) -> np.ndarray:
+        sample = dataset.read_stored(number)
+        onset = int(sample.meta["onset"])
+        return pad_channels(remove_line(sample.eeg[:, onset - samples : onset]), channels)
+
+    return [compute_features(dataset, numbers, read) for dataset, numbers in parts]
+
+
+def remove_line(x_CT: np.ndarray) -> np.ndarray:
+    """Remove the mean and the straight line of each channel from the EEG before a picture.
+
+    A high-pass filter without delay (zero phase) works forwards and backwards in time, so it carries a slow wave of the
+    response, of opposite sign, to before the picture. Without this step, the baseline would predict the category in a
+    clean experiment. Slow changes that are not made by the filter are found by the control ``shuffle_within``.
+
+    Parameters
+    ----------
+    x_CT : ndarray, shape (C, T)
+        EEG before the picture.
+
+    Returns
+    -------
+    ndarray of float, shape (C, T)
+        EEG without the slow part.
+
+    References
+    ----------
+    Tanner et al., "How inappropriate high-pass filters can produce artifactual effects and incorrect conclusions in ERP
+    studies of language and cognition", Psychophysiology 52 (2015).
+    """
+    from scipy.signal import detrend
+
+    return detrend(np.asarray(x_CT, np.float64), axis=-1)
+
+
+def count_channels(*datasets: EEGDataset) -> int:
+    """Return the largest number of channels of a trial."""
+    return max(int(dataset.trials.numbers("n").max()) for dataset in datasets)
+
+
+def compute_features(
+    dataset: EEGDataset, numbers: Sequence[int], window: Window, features: Features = noise_features
+) -> NDArray[np.float64]:
+    """Compute features of a part of each trial.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        Split of the trials.
+    numbers : sequence of int
+        Numbers of the trials.
+    window : callable
+        Function that reads the part of a trial.
+    features : callable
+        Function that computes the features of several trials.
+
+    Returns
+    -------
+    ndarray, [n, F]
+        Features of the trials.
+    """
+    found = []
+    with progress("features of the control", len(numbers), enabled=len(numbers) >= 10_000) as advance:
+        for start in range(0, len(numbers), PART):
+            wanted = numbers[start : start + PART]
+            x_nCT = np.stack([window(dataset, number) for number in wanted]).astype(np.float64)
+            found.append(features(x_nCT, dataset.spec.sfreq))
+            advance(len(wanted))
+    return np.concatenate(found)
