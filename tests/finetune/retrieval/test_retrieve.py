@@ -44,14 +44,16 @@ def test_ridge_finds_images_above_chance_and_shuffled_eeg_does_not(
     assert 0 <= row["matching"]["accuracy"] <= 1 and row["hubness"]["k"] >= 1
     assert all(not person["in_train"] for person in row["by_person"].values())
     # Each opening of the test split is recorded, and the report gives the number.
-    assert "opened once" in result["openings"] and result["openings"] in (out / "retrieval.html").read_text()
+    log = paired_dataset / "openings.jsonl"
+    before = len(log.read_text().splitlines())
+    assert str(log) in result["openings"] and result["openings"] in (out / "retrieval.html").read_text()
     ranks = json.loads((out / "ranks.json").read_text())["trials"]["single trials"]
     assert len(ranks) == row["trials"] and all(1 <= entry["rank"] <= row["images"] for entry in ranks.values())
     assert "verdict: " in capsys.readouterr().out
     # A second run in the same folder replaces the first result; a folder with other content is kept.
     assert main([*words, "--n_way", "[4]", "--layer", "1", "--design_evidence", "drawn by a random generator"]) == 0
     again = json.loads((out / "retrieval.json").read_text())
-    assert again["layer"] == 1 and "opened 2 times" in again["openings"]
+    assert again["layer"] == 1 and f"opened {before + 1} times" in again["openings"]
     verdict = again["rows"]["single trials"]["verdict"]
     assert verdict["word"] == "confounded"
     assert any("declared in the config: drawn by a random generator" in sentence for sentence in verdict["why"])
