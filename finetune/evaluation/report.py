@@ -16,6 +16,12 @@ from finetune.evaluation.generated import GeneratedSet
 from finetune.evaluation.verdict import make_comparison_table
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+PUBLISHED = (
+    ("Brain2Image", None, 18.76, 5.06, 12.8, 0.213, 0.701),
+    ("DreamDiffusion", 0.458, 3.61, 28.54, 14.6, 0.267, 0.644),
+)
+"""Results on EEG-ImageNet, as printed by Bai et al., "DreamDiffusion", arXiv 2306.16934, for one person (subject 4):
+model, 50-way top-1 accuracy, FID, Inception Score, PSNR, SSIM and LPIPS. None stands for a missing value."""
 MISSING = "-"
 """Text that a table shows in place of a missing value."""
 
@@ -81,6 +87,24 @@ def choose_trials(labels_B: np.ndarray, examples: int) -> list[int]:
         places = np.linspace(0, len(numbers) - 1, min(each, len(numbers))).round().astype(int)
         chosen += numbers[np.unique(places)].tolist()
     return chosen
+
+
+def _describe_origin(result: dict[str, Any], generated: GeneratedSet) -> list[list[Any]]:
+    """Return what the model and the data are, in rows of two texts."""
+    about = generated.about
+    sampling = ", ".join(f"{key} {value}" for key, value in result["sampling"].items() if value is not None)
+    cards = [
+        ("model", f"{result['kind']}, {about.get('model', MISSING)}"),
+        ("checksum of the model", about.get("model_digest") or MISSING),
+        ("sampling", sampling),
+        ("dataset", Path(about["dataset"]).name),
+        ("id and version of the dataset", f"{result['dataset_id']}, version {about.get('dataset_version', MISSING)}"),
+        ("images of the training split", result["classifier"]["trained_on"]["images"]),
+        ("people, images and trials of this split", f"{result['subjects']}, {result['images']}, {result['trials']}"),
+        ("judge of categories", result["classifier"]["name"]),
+        ("checksum of the judge", result["classifier"].get("sha256", MISSING)),
+    ]
+    return [[what, str(value)] for what, value in cards]
 
 
 def _share_cell(value: float | None) -> Cell:
@@ -158,6 +182,11 @@ def render_report(
         verdict=result["verdict"],
         comparisons=make_comparison_table(result["verdict"]),
         protocol=result["protocol"],
+        origin=Table(head=["what", "value"], rows=_describe_origin(result, generated)),
+        published=Table(
+            head=["model", "50-way top-1", "FID", "IS", "PSNR", "SSIM", "LPIPS"],
+            rows=[[name, *(MISSING if value is None else value for value in values)] for name, *values in PUBLISHED],
+        ),
         missing_controls=[(n, found) for n, found in result["controls"].items() if isinstance(found, str)],
         people=Table(
             head=["person", "trials", "right", "right, EEG shuffled"],

@@ -8,6 +8,16 @@ from typing import Any
 from data_sharding.common.html.render import Cell, Table, render_page
 from finetune.evaluation.verdict import make_comparison_table
 
+PUBLISHED = (
+    ("NICE", "15.6 / 42.8", ""),
+    ("UBP", "50.9 / 79.7", "12.4 / 33.4"),
+    ("CognitionCapturerPro (arXiv 2603.12722)", "61.2 / 90.8", ""),
+    ("NeuroBridge (arXiv 2511.06836)", "63.2 / 89.9", ""),
+    ("VisualEEGDecoding (AAAI 2026)", "80.0 / 96.9", ""),
+    ("SAMGA (arXiv 2604.17782)", "91.3 / 98.8", "34.4 / 64.8"),
+)
+"""Results on THINGS-EEG2, as printed by their authors: model, and top-1 / top-5 accuracy in per cent among 200 images,
+within people and between people."""
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
@@ -85,5 +95,6 @@ def render_retrieval(result: dict[str, Any]) -> str:
         target=result["target"],
         layer="final embedding" if result["layer"] is None else f"hidden layer {result['layer']}",
         openings=result["openings"],
+        published=Table(head=["model", "within people", "between people"], rows=[list(row) for row in PUBLISHED]),
         rows=[_make_row(name, row) for name, row in result["rows"].items()],
     )

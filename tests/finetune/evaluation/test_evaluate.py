@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,16 @@ def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) 
     assert trials[0]["values"].keys() == trials[0]["shuffled"].keys()
     assert not any(name.startswith("50-way") and JUDGE in name for name in found["generated"])
     assert found["generated"][f"2-way-top-1[{JUDGE}]"]["accuracy"] == own["accuracy"]
+
+
+def test_the_result_has_the_published_schema(perfect: Path) -> None:
+    schema = json.loads(files("finetune.evaluation").joinpath("metrics.schema.json").read_text())
+    found = json.loads((perfect / "own" / "metrics.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(found, schema)
+    found["verdict"]["word"] = "proven"
+    with pytest.raises(jsonschema.ValidationError, match="'proven' is not one of"):
+        jsonschema.validate(found, schema)
 
 
 def test_the_report_is_one_file_with_the_numbers_of_the_metrics(perfect: Path) -> None:

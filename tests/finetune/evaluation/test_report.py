@@ -23,6 +23,8 @@ def write_page(folder: Path, held_out: dict) -> Path:
     result = {
         "kind": "<script>alert(2)</script>",
         "split": "test",
+        "dataset_id": "1" * 64,
+        "sampling": {"sampler": "ddim", "steps": 25},
         "labels": LABELS,
         "trials": 8,
         "subjects": 1,
@@ -70,7 +72,7 @@ def write_page(folder: Path, held_out: dict) -> Path:
         },
         "memorisation": {"measure": "RMS pixel difference", "generated": quartiles, "real": quartiles},
     }
-    about = {"trials": trials, "labels": LABELS}
+    about = {"trials": trials, "labels": LABELS, "dataset": "/data/<script>d</script>", "model_digest": "0" * 64}
     own = GeneratedSet(path=folder, about=about, images_BHW3=generated, real_BHW3=real)
     control = GeneratedSet(path=folder, about=about, images_BHW3=shuffled, real_BHW3=real)
     (folder / "report.html").write_text(render_report(result, own, control, examples=6, similarity_B=np.arange(8.0)))
@@ -89,6 +91,7 @@ def test_numbers_and_names(page: Path) -> None:
     assert "1 findings of shared data" in text and "opened once" in text and "not applicable: no &lt;script&gt;" in text
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)") > 3 and "&lt;script&gt;alert(2)" in text
     assert "75.0%" in text and "0.750 [0.40, 0.90]\np = 0.03" in text and "fid: not computed: no weights" in text
+    assert "sampler ddim, steps 25" in text and "0" * 64 in text and "DreamDiffusion" in text and "/data/" not in text
     assert "2 of the images are also in the training split" in text
 
 
