@@ -1,4 +1,4 @@
-"""Read the EEG before the picture, from which no response can be read.
+"""Compute features of the EEG before the picture, which comes too early for a response to the picture.
 
 The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`. F counts features.
 """
@@ -17,9 +17,9 @@ from pretrain.evidence.predictors import noise_features
 from pretrain.evidence.rules import NotApplicable
 
 LEAST_BASELINE_S = 0.05
-"""Smallest duration of the baseline in seconds; its spectrum then has a frequency of at most 20 Hz."""
+"""Smallest duration of the baseline in seconds. The lowest frequency above 0 in the spectrum of 0.05 s is 20 Hz."""
 PART = 256
-"""Number of trials that are read at once."""
+"""Number of trials whose EEG is in memory at once."""
 
 Part = tuple[EEGDataset, Sequence[int]]
 """A split, and the numbers of the trials that are read from the split."""
@@ -41,8 +41,9 @@ def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float64]
     -------
     list of ndarray, each [n, F], or NotApplicable
         Features of the trials of each part, from `pretrain.evidence.predictors.noise_features`. `remove_line` removes
-        the slow part of the EEG first. The baseline has the same duration in all trials: as long as it is stored for
-        every trial. `NotApplicable` if a trial is stored with less than `LEAST_BASELINE_S` before the picture.
+        the slow part of the EEG first. The baseline has the same duration in all trials: the shortest time that a trial
+        stores before its picture. `NotApplicable` if a trial is stored with less than `LEAST_BASELINE_S` before the
+        picture.
     """
     onsets_n = np.concatenate([dataset.trials.numbers("onset")[list(numbers)] for dataset, numbers in parts])
     spec = parts[0][0].spec
@@ -65,9 +66,10 @@ def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float64]
 def remove_line(x_CT: np.ndarray) -> np.ndarray:
     """Remove the mean and the straight line of each channel from the EEG before a picture.
 
-    A high-pass filter without delay (zero phase) works forwards and backwards in time, so it carries a slow wave of the
-    response, of opposite sign, to before the picture. Without this step, the baseline would predict the category in a
-    clean experiment. Slow changes that are not made by the filter are found by the control ``shuffle_within``.
+    A high-pass filter without delay (zero phase) works forwards and backwards in time, so the filter carries a slow
+    wave of the response, of opposite sign, to the time before the picture. If the slow wave were kept, the baseline
+    would predict the category in a clean experiment. The control ``shuffle_within`` finds slow changes that the filter
+    did not make.
 
     Parameters
     ----------

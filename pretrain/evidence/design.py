@@ -10,7 +10,7 @@ from data_sharding.dataset.manifest import Manifest
 from pretrain.evidence.rules import DESIGNS, Design
 
 LONGEST = 2000
-"""Largest number of characters of the evidence of one corpus."""
+"""Number of characters to which the evidence of one corpus is shortened."""
 
 
 def describe_design(manifest: Manifest, declared: str = "", *, where: str = "manifest.json") -> tuple[Design, str]:
@@ -19,7 +19,8 @@ def describe_design(manifest: Manifest, declared: str = "", *, where: str = "man
     Parameters
     ----------
     manifest : Manifest
-        Manifest of the dataset. Sharding measures the design of each corpus from the order of its trials.
+        Manifest of the dataset. ``dreamscale shard`` measured the design of each corpus from the order of the corpus's
+        trials.
     declared : str
         Published evidence of a random order, for corpora whose files have lost the order of the trials. The evidence
         makes an unknown design random. The evidence does not change a measured block design.
@@ -31,12 +32,12 @@ def describe_design(manifest: Manifest, declared: str = "", *, where: str = "man
     design : str
         block if one corpus has a block design; else unknown if the design of one corpus is unknown; else random.
     evidence : str
-        The evidence.
+        What was measured or published about the order of the trials.
 
     Raises
     ------
     RequestError
-        If the manifest describes the corpora in another form than sharding writes.
+        If the manifest does not describe the corpora in the form that ``dreamscale shard`` writes.
     """
     entries = [_check_entry(entry, where) for entry in _list_corpora(manifest, where)]
     found = {design for _, design, _ in entries}

@@ -1,7 +1,7 @@
 """Predictors of the label that must fail if an experiment is clean.
 
-None of the predictors sees the response to the picture. If one of them predicts the label above chance, no response is
-needed to predict the label. The score of a model then does not show that the model reads a response.
+None of the predictors sees the response to the picture. If a predictor is better than chance, no response is needed to
+predict the label. The score of a model then does not show that the model reads a response.
 
 The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`. L counts labels, F features, k neighbours.
 """
@@ -20,9 +20,9 @@ from pretrain.evidence.ridge import STRENGTHS, ridge_scores
 from pretrain.evidence.trials import TrialTable, group_by, group_recordings, join_tables
 
 NEAREST = (1, 5)
-"""Numbers of nearest training trials, in the time of a recording, that may vote for the label of a test trial."""
+"""Numbers of training trials, nearest in time in the same recording, that vote for the label of a test trial."""
 POOLED = (5, 25)
-"""Numbers of training trials, at the most similar time of any recording, that may vote for a test trial's label."""
+"""Numbers of training trials, at the most similar time in any recording, that vote for the label of a test trial."""
 INNER_FOLDS = 5
 """Largest number of inner folds of the training trials."""
 _ROWS = 2000
@@ -53,9 +53,9 @@ Rule = Callable[[_Places, _Places, float | None], Labels]
 """A rule predicts the labels of test trials from training trials.
 
 The arguments are the training trials, the test trials and the gap. In the inner validation, the test trials are the
-training trials themselves, and the gap is a number of seconds: a trial's label must not be predicted from trials at
-less than this distance in the same recording, and rules over several recordings leave out the trial's own recording.
-Without inner validation, the gap is None.
+training trials themselves, and the gap is a number of seconds. A rule must then not predict a trial's label from trials
+of the same recording at a smaller distance than the gap, and rules over several recordings must leave out the trial's
+own recording. Without inner validation, the gap is None.
 """
 
 
@@ -80,10 +80,11 @@ def predict_from_time(train: TrialTable, test: TrialTable) -> Labels:
     Notes
     -----
     Several rules compete: the labels of the nearest trials in the recording, the commonest label of the recording, the
-    labels at the same time, or at the same fraction, of all recordings, and the commonest label of the person. The
-    best rule on the training trials is used. It is chosen separately for test trials whose recording is in the training
-    trials, for other test trials whose person is in the training trials, and for the remaining test trials. On the
-    training trials, a rule must predict over the same distance in time as on the test trials.
+    labels at the same time, or at the same fraction of the duration, of all recordings, the commonest label of the
+    person, and the commonest label of all training trials. The rule that is best on the training trials is used. The
+    best rule is chosen separately for test trials whose recording is in the training trials, for other test trials
+    whose person is in the training trials, and for the remaining test trials. On the training trials, a rule must
+    predict over at least the median distance in time from a test trial to the nearest training trial.
     """
     if not len(train):
         raise RequestError("there are no training trials, so nothing can be predicted from time; give a train split")
@@ -121,7 +122,7 @@ def _find_places(train: TrialTable, test: TrialTable, number_n: NDArray[np.integ
 
 
 def _predict_by_best(rules: list[Rule], fit: _Places, new: _Places) -> Labels:
-    """Use the rule that is best on the training trials; where it says nothing, use the next best rule, and so on."""
+    """Use the rule that is best on the training trials, and the next best rules for trials without a prediction."""
     gap = _median_gap(fit, new)
     hits = [float((rule(fit, fit, gap) == fit.label_n).mean()) for rule in rules]
     found = np.full(len(new.time_n), UNKNOWN)
@@ -141,9 +142,9 @@ def _median_gap(fit: _Places, new: _Places) -> float:
 
 
 def _distances(fit: _Places, new: _Places) -> Iterator[tuple[Labels, Labels, NDArray[np.float64]]]:
-    """Yield, part by part: indices of test trials, indices of training trials of their recording, and distances.
+    """Yield, in parts: indices of test trials, indices of the training trials of the same recording, and distances.
 
-    The distance is infinite if one of the two times is unknown.
+    The distance between two trials is infinite if the time of one trial is unknown.
     """
     for recording in np.unique(new.recording_n):
         rows, columns = np.flatnonzero(new.recording_n == recording), np.flatnonzero(fit.recording_n == recording)
@@ -154,9 +155,9 @@ def _distances(fit: _Places, new: _Places) -> Iterator[tuple[Labels, Labels, NDA
 
 
 def _count_votes(labels_nk: Labels, valid_nk: NDArray[np.bool_]) -> Labels:
-    """Return the commonest valid label of each row; of equally common labels, the label that comes first in the row."""
+    """Return the commonest valid label of each row; of equally common labels, the label whose places come earlier."""
     votes = np.zeros((len(labels_nk), int(labels_nk.max(initial=0)) + 1))
-    # An earlier place counts slightly more, so that the nearest trial decides between equally common labels.
+    # An earlier place counts slightly more, so that nearer trials decide between equally common labels.
     weight_k = 1 + 0.5 / (1 + np.arange(labels_nk.shape[1])) / max(1, labels_nk.shape[1])
     rows = np.broadcast_to(np.arange(len(labels_nk))[:, None], labels_nk.shape)
     np.add.at(votes, (rows, labels_nk), np.where(valid_nk, weight_k, 0.0))
@@ -200,7 +201,7 @@ def _commonest_of_recording(fit: _Places, new: _Places, gap: float | None) -> La
     for rows, columns, distance in _distances(fit, new):
         if not len(columns):
             continue
-        # Without gap, trials of unknown time vote too, because the rule does not need the time.
+        # Without a gap, trials with unknown time vote too, because the commonest label does not depend on the time.
         valid = np.ones(distance.shape, bool)
         if gap is not None:
             valid = (distance >= gap) & (rows[:, None] != columns[None])
@@ -213,8 +214,8 @@ def _commonest_of_recording(fit: _Places, new: _Places, gap: float | None) -> La
 def _commonest_of_person(fit: _Places, new: _Places, gap: float | None) -> Labels:
     """Predict the commonest label of the person.
 
-    With a gap, the recording of the trial is left out. If the person has no other recording, only the trial itself is
-    left out.
+    With a gap, the trials of the trial's own recording do not vote. If the person has no other recording, only the
+    trial itself does not vote.
     """
     votes = np.zeros((int(max(fit.subject_n.max(), new.subject_n.max())) + 1, int(fit.label_n.max()) + 1))
     np.add.at(votes, (fit.subject_n, fit.label_n), 1)
@@ -229,7 +230,7 @@ def _commonest_of_person(fit: _Places, new: _Places, gap: float | None) -> Label
 
 
 def _vote_of_pooled(k: int, name: str) -> Rule:
-    """Make the rule: the commonest label at the same time, or at the same fraction, of all other recordings."""
+    """Make the rule: the commonest label at the same time, or the same fraction of the duration, of all recordings."""
 
     def rule(fit: _Places, new: _Places, gap: float | None) -> Labels:
         found = np.full(len(new.time_n), UNKNOWN)

@@ -26,7 +26,7 @@ def ridge_scores(x_nF: np.ndarray, y_nL: np.ndarray, new_mF: np.ndarray) -> Iter
     Yields
     ------
     ndarray, [m, L]
-        Scores of the new trials for one penalty; the penalties come in the order of `STRENGTHS`.
+        Scores of the new trials for one penalty of `STRENGTHS`, in the order of `STRENGTHS`.
     """
     mean_F, mean_L = x_nF.mean(axis=0), y_nL.mean(axis=0)
     x_nF, new_mF, y_nL = x_nF - mean_F, new_mF - mean_F, y_nL - mean_L

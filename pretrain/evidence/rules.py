@@ -10,13 +10,14 @@ category only  the score carries the category of the picture, and nothing more a
 signal         the score is better than every control
 =============  =====================================================================================
 
-A comparison *holds* if three conditions are met. First, its 95 % interval lies above 0: the bootstrap draws people and
-images at the same time if there are enough of both (see `pretrain.evidence.statistics.compare_paired`). For predictors
-that see no response, only images are drawn, because such a predictor is a fault of these data. Second, its
-p-value is below `LEVEL` after Holm's correction over all comparisons of the same question. Third, in a comparison of
-the model's own score, the permutation test over people has p below `LEVEL`, if there are enough people for this test.
-The third condition is needed because a bootstrap over few people is too narrow, and because one strong person of
-eight shows nothing about people.
+A comparison *holds* if three conditions are met. First, the 95 % interval of the difference lies above 0. The bootstrap
+for this interval draws people and images at the same time if there are enough people and images (see
+`pretrain.evidence.statistics.compare_paired`). For predictors that see no response, the bootstrap draws only images,
+because a predictor that is better than chance is a fault of these data. Second, the p-value of the comparison is below
+`LEVEL` after Holm's correction over all comparisons of the same question. Third, in a comparison of the model's own
+score, the permutation test over people has p below `LEVEL`, if there are enough people for this test. The permutation
+test is needed because the interval of a bootstrap over few people is too narrow, and because one strong person of eight
+shows nothing about people.
 
 docs/evaluation.md explains the controls, the words and the limits. Array shapes: n trials.
 """
@@ -49,12 +50,12 @@ DESIGNS: tuple[Design, ...] = get_args(Design)
 """Every design."""
 
 LEVEL = 0.05
-"""Largest corrected p-value of a comparison that holds."""
+"""Level of significance: a comparison holds only if its corrected p-value is below this level."""
 FEWEST_TRIALS = 20
 """Smallest number of test trials for a verdict, and smallest number of usable trials of a control."""
 NOTHING_LOST = 0.5
-"""If the shuffle within neighbourhoods keeps this share of the score above the shuffle over all trials, the shuffle
-within neighbourhoods costs nothing that can be measured."""
+"""Share of the difference between the model's own score and the shuffle over all trials. If the shuffle within
+neighbourhoods keeps at least this share, the shuffle within neighbourhoods costs nothing that can be measured."""
 CONTROLS = {
     "shuffle": "EEG of another trial of the whole split",
     "shuffle_within": "EEG of another trial of the same neighbourhood in time",
@@ -87,11 +88,11 @@ class Control:
     hits_n: NDArray[np.float64]
     """[n] score of each trial, from 0 to 1."""
     checked: bool
-    """Whether the control was checked to be a control: the same model, seeds and trials, and really other EEG; for a
-    predictor, that it sees nothing but its input."""
+    """Whether the control was checked to be a control. A control with other EEG must have the same model, seeds and
+    trials as the model's own scores. A predictor must see nothing but its input."""
     left_out_n: NDArray[np.bool_] | None = None
     """[n] True for trials for which the control could not be made, such as trials that are alone in their
-    neighbourhood. The comparison leaves these trials out, and the verdict gives their number."""
+    neighbourhood. The comparison leaves out the trials that are True here, and the verdict gives their number."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,13 +102,14 @@ class Evidence:
     trials: TrialTable
     """The test trials."""
     train: TrialTable | NotApplicable
-    """The training trials of the model. They show whether test images were trained on."""
+    """The training trials of the model, which show whether the model was trained on test images."""
     design: Design
     """Order in which the categories were shown."""
     design_evidence: str
-    """A sentence with the evidence for the design. A random design needs it."""
+    """A sentence with the evidence for the design. A random design without evidence is refused."""
     hits_n: NDArray[np.float64]
-    """[n] the model's own score of each trial, from 0 to 1, such as 1 for the right category and 0 for a wrong one."""
+    """[n] the model's own score of each trial, from 0 to 1; for example, 1 for the right category and 0 for a wrong
+    category."""
     chance: float
     """Score by chance."""
     controls: Mapping[str, Control | NotApplicable]
@@ -149,7 +151,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A word, its scope, and everything that led to the word."""
+    """The word of a verdict, its scope, and everything that led to the word."""
 
     word: Word
     """The verdict."""
@@ -158,7 +160,7 @@ class Verdict:
     why: tuple[str, ...]
     """Sentences that explain the word."""
     comparisons: tuple[Comparison, ...]
-    """Every comparison that was made; empty if the design or the number of trials decided before."""
+    """Every comparison that was made; empty if the word follows from the design, the test trials or the judge alone."""
     not_applicable: dict[str, str]
     """Reason for each control that the data cannot give."""
 
@@ -179,7 +181,7 @@ class _Case:
 
     evidence: Evidence
     rows: dict[str, Comparison] = field(default_factory=dict)
-    """Comparisons by name; empty as long as only rules about the data are asked."""
+    """Comparisons by name; empty until the comparisons are made."""
     not_applicable: dict[str, str] = field(default_factory=dict)
 
     def holds(self, name: str) -> bool:
@@ -234,7 +236,7 @@ def judge(evidence: Evidence, *, resamples: int = 2000, seed: int = 0) -> Verdic
         if found := rule(case):
             return _finish(case, found)
     case = _compare(case, resamples, seed)
-    # A control can turn out to have too few usable trials, so the rule of what can be judged is asked again.
+    # The comparisons may find that a control has too few usable trials, so `decide_if_judgeable` is applied again.
     for rule in RULES[1:]:
         if found := rule(case):
             return _finish(case, found)
@@ -277,12 +279,14 @@ def _check(evidence: Evidence) -> None:
             continue
         if not control.checked:
             raise RequestError(
-                f"control {name}: was not checked to be a control; check that it has the same model, seeds and trials "
-                "as the model's own scores, and other EEG, or make it again"
+                f"control {name}: was not checked to be a control; check that the control has the same model, seeds "
+                "and trials as the model's own scores, and other EEG, or make the control again"
             )
         _check_scores(f"control {name}", control.hits_n, n)
         if control.left_out_n is not None and np.shape(control.left_out_n) != (n,):
-            raise RequestError(f"control {name}: left_out_n has not one value for each of the {n} trials; correct it")
+            raise RequestError(
+                f"control {name}: left_out_n must have one value for each of the {n} trials; correct left_out_n"
+            )
     if not isinstance(evidence.identification_n, NotApplicable):
         _check_scores("identification_n", evidence.identification_n, n)
     if not isinstance(evidence.judge_n, NotApplicable):
@@ -320,9 +324,9 @@ def decide_by_design(case: _Case) -> _Found | None:
 
     The word is *confounded* if the design is block or unknown. In a block design, the time of a trial reveals its
     label, and no score can tell the response to the picture from the drift of the EEG. The word is also *confounded* if
-    the label is constant within each recording, because then every property of the recording reveals the label. This
-    rule comes first, because no score can change its result. A control that is not applicable does not change the word:
-    in a random design, such a control is only named with its reason.
+    the label is constant within each recording, because then every property of the recording reveals the label. The
+    rule of the design comes first, because no score can change the result of this rule. A control that the data cannot
+    give does not change the word: in a random design, the verdict only names the control and the reason.
     """
     evidence = case.evidence
     known = [table for table in (evidence.trials, evidence.train) if isinstance(table, TrialTable)]
@@ -331,8 +335,8 @@ def decide_by_design(case: _Case) -> _Found | None:
                               "reveals the label."]  # fmt: skip
     if evidence.design != "random":
         return "confounded", [
-            f"The design is {evidence.design}, so the time of a trial may reveal its label. A score cannot show "
-            "whether it comes from the response to the picture or from slow changes of the EEG."
+            f"The design is {evidence.design}, so the time of a trial may reveal its label. No score can tell a "
+            "response to the picture from slow changes of the EEG."
         ]
     return None
 
@@ -341,10 +345,10 @@ def decide_if_judgeable(case: _Case) -> _Found | None:
     """Apply the rule of what the data and the judge can show.
 
     The word is *not judgeable* in five cases. There are fewer than `FEWEST_TRIALS` test trials. There are fewer than
-    `FEWEST_IMAGES` test images: an image can resemble another category by accident, and with few images this looks like
-    a signal for every person. The image of a test trial is also in the training trials, so a generator can show a
-    remembered image. The control with shuffled EEG is missing. The judge fails on real images of the test labels: the
-    95 % interval of its score includes chance.
+    `FEWEST_IMAGES` test images: an image can resemble another category by accident, and with few images this accident
+    looks like a signal for every person. The image of a test trial is also in the training trials, so a generator can
+    show a remembered image. The control with shuffled EEG is missing. The judge fails on real images of the test
+    labels: the 95 % interval of the judge's score does not lie above chance.
     """
     evidence = case.evidence
     trials, images, reasons = evidence.trials, len(np.unique(evidence.trials.images_n)), []
@@ -377,13 +381,13 @@ def decide_by_leaks(case: _Case) -> _Found | None:
     """Apply the rule of leaks.
 
     The word is *confounded* if a predictor that sees only the time, or only the EEG before the picture, is better than
-    chance. Chance is here the share of the commonest test label, or the chance of the score if that is larger. The word
-    is also *confounded* if the shuffle within neighbourhoods is better than the shuffle over all trials, because then
-    slow changes of the EEG carry a part of the score. The same holds if the shuffle within neighbourhoods costs
-    nothing: the model is better than the shuffle over all trials, but not better than the shuffle within
-    neighbourhoods, which keeps at least the share `NOTHING_LOST` of the difference. Eye and face channels may
-    hold a response to the picture, so a good predictor from these channels is *confounded* only if the model is
-    not better than the predictor.
+    chance. The chance of a predictor is the share of the commonest test label, or the chance of the score if the chance
+    of the score is larger. The word is also *confounded* if the shuffle within neighbourhoods is better than the
+    shuffle over all trials, because then slow changes of the EEG carry a part of the score. The word is *confounded*,
+    too, if the shuffle within neighbourhoods costs nothing: the model is better than the shuffle over all trials, but
+    not better than the shuffle within neighbourhoods, which keeps at least the share `NOTHING_LOST` of the difference.
+    Eye and face channels may hold a response to the picture, so a good predictor from these channels is *confounded*
+    only if the model is not better than the predictor.
     """
     reasons = [
         f"The label can be predicted from {what}, without a response to the picture. {case.scores(name)}."
@@ -407,7 +411,8 @@ def decide_by_leaks(case: _Case) -> _Found | None:
             )
     if case.holds("eyes - chance") and not case.holds("own - eyes"):
         reasons.append(
-            f"Eye and face channels predict the label, and the model is not better. {case.scores('own - eyes')}."
+            "Eye and face channels predict the label, and the model is not better than this prediction. "
+            f"{case.scores('own - eyes')}."
         )
     return ("confounded", reasons) if reasons else None
 
@@ -417,7 +422,7 @@ def decide_by_controls(case: _Case) -> _Found | None:
 
     The word is *no signal* if the model's own score is not better than chance, or not better than one of the controls:
     shuffled EEG, EEG shuffled within neighbourhoods, noise, no EEG, and the predictors from time, baseline and eyes.
-    All of these comparisons must hold, so the model must be better than the strongest control.
+    The comparison with every control must hold, so the model must be better than the strongest control.
     """
     rows = [row for row in case.rows.values() if row.question == "signal"]
     lost = [row for row in rows if not row.holds]
@@ -425,13 +430,14 @@ def decide_by_controls(case: _Case) -> _Found | None:
         return None
     reasons = []
     for row in sorted(lost, key=lambda row: -row.right):
-        other = CONTROLS.get(row.name.removeprefix("own - "), "chance")
-        reasons.append(f"The score is not better than that of the control '{other}'. {case.scores(row.name)}.")
+        control = CONTROLS.get(row.name.removeprefix("own - "))
+        other = f"the score of the control '{control}'" if control else "chance"
+        reasons.append(f"The score is not better than {other}. {case.scores(row.name)}.")
         low = row.difference.over_images[0] if row.difference.over_images else 0.0
         if row.difference.p_people is not None and low > 0:
             reasons.append(
-                "For the same people and other images, the score is better, but the difference depends on few people: "
-                f"the permutation test over people has p = {row.difference.p_people:.2g}."
+                "For the same people and other images, the difference stays above 0, but the difference depends on few "
+                f"people: the permutation test over people has p = {row.difference.p_people:.2g}."
             )
     return "no signal", reasons
 
@@ -441,8 +447,8 @@ def decide_by_content(case: _Case) -> _Found | None:
 
     The word is *category only* if the generated image cannot identify the seen image among images of the same category.
     If the test concepts are new, the word is also *category only* if the nearest training image, shown in place of the
-    generated image, is as good as the generated image. The model then shows which trained concept is similar, and
-    nothing of the new concept.
+    generated image, is as good as the generated image. A model that is not better than the nearest training image shows
+    which trained concept is similar, and nothing of the new concept.
     """
     reasons = []
     if "identification - chance" in case.rows and not case.holds("identification - chance"):
@@ -471,7 +477,7 @@ RULES: tuple[Callable[[Any], _Found | None], ...] = (
 def _signal(case: _Case) -> _Found:
     rows = [row for row in case.rows.values() if row.question == "signal"]
     strongest = max(rows, key=lambda row: row.right)
-    return "signal", [f"The score is better than every control. The strongest is: {case.scores(strongest.name)}."]
+    return "signal", [f"The score is better than every control. Strongest control: {case.scores(strongest.name)}."]
 
 
 def _describe_scope(case: _Case) -> str:
@@ -526,11 +532,11 @@ def _compare(case: _Case, resamples: int, seed: int) -> _Case:
 
 
 def _measure(trials: TrialTable, columns: list[tuple[Any, ...]], resamples: int, seed: int) -> list[Comparison]:
-    """Compute the paired differences; comparisons on the same trials are resampled together."""
+    """Compute the paired differences. Comparisons that use the same trials share their bootstrap resamples."""
     found: dict[str, PairedDifference] = {}
     groups: dict[tuple[bytes, bool], list[tuple[Any, ...]]] = {}
     for column in columns:
-        # A predictor that sees no response is a fault of these data, whoever the people are.
+        # A predictor that is better than chance without a response is a fault of these data, whoever the people are.
         same_people = column[0] == "leak" and column[1].endswith("- chance")
         groups.setdefault((column[4].tobytes(), same_people), []).append(column)
     for (_, same_people), same in groups.items():
@@ -571,7 +577,7 @@ def _describe_left_out(case: _Case) -> list[str]:
     for name, control in case.evidence.controls.items():
         if isinstance(control, NotApplicable) or control.left_out_n is None or not np.any(control.left_out_n):
             continue
-        what = "is not applicable" if name in case.not_applicable else "leaves these trials out"
+        what = "is not applicable" if name in case.not_applicable else "is not compared for these trials"
         notes.append(
             f"The control {name} could not be made for {int(np.sum(control.left_out_n))} of {n} trials and {what}."
         )

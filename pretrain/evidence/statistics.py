@@ -17,24 +17,25 @@ from numpy.typing import ArrayLike
 from data_sharding.common.errors import RequestError
 
 _EXACT = 14
-"""Up to this number of clusters, the permutation test tries all combinations of signs (at most 2 ** 14
-combinations)."""
+"""Largest number of clusters for which the permutation test tries all combinations of signs, at most 2 ** 14
+combinations."""
 FEWEST_SUBJECTS = 6
-"""Smallest number of subjects for which a permutation test over subjects can reach p < 0.05. With fewer subjects, no
-claim about people is made."""
+"""Smallest number of subjects for which a permutation test over subjects can reach p < 0.05. With fewer subjects, a
+verdict makes no claim about people."""
 FEWEST_IMAGES = 10
-"""Smallest number of images for which images are drawn in a bootstrap that decides about a verdict."""
+"""Smallest number of images for a bootstrap over images that decides about a verdict."""
 _CELLS = 4_000_000
 """Largest number of cells of an array of resamples, to limit the memory."""
 
 
 def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, float]:
-    """Compute the 95 % confidence interval of an accuracy. Trials of one image are not assumed to be independent.
+    """Compute the 95 % confidence interval of an accuracy. Trials of one image may depend on each other.
 
     Parameters
     ----------
     hits_n : ndarray, [n]
-        For each trial, 1 for a right answer and 0 for a wrong one; for several classifiers, the share of right answers.
+        For each trial, 1 for a right answer and 0 for a wrong answer; for several classifiers, the share of right
+        answers.
     images_n : ndarray, [n]
         Image of each trial.
 
@@ -159,11 +160,12 @@ def resample_crossed(
     parts: list[np.ndarray] = []
     while (missing := resamples - sum(part.shape[1] for part in parts)) > 0:
         size = min(missing, max(1, _CELLS // pictures))
-        # How often each subject and each image is drawn.
+        # Count how often each subject and each image is drawn.
         drawn_RS = rng.multinomial(people, np.full(people, 1 / people), size=size).astype(float)
         drawn_RI = rng.multinomial(pictures, np.full(pictures, 1 / pictures), size=size).astype(float)
         total_R = ((drawn_RS @ counts_SI) * drawn_RI).sum(axis=1)
-        # With few subjects and images, the weights of all trials can be 0. Such a resample is drawn again.
+        # With few subjects and images, the weights of all trials can be 0. A resample without any weight is drawn
+        # again.
         good_R = total_R > 0
         sums_VR = np.stack([((drawn_RS @ sums_SI) * drawn_RI).sum(axis=1) for sums_SI in sums_VSI])
         parts.append(sums_VR[:, good_R] / total_R[good_R])
@@ -198,16 +200,16 @@ def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, see
     check_finite(more_n, "the differences")
     _, cluster_n = np.unique(clusters_n, return_inverse=True)
     sums = np.bincount(cluster_n, weights=more_n)
-    # Leave out differences of zero, because a change of sign has no effect on them.
+    # Leave out differences of zero, because a change of sign does not change zero.
     sums = sums[sums != 0]
     if len(sums) < 2:
-        # With fewer than two differences, p is 1, because a change of sign does not change the absolute value. SciPy's
-        # test needs at least two differences.
+        # With fewer than two differences, p is 1, because a change of the sign does not change the absolute value of
+        # the sum. SciPy's test needs at least two differences.
         return 1.0
 
     def total(sums: np.ndarray, axis: int = -1) -> np.ndarray:
-        # Round the sums, because sums of the same fractions in a different order differ in their last digits, but must
-        # be treated as equal.
+        # Sums of the same fractions in a different order differ in their last digits. Round the sums, so that equal
+        # sums count as equal.
         return np.round(np.abs(sums.sum(axis=axis)), 9)
 
     exact = len(sums) <= _EXACT
@@ -243,8 +245,8 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     Returns
     -------
     ndarray, [m]
-        Corrected p-values, at most 1. The smallest p-value is multiplied by m, the next one by m - 1, and so on, and no
-        corrected value is smaller than that of a smaller p-value.
+        Corrected p-values, at most 1. The smallest p-value is multiplied by m, the second smallest p-value by m - 1,
+        and so on. If a p-value is larger than another p-value, its corrected value is at least as large.
 
     References
     ----------
@@ -265,17 +267,18 @@ class PairedDifference:
     mean: float
     """Mean difference over all trials."""
     over_images: tuple[float, float] | None
-    """95 % interval over images for the same people; None for fewer than two images."""
+    """95 % interval of a bootstrap that draws images and keeps the people; None for fewer than two images."""
     over_people: tuple[float, float] | None
-    """95 % interval over people; None for fewer than `FEWEST_SUBJECTS` people."""
+    """95 % interval over people; None for fewer than `FEWEST_SUBJECTS` people, and for a question about these people
+    only."""
     decides: str
-    """What is drawn in the interval that decides: people and images, people, or images."""
+    """What the bootstrap of the interval that decides draws: people and images, people, or images."""
     interval: tuple[float, float]
     """The 95 % interval that decides."""
     p: float
     """Two-sided p-value of the resamples of the interval that decides."""
     p_people: float | None
-    """Two-sided p-value of `flip_test` over people; None for fewer than `FEWEST_SUBJECTS` people."""
+    """Two-sided p-value of `flip_test` over people; None if `over_people` is None."""
 
 
 def compare_paired(
@@ -292,11 +295,11 @@ def compare_paired(
     Parameters
     ----------
     more_Vn : ndarray, [V, n]
-        Sets of differences of the same n trials, for example to several controls.
+        Sets of differences in the same n trials, for example between a model and each of several controls.
     images_n, subjects_n : ndarray, [n]
         Image and subject of each trial.
     same_people : bool
-        True for a question about these people only: people are not drawn for the interval that decides.
+        True for a question about these people only. The bootstrap of the interval that decides then draws no people.
     resamples : int
         Number of bootstrap resamples, and of random permutations.
     seed : int
@@ -305,9 +308,10 @@ def compare_paired(
     Returns
     -------
     list of PairedDifference
-        One result for each set. With at least `FEWEST_SUBJECTS` people and `FEWEST_IMAGES` images, people and images
-        are drawn for the interval that decides. With fewer people, only images are drawn, and the result holds only for
-        these people. With fewer images, only people are drawn, and the result holds only for these images.
+        One result for each set. With at least `FEWEST_SUBJECTS` people and `FEWEST_IMAGES` images, the bootstrap of the
+        interval that decides draws people and images. With fewer people, the bootstrap draws only images, and the
+        result holds only for these people. With fewer images, the bootstrap draws only people, and the result holds
+        only for these images.
 
     Raises
     ------
@@ -348,7 +352,7 @@ def compare_paired(
 def permute_labels(
     labels_n: np.ndarray, blocks_n: np.ndarray, images_n: np.ndarray, permutations: int, seed: int
 ) -> np.ndarray:
-    """Shuffle labels within blocks. All repeats of an image in a block keep one common label.
+    """Shuffle labels within blocks. All repeats of an image in a block get the same new label.
 
     Parameters
     ----------
@@ -393,7 +397,7 @@ def split_half_reliability(values_nF: np.ndarray, images_n: np.ndarray, *, split
     values_nF : ndarray, [n, F]
         Values of each trial, such as features of the EEG or an embedding that is predicted from the EEG.
     images_n : ndarray, [n]
-        Image of each trial. To measure the reliability within people, give a name of person and image.
+        Image of each trial. To measure the reliability within people, give a name for each pair of person and image.
     splits : int
         Number of random splits.
     seed : int
@@ -402,10 +406,10 @@ def split_half_reliability(values_nF: np.ndarray, images_n: np.ndarray, *, split
     Returns
     -------
     float
-        Correlation between the mean of one half of the repeats and the mean of the other half, over images, averaged
-        over features and splits, and corrected to all repeats by the formula of Spearman and Brown, 2 r / (1 + r). A
-        model of the noise-free response to the image can reach a correlation of about the square root of this value
-        with the mean of all repeats.
+        Correlation over images between the mean of one half of the repeats and the mean of the other half. The
+        correlation is averaged over features and splits, and corrected to all repeats by the formula of Spearman and
+        Brown, 2 r / (1 + r). A model of the noise-free response to the image can reach a correlation of about the
+        square root of this value with the mean of all repeats.
 
     Raises
     ------
@@ -445,14 +449,14 @@ def _correlate_halves(x_nF: np.ndarray, image_n: np.ndarray, rng: np.random.Gene
 
 
 def repeat_agreement(predicted_n: np.ndarray, images_n: np.ndarray) -> float:
-    """Compute how often two repeats of one image get the same predicted label.
+    """Compute how often two repeats of an image get the same predicted label.
 
     Parameters
     ----------
     predicted_n : ndarray, [n]
         Predicted label of each trial.
     images_n : ndarray, [n]
-        Image of each trial. To measure the agreement within people, give a name of person and image.
+        Image of each trial. To measure the agreement within people, give a name for each pair of person and image.
 
     Returns
     -------

@@ -1,12 +1,13 @@
 """When each trial happened, and permutations that move EEG only between neighbouring trials.
 
 EEG drifts over minutes: electrodes dry, and people get tired. If pictures of one category are shown one after the
-other, a model can read the category from the drift. The shuffle within neighbourhoods finds such a model. A
-neighbourhood is a short run of consecutive trials of one recording, whatever the labels of the trials. The drift is
-nearly equal in all trials of a neighbourhood, so a model that reads the drift gives the same answer after the shuffle.
+other, a model can read the category from the drift. The shuffle within neighbourhoods finds a model that reads the
+drift. A neighbourhood is a short run of consecutive trials of one recording, whatever the labels of the trials. The
+drift is nearly equal in all trials of a neighbourhood, so a model that reads the drift gives nearly the same answer
+after the shuffle within neighbourhoods.
 
 - In a block design, the trials of a neighbourhood have the same label. The shuffle within neighbourhoods does not
-  change the score, and this shows that the score cannot be told apart from a score that comes from the drift.
+  change the score, so the score cannot be told apart from a score that comes from the drift.
 - In a random order, the trials of a neighbourhood have different labels. The shuffle within neighbourhoods gives each
   trial a response to another picture, so a score that comes from the response falls to chance.
 
@@ -35,16 +36,16 @@ NEIGHBOURS = 8
 """Number of consecutive trials in a neighbourhood, by default. Of two trials in a neighbourhood of eight, the later
 trial follows on average three trials after the earlier trial."""
 BY_CHANCE = 0.01
-"""If a random order gives recordings with one label each with at most this probability, the label is constant in
-recordings."""
+"""The label counts as constant in recordings only if a random order of the trials would give every recording a single
+label with at most this probability."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrialTable:
     """Label, image, person and time of each trial of a split.
 
-    `data_sharding.dataset.trials.TrialTable` has the metadata as they are stored. This table has only what an
-    evaluation may know about a trial without reading its EEG.
+    `data_sharding.dataset.trials.TrialTable` is another class, which has all metadata as the dataset stores them. The
+    class in this file has only what an evaluation may know about a trial without its EEG.
     """
 
     labels_n: NDArray[np.int64]
@@ -114,14 +115,15 @@ def tabulate_trials(dataset: EEGDataset, *, times_known: bool = True, images_nee
         of every trial is then unknown.
     images_needed : bool
         False for a dataset whose trials may have no image. If all trials of a recording have the same label, the trials
-        without an image get the name of the recording as their image, because such trials are parts of one long
-        event. Every other trial without an image gets a unique name.
+        without an image get the name of the recording as their image, because these trials are parts of one long event.
+        Every other trial without an image gets a unique name as its image.
 
     Returns
     -------
     TrialTable
         One row for each sample. The time of a trial is the time at which the image appeared. If two trials of a
-        recording have the same time, the times of this recording are unknown, because they cannot be real.
+        recording have the same time, all times of this recording count as unknown, because real trials cannot begin at
+        the same time.
 
     Raises
     ------
@@ -190,7 +192,7 @@ def merge_copies(images_n: ArrayLike, copies: Iterable[tuple[str, str]]) -> NDAr
     Returns
     -------
     ndarray of str, shape (n,)
-        The names. All images that are connected by pairs have the alphabetically first of their names.
+        The new name for each trial. All images that are connected by pairs get the alphabetically first of their names.
     """
     first: dict[str, str] = {}
 
@@ -249,7 +251,7 @@ def sort_by_time(table: TrialTable) -> NDArray[np.int64]:
 
 
 def find_blocks(table: TrialTable) -> NDArray[np.int64]:
-    """Number the blocks. A block is a longest run of trials with one label, in the order of time within a recording.
+    """Number the blocks. A block is a longest run of consecutive trials of one recording with the same label.
 
     Parameters
     ----------
@@ -325,8 +327,8 @@ def label_is_constant_in_recordings(table: TrialTable) -> bool:
     -------
     bool
         True if all trials of each recording have the same label, and if a random order would give such recordings with
-        a probability of at most `BY_CHANCE`. The second condition holds for no table with only one label, and for few
-        tables with only one or two trials in each recording.
+        a probability of at most `BY_CHANCE`. The condition on the probability is never met if the table has only one
+        label, and rarely met if each recording has only one or two trials.
     """
     if not len(table):
         return False
@@ -336,13 +338,14 @@ def label_is_constant_in_recordings(table: TrialTable) -> bool:
         return False
     _, label_n = np.unique(table.labels_n, return_inverse=True)
     share_L = np.bincount(label_n) / len(table)
-    # The probability that all n trials of a recording have one label is the sum over the labels of share ** n.
+    # In a random order, all n trials of a recording have one label with the probability sum of share ** n over the
+    # labels.
     chance = [np.log((share_L**n).sum()) for n in np.bincount(group_n)]
     return bool(np.sum(chance) <= np.log(BY_CHANCE))
 
 
 def derange_within(groups_n: ArrayLike, images_n: ArrayLike, seed: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Give each trial the EEG of another trial of the same group, of another image wherever the group allows this.
+    """Give each trial the EEG of another trial of its group, with another image as often as the group allows.
 
     Parameters
     ----------
@@ -359,8 +362,8 @@ def derange_within(groups_n: ArrayLike, images_n: ArrayLike, seed: int) -> tuple
         A permutation: trial i gets the EEG of trial ``order_n[i]``, which is in the same group. The number of trials
         that get the EEG of another image is as large as the group allows.
     alone_n : ndarray of bool, shape (n,)
-        True for a trial that is alone in its group and keeps its own EEG. Leave such a trial out of the control and
-        report the number of such trials. If ``images_n[order_n] == images_n``, a trial got the EEG of another trial
+        True for a trial that is alone in its group and keeps its own EEG. Leave trials that are alone out of the
+        control, and report their number. If ``images_n[order_n] == images_n``, a trial got the EEG of another trial
         with the same image.
     """
     groups, group_n = np.unique(np.asarray(groups_n), return_inverse=True)

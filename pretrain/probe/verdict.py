@@ -32,7 +32,7 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Setting:
-    """What a verdict must know about a probe, apart from the predicted labels."""
+    """Trials, folds, design and baseline, which a verdict on a probe needs in addition to the predicted labels."""
 
     trials: Trials
     folds: list[Fold]
@@ -43,7 +43,7 @@ class Setting:
     baseline_nF: NDArray[np.float64] | NotApplicable
     """[n, F] features of the EEG before the picture, for all trials of the dataset."""
     seed: int = 0
-    """Seed of the exchange of EEG between trials, and of the inner folds of the predictor from the baseline."""
+    """Seed for the exchange of EEG between trials, and for the inner folds of the predictor from the baseline."""
 
     @property
     def scored(self) -> Labels:
@@ -72,8 +72,8 @@ def collect_evidence(setting: Setting, predicted_s: Labels) -> Evidence:
     share = float(np.unique(tested.labels_n, return_counts=True)[1].max() / len(tested))
     # With only one label among the scored trials, the share is 1, and no score could be larger.
     chance = max(1 / setting.classes, share if share < 1 else 0.0)
-    # A linear classifier can be trained in each fold on the test trials of other folds, so several folds have no common
-    # training trials.
+    # The training trials of a fold can be test trials of other folds, so several folds together have no set of training
+    # trials that can be compared with all test trials.
     train: TrialTable | NotApplicable = NotApplicable(
         reason="each fold has its own training trials, and no image is in both training and test trials of a fold"
     )
