@@ -1,8 +1,8 @@
 """A small image classifier that recognises the category of generated images.
 
 The papers judge images with a network that was trained on ImageNet. The classifier in this module needs no download,
-because it is trained on the dataset's training images. The training of the classifier uses no EEG, no generated images,
-and no images of the val and test splits.
+because the classifier is trained on the dataset's training images. The training of the classifier uses no EEG, no
+generated images, and no images of the val and test splits.
 
 Array shapes: B images, H rows, W columns, D feature width, K classes.
 """
@@ -83,7 +83,7 @@ class ImageClassifier(nn.Module):
         Parameters
         ----------
         x_B3HW : Tensor, shape (B, 3, H, W)
-            Images with values from -1 to 1, whose width and height fit the classifier.
+            Images with values from -1 to 1; width and height are the `size` of the classifier.
 
         Returns
         -------
@@ -163,7 +163,7 @@ class ImageClassifier(nn.Module):
 
         path = Path(path)
         if not path.is_file():
-            raise RequestError(f"{path}: no such classifier file; leave --classifier out to train one")
+            raise RequestError(f"{path}: no such classifier file; leave --classifier out to train a classifier")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -173,14 +173,19 @@ class ImageClassifier(nn.Module):
                     )
                 shape = [int(metadata[name]) for name in ("n_classes", "width", "size")]
                 if not 16 <= shape[2] <= MAX_SIDE:
-                    raise RequestError(f"{path}: reads images of {show(shape[2])} pixels; leave --classifier out")
+                    raise RequestError(
+                        f"{path}: the classifier reads images of {show(shape[2])} pixels, not of 16 to {MAX_SIDE} "
+                        "pixels; leave --classifier out to train a classifier"
+                    )
                 check_network(lambda: cls(*shape), measure_weights([path]), path)
                 model = cls(*shape)
                 model.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, strict=True)  # noqa: SIM118
         except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
             if isinstance(error, RequestError):
                 raise
-            raise RequestError(f"{path}: the classifier is damaged ({error}); delete it and evaluate again") from None
+            raise RequestError(
+                f"{path}: the classifier is damaged ({error}); delete this file and evaluate again"
+            ) from None
         return model.eval(), metadata
 
 
@@ -193,7 +198,7 @@ def to_input(images_BHW3: Images, size: int) -> Tensor:
 
 
 def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
-    """Augment images: mirror, zoom and shift them, change colours and contrast, blur them and add noise.
+    """Augment images: mirror, zoom, shift and blur the images, change colours and contrast, and add noise.
 
     A generated image may show the right category although, for example, its colours are wrong, and the classifier must
     still recognise the category.

@@ -23,9 +23,10 @@ class CompareConfig:
     """Compare the generated images of two models on the same trials."""
 
     a: str
-    """Folder of generated images that `dreamscale evaluate` evaluated."""
+    """Folder of the images of the first model, evaluated with `dreamscale evaluate`."""
     b: str
-    """Second folder. The differences are B minus A."""
+    """Folder of the images of the second model, evaluated with `dreamscale evaluate`. All differences are second model
+    minus first model (B minus A)."""
     output: str | None = None
     """File for the result in JSON. Empty: the result is only printed."""
     resamples: int = 10_000
@@ -59,7 +60,9 @@ def _check(config: CompareConfig) -> list[str]:
             f"{config.a} and {config.b} were judged by different classifiers, so their accuracies cannot be compared; "
             f"evaluate one folder again with --classifier {Path(config.a) / 'classifier.safetensors'}"
         )
-    return [] if judges[0] else ["The folders do not say which classifier judged them; evaluate them again."]
+    return (
+        [] if judges[0] else ["The results do not say which classifier judged the images; evaluate both folders again."]
+    )
 
 
 def compare(config: CompareConfig) -> int:
@@ -82,7 +85,9 @@ def compare(config: CompareConfig) -> int:
     values = {name: read_trials_file(folder) for name, folder in (("a", config.a), ("b", config.b))}
     shared = len(set(values["a"].keys) & set(values["b"].keys))
     if not shared:
-        raise RequestError(f"{config.a} and {config.b} have no trial in common; generate both for the same trials")
+        raise RequestError(
+            f"{config.a} and {config.b} have no trial in common; generate the images of both for the same trials"
+        )
     found = compare_models(values, "a", resamples=config.resamples, seed=config.seed)
     rows = {name: entry for name, entry in found["b"].items() if entry["difference"] is not None}
     # Several metrics are compared, so the p-values are corrected together.

@@ -11,7 +11,7 @@ from finetune.evaluation.generated import GeneratedSet, check_control, read_gene
 from pretrain.evidence.rules import CONTROLS, NotApplicable
 
 ENDINGS = ("shuffled", "class", *CONTROLS)
-"""Endings of the names of folders that are found by `find_controls`."""
+"""Endings of the folder names that `find_controls` looks for."""
 
 
 def find_controls(directory: str | Path) -> list[Path]:
@@ -25,8 +25,8 @@ def find_controls(directory: str | Path) -> list[Path]:
     Returns
     -------
     list of Path
-        The folders whose name is the name of `directory`, a hyphen and one of `ENDINGS`, such as ``images-shuffle``
-        for ``images``, and that ``dreamscale generate --control`` wrote; sorted by name.
+        The folders with a generated.json whose name is the name of `directory`, a hyphen and one of `ENDINGS`, such as
+        ``images-shuffle`` for ``images``; sorted by name.
     """
     own = Path(directory).resolve()
     beside = (own.with_name(f"{own.name}-{ending}") for ending in sorted(ENDINGS))
@@ -34,7 +34,7 @@ def find_controls(directory: str | Path) -> list[Path]:
 
 
 def read_controls(own: GeneratedSet, folders: Sequence[str | Path]) -> dict[str, GeneratedSet | NotApplicable]:
-    """Read folders of control images, and check that each is a control for the generated images.
+    """Read folders of control images, and check that each folder holds a control for the generated images.
 
     Parameters
     ----------
@@ -46,12 +46,12 @@ def read_controls(own: GeneratedSet, folders: Sequence[str | Path]) -> dict[str,
     Returns
     -------
     dict
-        By the name of the control: the images, or the reason why the data cannot give the control.
+        Maps the name of each control to its images, or to the reason why the data cannot give the control.
 
     Raises
     ------
     RequestError
-        If a folder is no control for `own`, or if two folders hold the same control.
+        If a folder does not hold a control for `own`, or if two folders hold the same control.
     """
     found: dict[str, GeneratedSet | NotApplicable] = {}
     for folder in folders:
@@ -62,6 +62,6 @@ def read_controls(own: GeneratedSet, folders: Sequence[str | Path]) -> dict[str,
             check_control(own, read)
             name = str(read.about["control"])
         if name in found:
-            raise RequestError(f"{folder}: is a second folder with the control '{name}'; give one folder of a control")
+            raise RequestError(f"{folder}: is a second folder with the control '{name}'; give each control once")
         found[name] = read
     return found

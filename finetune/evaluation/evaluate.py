@@ -37,7 +37,7 @@ from pretrain.evidence.rules import NotApplicable
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Compute metrics of generated images, compare them with controls, and write a report."""
+    """Compute metrics of generated images, compare the metrics with controls, and write a report."""
 
     RENAMED: ClassVar[dict[str, str]] = {"control_dir": "controls"}
 
@@ -45,8 +45,9 @@ class EvaluateConfig:
     """Folder that `dreamscale generate` wrote. The evaluation writes metrics.json, trials.json and
     report.html into this folder."""
     controls: list[str] | None = None
-    """Folders of control images, generated for the same trials with `--control NAME`. Empty: all folders beside
-    `directory` whose name begins with the name of `directory` and a hyphen, such as images-shuffle for images."""
+    """Folders of control images, generated for the same trials with `--control NAME`. Empty: the folders beside
+    `directory` whose name is the name of `directory`, a hyphen and the name of a control, such as images-shuffle for
+    images."""
     dataset: str | None = None
     """Path of the EEG-image dataset; only needed if the dataset was moved after the images were generated."""
     classifier: str | None = None
@@ -59,18 +60,20 @@ class EvaluateConfig:
     """Values of k for the n-way accuracy: the true category is among the k best of n categories. Only values below n
     are used."""
     draws: int = 100
-    """Number of random draws of categories from which the standard deviation of the n-way accuracy is computed. The
-    n-way accuracy itself is the exact mean over all possible draws."""
+    """Number of random draws of categories for the standard deviation of the n-way accuracy. The n-way accuracy itself
+    is the exact mean over all possible draws."""
     permutations: int = 10_000
-    """Number of times that the labels are shuffled between images to compute the p-value."""
+    """Number of times that the labels are shuffled between images to compute the p-value. The verdict uses the same
+    number of bootstrap resamples, but at least 500 and at most 5000."""
     inception: str | None = None
-    """File of the weights of Inception-V3 (pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or a safetensors file
-    with the same names), without which FID and KID are not computed."""
+    """File of the weights of Inception-V3: pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or a safetensors file
+    with the same names. Without this file, FID and KID are not computed."""
     clip: str | None = None
-    """Directory or hub id of a CLIP model, such as openai/clip-vit-large-patch14, without which the CLIP similarity is
-    not computed."""
+    """Directory or hub id of a CLIP model, such as openai/clip-vit-large-patch14. Without a CLIP model, the CLIP
+    similarity is not computed."""
     dinov2: str | None = None
-    """Directory or hub id of a DINOv2 model, such as facebook/dinov2-base, whose embeddings are then compared, too."""
+    """Directory or hub id of a DINOv2 model, such as facebook/dinov2-base. Without a DINOv2 model, no embeddings of
+    DINOv2 are compared."""
     lpips: list[str] = field(default_factory=lambda: ["alex"])
     """Variants of LPIPS: alex (AlexNet) and vgg (VGG-16, about forty times slower). LPIPS needs the packages of the
     extra `judges`."""
@@ -78,17 +81,19 @@ class EvaluateConfig:
     """Published evidence that the images were shown in random order, for files that have lost the order of the trials,
     such as the preprocessed THINGS-EEG2. The evidence is printed beside the verdict."""
     verify: Literal["windows", "names", "none"] = "windows"
-    """How the splits are checked for shared data, as `dreamscale verify` does. windows: decode and compare every
-    window. names: compare subjects, recordings and images. none: no check."""
+    """How the splits are checked for shared data, by the checks of `dreamscale verify`. windows: decode and compare
+    every window. names: compare subjects, recordings and images. none: no check."""
     pretraining: str | None = None
-    """Dataset on which the encoder was pretrained. If the dataset is given, it is checked that it shares no data with
-    the test data."""
+    """Dataset on which the encoder was pretrained. The evaluation checks which data the pretraining dataset shares with
+    the EEG-image dataset. Empty: no check."""
     require: Literal["", "signal"] = ""
     """signal: end with exit code 1 unless the verdict is "signal"."""
     examples: int = 24
-    """Number of trials whose images the report shows."""
+    """Number of trials, spread over the categories, whose images the report shows. The report also shows the trials
+    with the best, the middle and the worst images."""
     seed: int = 0
-    """Seed for training the classifier, drawing random pairs of images and shuffling labels."""
+    """Seed for training the classifier, drawing random pairs of images, shuffling labels, the predictors and the
+    bootstrap."""
 
     def __post_init__(self) -> None:
         if not set(self.lpips) <= {"alex", "vgg"}:
@@ -126,11 +131,14 @@ def _quartiles(values: NDArray[np.float64]) -> dict[str, float]:
 def _classifier(
     config: EvaluateConfig, table: ImageTable, dataset_id: str, labels: list[str], output: Path
 ) -> tuple[ImageClassifier, Path]:
-    """Load the image classifier and return its file. If no file is given, train a classifier and save its file."""
+    """Return the image classifier and its file: load the file in the config, or train and save a new classifier."""
     if config.classifier is not None:
         classifier, about = ImageClassifier.load(config.classifier)
         if about.get("dataset_id") != dataset_id or classifier.n_classes != len(labels):
-            raise RequestError(f"{config.classifier}: this classifier is of another dataset; leave --classifier out")
+            raise RequestError(
+                f"{config.classifier}: this classifier is of another dataset; leave --classifier out to train a new "
+                "classifier"
+            )
         return classifier, Path(config.classifier)
     images = table.pixels(size=config.training.size)
     classifier = train_classifier(images, table.labels, len(labels), config=config.training, seed=config.seed)
@@ -153,7 +161,7 @@ def _list_trials(data: EEGDataset, own: GeneratedSet) -> list[Trial]:
 
 
 def _check_protocol(config: EvaluateConfig, path: Path) -> dict[str, Any]:
-    """Check that the splits, and the pretraining data and the dataset, share no data."""
+    """Find data that two splits share, and data that the pretraining dataset shares with the dataset."""
     if config.verify == "none":
         return {"splits": None, "pretraining": None}
     windows = config.verify == "windows"
@@ -190,7 +198,8 @@ def _held_out(path: Path, classifier: ImageClassifier, dataset_split: str) -> di
         try:
             table = ImageTable(open_paired(path, split))
         except RequestError:
-            continue  # A dataset may have no val or test split. The result's entry "splits" names the splits in use.
+            # A dataset may have no val or test split. The result's entry "splits" names the splits that were used.
+            continue
         _, probabilities = classifier.judge(table.pixels(size=classifier.size))
         correct += int((probabilities.argmax(axis=1) == table.labels).sum())
         total += len(table)
@@ -216,9 +225,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        Content of metrics.json. `measure` computes the values of ``generated`` and ``shuffled`` (images from other
-        trials' EEG), and `measure_real` computes the values of ``real``. Other keys of the result are, for example,
-        ``random_pairs``, ``memorisation`` and ``classifier``.
+        Content of metrics.json. `finetune.evaluation.measure.measure` computes the values of ``generated``,
+        ``shuffled`` and ``controls``, and `measure_real` computes the values of ``real``. ``metrics.schema.json``
+        describes all keys.
 
     Raises
     ------
@@ -307,8 +316,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         image_of = {trial["key"]: trial["image_id"] for trial in own.trials}
         givers = [trial["eeg_key"] for trial in control.trials]
         if set(givers) <= label_of.keys():
-            # If a good model gets the EEG of another trial, the generated image shows the category of this other trial.
-            # Therefore, compute `accuracy_of_eeg` with the labels of the trials whose EEG was used.
+            # If a good model gets the EEG of another trial, the generated image shows the category of the other trial.
+            # Therefore, `accuracy_of_eeg` uses the labels of the trials whose EEG was used.
             result["shuffled"][f"accuracy_of_eeg[{JUDGE}]"] = metrics.accuracy_with_p_value(
                 of_control.predicted_B,
                 np.array([label_of[key] for key in givers]),
@@ -317,8 +326,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 seed=config.seed,
             )
     train_images = table.pixels(size=classifier.size)
-    # If a generator does not copy training images, its images should not be closer to the training images than the real
-    # images of the evaluated split are.
+    # If a generator copies training images, its images are closer to the training images than the real images of the
+    # evaluated split are.
     size = classifier.size
     result["memorisation"] = {
         "measure": f"RMS pixel difference to the most similar of {len(table)} training images at {size} pixels",

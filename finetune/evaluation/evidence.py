@@ -39,7 +39,7 @@ def make_predictors(
     trials : sequence of Trial
         The trials.
     score : callable
-        Function that gives each trial a score from 0 to 1 for a prediction.
+        Function that computes from a prediction one score from 0 to 1 for each trial.
     seed : int
         Seed of the predictors.
 
@@ -61,7 +61,7 @@ def make_predictors(
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a verdict must know about the trials, apart from scores."""
+    """Trials, training trials and design, which a verdict needs in addition to scores."""
 
     trials: TrialTable
     """The evaluated trials."""
@@ -72,7 +72,7 @@ class Setting:
 
     @classmethod
     def read(cls, train: EEGDataset, data: EEGDataset, trials: Sequence[Trial], declared: str = "") -> Setting:
-        """Read the setting from the train split and the split of the trials; `declared` as in `describe_design`."""
+        """Read the setting of some trials of the split `data`; `describe_design` explains `declared`."""
         design, evidence = describe_design(data.manifest, declared, where=str(data.path / NAME))
         return cls(
             trials=tabulate_trials(data).select([trial.numbers[0] for trial in trials]),
@@ -91,7 +91,7 @@ class Setting:
         judge_n: NDArray[np.float64] | NotApplicable,
         judge_chance: float | None = None,
     ) -> Evidence:
-        """Put scores and controls together to the evidence for `pretrain.evidence.rules.judge`."""
+        """Combine scores and controls into the evidence for `pretrain.evidence.rules.judge`."""
         shared = {
             name: bool(len(np.intersect1d(getattr(self.trials, name), getattr(self.train, name))))
             for name in ("subjects_n", "labels_n")

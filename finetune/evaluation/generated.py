@@ -60,7 +60,7 @@ class ImageFiles:
         Raises
         ------
         RequestError
-            If a file is missing or damaged, or has another size than before.
+            If a file is missing or damaged, or if the size of an image has changed.
         """
         if isinstance(rows, slice):
             chosen = range(len(self))[rows]
@@ -233,16 +233,17 @@ def check_control(own: GeneratedSet, control: GeneratedSet) -> None:
     Raises
     ------
     RequestError
-        If the images are of another model, dataset, seed or sampler or of other trials, or if a trial of the controls
-        ``shuffle`` and ``shuffle_within`` got its own EEG. The message says what differs.
+        If the control images come from another model, dataset, seed, sampler or list of trials, or from EEG that does
+        not belong to the control, such as the trial's own EEG for ``shuffle``. The message says what differs.
     """
     name = control.about["control"]
     if name == "none":
         raise RequestError(
-            f"{control.path}: this folder does not hold control images; generate them with --control shuffle"
+            f"{control.path}: this folder does not hold control images; generate control images, for example with "
+            "--control shuffle"
         )
     if own.about["control"] != "none":
-        raise RequestError(f"{own.path}: this folder holds control images; give it in the key 'controls'")
+        raise RequestError(f"{own.path}: this folder holds control images; give this folder in the key 'controls'")
     for given in (own, control):
         if not given.about.get("model_digest"):
             raise RequestError(f"{given.path}: generated.json has no model_digest; generate the images again")
@@ -253,7 +254,8 @@ def check_control(own: GeneratedSet, control: GeneratedSet) -> None:
                 "generate both folders with the same settings"
             )
     keys, own_keys = [trial["key"] for trial in control.trials], [trial["key"] for trial in own.trials]
-    # Images without EEG may be made for a part of the trials, because they are only compared by their mean score.
+    # The controls no_eeg and class may have images for only a part of the trials, because trials without a control
+    # image are left out of the comparison.
     if keys != own_keys and not (name in ("no_eeg", "class") and set(keys) <= set(own_keys)):
         raise RequestError(f"{control.path}: holds other trials than {own.path}; generate both for the same trials")
     _check_eeg(own, control)

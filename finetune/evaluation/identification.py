@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from finetune.evaluation.metrics import Floats, iterate_blocks
 
 TIE = 1e-6
-"""Two similarities that differ by at most this value count as equal. A network computes in single precision, so two
-equal images in different batches can have similarities that differ by about this value."""
+"""Two similarities that differ by at most this value count as equal. A network computes in single precision, so the
+similarities of two equal images in different batches can differ by about this value."""
 FLAT = 1e-10
 """A row whose length after centring is below this fraction of its length before centring has no direction."""
 
@@ -55,8 +55,8 @@ def two_way_identification(
 ) -> NDArray[np.float64]:
     """Compute how often a generated image is more similar to its own real image than to another real image.
 
-    The similarity is the Pearson correlation of two embeddings, as in the papers. Each different real image is
-    compared once with each generated image. A tie counts as one half, so collapsed embeddings give exactly one half.
+    The similarity is the Pearson correlation of two embeddings, as in the papers. Each different real image is compared
+    once with each generated image. A tie counts as one half, so embeddings that are all equal give exactly one half.
 
     Parameters
     ----------
@@ -67,14 +67,14 @@ def two_way_identification(
     labels : sequence of int, optional
         Category of the image that the person saw in each trial; needed for `within_label`.
     within_label : bool
-        Whether to compare only with other images of the same category. The result is at chance for a model that knows
-        only the category.
+        Whether to compare only with other images of the same category. A model that knows only the category then has a
+        result at chance.
 
     Returns
     -------
     ndarray, shape (B,)
-        Fraction of comparisons that the own image wins, from 0 to 1; chance is 0.5. The value is NaN for a trial for
-        which there is no other image.
+        Fraction of comparisons that the own image wins, from 0 to 1; chance is 0.5. The value is NaN for a trial
+        without any other image for the comparison.
 
     Raises
     ------

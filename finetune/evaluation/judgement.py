@@ -1,7 +1,7 @@
-"""Judge generated images: turn their scores and their controls into a verdict.
+"""Judge generated images: turn the scores of the images and of the controls into a verdict.
 
 If the dataset's training images show the categories of the trials, the score of a trial is 1 if the classifier finds
-the right category in the generated image. If the categories are new, the classifier cannot know them. The score of a
+the right category in the generated image. If a category is new, the classifier cannot know the category. The score of a
 trial is then the share of other seen images that are less similar to the generated image than the seen image.
 
 Array shapes: B trials, M images, D features.
@@ -49,10 +49,10 @@ def pixel_features(images_BHW3: ImageSource) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """How images are scored."""
+    """The classifier and the features with which images are scored."""
 
     classify: Classify
-    """Function that finds the category of images."""
+    """Function that finds the category of each image."""
     features: Features
     """Function that computes features of images; similar images have correlated features."""
     features_name: str
@@ -69,7 +69,7 @@ class Scores:
     score: Callable[[GeneratedSet], NDArray[np.float64]]
     """Function that scores the trials of a folder."""
     predicted: Callable[[Prediction], NDArray[np.float64]]
-    """Function that scores the prediction of a control without generator."""
+    """Function that scores the predictions of a predictor, which needs no generator."""
     nearest: Callable[[NDArray[np.int64]], NDArray[np.float64]]
     """Function that scores rows of training images, shown in place of the generated images."""
     judge_n: NDArray[np.float64]
@@ -82,7 +82,7 @@ def _score_category(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scor
     shares = np.bincount(labels_B) / len(labels_B)
     return Scores(
         measure="the classifier finds the right category in the generated image",
-        # A model that always shows the commonest category is right in this share of the trials.
+        # Chance is the share of the trials in which a model that always shows the commonest category is right.
         chance=float(shares.max()) if len(shares[shares > 0]) > 1 else 1.0 / max(2, len(own.about["labels"])),
         score=lambda given: (judges.classify(given.images_BHW3) == given.labels_B).astype(float),
         predicted=lambda found: (found.labels_B == labels_B).astype(float),
@@ -104,7 +104,7 @@ def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -
         names = [trial["image_id"] for trial in given.trials]
         number_of = {trial["key"]: number for number, trial in enumerate(own.trials)}
         rows = [number_of[trial["key"]] for trial in given.trials]
-        # The images of the control are compared with all seen images of the split, as the generated images are.
+        # Compare the images of the control with the seen images of all evaluated trials, like the generated images.
         padded_BD = np.zeros_like(real_BD)
         padded_BD[rows] = judges.features(given.images_BHW3)
         assert [ids[row] for row in rows] == names
@@ -133,7 +133,7 @@ def _read_features(
 
 
 def find_nearest(images_BD: NDArray[np.float64], train_MD: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the row of the training image whose features have the largest correlation, for each image."""
+    """Return, for each image, the row of the training image with the most strongly correlated features."""
     a, b = (
         (x - x.mean(axis=1, keepdims=True)) / np.maximum(x.std(axis=1, keepdims=True), 1e-12)
         for x in (images_BD, train_MD)
@@ -162,7 +162,7 @@ def judge_images(
     controls : mapping
         Control images by name, from `finetune.evaluation.controls.read_controls`.
     judges : Judge
-        How images are scored.
+        Classifier and features with which images are scored.
     train, data : EEGDataset
         Train split, and the split of the trials.
     trials : list of Trial
@@ -234,7 +234,9 @@ def _read_scores(
 ) -> Control | NotApplicable:
     """Score the images of a control. Trials for which the control has no image are left out."""
     if given is None:
-        return NotApplicable(reason=f"it was not generated ({CONTROLS[name]}: dreamscale generate --control {name})")
+        return NotApplicable(
+            reason=f"the control was not generated ({CONTROLS[name]}: dreamscale generate --control {name})"
+        )
     if isinstance(given, NotApplicable):
         return given
     hits_B = np.zeros(len(own.trials))

@@ -19,9 +19,9 @@ from finetune.evaluation.per_trial import ACCURACY
 from finetune.evaluation.pixel_metrics import PAIRED_METRICS, Floats, ImageRows, ImageSource, average_pairs
 
 SAME_IMAGE = "not computed: all trials show the same image"
-SAME_SET = "not computed: compares images with themselves"
+SAME_SET = "not computed: the metric would compare images with themselves"
 RANDOM_PAIRS = 10_000
-"""Number of random pairs above which each trial is compared with only one other trial."""
+"""Largest number of random pairs, unless one other trial for each trial already gives more pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,8 @@ class Measured:
 
     metrics: dict[str, Any]
     """Maps the name of each metric to a number, to a dictionary of numbers, or to a text that says why the metric was
-    not computed. The names of metrics that use a network end with the name of the network in brackets. Other keys are
-    ``confusion`` (the confusion matrix) and ``frechet_note``."""
+    not computed. If a metric uses a network, its name contains the name of the network in brackets, except FID, KID,
+    Inception Score and LPIPS. Other keys are ``confusion`` (the confusion matrix) and ``frechet_note``."""
     predicted_B: NDArray[np.int64]
     """Category that the dataset's classifier gives to each image."""
     trials: dict[str, NDArray[np.float64]] = field(default_factory=dict)
@@ -86,7 +86,7 @@ def measure(images_BHW3: ImageSource, real: RealImages, judges: Judges, options:
     real : RealImages
         The images that the person saw in the same trials.
     judges : Judges
-        Networks that compute features and class probabilities. The first is the dataset's own classifier.
+        Networks that compute features and class probabilities. The first network is the dataset's own classifier.
     options : MeasureOptions
         Settings of the metrics.
 
@@ -126,7 +126,7 @@ def measure(images_BHW3: ImageSource, real: RealImages, judges: Judges, options:
 
 
 def measure_real(real: RealImages, judges: Judges, options: MeasureOptions) -> dict[str, Any]:
-    """Compute every metric that says something about the real images, as a limit for generated images.
+    """Compute every metric that is defined for the real images, as a limit for generated images.
 
     A metric that compares two sets of images compares one half of the different real images with the other half. A
     metric that compares a generated image with the real image of its trial has no value for real images.
@@ -160,7 +160,7 @@ def _choose_other_trials(image_ids: list[str], rng: np.random.Generator) -> NDAr
     ids = np.asarray(image_ids)
     order = np.argsort(ids, kind="stable")
     first, last = (np.searchsorted(ids[order], ids, side=side) for side in ("left", "right"))
-    # The trials of the own image are neighbours in `order`, so a random number can skip them.
+    # The trials that show the same image are neighbours in `order`, so a random number can skip these trials.
     chosen = rng.integers(0, len(ids) - (last - first))
     return order[chosen + np.where(chosen >= first, last - first, 0)]
 

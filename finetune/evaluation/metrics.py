@@ -69,7 +69,7 @@ class RunningGaussian:
         self._scatter_DD: NDArray[np.float64] = np.zeros((0, 0))
 
     def add(self, block_BD: Floats) -> None:
-        """Add rows of features [B, D], in any number."""
+        """Add any number of rows of features [B, D]."""
         block = np.asarray(block_BD, np.float64)
         if not len(block):
             return
@@ -87,7 +87,7 @@ class RunningGaussian:
 
     @property
     def covariance_DD(self) -> NDArray[np.float64]:
-        """Unbiased covariance of the rows so far, of which there must be two or more."""
+        """Unbiased covariance of all rows so far; at least two rows must have been added."""
         return self._scatter_DD / (self.count - 1)
 
 
@@ -508,6 +508,7 @@ METRICS: dict[str, Callable[[JudgedImages], float | str]] = {
 }
 """Maps the name of a metric of a whole set of images to the function that computes the metric.
 
-Each function of the table returns a number, or a text that says why a metric was not computed. `evaluate.measure` calls
-every function of `METRICS` for each network, and adds the name of the network in brackets to the name of the metric.
+Each function of the table returns a number, or a text that says why a metric was not computed.
+`networks.judges.measure_sets` calls every function of `METRICS` for each network. `networks.judges.name_metrics` adds
+the name of the network in brackets to the name of the metric.
 """

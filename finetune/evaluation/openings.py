@@ -1,8 +1,8 @@
-"""Record each use of a test split in a log, so that a reader of a result knows how often the test data were looked at.
+"""Record each use of a test split in a log, so that a reader of a result knows how often the test data were used.
 
 If many models are tested on the same data, and only the best result is published, the result is too good. The log
-``openings.jsonl`` stands in the folder of the dataset. If the dataset cannot be written, the log stands in the folder
-of the result.
+``openings.jsonl`` is in the folder of the dataset. If the dataset cannot be written, the log is in a folder that the
+command chooses: in the folder of the result, or beside this folder.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def record_opening(
     folders = [Path(fallback)] if is_remote(str(dataset)) else [Path(dataset), Path(fallback)]
     for folder in folders:
         try:
-            # One short write in append mode, so that the lines of two commands do not mix.
+            # Write the line with one call in append mode, so that the lines of two commands do not mix.
             descriptor = os.open(folder / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             try:
                 os.write(descriptor, f"{line}\n".encode())
@@ -117,7 +117,10 @@ def record_opening(
         found = count_openings(folder / NAME, split)
         assert found is not None
         return found
-    raise RequestError(f"{folders[-1] / NAME}: cannot record that the {split} split is opened ({failed.strerror})")
+    raise RequestError(
+        f"{folders[-1] / NAME}: cannot record that the {split} split is opened ({failed.strerror}); make the folder "
+        "writable"
+    )
 
 
 def count_openings(log: Path, split: str) -> Openings | None:

@@ -181,7 +181,7 @@ def compare_models(
     models : mapping of str to TrialValues
         Values of each model.
     base : str
-        Name of the model with which the others are compared.
+        Name of the model with which all other models are compared.
     resamples : int
         Number of bootstrap resamples.
     seed : int

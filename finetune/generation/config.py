@@ -24,7 +24,7 @@ class GenerateConfig:
     output: str
     """Output directory for images/, real/ and generated.json. An earlier result in this directory is replaced when the
     new result is complete. Until then, finished images are in the folder OUTPUT.partial. After a stop, the same command
-    keeps these images and generates the rest."""
+    keeps the finished images and generates the other images."""
     split: str = "test"
     """Name of the split from which the trials are taken."""
     control: Control = "none"
@@ -54,7 +54,7 @@ class GenerateConfig:
     seed: int = 0
     """Seed for the noise, for shuffling the trials' EEG, and for choosing training images."""
     num_processes: int = 1
-    """Number of processes among which the batches are divided. The number does not change the images."""
+    """Number of processes among which the batches are divided. The number of processes does not change the images."""
     device: str = "auto"
     """Device of the computation: auto, cpu or cuda."""
 

@@ -1,4 +1,4 @@
-"""Choose from whose EEG the image of each trial is generated: own EEG, EEG of other trials, or noise.
+"""Choose the EEG from which the image of each trial is generated: EEG of other trials, or noise.
 
 Array shapes: C channels, T samples; n presentations of the split.
 """
@@ -107,7 +107,7 @@ def randomise_phases(eeg_CT: np.ndarray, seed: int) -> np.ndarray:
     samples = eeg_CT.shape[-1]
     spectrum_CF = np.fft.rfft(eeg_CT.astype(np.float64), axis=-1)
     angle_F = np.random.default_rng(seed).uniform(0, 2 * np.pi, spectrum_CF.shape[-1])
-    # The mean must stay the same, and the value at the Nyquist frequency must stay real.
+    # Angle 0 keeps the mean, and angle 0 or pi keeps the value at the Nyquist frequency real.
     angle_F[0] = 0.0
     if samples % 2 == 0:
         angle_F[-1] = np.pi * (angle_F[-1] > np.pi)

@@ -80,9 +80,9 @@ def generate_images(
                 _store_batch(make(batch), dataset, batch, folder, texts, finished)
                 advance(len(batch))
         except RequestError as error:
-            # An error of another process than rank 0 may occur in this process only, so this process must print it.
+            # The error may occur only in this process, so a process other than rank 0 must print the error itself.
             raise error if world.first else RankError(str(error)) from None
-        # No process leaves before the others, because the last process completes the result.
+        # Wait until every process has stored its images, because rank 0 completes the result after this function.
         if world.any(stopped):
             raise StopRequested(
                 f"the finished images are kept in {folder.path}; run the same command again for the other images"

@@ -100,7 +100,7 @@ class PartialFolder:
         return {path.name for path in self.path.iterdir() if not path.name.startswith(".")}
 
     def _find_differences(self) -> list[str]:
-        """Return the names of the settings in which the unfinished images differ."""
+        """Return the names of the settings that differ between the unfinished images and this result."""
         file = self.path / _STATE
         old = check_group(read_json(file), str(file))
         settings = check_group(old.get("settings"), str(file), "settings")

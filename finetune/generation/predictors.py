@@ -1,7 +1,7 @@
 """Predictors that choose a training picture for each trial without a generator.
 
 The predictors ``time``, ``baseline`` and ``eyes`` see no brain response to the picture, so their score is evidence of a
-confound. The predictor ``nearest`` sees the response, but cannot draw.
+confound. The predictor ``nearest`` sees the response, but can only show training pictures.
 
 Array shapes: n presentations, m test presentations, C channels, T samples, F features, B trials, M training images.
 """
@@ -77,7 +77,8 @@ def predict(
     seed : int
         Seed for the choice among the training pictures of the predicted category.
     average_repeats : int
-        Number of presentations of an image that ``nearest`` averages to one training trial; 0 averages all.
+        Number of presentations of an image that ``nearest`` averages to one training trial; 0 averages all
+        presentations.
 
     Returns
     -------

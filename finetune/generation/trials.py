@@ -47,7 +47,7 @@ class Trial:
 
 
 def list_trials(dataset: EEGDataset, groups: list[list[int]], sources: list[list[int]]) -> list[Trial]:
-    """Read the keys and the metadata of trials, and check them.
+    """Read and check the keys and the metadata of trials.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def trial_seed(seed: int, key: str) -> int:
 
 
 def derange(n: int, seed: int) -> np.ndarray:
-    """Draw a random permutation that moves every number; all such permutations are equally likely.
+    """Draw a random permutation that moves every number; all permutations that do so are equally likely.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def derange(n: int, seed: int) -> np.ndarray:
     """
     assert n > 1
     rng = np.random.default_rng([seed, n])
-    # About one permutation in three moves every number, so this loop ends after a few rounds.
+    # About one permutation in three moves every number, so the loop ends after a few rounds.
     while True:
         order = rng.permutation(n)
         if (order != np.arange(n)).all():

@@ -29,13 +29,13 @@ from pretrain.evidence.ridge import STRENGTHS, ridge_scores
 
 Floats = NDArray[np.float32]
 RIDGE = "ridge"
-"""Word that stands for the ridge regression in place of the path of an alignment run."""
+"""Value of the key `model` for the ridge regression, in place of the path of an alignment run."""
 Fit = Literal["pooled", "each"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentRun:
-    """An alignment run: its encoder, its head, and the names of what it was trained on."""
+    """An alignment run: the encoder, the head, and the names of the CLIP model and the dataset of the training."""
 
     encoder: EEGEncoder
     head: ClipHead
@@ -94,7 +94,8 @@ def _unit(x: NDArray[Any]) -> NDArray[Any]:
 class RidgeMap:
     """Ridge regression from time courses to embeddings, fitted on the train split.
 
-    With `fit` "each", every person has a regression of their own, which shows how much a model of all people loses.
+    With `fit` "each", every person has a separate regression. The difference to "pooled" shows how much a regression
+    for all people loses.
     """
 
     bins: int
@@ -119,7 +120,7 @@ class RidgeMap:
         train : EEGDataset
             Trials of the train split.
         target_MP : ndarray, shape (M, P)
-            Embeddings of the images of the train split, in the order of its `ImageTable`.
+            Embeddings of the images of the train split, in the order of ``ImageTable(train)``.
         test : EEGDataset
             Trials of the split whose images are searched.
         groups : sequence of sequence of int
@@ -130,7 +131,8 @@ class RidgeMap:
         embeds_BP : ndarray, shape (B, P)
             Embeddings of the groups.
         penalties : dict
-            Chosen penalty of each regression, by the name of the person; "" for the regression of all people.
+            Maps the name of each person to the penalty of the person's regression. The name of the regression for all
+            people is an empty text.
 
         Raises
         ------
@@ -149,7 +151,7 @@ class RidgeMap:
             own = owner_B == person
             if not own.any():
                 raise RequestError(
-                    f"{test.path}: {person} is not in the train split, so no regression of their own can be fitted; "
+                    f"{test.path}: {person} is not in the train split, so no regression can be fitted for this person; "
                     f"set fit: pooled"
                 )
             mean_F, std_F = x_BF[own].mean(axis=0), x_BF[own].std(axis=0)
@@ -171,7 +173,7 @@ class RidgeMap:
 
 
 def _people(data: EEGDataset, fit: Fit) -> NDArray[np.str_]:
-    """Return the name of the person of each trial, or an empty name for all trials if one regression is for all."""
+    """Return the name of the person of each trial, or empty names if all people share one regression."""
     if fit == "pooled":
         return np.full(len(data), "", dtype=np.str_)
     names = np.array([str(name or "") for name in data.trials.values("subject")])

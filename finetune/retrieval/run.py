@@ -58,19 +58,19 @@ class RetrieveConfig:
     target: str = ""
     """Frozen image model: a directory, or a hub id. Empty: the CLIP model of the alignment run."""
     layer: int | None = None
-    """Hidden layer of the image model, whose class token is the embedding of an image; 0 is the input of the first
-    layer, and -1 is the output of the last layer. Empty: the final embedding. Only for ridge."""
+    """Hidden layer of the image model. The class token of this layer is the embedding of an image; 0 is the input of
+    the first layer, and -1 is the output of the last layer. Empty: the final embedding. Only for ridge."""
     fit: Fit = "pooled"
     """Only for ridge. pooled: one regression for all people. each: one regression for each person of the split, who
     must be in the train split too (decoding within people)."""
     bins: int = 25
     """Only for ridge: number of time bins of each channel."""
     average_repeats: list[int] = field(default_factory=lambda: [1, 0])
-    """Numbers of presentations of one image to one person that are averaged to a trial. The retrieval is measured for
-    each number. 1: single trials. 0: all presentations, as papers do with test images."""
+    """Numbers of presentations of an image to a person that are averaged to one trial. The retrieval is measured once
+    for each number in this list. 1: single trials. 0: all presentations, as papers do with test images."""
     n_way: list[int] = field(default_factory=lambda: [200])
-    """Numbers of images among which the own image is searched, in addition to all images of the split. Numbers that are
-    not below the number of images are left out, and a message says so."""
+    """Numbers of images among which the image of the trial is searched, in addition to all images of the split. Numbers
+    that are not below the number of images of the split are left out."""
     resamples: int = 2000
     """Number of bootstrap resamples for the confidence intervals, and of permutations."""
     design_evidence: str = ""
@@ -142,7 +142,7 @@ def measure_trials(
 
 
 def chance_of(name: str, images: int) -> float:
-    """Return the value of a score for EEG embeddings that know nothing."""
+    """Return the expected value of a score for EEG embeddings without any information about the images."""
     if name in ("rank", "identification"):
         return (images + 1) / 2 if name == "rank" else 0.5
     k, _, n = name.removeprefix("top").partition("[")
@@ -229,7 +229,7 @@ def measure(question: Question, config: RetrieveConfig) -> tuple[dict[str, Any],
     scores = measure_trials(gallery, embeds_BP, rows_B, n_way)
     own = dict(scores)
     controls: dict[str, Control | NotApplicable] = {
-        "noise": NotApplicable(reason="retrieval without a generator uses the other controls"),
+        "noise": NotApplicable(reason="the retrieval does not embed noise in place of the EEG"),
         "no_eeg": NotApplicable(reason="without EEG there is no embedding to search with"),
         "nearest": NotApplicable(reason="no image is generated"),
         **question.predictors(question.score_prediction),
@@ -310,7 +310,7 @@ def retrieve(config: RetrieveConfig) -> int:
     part: dict[str, Any] = dict(run.part) if run is not None else {"tmin": None, "tmax": None}
     train, data = (open_paired(config.dataset, split, **part) for split in ("train", config.split))
     if run is not None and run.dataset_id != data.manifest.dataset_id:
-        print(f"{config.model}: was trained on another version of the dataset, or on another dataset")
+        print(f"{config.model}: this run was trained on another version of the dataset, or on another dataset")
     output.mkdir(parents=True, exist_ok=True)
     digest = "" if run is None else digest_folder(Path(config.model) / "encoder", Path(config.model) / "align")
     openings = record_opening(

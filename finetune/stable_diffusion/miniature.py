@@ -207,7 +207,7 @@ def _warp(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
 def _train_clip(
     x_M3HW: Tensor, captions: Sequence[str], tokenizer: CLIPTokenizer, config: MiniatureConfig, world: World
 ) -> CLIPModel:
-    """Train a small CLIP from scratch. An image and a caption equal to its own caption are never a negative pair.
+    """Train a small CLIP from scratch. A caption is never a negative example for an image with the same caption.
 
     Every process computes the same loss over the whole batch, from the embeddings that it gathers with gradients.
     """
@@ -394,7 +394,7 @@ def make_miniature(
     config : MiniatureConfig
         Seed, numbers of steps, and image size.
     world : World, optional
-        The processes that train together; all of them must call this function. By default, this process trains alone.
+        The processes that train together; every process must call this function. By default, this process trains alone.
 
     Returns
     -------
@@ -481,11 +481,12 @@ def make(config: MiniatureConfig) -> int:
             accelerator.print(f"{config.output}: these miniature models exist already; nothing to do")
             return EXIT_DONE
         raise RequestError(
-            f"{config.output}: holds miniature models of another config or version; choose another output or delete it"
+            f"{config.output}: holds miniature models of another config or version; choose another output, or delete "
+            "this folder"
         )
     if Path(config.output).exists():
         raise RequestError(f"{config.output}: exists and does not hold miniature models; choose another output")
-    # Processes do not begin to train, and so to write, before all of them have looked at the output.
+    # Wait until every process has checked the output folder, because the first process writes into this folder later.
     accelerator.wait_for_everyone()
     pixels_MHW3 = table.pixels(size=config.size)
     make_miniature(pixels_MHW3, table.captions, config.output, config, get_world(accelerator))

@@ -34,7 +34,7 @@ _GROUPS = (
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with the padding ``SAME`` of TensorFlow: an odd row or column of zeros is added at the end."""
+    """Convolution with the padding ``SAME`` of TensorFlow, which adds an odd row or column of zeros at the end."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Pad, and compute the convolution."""

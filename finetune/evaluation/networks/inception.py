@@ -47,7 +47,7 @@ class BasicConv2d(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Block of Inception: several chains of convolutions and one pooling read the input, and are concatenated.
+    """Block of Inception: concatenated outputs of several chains of convolutions and of one pooling of the same input.
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ def _mixed_e(inputs: int, pool: str) -> Mixed:
 
 
 class InceptionV3(nn.Module):
-    """Inception-V3 of the FID.
+    """Inception-V3 in the variant with which the FID is defined.
 
     References
     ----------
@@ -186,7 +186,8 @@ class InceptionV3(nn.Module):
 def resize_as_tensorflow(x_BCHW: Tensor, side: int) -> Tensor:
     """Resize images to a square by the bilinear interpolation of TensorFlow 1, without antialiasing.
 
-    The first row and the first column of the input and of the output lie on each other. `torch` has no such mode.
+    Row i of the output is read at row i x (input rows) / (output rows) of the input, and columns likewise. No mode of
+    `torch.nn.functional.interpolate` uses these places.
     """
     for dimension in (2, 3):
         length = x_BCHW.shape[dimension]
@@ -205,7 +206,7 @@ def prepare_images(images_BHW3: Images) -> Tensor:
 
 
 def load_inception(path: str | Path) -> FrozenNetwork:
-    """Load Inception-V3 of the FID.
+    """Load Inception-V3 in the variant with which the FID is defined.
 
     Parameters
     ----------

