@@ -84,7 +84,7 @@ def open_xdf(path: Path) -> Signal:
         raise NotContinuous(Reason("no stream of type EEG", f"only {', '.join(kinds)}"))
     if len(eeg) > 1:
         names = ", ".join(str(s.get("name") or s["stream_id"]) for s in eeg)
-        text = f"{len(eeg)} streams of type EEG ({names}), and the reader cannot choose one; export one of them"
+        text = f"{len(eeg)} streams of type EEG ({names}), and the reader cannot choose a stream; export one EEG stream"
         raise ReadError(Reason("several streams of type EEG", text=text))
     own = eeg[0]["stream_id"]
     markers = [s["stream_id"] for s in streams if _has_events(s)]
@@ -147,14 +147,14 @@ def _has_events(stream: Any) -> bool:
 
 
 def _event_text(value: Any) -> str:
-    """Return the text of an event, or its code as text; an empty text for NaN."""
+    """Return the text of an event, or the code of the event as text; an empty text for NaN."""
     if isinstance(value, str | np.integer):
         return str(value).strip()
     return f"{value:.15g}" if np.isfinite(value) else ""
 
 
 def _offsets(stream: Any) -> tuple[Sequence[float], Sequence[float]]:
-    """Return times and values of the measured differences between a stream's clock and that of the computer."""
+    """Return times and values of the measured differences between the clocks of a stream and of the computer."""
     return stream.get("clock_times", ()), stream.get("clock_values", ())
 
 
@@ -178,7 +178,8 @@ def read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Seq
     clock : Clock
         Clock of the EEG stream.
     offsets : pair of sequences of float
-        Times and values of the measured differences between the clock of the EEG stream and that of the computer.
+        Times and values of the measured differences between the clock of the EEG stream and the clock of the recording
+        computer.
 
     Returns
     -------

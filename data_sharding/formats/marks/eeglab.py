@@ -12,10 +12,10 @@ from data_sharding.formats.marks.interruptions import Annotation, Effect, find_r
 
 CHANNEL_FIELDS = ("channel", "chanindex")
 """Fields of an event that name its channels. The import of BrainVision and BIDS into EEGLAB writes the field `channel`,
-and the import through BioSig writes `chanindex`. A field contains numbers of channels, counted from 1, or names of
+and the import through BioSig writes `chanindex`. Both fields contain numbers of channels, counted from 1, or names of
 channels."""
 NO_CHANNEL = ("", "n/a", "all", "none")
-"""Texts with which an event belongs to all channels."""
+"""Texts in the fields `CHANNEL_FIELDS` that mean all channels, in lower case."""
 
 
 def list_entries(value: Any) -> list[dict[str, Any]]:
@@ -87,7 +87,8 @@ def read_channel_events(content: Any) -> tuple[list[Annotation] | None, list[str
     annotations : list of Annotation or None
         All events with a latency. None if no event names a channel, or if the file names no channels.
     notes : list of str
-        A note for the ledger if the channels of bad marks cannot be used. Then the marks belong to all channels.
+        A note for the ledger if the channels of bad marks cannot be used. Bad marks without usable channels belong to
+        all channels.
     """
     events, channels = list_entries(content.event), list_entries(content.chanlocs)
     if not any(field in event for event in events[:1] for field in CHANNEL_FIELDS) or not channels:
@@ -114,7 +115,7 @@ def read_channel_events(content: Any) -> tuple[list[Annotation] | None, list[str
 
 
 def _map_numbers(channels: list[dict[str, Any]], info: Any) -> dict[int, str | None]:
-    """Return the name of the channel for each channel number, and None for an ambiguous number.
+    """Return the name of the channel for each channel number, and None for a number that can mean two channels.
 
     The number of a channel changes if channels before it are removed. EEGLAB keeps the first number in the field
     `urchan`, and the removed channels in `chaninfo.removedchans`.
