@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 from data_sharding.common.files import read_json
-from finetune.evaluation.generated import GeneratedSet, check_control, read_generated, read_not_applicable
+from data_sharding.common.untrusted import check_group, check_text
+from finetune.evaluation.generated import (
+    GeneratedSet,
+    check_control,
+    check_settings,
+    read_generated,
+    read_not_applicable,
+)
+from finetune.generation.config import Control
 from pretrain.evidence.rules import CONTROLS, NotApplicable
 
 ENDINGS = ("shuffled", "class", *CONTROLS)
@@ -56,7 +65,7 @@ def read_controls(own: GeneratedSet, folders: Sequence[str | Path]) -> dict[str,
     found: dict[str, GeneratedSet | NotApplicable] = {}
     for folder in folders:
         if reason := read_not_applicable(folder):
-            name, read = str(read_json(Path(folder) / "generated.json").get("control")), NotApplicable(reason=reason)
+            name, read = _read_name(own, Path(folder)), NotApplicable(reason=reason)
         else:
             read = read_generated(folder)
             check_control(own, read)
@@ -65,3 +74,14 @@ def read_controls(own: GeneratedSet, folders: Sequence[str | Path]) -> dict[str,
             raise RequestError(f"{folder}: is a second folder with the control '{name}'; give each control once")
         found[name] = read
     return found
+
+
+def _read_name(own: GeneratedSet, folder: Path) -> str:
+    """Return the name of a control without images, after a check that the control was made for the generated images."""
+    record = folder / "generated.json"
+    about = check_group(read_json(record), str(record))
+    name = check_text(about.get("control"), str(record), "control")
+    if name == "none" or name not in get_args(Control):
+        raise RequestError(f"{record}: '{show(name)}' is not the name of a control; generate the control again")
+    check_settings(own, about, folder)
+    return name

@@ -27,7 +27,7 @@ from finetune.evaluation.pixel_metrics import ImageSource
 from finetune.images import decode_image
 
 Images = NDArray[np.uint8]
-IN_MEMORY = 2**28
+IN_MEMORY = 2**26
 """Largest size in bytes of the pixels of a set of images that is kept in memory. The images of a larger set are decoded
 whenever they are read."""
 
@@ -151,16 +151,17 @@ def read_generated(path: str | Path) -> GeneratedSet:
         raise RequestError(f"{record}: an entry that 'dreamscale generate' writes is missing; {again}")
     for name in ("dataset", "dataset_id", "split"):
         check_text(about[name], str(record), name)
+    for name in ("kind", "model_digest"):
+        if about.get(name) is not None:
+            check_text(about[name], str(record), name)
+    if about.get("average_repeats") is not None:
+        check_count(about["average_repeats"], str(record), "average_repeats", most=2**31)
+    check_text(about["control"], str(record), "control")
     for label in about["labels"]:
         check_text(label, str(record), "a label")
     for trial in about["trials"]:
-        check_group(trial, str(record), "a trial")
-        check_count(trial.get("repeats", 1), str(record), "repeats of a trial", least=1, most=2**31)
-        for name in ("key", "image_id", "subject"):
-            check_text(trial.get(name), str(record), f"{name} of a trial")
-        keys = check_list(trial.get("eeg_keys") or [], str(record), "eeg_keys of a trial")
-        for key in (trial.get("eeg_key") or "", *keys):
-            check_text(key, str(record), "eeg_key of a trial")
+        _check_trial(trial, str(record))
+    _check_trials_together(about["trials"], record)
     found: dict[str, ImageSource] = {}
     for name in ("file", "real_file"):
         images, files, shapes = [], [], set()
@@ -184,6 +185,31 @@ def read_generated(path: str | Path) -> GeneratedSet:
     if found["file"].shape != found["real_file"].shape:
         raise RequestError(f"{path}: generated and real images have different sizes; {again}")
     return GeneratedSet(path=path, about=about, images_BHW3=found["file"], real_BHW3=found["real_file"])
+
+
+def _check_trial(trial: Any, record: str) -> None:
+    check_group(trial, record, "a trial")
+    check_count(trial.get("repeats", 1), record, "repeats of a trial", least=1, most=2**31)
+    for name in ("key", "image_id", "subject"):
+        check_text(trial.get(name), record, f"{name} of a trial")
+    keys = check_list(trial.get("eeg_keys") or [], record, "eeg_keys of a trial")
+    for key in (trial.get("eeg_key") or "", *keys):
+        check_text(key, record, "eeg_key of a trial")
+
+
+def _check_trials_together(trials: list[dict[str, Any]], record: Path) -> None:
+    """Check that no trial occurs twice, and that all trials of an image have the same label."""
+    keys: set[str] = set()
+    label_of: dict[str, Any] = {}
+    for trial in trials:
+        if trial["key"] in keys:
+            raise RequestError(f"{record}: trial {show(trial['key'])} occurs twice; generate the images again")
+        keys.add(trial["key"])
+        if label_of.setdefault(trial["image_id"], trial.get("label")) != trial.get("label"):
+            raise RequestError(
+                f"{record}: image {show(trial['image_id'])} has two labels; give each label its own image_id in the "
+                "dataset, and generate the images again"
+            )
 
 
 def _find_reason(about: Any) -> str:
@@ -215,7 +241,7 @@ def read_not_applicable(path: str | Path) -> str:
 
 SAME = (
     *("model_digest", "kind", "dataset_id", "dataset_version", "split", "seed", "sampler", "steps", "guidance_scale"),
-    *("average_repeats", "eeg"),
+    *("average_repeats", "eeg", "labels"),
 )
 """Entries of generated.json that must be equal in a folder of images and in a folder of control images."""
 
@@ -244,21 +270,48 @@ def check_control(own: GeneratedSet, control: GeneratedSet) -> None:
         )
     if own.about["control"] != "none":
         raise RequestError(f"{own.path}: this folder holds control images; give this folder in the key 'controls'")
-    for given in (own, control):
-        if not given.about.get("model_digest"):
-            raise RequestError(f"{given.path}: generated.json has no model_digest; generate the images again")
-    for key in SAME:
-        if control.about.get(key) != own.about.get(key):
-            raise RequestError(
-                f"{control.path}: {key} is {control.about.get(key)!r}, but {own.about.get(key)!r} in {own.path}; "
-                "generate both folders with the same settings"
-            )
+    check_settings(own, control.about, control.path)
     keys, own_keys = [trial["key"] for trial in control.trials], [trial["key"] for trial in own.trials]
     # The controls no_eeg and class may have images for only a part of the trials, because trials without a control
     # image are left out of the comparison.
     if keys != own_keys and not (name in ("no_eeg", "class") and set(keys) <= set(own_keys)):
         raise RequestError(f"{control.path}: holds other trials than {own.path}; generate both for the same trials")
+    trial_of = {trial["key"]: trial for trial in own.trials}
+    for trial in control.trials:
+        if differ := [n for n in ("image_id", "label", "subject") if trial[n] != trial_of[trial["key"]][n]]:
+            raise RequestError(
+                f"{control.path}: trial {show(trial['key'])} has another {differ[0]} than in {own.path}; generate both "
+                "folders again"
+            )
     _check_eeg(own, control)
+
+
+def check_settings(own: GeneratedSet, about: dict[str, Any], path: Path) -> None:
+    """Check that a control was made with the same model, data and settings as the generated images.
+
+    Parameters
+    ----------
+    own : GeneratedSet
+        The generated images.
+    about : dict
+        Content of the control's generated.json.
+    path : Path
+        Folder of the control.
+
+    Raises
+    ------
+    RequestError
+        If an entry of `SAME` differs, or if a folder has no checksum of its model.
+    """
+    for folder, values in ((own.path, own.about), (path, about)):
+        if not values.get("model_digest"):
+            raise RequestError(f"{folder}: generated.json has no model_digest; generate the images again")
+    for key in SAME:
+        if about.get(key) != own.about.get(key):
+            raise RequestError(
+                f"{path}: {key} is {show(repr(about.get(key)))}, but {show(repr(own.about.get(key)))} in {own.path}; "
+                "generate both folders with the same settings"
+            )
 
 
 def _list_eeg_keys(trial: dict[str, Any]) -> set[str]:
@@ -268,7 +321,9 @@ def _list_eeg_keys(trial: dict[str, Any]) -> set[str]:
 def _check_eeg(own: GeneratedSet, control: GeneratedSet) -> None:
     """Check that the control images were made from the EEG that the control's name promises."""
     name = control.about["control"]
-    for mine, other in zip(own.trials, control.trials, strict=True):
+    trial_of = {trial["key"]: trial for trial in own.trials}
+    for other in control.trials:
+        mine = trial_of[other["key"]]
         used, expected = _list_eeg_keys(other), _list_eeg_keys(mine)
         if mine["key"] not in expected:
             raise RequestError(
