@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from data_sharding.common.config import command, to_dict
 from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.files import atomic_directory, write_json
+from data_sharding.common.storage import as_path
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.diffusion import Sampling
 from finetune.eeg import choose_evenly, group_repeats, read_means
@@ -118,9 +119,10 @@ def _show_pictures(table: ImageTable, trials: list[Trial], rows_B: NDArray[np.in
 
 def _describe(config: GenerateConfig, generator: Generator, dataset: EEGDataset, sampling: Sampling) -> dict[str, Any]:
     """Return the entries of generated.json, except for the trials and the digest of the model."""
+    place = as_path(config.dataset)
     return {
         "model": config.model,
-        "dataset": str(Path(config.dataset).resolve()),
+        "dataset": str(place.resolve() if isinstance(place, Path) else place),
         "labels": dataset.labels,
         "kind": generator.kind,
         "dataset_id": dataset.manifest.dataset_id,

@@ -17,13 +17,15 @@ from typing import Any
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of
-from data_sharding.common.storage import is_remote
+from data_sharding.common.storage import AnyPath, as_path
 from data_sharding.common.untrusted import check_group, check_text, parse_json, read_limited
 
 NAME = "openings.jsonl"
 """Name of the log. Each line is the JSON object of one opening."""
 GUARDED = ("test",)
 """Splits whose openings are recorded."""
+FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+"""How the log is opened. A symbolic link is not followed, and a named pipe is not waited for."""
 _KEYS = ("time", "command", "split", "dataset_id", "model_digest", "config_digest")
 
 
@@ -46,7 +48,7 @@ class Openings:
 
 
 def record_opening(
-    dataset: str | Path,
+    dataset: str | AnyPath,
     split: str,
     *,
     command: str,
@@ -59,7 +61,7 @@ def record_opening(
 
     Parameters
     ----------
-    dataset : str or Path
+    dataset : str, Path or UPath
         Folder of the dataset.
     split : str
         Name of the split. Only the splits in `GUARDED` are recorded.
@@ -102,11 +104,12 @@ def record_opening(
             )
         )
     )
-    folders = [Path(fallback)] if is_remote(str(dataset)) else [Path(dataset), Path(fallback)]
+    place = as_path(dataset)
+    folders = [place, Path(fallback)] if isinstance(place, Path) else [Path(fallback)]
     for folder in folders:
         try:
             # Write the line with one call in append mode, so that the lines of two commands do not mix.
-            descriptor = os.open(folder / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            descriptor = os.open(folder / NAME, FLAGS, 0o644)
             try:
                 os.write(descriptor, f"{line}\n".encode())
             finally:

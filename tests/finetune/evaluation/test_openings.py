@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,14 @@ def test_a_link_or_a_damaged_log_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="time of line 1"):
         count_openings(out / NAME, "test")
     assert count_openings(tmp_path / "nothing", "test") is None
+
+
+def test_a_named_pipe_is_not_waited_for_and_urls_of_files_are_understood(tmp_path: Path) -> None:
+    dataset, out = tmp_path / "dataset", tmp_path / "out"
+    dataset.mkdir(), out.mkdir()
+    assert record_opening(
+        f"file://{dataset}", "test", command="x", dataset_id="", model_digest="", config={}, fallback=out
+    ) == count_openings(dataset / NAME, "test")
+    (dataset / NAME).unlink()
+    os.mkfifo(dataset / NAME)
+    assert _record(dataset, out).log == str(out / NAME)
