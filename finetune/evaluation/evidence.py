@@ -91,7 +91,16 @@ class Setting:
         judge_n: NDArray[np.float64] | NotApplicable,
         judge_chance: float | None = None,
     ) -> Evidence:
-        """Combine scores and controls into the evidence for `pretrain.evidence.rules.judge`."""
+        """Combine scores and controls into the evidence for `pretrain.evidence.rules.judge`.
+
+        `identification_n` is NaN for the trials whose category has only one seen image.
+        """
+        single_n = None
+        if not isinstance(identification_n, NotApplicable):
+            single_n = np.isnan(identification_n)
+            identification_n = np.where(single_n, 0.5, identification_n)
+            if single_n.all():
+                identification_n = NotApplicable(reason="every category has only one seen image")
         shared = {
             name: bool(len(np.intersect1d(getattr(self.trials, name), getattr(self.train, name))))
             for name in ("subjects_n", "labels_n")
@@ -105,6 +114,7 @@ class Setting:
             chance=chance,
             controls=controls,
             identification_n=identification_n,
+            identification_left_out_n=single_n,
             judge_n=judge_n,
             judge_chance=judge_chance,
             new_people=not shared["subjects_n"],

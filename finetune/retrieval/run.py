@@ -189,19 +189,16 @@ class Question:
         means_LP = np.stack([self.train_MP[self.train_labels_M == label].mean(axis=0) for label in labels])
         return self.identify(means_LP[np.searchsorted(labels, prediction.labels_B)])
 
-    def identify_within_label(self) -> NDArray[np.float64] | NotApplicable:
-        """Return the share of other images of the same label that are less similar than the own image."""
+    def identify_within_label(self) -> NDArray[np.float64]:
+        """Return the share of other images of the same label that are less similar; NaN if there are no others."""
         trials = self.setting.trials
-        found = two_way_identification(
+        return two_way_identification(
             self.embeds_BP,
             self.gallery.target_MP[self.rows_B],
             trials.images_n.tolist(),
             trials.labels_n,
             within_label=True,
         )
-        if np.isnan(found).any():
-            return NotApplicable(reason="some labels have only one image in the split")
-        return found
 
 
 def measure(question: Question, config: RetrieveConfig) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:

@@ -117,6 +117,9 @@ class Evidence:
     identification_n: NDArray[np.float64] | NotApplicable
     """[n] for each trial, the share of other images of the same category that are less similar to the generated image
     than the seen image. Chance is 0.5."""
+    identification_left_out_n: NDArray[np.bool_] | None = None
+    """[n] True for trials without an identification, because their category has only one seen image. The comparison
+    leaves these trials out, and the verdict gives their number."""
     judge_n: NDArray[np.float64] | NotApplicable
     """Scores, from 0 to 1, that the judge gives to real images of the test labels. One value for each image."""
     judge_chance: float | None = None
@@ -283,15 +286,18 @@ def _check(evidence: Evidence) -> None:
                 "and trials as the model's own scores, and other EEG, or make the control again"
             )
         _check_scores(f"control {name}", control.hits_n, n)
-        if control.left_out_n is not None and np.shape(control.left_out_n) != (n,):
-            raise RequestError(
-                f"control {name}: left_out_n must have one value for each of the {n} trials; correct left_out_n"
-            )
+        _check_left_out(f"control {name}: left_out_n", control.left_out_n, n)
+    _check_left_out("identification_left_out_n", evidence.identification_left_out_n, n)
     if not isinstance(evidence.identification_n, NotApplicable):
         _check_scores("identification_n", evidence.identification_n, n)
     if not isinstance(evidence.judge_n, NotApplicable):
         _check_scores("judge_n", evidence.judge_n, None)
     _check_scope(evidence)
+
+
+def _check_left_out(name: str, left_out_n: NDArray[np.bool_] | None, n: int) -> None:
+    if left_out_n is not None and np.shape(left_out_n) != (n,):
+        raise RequestError(f"{name} must have one value for each of the {n} trials; correct this array")
 
 
 def _check_scores(name: str, hits_n: NDArray[np.float64], n: int | None) -> None:
@@ -500,16 +506,20 @@ def _compare(case: _Case, resamples: int, seed: int) -> _Case:
     everything, none = np.ones(n, bool), np.zeros(n, bool)
     scores = {"own": (np.asarray(evidence.hits_n, float), everything)}
     missing = dict(case.not_applicable)
-    for name, control in evidence.controls.items():
-        if isinstance(control, NotApplicable):
-            continue
-        usable_n = ~(none if control.left_out_n is None else np.asarray(control.left_out_n, bool))
-        if usable_n.sum() < FEWEST_TRIALS or len(np.unique(evidence.trials.images_n[usable_n])) < FEWEST_IMAGES:
-            missing[name] = f"the control could be made for only {int(usable_n.sum())} of {n} trials."
-            continue
-        scores[name] = (np.asarray(control.hits_n, float), usable_n)
+    found = {
+        name: (control.hits_n, control.left_out_n)
+        for name, control in evidence.controls.items()
+        if not isinstance(control, NotApplicable)
+    }
     if not isinstance(evidence.identification_n, NotApplicable):
-        scores["identification"] = (np.asarray(evidence.identification_n, float), everything)
+        found["identification"] = (evidence.identification_n, evidence.identification_left_out_n)
+    for name, (hits_n, left_out_n) in found.items():
+        usable_n = ~(none if left_out_n is None else np.asarray(left_out_n, bool))
+        if usable_n.sum() < FEWEST_TRIALS or len(np.unique(evidence.trials.images_n[usable_n])) < FEWEST_IMAGES:
+            what = "same-category identification" if name == "identification" else "the control"
+            missing[name] = f"{what} could be made for only {int(usable_n.sum())} of {n} trials."
+            continue
+        scores[name] = (np.asarray(hits_n, float), usable_n)
     commonest = float(np.unique(evidence.trials.labels_n, return_counts=True)[1].max() / n)
     chances = {"identification": 0.5, "own": evidence.chance}
     plan: list[tuple[Literal["leak", "signal", "content"], str, str]] = [
@@ -580,5 +590,11 @@ def _describe_left_out(case: _Case) -> list[str]:
         what = "is not applicable" if name in case.not_applicable else "is not compared for these trials"
         notes.append(
             f"The control {name} could not be made for {int(np.sum(control.left_out_n))} of {n} trials and {what}."
+        )
+    single_n = case.evidence.identification_left_out_n
+    if "identification" not in case.not_applicable and single_n is not None and np.any(single_n):
+        notes.append(
+            f"Same-category identification leaves out {int(np.sum(single_n))} of {n} trials, whose category has only "
+            "one seen image."
         )
     return notes

@@ -206,6 +206,16 @@ class TestWhatCanBeJudged:
         assert verdict.word == "signal"
         assert verdict.scope is not None and "finer content was not tested" in verdict.scope
 
+    def test_trials_without_identification_are_left_out_and_counted(self) -> None:
+        single_n = np.arange(320) < 20
+        at_chance = np.where(single_n, 1.0, np.random.default_rng(0).random(320))
+        verdict = judge(make_evidence(identification_n=at_chance, identification_left_out_n=single_n), resamples=500)
+        assert verdict.word == "category only"
+        (row,) = (row for row in verdict.comparisons if row.name == "identification - chance")
+        assert row.n == 300 and any("leaves out 20 of 320 trials" in sentence for sentence in verdict.why)
+        few = judge(make_evidence(identification_n=at_chance, identification_left_out_n=np.arange(320) > 9))
+        assert few.word == "signal" and "could be made for only 10" in few.not_applicable["identification"]
+
 
 class TestRefusals:
     @pytest.mark.parametrize(
