@@ -17,6 +17,7 @@ from data_sharding.audit.leakage import Contents, Findings, compare_datasets, co
 from data_sharding.common.config import command, to_dict
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, printable, show
 from data_sharding.common.files import atomic_write_text, sha256_file, write_json
+from data_sharding.common.storage import AnyPath, as_path
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.evaluation import metrics
 from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
@@ -33,6 +34,9 @@ from finetune.generation.trials import Trial, list_trials
 from finetune.generators import read_part
 from finetune.images import ImageTable, open_paired
 from pretrain.evidence.rules import NotApplicable
+
+BLOCK = 256
+"""Number of images that are compared with all training images at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +121,16 @@ def measure_nearest_training_image(images_BHW3: Images, train_MHW3: Images) -> N
     ndarray, shape (B,)
         Root mean squared difference of the pixel values, from 0 to 255.
     """
-    train = train_MHW3.reshape(len(train_MHW3), -1).astype(np.float32)
-    flat = images_BHW3.reshape(len(images_BHW3), -1).astype(np.float32)
-    nearest = np.array([np.square(train - image).mean(axis=1).min() for image in flat], np.float64)
-    return np.sqrt(nearest)
+    train_MX, flat_BX = (x.reshape(len(x), -1) for x in (train_MHW3, images_BHW3))
+    # Pixels are centred, so that single precision is enough to find the nearest image with a product of matrices.
+    train = train_MX.astype(np.float32) - 127.5
+    lengths_M = np.square(train).sum(axis=1)
+    found = []
+    for start in range(0, len(flat_BX), BLOCK):
+        block = flat_BX[start : start + BLOCK].astype(np.float32) - 127.5
+        nearest = (lengths_M - 2 * block @ train.T).argmin(axis=1)
+        found.append(np.square(block - train[nearest]).mean(axis=1, dtype=np.float64))
+    return np.sqrt(np.concatenate(found))
 
 
 def _quartiles(values: NDArray[np.float64]) -> dict[str, float]:
@@ -157,10 +167,18 @@ def _list_trials(data: EEGDataset, own: GeneratedSet) -> list[Trial]:
             "generate the images again"
         )
     groups = [[number_of[key] for key in group] for group in keys]
-    return list_trials(data, groups, groups)
+    trials = list_trials(data, groups, groups)
+    for given, trial in zip(own.trials, trials, strict=True):
+        stored = {"key": trial.key, **{name: trial.meta[name] for name in ("image_id", "label", "subject")}}
+        if differ := [name for name, value in stored.items() if str(given[name]) != str(value)]:
+            raise RequestError(
+                f"{own.path}: trial {show(given['key'])} has another {differ[0]} than in {data.path} ({data.split}); "
+                "generate the images again"
+            )
+    return trials
 
 
-def _check_protocol(config: EvaluateConfig, path: Path) -> dict[str, Any]:
+def _check_protocol(config: EvaluateConfig, path: AnyPath) -> dict[str, Any]:
     """Find data that two splits share, and data that the pretraining dataset shares with the dataset."""
     if config.verify == "none":
         return {"splits": None, "pretraining": None}
@@ -189,16 +207,17 @@ def _find_real_images(control: GeneratedSet, own: GeneratedSet, real: RealImages
     return RealImages(control.real_BHW3, [trial["image_id"] for trial in control.trials], control.labels_B)
 
 
-def _held_out(path: Path, classifier: ImageClassifier, dataset_split: str) -> dict[str, Any]:
+def _held_out(path: AnyPath, classifier: ImageClassifier, dataset_split: str) -> dict[str, Any]:
     """Measure the classifier's accuracy on real images that were not used in its training."""
     correct, total, ids = 0, 0, []
-    for split in dict.fromkeys(("val", "test", dataset_split)):
+    # The test split is not opened for the images of another split.
+    for split in dict.fromkeys(("val", dataset_split)):
         if split == "train":
             continue
         try:
             table = ImageTable(open_paired(path, split))
         except RequestError:
-            # A dataset may have no val or test split. The result's entry "splits" names the splits that were used.
+            # A dataset may have no val split. The result's entry "splits" names the splits that were used.
             continue
         _, probabilities = classifier.judge(table.pixels(size=classifier.size))
         correct += int((probabilities.argmax(axis=1) == table.labels).sum())
@@ -244,14 +263,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     controls = read_controls(own, wanted)
     shuffle = controls.get("shuffle")
     control = None if isinstance(shuffle, NotApplicable) else shuffle
-    path = Path(config.dataset or own.about["dataset"])
+    path = as_path(config.dataset or own.about["dataset"])
     train = open_paired(path, "train")
     if train.manifest.dataset_id != own.about["dataset_id"]:
         raise RequestError(
-            f"{path}: the images in {config.directory} are of another dataset; give that dataset as --dataset"
+            f"{path}: the images in {config.directory} are of another dataset, or of another version of this dataset; "
+            "give the right dataset as --dataset, or generate the images again"
         )
     table = ImageTable(train)
     labels = own.about["labels"]
+    if labels != train.labels:
+        raise RequestError(
+            f"{config.directory}: the labels differ from the labels of {path}; generate the images again"
+        )
     classifier, classifier_file = _classifier(config, table, train.manifest.dataset_id, labels, own.path)
     judges = find_judges(
         make_classifier_network(classifier, classifier_file),
@@ -314,7 +338,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         result["shuffled"], shuffled = of_control.metrics, of_control.trials
         label_of = {trial["key"]: trial["label"] for trial in own.trials}
         image_of = {trial["key"]: trial["image_id"] for trial in own.trials}
-        givers = [trial["eeg_key"] for trial in control.trials]
+        givers = [trial.get("eeg_key") for trial in control.trials]
         if set(givers) <= label_of.keys():
             # If a good model gets the EEG of another trial, the generated image shows the category of the other trial.
             # Therefore, `accuracy_of_eeg` uses the labels of the trials whose EEG was used.

@@ -9,6 +9,7 @@ Array shapes: B trials, M images, D features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,10 @@ from finetune.generation.trials import Trial
 from finetune.images import ImageTable
 from pretrain.evidence.rules import CONTROLS, Control, NotApplicable, judge
 
+CHUNK = 2**26
+"""Largest size in bytes of the images that are read at once."""
+CELLS = 2**22
+"""Largest number of correlations of images that are computed at once."""
 THUMBNAIL = 16
 """Width and height in pixels of the images whose pixels are compared."""
 COPY = "a mirrored and darker copy of each seen image"
@@ -47,6 +52,13 @@ def pixel_features(images_BHW3: ImageSource) -> NDArray[np.float64]:
     return features_BD
 
 
+def _in_chunks(compute: Callable[[ImageSource], NDArray[Any]], images_BHW3: ImageSource) -> NDArray[Any]:
+    """Call a function for chunks of images, of at most `CHUNK` bytes, and join the results."""
+    size = max(1, CHUNK // math.prod(images_BHW3.shape[1:]))
+    parts = (images_BHW3[start : start + size] for start in range(0, len(images_BHW3), size))
+    return np.concatenate([compute(part) for part in parts])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Judge:
     """The classifier and the features with which images are scored."""
@@ -57,6 +69,14 @@ class Judge:
     """Function that computes features of images; similar images have correlated features."""
     features_name: str
     """Name of the features for reports."""
+
+    def classify_chunks(self, images_BHW3: ImageSource) -> NDArray[np.int64]:
+        """Find the category of images, which are read in chunks."""
+        return _in_chunks(self.classify, images_BHW3)
+
+    def compute_features(self, images_BHW3: ImageSource) -> NDArray[np.float64]:
+        """Compute the features of images, which are read in chunks."""
+        return _in_chunks(self.features, images_BHW3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,35 +104,39 @@ def _score_category(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scor
         measure="the classifier finds the right category in the generated image",
         # Chance is the share of the trials in which a model that always shows the commonest category is right.
         chance=float(shares.max()) if len(shares[shares > 0]) > 1 else 1.0 / max(2, len(own.about["labels"])),
-        score=lambda given: (judges.classify(given.images_BHW3) == given.labels_B).astype(float),
+        score=lambda given: (judges.classify_chunks(given.images_BHW3) == given.labels_B).astype(float),
         predicted=lambda found: (found.labels_B == labels_B).astype(float),
         nearest=lambda rows: (table.labels[rows] == labels_B).astype(float),
-        judge_n=(judges.classify(ImageRows(own.real_BHW3, first)) == labels_B[first]).astype(float),
+        judge_n=(judges.classify_chunks(ImageRows(own.real_BHW3, first)) == labels_B[first]).astype(float),
     )
 
 
 def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scores:
     ids = [trial["image_id"] for trial in own.trials]
-    real_BD = judges.features(own.real_BHW3)
+    real_BD = judges.compute_features(own.real_BHW3)
     size = own.real_BHW3.shape[1]
+
+    def identify(images_BD: NDArray[np.float64], trials: Any = slice(None)) -> NDArray[np.float64]:
+        if len(set(ids)) < 2:
+            # There is no other image. The value does not matter, because a single image is never judgeable.
+            return np.full(len(images_BD), 0.5)
+        return two_way_identification(images_BD, real_BD[trials], np.asarray(ids)[trials].tolist())
 
     def of_rows(rows: NDArray[np.int64]) -> NDArray[np.float64]:
         different, number_B = np.unique(rows, return_inverse=True)
-        return two_way_identification(_read_features(table, different, size, judges)[number_B], real_BD, ids)
+        return identify(_read_features(table, different, size, judges)[number_B])
 
     def of_set(given: GeneratedSet) -> NDArray[np.float64]:
-        names = [trial["image_id"] for trial in given.trials]
         number_of = {trial["key"]: number for number, trial in enumerate(own.trials)}
         rows = [number_of[trial["key"]] for trial in given.trials]
         # Compare the images of the control with the seen images of all evaluated trials, like the generated images.
         padded_BD = np.zeros_like(real_BD)
-        padded_BD[rows] = judges.features(given.images_BHW3)
-        assert [ids[row] for row in rows] == names
-        return two_way_identification(padded_BD, real_BD, ids)[rows]
+        padded_BD[rows] = judges.compute_features(given.images_BHW3)
+        return identify(padded_BD)[rows]
 
     _, first = np.unique(ids, return_index=True)
     copies_MD = np.concatenate(
-        [judges.features((own.real_BHW3[int(row)][None, :, ::-1] * 0.7).astype(np.uint8)) for row in first]
+        [judges.compute_features((own.real_BHW3[int(row)][None, :, ::-1] * 0.7).astype(np.uint8)) for row in first]
     )
     return Scores(
         measure=f"share of other seen images that are less similar than the seen image ({judges.features_name})",
@@ -120,7 +144,7 @@ def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -
         score=of_set,
         predicted=lambda found: of_rows(found.rows_B),
         nearest=of_rows,
-        judge_n=two_way_identification(copies_MD, real_BD[first], [ids[row] for row in first]),
+        judge_n=identify(copies_MD, first),
     )
 
 
@@ -129,16 +153,17 @@ def _read_features(
 ) -> NDArray[np.float64]:
     """Compute the features of training images, which are decoded batch by batch."""
     parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    return np.concatenate([judges.features(table.pixels(part, size=size)) for part in parts])
+    return np.concatenate([judges.compute_features(table.pixels(part, size=size)) for part in parts])
 
 
 def find_nearest(images_BD: NDArray[np.float64], train_MD: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return, for each image, the row of the training image with the most strongly correlated features."""
-    a, b = (
-        (x - x.mean(axis=1, keepdims=True)) / np.maximum(x.std(axis=1, keepdims=True), 1e-12)
-        for x in (images_BD, train_MD)
-    )
-    return (a @ b.T).argmax(axis=1)
+    images_BD, train_MD = (x - x.mean(axis=1, keepdims=True) for x in (images_BD, train_MD))
+    train_MD /= np.maximum(train_MD.std(axis=1, keepdims=True), 1e-12)
+    size = max(1, CELLS // len(train_MD))
+    parts = (images_BD[start : start + size] for start in range(0, len(images_BD), size))
+    # The scale of an image does not change which training image is nearest to the image.
+    return np.concatenate([(part @ train_MD.T).argmax(axis=1) for part in parts])
 
 
 def judge_images(
@@ -185,9 +210,9 @@ def judge_images(
     scores = (_score_category if known else _score_identification)(own, table, judges)
     setting = Setting.read(train, data, trials, design_evidence)
     ids = [trial["image_id"] for trial in own.trials]
-    own_BD = judges.features(own.images_BHW3)
+    own_BD = judges.compute_features(own.images_BHW3)
     identification = two_way_identification(
-        own_BD, judges.features(own.real_BHW3), ids, own.labels_B, within_label=True
+        own_BD, judges.compute_features(own.real_BHW3), ids, own.labels_B, within_label=True
     )
     nearest = find_nearest(own_BD, _read_features(table, np.arange(len(table)), own.real_BHW3.shape[1], judges))
     found: dict[str, Control | NotApplicable] = {
@@ -201,11 +226,7 @@ def judge_images(
             hits_n,
             scores.chance,
             controls=found,
-            identification_n=(
-                NotApplicable(reason="some categories have only one seen image")
-                if np.isnan(identification).any()
-                else identification
-            ),
+            identification_n=identification,
             judge_n=scores.judge_n,
         ),
         resamples=resamples,

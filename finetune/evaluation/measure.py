@@ -20,6 +20,9 @@ from finetune.evaluation.pixel_metrics import PAIRED_METRICS, Floats, ImageRows,
 
 SAME_IMAGE = "not computed: all trials show the same image"
 SAME_SET = "not computed: the metric would compare images with themselves"
+MOST_CONFUSED = 100
+"""Largest number of categories for which there is a confusion matrix. The matrix has a row and a column for each
+category, so the matrix of many categories would be too large for a report."""
 RANDOM_PAIRS = 10_000
 """Largest number of random pairs, unless one other trial for each trial already gives more pairs."""
 
@@ -63,8 +66,11 @@ def _classify(
 ) -> dict[str, Any]:
     """Compute the accuracies and the confusion matrix of images whose category probabilities are given."""
     predicted_B, classes = probabilities_BK.argmax(axis=1), probabilities_BK.shape[1]
-    confusion = np.zeros((classes, classes), int)
-    np.add.at(confusion, (labels_B, predicted_B), 1)
+    confusion: list[list[int]] | str = f"not computed: {classes} categories are more than {MOST_CONFUSED}"
+    if classes <= MOST_CONFUSED:
+        counts_KK = np.zeros((classes, classes), int)
+        np.add.at(counts_KK, (labels_B, predicted_B), 1)
+        confusion = counts_KK.tolist()
     accuracy = metrics.accuracy_with_p_value(
         predicted_B, labels_B, ids, permutations=options.permutations, seed=options.seed
     )
@@ -73,7 +79,7 @@ def _classify(
         found[f"{n}-way-top-{k}[{JUDGE}]"] = metrics.n_way_top_k(
             probabilities_BK, labels_B, n=n, k=k, draws=options.draws, seed=options.seed
         )
-    return found | {"confusion": confusion.tolist()}
+    return found | {"confusion": confusion}
 
 
 def measure(images_BHW3: ImageSource, real: RealImages, judges: Judges, options: MeasureOptions) -> Measured:

@@ -201,7 +201,9 @@ def render_report(
         frechet_note=found["frechet_note"],
         classifier=result["classifier"],
         not_computed=[(name, value) for name, value in found.items() if _is_not_computed(value)],
-        confusion=Table(
+        confusion=None
+        if isinstance(found["confusion"], str)
+        else Table(
             head=["seen / found", *labels],
             rows=[[name, *row] for name, row in zip(labels, found["confusion"], strict=True)],
             limit=len(labels),

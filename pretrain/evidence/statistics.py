@@ -85,8 +85,12 @@ def difference_interval(more_n: np.ndarray, clusters_n: np.ndarray, resamples: i
     check_finite(more_n, "the differences")
     _, cluster_n = np.unique(clusters_n, return_inverse=True)
     sums, counts = np.bincount(cluster_n, weights=more_n), np.bincount(cluster_n)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    rng, size = np.random.default_rng(seed), max(1, _CELLS // len(sums))
+    means = np.empty(resamples)
+    for start in range(0, resamples, size):
+        part = means[start : start + size]
+        drawn = rng.integers(len(sums), size=(len(part), len(sums)))
+        part[:] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
