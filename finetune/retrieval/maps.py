@@ -5,6 +5,7 @@ Tensor shapes: B trials, M images, F features, P width of the embeddings.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from finetune.images import ImageTable
 from finetune.linear.model import compute_time_courses
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.evidence.ridge import STRENGTHS, ridge_scores
+from pretrain.evidence.trials import tabulate_trials
 
 Floats = NDArray[np.float32]
 RIDGE = "ridge"
@@ -131,8 +133,8 @@ class RidgeMap:
         embeds_BP : ndarray, shape (B, P)
             Embeddings of the groups.
         penalties : dict
-            Maps the name of each person to the penalty of the person's regression. The name of the regression for all
-            people is an empty text.
+            Maps corpus and person to the penalty of the person's regression. The name of the regression for all people
+            is an empty text.
 
         Raises
         ------
@@ -154,12 +156,11 @@ class RidgeMap:
                     f"{test.path}: {person} is not in the train split, so no regression can be fitted for this person; "
                     f"set fit: pooled"
                 )
-            mean_F, std_F = x_BF[own].mean(axis=0), x_BF[own].std(axis=0)
-            fitted_BF = (x_BF[own] - mean_F) / np.maximum(std_F, 1e-12)
+            fitted_BF, wanted_BF = _standardise(x_BF[own], new_BF[owner_new == person])
             chosen = _choose_penalty(fitted_BF, rows_B[own], target_MP)
-            wanted_BF = (new_BF[owner_new == person] - mean_F) / np.maximum(std_F, 1e-12)
-            scores = list(ridge_scores(fitted_BF, target_MP[rows_B[own]], wanted_BF))
-            out_BP[owner_new == person] = scores[chosen]
+            # The scores of only one penalty are kept, because those of all penalties can be larger than the memory.
+            scores = ridge_scores(fitted_BF, target_MP[rows_B[own]], wanted_BF)
+            out_BP[owner_new == person] = next(itertools.islice(scores, chosen, None))
             penalties[str(person)] = float(STRENGTHS[chosen])
         return out_BP, penalties
 
@@ -172,12 +173,20 @@ class RidgeMap:
         return _in_parts(read, groups, "time courses")
 
 
+def _standardise(x_BF: Floats, new_BF: Floats) -> tuple[Floats, Floats]:
+    """Standardise training features and new features with the mean and standard deviation of the training features."""
+    mean_F, std_F = x_BF.mean(axis=0), x_BF.std(axis=0)
+    # A constant feature, such as that of a dead channel, becomes 0. A division by its standard deviation would be a
+    # division by almost 0, and the feature would decide about all predictions.
+    std_F = np.where(std_F > 1e-6, std_F, np.inf)
+    return ((x_BF - mean_F) / std_F).astype(np.float32), ((new_BF - mean_F) / std_F).astype(np.float32)
+
+
 def _people(data: EEGDataset, fit: Fit) -> NDArray[np.str_]:
-    """Return the name of the person of each trial, or empty names if all people share one regression."""
+    """Return corpus and person of each trial, or empty names if all people share one regression."""
     if fit == "pooled":
         return np.full(len(data), "", dtype=np.str_)
-    names = np.array([str(name or "") for name in data.trials.values("subject")])
-    return names[data.trials.codes("subject")]
+    return tabulate_trials(data).subjects_n
 
 
 def _choose_penalty(x_BF: Floats, row_B: NDArray[np.integer], target_MP: Floats) -> int:

@@ -95,6 +95,7 @@ def render_retrieval(result: dict[str, Any]) -> str:
         target=result["target"],
         layer="final embedding" if result["layer"] is None else f"hidden layer {result['layer']}",
         openings=result["openings"],
+        notes=result["notes"],
         published=Table(head=["model", "within people", "between people"], rows=[list(row) for row in PUBLISHED]),
         rows=[_make_row(name, row) for name, row in result["rows"].items()],
     )

@@ -17,17 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_sharding.common.config import command, to_dict
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, show
 from data_sharding.common.files import atomic_write_text, write_json
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.clip_images import embed_images
 from finetune.eeg import group_repeats
 from finetune.evaluation.evidence import Setting, make_predictors
 from finetune.evaluation.identification import rank_true_images, two_way_identification
+from finetune.evaluation.openings import NAME as LOG
 from finetune.evaluation.openings import record_opening
 from finetune.evaluation.per_trial import summarise
+from finetune.generation.exchange import exchange_within
 from finetune.generation.predictors import Prediction
-from finetune.generation.trials import list_trials
+from finetune.generation.trials import NotApplicableError, list_trials
 from finetune.generators import digest_folder
 from finetune.images import ImageTable, open_paired
 from finetune.retrieval.maps import RIDGE, AlignmentRun, Fit, RidgeMap
@@ -153,8 +155,32 @@ def _embed_groups(
     config: RetrieveConfig, run: AlignmentRun | None, train: EEGDataset, train_MP: Any, data: EEGDataset, groups: Any
 ) -> NDArray[Any]:
     if run is not None:
-        return run.embed(data, groups, choose_device(config.device))
-    return RidgeMap(bins=config.bins, fit=config.fit).embed(train, train_MP, data, groups)[0]
+        embeds_BP = run.embed(data, groups, choose_device(config.device))
+    else:
+        embeds_BP = RidgeMap(bins=config.bins, fit=config.fit).embed(train, train_MP, data, groups)[0]
+    return _check_embeddings(embeds_BP, f"{config.model}: the EEG embeddings")
+
+
+def _check_embeddings(embeds_BP: NDArray[Any], what: str) -> NDArray[Any]:
+    bad_B = ~np.isfinite(embeds_BP).all(axis=1)
+    if bad_B.any():
+        raise RequestError(f"{what} of {int(bad_B.sum())} of {len(bad_B)} are NaN or infinite; give another model")
+    return embeds_BP
+
+
+def _embed_with_neighbours(
+    embed: Callable[[list[list[int]]], NDArray[Any]], data: EEGDataset, groups: list[list[int]], seed: int
+) -> tuple[NDArray[Any], NDArray[Any] | NotApplicable | None]:
+    """Compute the embeddings of the groups, and those of the EEG of neighbours; see `Question.neighbours_BP`."""
+    if all(len(group) == 1 for group in groups):
+        return embed(groups), None
+    try:
+        sources = exchange_within(data, groups, seed)
+    except NotApplicableError as reason:
+        return embed(groups), NotApplicable(reason=str(reason))
+    # A ridge regression is fitted in each call, so all embeddings are computed in one call.
+    embeds = embed([*groups, *sources])
+    return embeds[: len(groups)], embeds[len(groups) :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +190,9 @@ class Question:
     gallery: Gallery
     embeds_BP: NDArray[Any]
     """EEG embeddings of the trials."""
+    neighbours_BP: NDArray[Any] | NotApplicable | None
+    """EEG embeddings from means over neighbours in time, for the control ``shuffle_within``. The neighbours of a mean
+    are the neighbours of each presentation. None for single trials, whose embeddings can be exchanged."""
     setting: Setting
     """The trials, the training trials, and the design."""
     predictors: Callable[[Callable[[Prediction], NDArray[np.float64]]], dict[str, Control | NotApplicable]]
@@ -178,6 +207,18 @@ class Question:
         """Row of each trial's own image in the gallery."""
         row_of = {image: row for row, image in enumerate(self.gallery.table.ids)}
         return np.array([row_of[str(image)] for image in self.setting.trials.images_n])
+
+    def exchange(self, name: str, seed: int) -> tuple[NDArray[Any], NDArray[np.bool_]] | NotApplicable:
+        """Return the embeddings of the control ``shuffle`` or ``shuffle_within``, and the trials that are left out."""
+        trials = self.setting.trials
+        if name == "shuffle_within" and self.neighbours_BP is not None:
+            found = self.neighbours_BP
+            return found if isinstance(found, NotApplicable) else (found, np.zeros(len(trials), bool))
+        groups_n = np.zeros(len(trials)) if name == "shuffle" else find_neighbourhoods(trials)
+        order_B, alone_B = derange_within(groups_n, trials.images_n, seed)
+        if alone_B.all():
+            return NotApplicable(reason="no trial has a neighbour in its recording, or the times are unknown")
+        return self.embeds_BP[order_B], alone_B | (trials.images_n[order_B] == trials.images_n)
 
     def identify(self, embeds_BP: NDArray[Any]) -> NDArray[np.float64]:
         """Return the share of other images that are less similar than the own image, for each trial."""
@@ -231,16 +272,12 @@ def measure(question: Question, config: RetrieveConfig) -> tuple[dict[str, Any],
         "nearest": NotApplicable(reason="no image is generated"),
         **question.predictors(question.score_prediction),
     }
-    orders = {
-        "shuffle": derange_within(np.zeros(len(trials)), trials.images_n, config.seed),
-        "shuffle_within": derange_within(find_neighbourhoods(trials), trials.images_n, config.seed),
-    }
-    for name, (order_B, alone_B) in orders.items():
-        exchanged = measure_trials(gallery, embeds_BP[order_B], rows_B, n_way)
-        if alone_B.all():
-            controls[name] = NotApplicable(reason="the time of the trials is unknown, so no trial has neighbours")
+    for name in ("shuffle", "shuffle_within"):
+        found = question.exchange(name, config.seed)
+        if isinstance(found, NotApplicable):
+            controls[name] = found
             continue
-        left_out_B = alone_B | (trials.images_n[order_B] == trials.images_n)
+        exchanged, left_out_B = measure_trials(gallery, found[0], rows_B, n_way), found[1]
         controls[name] = Control(hits_n=exchanged["identification"], checked=True, left_out_n=left_out_B)
         scores |= {f"{name}/{key}": np.where(left_out_B, np.nan, values) for key, values in exchanged.items()}
     verdict = judge(
@@ -301,13 +338,19 @@ def retrieve(config: RetrieveConfig) -> int:
     """
     quiet_libraries()
     output = Path(config.output)
-    if output.exists() and not (output / NAME).is_file() and (output.is_file() or any(output.iterdir())):
-        raise RequestError(f"{output}: exists but does not hold a retrieval; choose another output")
+    _check_output(output)
     run = None if config.model == RIDGE else AlignmentRun.load(config.model)
     part: dict[str, Any] = dict(run.part) if run is not None else {"tmin": None, "tmax": None}
     train, data = (open_paired(config.dataset, split, **part) for split in ("train", config.split))
+    tables = ImageTable(train), ImageTable(data)
+    _check_images(data, tables[1])
+    notes = []
     if run is not None and run.dataset_id != data.manifest.dataset_id:
-        print(f"{config.model}: this run was trained on another version of the dataset, or on another dataset")
+        notes.append(
+            f"{config.model} was trained on another dataset, or on another version of this dataset. The verdict knows "
+            "only the training trials of this dataset."
+        )
+        print(notes[0])
     output.mkdir(parents=True, exist_ok=True)
     digest = "" if run is None else digest_folder(Path(config.model) / "encoder", Path(config.model) / "align")
     openings = record_opening(
@@ -320,9 +363,13 @@ def retrieve(config: RetrieveConfig) -> int:
         fallback=output,
     )
     target = config.target or (run.clip if run is not None else "")
-    tables = ImageTable(train), ImageTable(data)
     device = choose_device(config.device)
-    train_MP, gallery_MP = (embed_images(table, target, layer=config.layer, device=device).numpy() for table in tables)
+    train_MP, gallery_MP = (
+        _check_embeddings(
+            embed_images(table, target, layer=config.layer, device=device).numpy(), f"{target}: the image embeddings"
+        )
+        for table in tables
+    )
     rows: dict[str, Any] = {}
     ranks: dict[str, Any] = {}
     for average in config.average_repeats:
@@ -331,7 +378,8 @@ def retrieve(config: RetrieveConfig) -> int:
         if average != 1 and len(groups) == len(data):
             rows[name] = "not applicable: every image was shown once to each person"
             continue
-        embeds_BP = _embed_groups(config, run, train, train_MP, data, groups)
+        embed = functools.partial(_embed_groups, config, run, train, train_MP, data)
+        embeds_BP, neighbours_BP = _embed_with_neighbours(embed, data, groups, config.seed)
         if embeds_BP.shape[1] != gallery_MP.shape[1]:
             raise RequestError(
                 f"target '{target}' has embeddings of width {gallery_MP.shape[1]}, and the model {config.model} "
@@ -341,6 +389,7 @@ def retrieve(config: RetrieveConfig) -> int:
         question = Question(
             gallery=Gallery(table=tables[1], target_MP=gallery_MP),
             embeds_BP=embeds_BP,
+            neighbours_BP=neighbours_BP,
             setting=Setting.read(train, data, trials, config.design_evidence),
             predictors=lambda score, trials=trials: make_predictors(train, data, trials, score, config.seed),
             train_MP=train_MP,
@@ -360,6 +409,7 @@ def retrieve(config: RetrieveConfig) -> int:
         "split": config.split,
         "seed": config.seed,
         "openings": None if openings is None else openings.describe(config.split),
+        "notes": notes,
         "rows": rows,
     }
     write_json(output / "ranks.json", {"schema": 1, "trials": ranks})
@@ -375,6 +425,29 @@ def retrieve(config: RetrieveConfig) -> int:
     print(f"report: {output / 'retrieval.html'}; next: 'dreamscale finetune' trains a generator of images")
     words = {row["verdict"]["word"] for row in measured.values()}
     return EXIT_FAILED if config.require == "signal" and words != {"signal"} else EXIT_DONE
+
+
+def _check_output(output: Path) -> None:
+    """Check that the output folder is empty, or holds an earlier retrieval."""
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    # A retrieval that failed may have left the log of openings in the folder.
+    if output.is_file() or not (NAME in names or names <= {LOG}):
+        raise RequestError(f"{output}: exists but does not hold a retrieval; choose another output")
+
+
+def _check_images(data: EEGDataset, table: ImageTable) -> None:
+    """Check that there are images to search among, and that all trials of an image have the same label."""
+    if len(table) < 2:
+        raise RequestError(
+            f"{data.path} ({data.split}): the split has only one image, so there is nothing to search; give another "
+            "split"
+        )
+    differ = table.labels[table.row_of] != data.trials.numbers("label")
+    if differ.any():
+        raise RequestError(
+            f"{data.path} ({data.split}): image {show(table.ids[table.row_of[int(differ.argmax())]])} has two labels; "
+            "give each label its own image_id, and make the dataset again"
+        )
 
 
 def _number(value: float) -> float | None:

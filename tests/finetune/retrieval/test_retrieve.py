@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from data_sharding.common.errors import run_main
+from data_sharding.common.errors import RequestError, run_main
 from finetune.clip_images import embed_images, load_image_model
+from finetune.generation.trials import NotApplicableError
 from finetune.images import ImageTable, open_paired
-from finetune.retrieval.maps import RidgeMap
-from finetune.retrieval.run import main
+from finetune.retrieval import run as retrieval
+from finetune.retrieval.maps import RidgeMap, _standardise
+from finetune.retrieval.run import _check_embeddings, _check_images, _check_output, _embed_with_neighbours, main
+from pretrain.evidence.rules import NotApplicable
+from pretrain.evidence.trials import tabulate_trials
 
 
 @pytest.fixture(scope="module")
@@ -111,4 +115,53 @@ def test_the_ridge_of_each_person_sees_only_this_person(paired_dataset: Path) ->
     target = np.random.default_rng(0).standard_normal((len(table), 5)).astype(np.float32)
     groups = [[number] for number in range(len(data))]
     _, penalties = RidgeMap(bins=8, fit="each").embed(data, target, data, groups)
-    assert set(penalties) == {str(name) for name in data.trials.values("subject")}
+    assert set(penalties) == set(tabulate_trials(data).subjects_n.tolist())
+
+
+def test_a_constant_feature_does_not_decide() -> None:
+    x_BF = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
+    x_BF[:, 1] = 0.3
+    fitted, new = _standardise(x_BF, x_BF + np.float32(0.2))
+    assert (fitted[:, 1] == 0).all() and (new[:, 1] == 0).all() and np.abs(new).max() < 5
+
+
+def test_the_neighbours_of_a_mean_are_the_neighbours_of_each_presentation(
+    paired_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_paired(paired_dataset, "test")
+
+    def embed(groups: list[list[int]]) -> np.ndarray:
+        return np.array([[np.mean(group)] for group in groups])
+
+    assert _embed_with_neighbours(embed, data, [[0], [1]], 0)[1] is None
+    monkeypatch.setattr(retrieval, "exchange_within", lambda data, groups, seed: [[4, 5], [8, 9]])
+    own, neighbours = _embed_with_neighbours(embed, data, [[0, 1], [2, 3]], 0)
+    assert own.tolist() == [[0.5], [2.5]] and isinstance(neighbours, np.ndarray)
+    assert neighbours.tolist() == [[4.5], [8.5]]
+
+    def refuse(*_: object) -> None:
+        raise NotApplicableError("no times")
+
+    monkeypatch.setattr(retrieval, "exchange_within", refuse)
+    assert _embed_with_neighbours(embed, data, [[0, 1], [2, 3]], 0)[1] == NotApplicable(reason="no times")
+
+
+def test_data_that_cannot_be_searched_are_refused(paired_dataset: Path, tmp_path: Path) -> None:
+    data = open_paired(paired_dataset, "test")
+    table = ImageTable(data)
+    _check_images(data, table)
+    table.labels = table.labels.copy()
+    table.labels[2] = 1 - table.labels[2]
+    with pytest.raises(RequestError, match="has two labels"):
+        _check_images(data, table)
+    table.ids = table.ids[:1]
+    with pytest.raises(RequestError, match="only one image"):
+        _check_images(data, table)
+    with pytest.raises(RequestError, match="of 1 of 2 are NaN"):
+        _check_embeddings(np.array([[0.0, np.nan], [1.0, 2.0]]), "model: the EEG embeddings")
+    _check_output(tmp_path / "new")
+    (tmp_path / "openings.jsonl").write_text("")
+    _check_output(tmp_path)
+    (tmp_path / "manifest.json").write_text("")
+    with pytest.raises(RequestError, match="does not hold a retrieval"):
+        _check_output(tmp_path)
