@@ -54,7 +54,10 @@ def _check(config: CompareConfig) -> list[str]:
     for key in SAME:
         if found[0].get(key) != found[1].get(key):
             raise RequestError(f"{key} differs between {config.a} and {config.b}; compare images of the same trials")
-    judges = [check_group(about.get("classifier"), "metrics.json", "classifier").get("sha256") for about in found]
+    judges = [
+        check_group(about.get("classifier"), str(Path(folder) / "metrics.json"), "classifier").get("sha256")
+        for about, folder in zip(found, (config.a, config.b), strict=True)
+    ]
     if judges[0] != judges[1]:
         raise RequestError(
             f"{config.a} and {config.b} were judged by different classifiers, so their accuracies cannot be compared; "
@@ -90,6 +93,8 @@ def compare(config: CompareConfig) -> int:
         )
     found = compare_models(values, "a", resamples=config.resamples, seed=config.seed)
     rows = {name: entry for name, entry in found["b"].items() if entry["difference"] is not None}
+    if not rows:
+        raise RequestError(f"{config.a} and {config.b} have no metric in common; evaluate both with the same version")
     # Several metrics are compared, so the p-values are corrected together.
     corrected = {
         over: dict(zip(tested, holm([rows[name]["difference"][f"p_{over}"] for name in tested]), strict=True))

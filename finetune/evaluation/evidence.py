@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from finetune.generation.predictors import Prediction, Predictor, predict
 from finetune.generation.trials import NotApplicableError, Trial
 from pretrain.evidence.design import describe_design
 from pretrain.evidence.rules import Control, Design, Evidence, NotApplicable
-from pretrain.evidence.trials import TrialTable, tabulate_trials
+from pretrain.evidence.trials import TrialTable, merge_copies, tabulate_trials
 
 PREDICTORS: tuple[Predictor, ...] = ("time", "baseline", "eyes")
 """Controls that need no generator."""
@@ -59,6 +60,32 @@ def make_predictors(
     return found
 
 
+def find_copies(*splits: EEGDataset) -> list[tuple[str, str]]:
+    """Find images with equal files under several names.
+
+    Parameters
+    ----------
+    *splits : EEGDataset
+        Splits with images.
+
+    Returns
+    -------
+    list of (str, str)
+        Pairs of names of the same image, for `pretrain.evidence.trials.merge_copies`.
+    """
+    first: dict[bytes, str] = {}
+    pairs = []
+    for split in splits:
+        names = split.trials.values("image_id")
+        codes, numbers = np.unique(split.trials.codes("image_id"), return_index=True)
+        for code, number in zip(codes.tolist(), numbers.tolist(), strict=True):
+            name = str(names[code])
+            other = first.setdefault(hashlib.sha256(split.image(number)).digest(), name)
+            if other != name:
+                pairs.append((other, name))
+    return pairs
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """Trials, training trials and design, which a verdict needs in addition to scores."""
@@ -72,11 +99,19 @@ class Setting:
 
     @classmethod
     def read(cls, train: EEGDataset, data: EEGDataset, trials: Sequence[Trial], declared: str = "") -> Setting:
-        """Read the setting of some trials of the split `data`; `describe_design` explains `declared`."""
+        """Read the setting of some trials of the split `data`; `describe_design` explains `declared`.
+
+        Copies of an image under several names count as one image.
+        """
         design, evidence = describe_design(data.manifest, declared, where=str(data.path / NAME))
+        copies = find_copies(train, data)
+        tables = (
+            replace(table, images_n=merge_copies(table.images_n, copies))
+            for table in (tabulate_trials(data), tabulate_trials(train))
+        )
         return cls(
-            trials=tabulate_trials(data).select([trial.numbers[0] for trial in trials]),
-            train=tabulate_trials(train),
+            trials=next(tables).select([trial.numbers[0] for trial in trials]),
+            train=next(tables),
             design=design,
             design_evidence=evidence,
         )

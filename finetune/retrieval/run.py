@@ -188,6 +188,8 @@ class Question:
     """One set of trials whose images are searched: single trials, or means over presentations."""
 
     gallery: Gallery
+    rows_B: NDArray[np.integer]
+    """Row of each trial's own image in the gallery."""
     embeds_BP: NDArray[Any]
     """EEG embeddings of the trials."""
     neighbours_BP: NDArray[Any] | NotApplicable | None
@@ -201,12 +203,6 @@ class Question:
     """Embeddings of the training images."""
     train_labels_M: NDArray[np.integer]
     """Labels of the training images."""
-
-    @functools.cached_property
-    def rows_B(self) -> NDArray[np.int64]:
-        """Row of each trial's own image in the gallery."""
-        row_of = {image: row for row, image in enumerate(self.gallery.table.ids)}
-        return np.array([row_of[str(image)] for image in self.setting.trials.images_n])
 
     def exchange(self, name: str, seed: int) -> tuple[NDArray[Any], NDArray[np.bool_]] | NotApplicable:
         """Return the embeddings of the control ``shuffle`` or ``shuffle_within``, and the trials that are left out."""
@@ -232,12 +228,11 @@ class Question:
 
     def identify_within_label(self) -> NDArray[np.float64]:
         """Return the share of other images of the same label that are less similar; NaN if there are no others."""
-        trials = self.setting.trials
         return two_way_identification(
             self.embeds_BP,
             self.gallery.target_MP[self.rows_B],
-            trials.images_n.tolist(),
-            trials.labels_n,
+            [self.gallery.table.ids[row] for row in self.rows_B],
+            self.setting.trials.labels_n,
             within_label=True,
         )
 
@@ -388,6 +383,7 @@ def retrieve(config: RetrieveConfig) -> int:
         trials = list_trials(data, groups, groups)
         question = Question(
             gallery=Gallery(table=tables[1], target_MP=gallery_MP),
+            rows_B=tables[1].row_of[[group[0] for group in groups]],
             embeds_BP=embeds_BP,
             neighbours_BP=neighbours_BP,
             setting=Setting.read(train, data, trials, config.design_evidence),

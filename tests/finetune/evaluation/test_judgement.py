@@ -12,6 +12,7 @@ from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.evaluation import judgement
 from finetune.evaluation.evaluate import _list_trials, measure_nearest_training_image
+from finetune.evaluation.evidence import Setting, find_copies
 from finetune.evaluation.generated import GeneratedSet, Images
 from finetune.evaluation.judgement import Judge, find_nearest, judge_images, pixel_features
 from finetune.generation.trials import list_trials
@@ -79,6 +80,22 @@ def test_images_of_a_new_category_are_identified(count: int, paired_dataset: Pat
     assert found["word"] in ("confounded", "not judgeable") and found["chance"] == 0.5
     # Each generated image is the seen image. A single image cannot be told from another image.
     assert found["scores"]["own"] == (0.5 if count == 1 else 1.0)
+
+
+def test_copies_of_an_image_under_other_names_count_as_one_image(
+    paired_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, data = (EEGDataset(paired_dataset, split) for split in ("train", "test"))
+    groups = [[number] for number in range(len(data))]
+    assert find_copies(train, data) == []
+    shown = EEGDataset.image
+    copied = shown(train, 5)
+    monkeypatch.setattr(
+        EEGDataset, "image", lambda self, n: copied if self.split == "test" and n in (2, 3) else shown(self, n)
+    )
+    setting = Setting.read(train, data, list_trials(data, groups, groups))
+    assert np.isin(setting.trials.images_n, setting.train.images_n).nonzero()[0].tolist() == [2, 3]
+    assert len(np.unique(setting.trials.images_n)) == 15
 
 
 def test_trials_must_have_the_facts_of_the_dataset(paired_dataset: Path) -> None:
