@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.common.config import command
-from data_sharding.common.errors import EXIT_DONE, RequestError
+from data_sharding.common.errors import EXIT_DONE, RequestError, show
 from data_sharding.common.files import read_json, write_json
 from data_sharding.common.untrusted import check_group
-from finetune.evaluation.per_trial import compare_models, read_trials_file
+from finetune.evaluation.per_trial import TrialValues, compare_models, read_trials_file
 from pretrain.evidence.statistics import holm
 
 
@@ -91,6 +91,7 @@ def compare(config: CompareConfig) -> int:
         raise RequestError(
             f"{config.a} and {config.b} have no trial in common; generate the images of both for the same trials"
         )
+    _check_trials(config, values["a"], values["b"])
     found = compare_models(values, "a", resamples=config.resamples, seed=config.seed)
     rows = {name: entry for name, entry in found["b"].items() if entry["difference"] is not None}
     if not rows:
@@ -120,6 +121,18 @@ def compare(config: CompareConfig) -> int:
         write_json(Path(config.output), result)
         print(f"-> {config.output}")
     return EXIT_DONE
+
+
+def _check_trials(config: CompareConfig, a: TrialValues, b: TrialValues) -> None:
+    """Check that a trial of both folders has the same person and the same image in both."""
+    facts = [
+        dict(zip(x.keys, zip(x.subjects_B.tolist(), x.images_B.tolist(), strict=True), strict=True)) for x in (a, b)
+    ]
+    if differ := [key for key in facts[0].keys() & facts[1].keys() if facts[0][key] != facts[1][key]]:
+        raise RequestError(
+            f"trial {show(min(differ))} has another person or image in {config.b} than in {config.a}; generate and "
+            "evaluate both folders again"
+        )
 
 
 def _explain(rows: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from data_sharding.audit.leakage import Contents, Findings, compare_datasets, co
 from data_sharding.common.config import command, to_dict
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, printable, show
 from data_sharding.common.files import atomic_write_text, sha256_file, write_json
-from data_sharding.common.storage import AnyPath, as_path
+from data_sharding.common.storage import AnyPath, as_path, is_remote
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.evaluation import metrics
 from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
@@ -264,6 +264,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     shuffle = controls.get("shuffle")
     control = None if isinstance(shuffle, NotApplicable) else shuffle
     path = as_path(config.dataset or own.about["dataset"])
+    if config.dataset is None and is_remote(path):
+        # A folder of somebody else must not make this command read from a network.
+        raise RequestError(f"{path}: the images are of a remote dataset; give the dataset as --dataset")
     train = open_paired(path, "train")
     if train.manifest.dataset_id != own.about["dataset_id"]:
         raise RequestError(

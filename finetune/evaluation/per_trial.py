@@ -109,6 +109,9 @@ def read_trials_file(folder: str | Path) -> TrialValues:
         raise RequestError(f"{path}: holds no trials; run 'dreamscale evaluate {folder}' again")
     texts = {name: [check_text(row.get(name), where, name) for row in rows] for name in ("key", "subject", "image_id")}
 
+    if len(set(texts["key"])) < len(rows):
+        raise RequestError(f"{path}: a trial occurs twice; run 'dreamscale evaluate {folder}' again")
+
     def columns(part: str) -> dict[str, NDArray[np.float64]]:
         groups = [check_group(row.get(part, {}), where, part) for row in rows]
         if any(group.keys() != groups[0].keys() for group in groups):

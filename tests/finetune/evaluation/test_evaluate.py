@@ -233,6 +233,8 @@ def _change_json(folder: Path, **changes: object) -> None:
         (lambda d: Image.new("RGB", (8, 8)).save(next((d / "images").iterdir())), "different sizes"),
         (lambda d: _change_json(d, dataset_id="0"), "of another dataset"),
         (lambda d: _change_json(d, dataset="/nowhere"), "/nowhere"),
+        (lambda d: _change_json(d, dataset="memory://nowhere"), "give the dataset as --dataset"),
+        (lambda d: _change_json(d, labels=["a", "b", "c"]), "the labels differ"),
         (lambda d: _change_json(d, control="shuffle"), "images of the control 'shuffle'"),
         (lambda d: _change_json(d, guidance_scale=3.0), "guidance_scale"),
     ],
@@ -242,7 +244,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     copy = shutil.copytree(perfect / "own", tmp_path / "copy")
     spoil(copy)
-    control = [] if message in ("of another dataset", "/nowhere") else ["--controls", f"[{perfect / 'own-shuffle'}]"]
+    control = (
+        []
+        if message in ("of another dataset", "/nowhere", "the labels differ")
+        else ["--controls", f"[{perfect / 'own-shuffle'}]"]
+    )
     before = (copy / "metrics.json").read_bytes()
     assert run_main(main, [str(copy), *control]) == 2
     err = capsys.readouterr().err
