@@ -14,6 +14,7 @@ import numpy as np
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of
+from data_sharding.common.storage import AnyPath
 from data_sharding.common.untrusted import open_image
 from data_sharding.dataset.dataset import EEGDataset
 from pretrain.runs.versions import find_run_versions
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def open_paired(
-    path: str | Path, split: str, *, tmin: float | None = None, tmax: float | None = None, version: str = ""
+    path: str | AnyPath, split: str, *, tmin: float | None = None, tmax: float | None = None, version: str = ""
 ) -> EEGDataset:
     """Open a split in which every trial has an image. Print a message if trials are left out.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or UPath
         Path of the dataset.
     split : str
         Name of the split: train, val or test.

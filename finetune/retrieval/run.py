@@ -164,7 +164,7 @@ def _embed_groups(
 def _check_embeddings(embeds_BP: NDArray[Any], what: str) -> NDArray[Any]:
     bad_B = ~np.isfinite(embeds_BP).all(axis=1)
     if bad_B.any():
-        raise RequestError(f"{what} of {int(bad_B.sum())} of {len(bad_B)} are NaN or infinite; give another model")
+        raise RequestError(f"{what} of {int(bad_B.sum())} of {len(embeds_BP)} are NaN or infinite; give another model")
     return embeds_BP
 
 
