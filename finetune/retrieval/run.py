@@ -393,6 +393,9 @@ def retrieve(config: RetrieveConfig) -> int:
         )
         rows[name], scores = measure(question, config)
         ranks[name] = {trial.key: {n: _number(v[i]) for n, v in scores.items()} for i, trial in enumerate(trials)}
+    if left_out := [n for n in config.n_way if n >= len(tables[1])]:
+        notes.append(f"n_way {left_out}: not measured, because the split has only {len(tables[1])} images")
+        print(notes[-1])
     result = {
         "schema": 1,
         "model": config.model,
