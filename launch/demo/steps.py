@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -167,7 +168,13 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
     for kind, run in MODELS.items():
         steps += [generation(kind, run, control) for control in CONTROLS]
         own = out / "generated" / kind
-        words = ["evaluate", str(own)]
+        # All controls are named, so that a folder that is missing ends the step with an error.
+        words = [
+            "evaluate",
+            str(own),
+            "--controls",
+            json.dumps([f"{own}{ending}" for ending in CONTROLS.values() if ending]),
+        ]
         # One classifier judges both generators: the first evaluation trains the classifier, and the second loads it.
         words += _flags(images["evaluate"]) if judge is None else ["--classifier", judge]
         first = [] if judge is None else [next(step.name for step in steps if step.name.startswith("evaluate"))]
