@@ -14,7 +14,7 @@ def describe_machine() -> str:
     values = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     values = {key.strip(): value.strip() for key, value in values.items()}
     model, flags = values.get("model name", platform.processor() or "CPU"), values.get("flags", "").split()
-    has = ["with AMX" if "amx_tile" in flags else "without AMX", "AVX-512" if "avx512f" in flags else "no AVX-512"]
+    has = ["with AMX" if "amx_tile" in flags else "no AMX", "with AVX-512" if "avx512f" in flags else "no AVX-512"]
     return f"{model} ({', '.join(has)}), {len(os.sched_getaffinity(0))} cores"
 
 
