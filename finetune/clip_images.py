@@ -81,6 +81,11 @@ def load_clip(clip: str | Path) -> tuple[Any, Any]:
     return _load(clip, _find_files(clip, _KINDS["clip"].what), _KINDS["clip"])
 
 
+def load_dinov2(dinov2: str | Path) -> tuple[Any, Any]:
+    """Load a DINOv2 model and its image processor; arguments and results as in `load_clip`."""
+    return _load(dinov2, _find_files(dinov2, _KINDS["dinov2"].what), _KINDS["dinov2"])
+
+
 def load_image_model(model: str | Path) -> tuple[Any, Any]:
     """Load a frozen image model: the image side of CLIP, or DINOv2; arguments and results as in `load_clip`."""
     folder = _find_files(model, "a CLIP or DINOv2 model")

@@ -33,7 +33,6 @@ CELLS = 2**22
 """Largest number of correlations of images that are computed at once."""
 THUMBNAIL = 16
 """Width and height in pixels of the images whose pixels are compared."""
-COPY = "a mirrored and darker copy of each seen image"
 FROM_IMAGES = ("shuffle", "shuffle_within", "noise", "no_eeg")
 """Controls whose scores come from folders of images."""
 Features = Callable[[ImageSource], NDArray[np.float64]]

@@ -14,17 +14,10 @@ from torch import Tensor
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of, sha256_file
-from data_sharding.common.untrusted import check_count
-from finetune.clip_images import load_clip
+from finetune.clip_images import load_clip, load_dinov2
 from finetune.evaluation.networks.network import FrozenNetwork
 from finetune.evaluation.pixel_metrics import Images
-from finetune.foreign_models import (
-    MAX_SIDE,
-    check_transformers_model,
-    is_local,
-    load_with_library,
-    read_model_config,
-)
+from finetune.foreign_models import is_local, load_with_library, read_model_config
 
 _FILES = ["config.json", "preprocessor_config.json", "*.safetensors"]
 
@@ -128,27 +121,11 @@ def load_dinov2_network(dinov2: str | Path) -> FrozenNetwork:
     RequestError
         If `dinov2` is not a DINOv2 model or cannot be loaded.
     """
-    from transformers import Dinov2Model
-    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-
     what = "a DINOv2 model"
     folder = find_model_folder(dinov2, what)
     if (kind := read_model_config(folder / "config.json").get("model_type")) != "dinov2":
         raise RequestError(f"{dinov2}: the model_type in config.json is '{kind}', not 'dinov2'; give {what}")
-    check_transformers_model(Dinov2Model, folder)
-    sizes = read_model_config(folder / "preprocessor_config.json")
-
-    def load() -> tuple[Any, Any]:
-        words: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
-        model = Dinov2Model.from_pretrained(str(folder), **words)
-        return model, BitImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
-
-    for name in ("size", "crop_size"):
-        entry = sizes.get(name)
-        for value in entry.values() if isinstance(entry, dict) else [] if entry is None else [entry]:
-            check_count(value, str(folder / "preprocessor_config.json"), name, least=1, most=MAX_SIDE)
-    model, processor = load_with_library(load, dinov2, what)
-    model.requires_grad_(False).eval()
+    model, processor = load_dinov2(folder)
 
     def compute(x_B3HW: Tensor) -> tuple[Tensor, None]:
         return model(pixel_values=x_B3HW.float()).last_hidden_state[:, 0], None
