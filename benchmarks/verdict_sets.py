@@ -58,6 +58,10 @@ class Design:
     generator: str = "ridge"
     """ridge: shows the predicted embedding. memory: shows the training image that is nearest to the predicted
     embedding. constant: shows the commonest training label. collapsed: shows the same embedding in all trials."""
+    search: bool = False
+    """Whether the score of a trial is the share of all other test images that are less similar than the seen image, as
+    in a retrieval. By default, the score is 1 for the right category; for new concepts, the score is the share of
+    images of other concepts that are less similar."""
     copies: int = 1
     """Number of names under which each image is stored. The names are merged as after a search for copies."""
     forged: bool = False
@@ -85,6 +89,10 @@ SETS: dict[str, tuple[Design, str]] = {
     "blocks, drift and response": (replace(CLEAN, blocks=True, drift=0.5), "confounded"),
     "one order of blocks for all, common trend, new people": (
         replace(NULL, people=12, recordings=1, split="people", blocks=True, common=True, trend=4.0),
+        "confounded",
+    ),
+    "search of images, skewed labels, blocks and drift": (
+        replace(NULL, search=True, skewed=True, blocks=True, drift=0.5),
         "confounded",
     ),
     "labels tied to people": (replace(NULL, labels_of_person=2), "confounded"),
@@ -157,6 +165,7 @@ def make_evidence(design: Design, seed: int) -> Evidence:
         design_evidence="declared by the constructed set",
         hits_n=measure.hits(own_nD),
         chance=measure.chance,
+        score_of="image" if measure.by_image else "label",
         controls={
             "shuffle": _control(measure.hits(generator.show(x_nF[everywhere]))),
             "shuffle_within": _control(measure.hits(generator.show(x_nF[within])), alone_n),
@@ -164,7 +173,7 @@ def make_evidence(design: Design, seed: int) -> Evidence:
             "no_eeg": _control(measure.hits(generator.show(np.zeros_like(x_nF)))),
             "eyes": NotApplicable(reason="the constructed set has no eye channels."),
             "nearest": _control(measure.hits(generator.remember(own_nD))),
-            **_predict(design, train, test, seed),
+            **_predict(design, train, test, measure, seed),
         },
         identification_n=measure.identify(own_nD),
         judge_n=measure.judge(),
@@ -177,7 +186,9 @@ def _control(hits_n: np.ndarray, left_out_n: np.ndarray | None = None) -> Contro
     return Control(hits_n=np.asarray(hits_n, float), checked=True, left_out_n=left_out_n)
 
 
-def _predict(design: Design, train: _Trials, test: _Trials, seed: int) -> dict[str, Control | NotApplicable]:
+def _predict(
+    design: Design, train: _Trials, test: _Trials, measure: _Measure, seed: int
+) -> dict[str, Control | NotApplicable]:
     """Predict the labels of the test trials from time and from the baseline."""
     if design.split == "labels":
         return dict.fromkeys(("time", "baseline"), NotApplicable(reason="no test label is in the training trials."))
@@ -185,7 +196,7 @@ def _predict(design: Design, train: _Trials, test: _Trials, seed: int) -> dict[s
         "time": predict_from_time(train.table, test.table),
         "baseline": predict_from_features(train.baseline_nF, train.table.labels_n, test.baseline_nF, seed=seed),
     }
-    return {name: _control(found_n == test.table.labels_n) for name, found_n in found.items()}
+    return {name: _control(measure.predicted(found_n)) for name, found_n in found.items()}
 
 
 def _make_images(design: Design, rng: np.random.Generator) -> _Images:
@@ -322,17 +333,25 @@ class _Measure:
     def __init__(self, design: Design, images: _Images, train: _Trials, test: _Trials) -> None:
         self.images, self.seen_n = images, test.image_n
         self.gallery = np.unique(test.image_n)
-        self.new_concepts = design.split == "labels"
+        self.search = design.search
+        self.by_image = design.search or design.split == "labels"
         known_nD, labels_n = images.embedding_ID[train.image_n], train.table.labels_n
-        self.centre_LD = np.stack([known_nD[labels_n == label].mean(axis=0) for label in np.unique(labels_n)])
-        self.chance = 0.5 if self.new_concepts else 1 / design.labels
+        self.known = np.unique(labels_n)
+        self.centre_LD = np.stack([known_nD[labels_n == label].mean(axis=0) for label in self.known])
+        self.chance = 0.5 if self.by_image else 1 / design.labels
 
     def hits(self, shown_nD: np.ndarray, seen_n: np.ndarray | None = None) -> np.ndarray:
-        """Return 1 for the right category; for new concepts, the share of images of other concepts that are farther."""
+        """Return 1 for the right category, or the share of other images that are farther; see `Design.search`."""
         seen_n = self.seen_n if seen_n is None else seen_n
-        if self.new_concepts:
-            return self._rank(shown_nD, seen_n, same_label=False)
+        if self.by_image:
+            return self._rank(shown_nD, seen_n, same_label=None if self.search else False)
         return (_distances(shown_nD, self.centre_LD).argmin(axis=1) == self.images.label_I[seen_n]).astype(float)
+
+    def predicted(self, labels_n: np.ndarray) -> np.ndarray:
+        """Return the scores of predicted labels; for a search, the mean embedding of the label is shown."""
+        if not self.search:
+            return labels_n == self.images.label_I[self.seen_n]
+        return self.hits(self.centre_LD[np.searchsorted(self.known, labels_n)])
 
     def identify(self, shown_nD: np.ndarray) -> np.ndarray:
         """Return the share of other images of the same category that are farther than the seen image."""
@@ -342,12 +361,13 @@ class _Measure:
         """Return the scores of the real test images."""
         return self.hits(self.images.embedding_ID[self.gallery], self.gallery)
 
-    def _rank(self, shown_nD: np.ndarray, seen_n: np.ndarray, *, same_label: bool) -> np.ndarray:
+    def _rank(self, shown_nD: np.ndarray, seen_n: np.ndarray, *, same_label: bool | None) -> np.ndarray:
         far_nI = _distances(shown_nD, self.images.embedding_ID[self.gallery])
         own_n = far_nI[np.arange(len(seen_n)), np.searchsorted(self.gallery, seen_n)]
         label_I = self.images.label_I
-        other_nI = (label_I[self.gallery] == label_I[seen_n, None]) == same_label
-        other_nI &= self.gallery != seen_n[:, None]
+        other_nI = self.gallery != seen_n[:, None]
+        if same_label is not None:
+            other_nI &= (label_I[self.gallery] == label_I[seen_n, None]) == same_label
         better_nI = (far_nI > own_n[:, None]) + 0.5 * (far_nI == own_n[:, None])
         return (better_nI * other_nI).sum(axis=1) / other_nI.sum(axis=1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,6 +122,7 @@ class Setting:
         hits_n: NDArray[np.float64],
         chance: float,
         *,
+        score_of: Literal["label", "image"],
         controls: dict[str, Control | NotApplicable],
         identification_n: NDArray[np.float64] | NotApplicable,
         judge_n: NDArray[np.float64] | NotApplicable,
@@ -147,6 +149,7 @@ class Setting:
             design_evidence=self.design_evidence,
             hits_n=hits_n,
             chance=chance,
+            score_of=score_of,
             controls=controls,
             identification_n=identification_n,
             identification_left_out_n=single_n,

@@ -224,6 +224,7 @@ def judge_images(
         setting.weigh(
             hits_n,
             scores.chance,
+            score_of="label" if known else "image",
             controls=found,
             identification_n=identification,
             judge_n=scores.judge_n,

@@ -279,6 +279,7 @@ def measure(question: Question, config: RetrieveConfig) -> tuple[dict[str, Any],
         question.setting.weigh(
             own["identification"],
             0.5,
+            score_of="image",
             controls=controls,
             identification_n=question.identify_within_label(),
             judge_n=NotApplicable(reason="retrieval needs no judge of images"),

@@ -112,6 +112,10 @@ class Evidence:
     category."""
     chance: float
     """Score by chance."""
+    score_of: Literal["label", "image"]
+    """What the score of a trial tells. label: 1 if the label is right, else 0. image: share of the other test images
+    that are less similar than the seen image. The chance of the predictors depends on this; see `find_constant_score`.
+    """
     controls: Mapping[str, Control | NotApplicable]
     """Every control of `CONTROLS`."""
     identification_n: NDArray[np.float64] | NotApplicable
@@ -325,6 +329,38 @@ def _check_scope(evidence: Evidence) -> None:
             )
 
 
+def find_constant_score(trials: TrialTable, score_of: Literal["label", "image"]) -> float:
+    """Find the best mean score of a predictor that predicts the same label in every trial.
+
+    Parameters
+    ----------
+    trials : TrialTable
+        The test trials.
+    score_of : str
+        What the score of a trial tells; see `Evidence.score_of`.
+
+    Returns
+    -------
+    float
+        For labels, the share of the commonest test label. For images, the score of a predictor for which all images of
+        the predicted label are equally similar, and all other images are equally less similar. This score is 0.5 if all
+        test images were shown equally often, however many images a label has.
+    """
+    labels_L, label_n = np.unique(trials.labels_n, return_inverse=True)
+    share_L = np.bincount(label_n) / len(trials)
+    if score_of == "label":
+        return float(share_L.max())
+    _, first = np.unique(trials.images_n, return_index=True)
+    images_L, images = np.bincount(label_n[first], minlength=len(labels_L)), len(first)
+    if images < 2:
+        return 0.5
+    # An image of the predicted label is tied with the other images of this label, and beats all images of other labels.
+    right_L = (0.5 * (images_L - 1) + images - images_L) / (images - 1)
+    # An image of another label loses against the images of the predicted label, and is tied with the rest.
+    wrong_L = 0.5 * (images - images_L - 1) / (images - 1)
+    return float((share_L * right_L + (1 - share_L) * wrong_L).max())
+
+
 def decide_by_design(case: _Case) -> _Found | None:
     """Apply the rule of the design.
 
@@ -387,13 +423,14 @@ def decide_by_leaks(case: _Case) -> _Found | None:
     """Apply the rule of leaks.
 
     The word is *confounded* if a predictor that sees only the time, or only the EEG before the picture, is better than
-    chance. The chance of a predictor is the share of the commonest test label, or the chance of the score if the chance
-    of the score is larger. The word is also *confounded* if the shuffle within neighbourhoods is better than the
-    shuffle over all trials, because then slow changes of the EEG carry a part of the score. The word is *confounded*,
-    too, if the shuffle within neighbourhoods costs nothing: the model is better than the shuffle over all trials, but
-    not better than the shuffle within neighbourhoods, which keeps at least the share `NOTHING_LOST` of the difference.
-    Eye and face channels may hold a response to the picture, so a good predictor from these channels is *confounded*
-    only if the model is not better than the predictor.
+    chance. The chance of a predictor is the best score of a predictor that predicts the same label in every trial
+    (`find_constant_score`), or the chance of the score if the chance of the score is larger. The word is also
+    *confounded* if the shuffle within neighbourhoods is better than the shuffle over all trials, because then slow
+    changes of the EEG carry a part of the score. The word is *confounded*, too, if the shuffle within neighbourhoods
+    costs nothing: the model is better than the shuffle over all trials, but not better than the shuffle within
+    neighbourhoods, which keeps at least the share `NOTHING_LOST` of the difference. Eye and face channels may hold a
+    response to the picture, so a good predictor from these channels is *confounded* only if the model is not better
+    than the predictor.
     """
     reasons = [
         f"The label can be predicted from {what}, without a response to the picture. {case.scores(name)}."
@@ -520,8 +557,8 @@ def _compare(case: _Case, resamples: int, seed: int) -> _Case:
             missing[name] = f"{what} could be made for only {int(usable_n.sum())} of {n} trials."
             continue
         scores[name] = (np.asarray(hits_n, float), usable_n)
-    commonest = float(np.unique(evidence.trials.labels_n, return_counts=True)[1].max() / n)
     chances = {"identification": 0.5, "own": evidence.chance}
+    chance_of_predictors = max(evidence.chance, find_constant_score(evidence.trials, evidence.score_of))
     plan: list[tuple[Literal["leak", "signal", "content"], str, str]] = [
         *(("leak", name, "chance") for name in ("time", "baseline", "eyes")),
         ("leak", "shuffle_within", "shuffle"),
@@ -534,7 +571,7 @@ def _compare(case: _Case, resamples: int, seed: int) -> _Case:
     for question, left, right in plan:
         if left not in scores or (right != "chance" and right not in scores):
             continue
-        chance = chances.get(left, max(evidence.chance, commonest))
+        chance = chances.get(left, chance_of_predictors)
         other = (np.full(n, chance), everything) if right == "chance" else scores[right]
         columns.append((question, f"{left} - {right}", scores[left][0], other[0], scores[left][1] & other[1]))
     rows = _measure(evidence.trials, columns, resamples, seed)

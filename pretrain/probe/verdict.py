@@ -86,6 +86,7 @@ def collect_evidence(setting: Setting, predicted_s: Labels) -> Evidence:
         design_evidence=setting.design_evidence,
         hits_n=(predicted_s == tested.labels_n).astype(float),
         chance=chance,
+        score_of="label",
         controls={name: NotApplicable(reason=reason) for name, reason in NOT_MADE.items()}
         | _exchange_eeg(setting, tested, predicted_s)
         | _predict_without_response(setting, tested),

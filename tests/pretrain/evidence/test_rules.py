@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_sharding.common.errors import RequestError
-from pretrain.evidence.rules import CONTROLS, Control, Evidence, NotApplicable, judge
+from pretrain.evidence.rules import CONTROLS, Control, Evidence, NotApplicable, find_constant_score, judge
 from pretrain.evidence.trials import TrialTable
 
 PEOPLE, IMAGES, LABELS = 8, 40, 4
@@ -55,6 +55,7 @@ def make_evidence(own: float = 0.6, *, trials: TrialTable | None = None, **chang
         "design_evidence": "runs of one category are 1.3 trials long on average",
         "hits_n": draw(own, n, 1),
         "chance": 0.25,
+        "score_of": "label",
         "controls": controls,
         "identification_n": np.random.default_rng(2).random(n) ** 0.4,
         "judge_n": np.ones(40),
@@ -104,6 +105,40 @@ class TestWords:
         constant = Control(hits_n=(trials.labels_n == 0).astype(float), checked=True)
         found = judge(make_evidence(0.95, trials=trials, time=constant), resamples=500)
         assert found.word == "signal"
+
+    def test_chance_of_a_predictor_in_a_search_of_images_is_a_half_whatever_the_labels(self) -> None:
+        labels = np.where(np.arange(IMAGES) < 28, 0, np.arange(IMAGES) % LABELS)
+        trials = make_table(labels_n=np.tile(labels, PEOPLE))
+        rng = np.random.default_rng(5)
+        changes: dict[str, Any] = {
+            name: Control(hits_n=rng.random(len(trials)), checked=True) for name in CONTROLS if name != "eyes"
+        }
+        changes["time"] = Control(hits_n=rng.random(len(trials)) ** 0.6, checked=True)
+        search = make_evidence(0.9, trials=trials, chance=0.5, score_of="image", **changes)
+        verdict = judge(search, resamples=500)
+        assert verdict.word == "confounded" and "predicted from the time" in verdict.why[0]
+        row = next(row for row in verdict.comparisons if row.name == "time - chance")
+        assert (row.left > 0.6, row.right) == (True, 0.5)
+        # The share of the commonest label, 78 %, is no chance of a search, and would hide that time predicts the image.
+        assert word(dataclasses.replace(search, score_of="label")) == "signal"
+
+    def test_the_chance_of_a_search_is_the_score_of_the_best_constant_label(self) -> None:
+        rng = np.random.default_rng(3)
+        shown = rng.choice(IMAGES, 500, p=(p := rng.random(IMAGES) ** 3) / p.sum())
+        shown[:IMAGES] = np.arange(IMAGES)
+        label = rng.integers(0, LABELS, IMAGES)
+        n = len(shown)
+        trials = make_table(1, n, labels_n=label[shown], images_n=[f"i{i}" for i in shown], times_n=np.arange(n))
+        scores = []
+        for constant in range(LABELS):
+            similar = (label == constant).astype(float)
+            other = np.arange(IMAGES) != shown[:, None]
+            better = (similar < similar[shown][:, None]) + 0.5 * (similar == similar[shown][:, None])
+            scores.append((better * other).sum() / other.sum())
+        assert find_constant_score(trials, "image") == pytest.approx(max(scores)) and max(scores) > 0.52
+        assert find_constant_score(trials, "label") == np.bincount(label[shown]).max() / n
+        skewed = make_table(labels_n=np.tile(np.arange(IMAGES) > 7, PEOPLE))
+        assert find_constant_score(skewed, "image") == pytest.approx(0.5)
 
     def test_a_shuffle_within_neighbourhoods_that_costs_nothing_confounds(self) -> None:
         assert word(make_evidence(0.6, shuffle_within=0.6)) == "confounded"
