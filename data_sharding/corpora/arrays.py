@@ -33,6 +33,7 @@ from data_sharding.dataset.splits import SPLITS
 from data_sharding.formats.signal import Signal
 from data_sharding.formats.sniffing import Recording
 from data_sharding.formats.units import to_volts
+from data_sharding.processing.preprocess import check_line_freq
 
 SUFFIXES = (".npy", ".npz", ".mat")
 SIDECARS = (".json", ".yaml", ".yml")
@@ -171,6 +172,11 @@ class ArraysCorpus(Adapter):
             raise ReadError(Reason("array does not fit its sidecar", text=text))
         part: Callable[[int], np.ndarray] = (lambda i: x[i]) if x.ndim == 3 else (lambda _: x)
         standardised = own["unit"] == "standardised"
+        line_freq, notes = own["line_freq"], [STANDARDISED] if standardised else []
+        try:
+            line_freq = None if line_freq is None else check_line_freq(line_freq, "line_freq in the sidecar")
+        except ValueError as error:
+            line_freq, notes = None, [*notes, f"{error}; not used"]
         signal = ArraySignal(
             part,
             [x.shape[-1]] * (len(x) if x.ndim == 3 else 1),
@@ -180,10 +186,10 @@ class ArraysCorpus(Adapter):
             tmin=float(own.get("tmin", 0.0)),
             scale=NOMINAL_V if standardised else to_volts(own["unit"]) or 1.0,
             unit_known=standardised,
-            line_freq=own["line_freq"],
+            line_freq=line_freq,
             reference=own["reference"],
             bads=list(own["bads"]),
-            notes=[STANDARDISED] if standardised else [],
+            notes=notes,
             **({"ch_types": list(own["ch_types"])} if own["ch_types"] else {}),
         )
         return patch_signal(signal, item.info_patch)
@@ -223,8 +229,6 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
         raise _Fault("sidecar broken", f"{file.name}: sfreq '{about.sfreq}' is not a sampling rate in Hz")
     if isinstance(about.tmin, bool) or not isinstance(about.tmin, int | float) or not abs(about.tmin) < 1e4:
         raise _Fault("sidecar broken", f"{file.name}: tmin '{about.tmin}' is not a time in seconds")
-    if about.line_freq is not None and not (isinstance(about.line_freq, int | float) and 0 <= about.line_freq < 1e6):
-        raise _Fault("sidecar broken", f"{file.name}: line_freq '{about.line_freq}' is not a frequency in Hz")
     if about.unit != "standardised" and to_volts(str(about.unit)) is None:
         raise _Fault("sidecar broken", f"{file.name}: unit '{about.unit}' must be V, mV, uV, nV or standardised")
     if not about.ch_names or len(set(about.ch_names)) != len(about.ch_names):

@@ -6,7 +6,9 @@ In array shapes, n is the number of channels, S the number of samples at the rec
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -116,7 +118,7 @@ class EpochsSignal:
     epochs : mne.BaseEpochs
         The epochs. MNE reads epochs on demand if the file format allows this.
     marks : iterable of Found
-        Interruptions inside epochs.
+        Marks inside epochs. Their times are counted over the samples of all epochs, one epoch after the other.
     **more : Any
         Further fields of `SignalInfo`.
     """
@@ -129,13 +131,20 @@ class EpochsSignal:
             raise NotContinuous(Reason("epoched", "0 trials"))
         self._length = length
         whole = [Segment(start=i * length, stop=(i + 1) * length, onset=i * length / sfreq) for i in range(count)]
-        divided = divide(whole, sfreq, marks)
+        found, unknown = match_channels(_end_in_epoch(marks, length, sfreq), epochs.ch_names, ())
+        divided = divide(whole, sfreq, found)
+        if not divided.segments:
+            raise NotContinuous(Reason("no signal", "all epochs are marked as gaps"))
+        fields: dict[str, Any] = _fields(epochs.info, epochs.get_channel_types()) | more
+        fields["notes"] = [*fields.get("notes", []), *unknown, *divided.notes]
         self.info = SignalInfo(
             n_samples=count * length,
             segments=divided.segments,
             epoched=True,
             tmin=float(epochs.times[0]),
-            **(_fields(epochs.info, epochs.get_channel_types()) | more),
+            bad_spans=divided.bad_spans,
+            bad_channel_spans=divided.bad_channel_spans,
+            **fields,
         )
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
@@ -148,6 +157,37 @@ class EpochsSignal:
 
     def close(self) -> None:
         """Close the files of the recording."""
+
+
+def annotations_of_epochs(epochs: mne.BaseEpochs) -> list[Annotation]:
+    """Return the annotations inside the epochs, with times counted over the samples of all epochs.
+
+    An annotation that overlaps several epochs is returned once for each epoch, and without its part before the epoch.
+    """
+    found = epochs.annotations
+    if found is None or not len(found):
+        return []
+    length, sfreq = len(epochs.times), float(epochs.info["sfreq"])
+    # MNE measures onsets and the samples of events from the same zero, at the rate of the continuous recording.
+    starts = epochs.events[:, 0] / (epochs._raw_sfreq or sfreq) + epochs.times[0]
+    out = []
+    for onset, duration, text, names in zip(
+        found.onset, np.nan_to_num(found.duration), found.description, found.ch_names, strict=True
+    ):
+        for i in np.flatnonzero((starts < onset + max(duration, 0.5 / sfreq)) & (starts + length / sfreq > onset)):
+            begin = max(float(onset - starts[i]), 0.0)
+            rest = max(float(onset + duration - starts[i]) - begin, 0.0)
+            out.append(Annotation(i * length / sfreq + begin, rest, str(text), tuple(map(str, names))))
+    return out
+
+
+def _end_in_epoch(marks: Iterable[Found], length: int, sfreq: float) -> list[Found]:
+    """Shorten each mark to the epoch in which it begins, because the next samples belong to another time."""
+    found = []
+    for mark in marks:
+        end = (math.floor(mark.begin * sfreq / length + 1e-6) + 1) * length / sfreq
+        found.append(dataclasses.replace(mark, length=min(mark.length, max(0.0, end - mark.begin))))
+    return found
 
 
 @contextlib.contextmanager

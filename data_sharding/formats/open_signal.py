@@ -24,18 +24,18 @@ from data_sharding.formats.about import describe, hide, private_words
 from data_sharding.formats.claims import files_beside, link_files
 from data_sharding.formats.edf import open_records
 from data_sharding.formats.marks.files import (
-    find_epoch_boundaries,
     find_mff_pauses,
     find_neuroscan_marks,
     read_ant_segments,
 )
-from data_sharding.formats.marks.interruptions import Found, time_of_sample
+from data_sharding.formats.marks.interruptions import Found, find_marks, time_of_sample
 from data_sharding.formats.mne_signal import (
     EpochsSignal,
     NotContinuous,
     RawSignal,
     ReadError,
     annotations_of,
+    annotations_of_epochs,
     quiet,
     read_raw_units,
 )
@@ -182,9 +182,7 @@ def _eeglab(path: Path) -> Any:
         # Pass new events, because MNE refuses a file with two events at the same sample.
         events = np.column_stack([np.arange(count), np.zeros(count, int), np.ones(count, int)])
         try:
-            epochs = mne.read_epochs_eeglab(path, events=events, event_id={"trial": 1})
-            marks, notes = find_epoch_boundaries(path)
-            return EpochsSignal(epochs, marks=marks, notes=notes)
+            return mne.read_epochs_eeglab(path, events=events, event_id={"trial": 1})
         except ValueError as cut:
             if not (short := re.search(r"array of size (\d+) into shape \((\d+),(\d+),(\d+)\)", str(cut))):
                 raise
@@ -580,7 +578,10 @@ def _in_own_folder(recording: Recording) -> tuple[Path, tempfile.TemporaryDirect
 def _signal_of(opened: Any, format_: str) -> Signal:
     import mne
 
-    return RawSignal(opened, format_=format_) if isinstance(opened, mne.io.BaseRaw) else EpochsSignal(opened)
+    if isinstance(opened, mne.io.BaseRaw):
+        return RawSignal(opened, format_=format_)
+    opened.drop_bad()
+    return EpochsSignal(opened, marks=find_marks(format_, annotations_of_epochs(opened)))
 
 
 def unreadable(error: BaseException, folder: str = "") -> Reason:

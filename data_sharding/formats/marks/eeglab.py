@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.formats.marks.interruptions import Annotation, Effect, find_row
+from data_sharding.formats.marks.interruptions import Annotation, Effect, Found, find_row
 
 CHANNEL_FIELDS = ("channel", "chanindex")
 """Fields of an event that name its channels. The import of BrainVision and BIDS into EEGLAB writes the field `channel`,
@@ -16,6 +16,10 @@ and the import through BioSig writes `chanindex`. Both fields contain numbers of
 channels."""
 NO_CHANNEL = ("", "n/a", "all", "none")
 """Texts in the fields `CHANNEL_FIELDS` that mean all channels, in lower case."""
+REJECTIONS = ("manual", "thresh", "const", "jp", "kurt", "freq", "global")
+"""Kinds of rejection in the structure EEG.reject. For each kind, the field ``rejKIND`` has one number for each epoch,
+and the field ``rejKINDE`` has one number for each channel and epoch. The fields ``icarejKIND`` are for epochs that were
+found in the independent components."""
 
 
 def list_entries(value: Any) -> list[dict[str, Any]]:
@@ -38,6 +42,8 @@ def list_entries(value: Any) -> list[dict[str, Any]]:
             if isinstance(column, list) or (isinstance(column, np.ndarray) and column.ndim)
         }
         length = max((len(column) for column in columns.values()), default=0)
+        if not length and len(columns) == len(value):
+            return []  # A structure array of size 0 still has names of fields.
         if not length or any(len(column) != length for column in columns.values()):
             return [value]
         return [{key: value[key][i] for key in columns} for i in range(length)]
@@ -112,6 +118,45 @@ def read_channel_events(content: Any) -> tuple[list[Annotation] | None, list[str
             "because the marks have numbers that are not channel numbers; these marks are used for all channels"
         )
     return (annotations if any(event.channels for event in annotations) else None), notes
+
+
+def read_rejections(content: Any) -> tuple[list[Found], list[str]]:
+    """Read which epochs of an EEGLAB file are marked for rejection.
+
+    Parameters
+    ----------
+    content : Any
+        The structure EEG, as MNE loads it, with the fields reject, chanlocs, trials, pnts, nbchan and srate.
+
+    Returns
+    -------
+    marks : list of Found
+        A mark for each marked epoch, and a mark for each epoch of which only single channels are marked. Times are
+        counted over the samples of all epochs, one epoch after the other.
+    notes : list of str
+        A note for the ledger about fields whose size does not fit the number of epochs; these fields are not used.
+    """
+    fields = getattr(content, "reject", None)
+    count, n, names = content.trials, content.nbchan, [str(c.get("labels")) for c in list_entries(content.chanlocs)]
+    if not isinstance(fields, dict) or count < 2:
+        return [], []
+    whole, single, unfit = np.zeros(count, bool), np.zeros((n, count), bool), []
+    for key in (f"{origin}rej{kind}" for origin in ("", "ica") for kind in REJECTIONS):
+        for name, table in ((key, whole), (f"{key}E", single)):
+            values = np.asarray(fields.get(name, ()))
+            if not values.size or (table is single and key.startswith("ica")):
+                continue  # The tables of independent components do not mark channels.
+            if values.dtype.kind not in "iufb" or values.size != table.size:
+                unfit.append(name)
+            else:
+                table |= np.nan_to_num(values.reshape(table.shape)) > 0
+    spans: list[tuple[int, tuple[str, ...]]] = [(i, ()) for i in np.flatnonzero(whole).tolist()]
+    if len(names) == n:
+        for i in np.flatnonzero(single.any(axis=0) & ~whole).tolist():
+            spans.append((i, tuple(names[row] for row in np.flatnonzero(single[:, i]))))
+    length = content.pnts / content.srate
+    notes = [f"EEG.reject.{name} does not fit {count} epochs, so its marks are not used" for name in unfit]
+    return [Found("rejected epoch", i * length, length, "rejected epoch", of) for i, of in sorted(spans)], notes
 
 
 def _map_numbers(channels: list[dict[str, Any]], info: Any) -> dict[int, str | None]:

@@ -6,9 +6,11 @@ import re
 import struct
 from pathlib import Path
 
+import numpy as np
+
 from data_sharding.common.errors import one_line
 from data_sharding.formats import headers
-from data_sharding.formats.marks.interruptions import Found, find_row
+from data_sharding.formats.marks.interruptions import Annotation, Found
 from data_sharding.formats.signal import Segment
 
 SECONDS_A_DAY = 86400
@@ -139,8 +141,8 @@ def find_neuroscan_marks(path: Path, sfreq: float, n_bytes: int) -> list[Found]:
     return found
 
 
-def find_epoch_boundaries(path: Path) -> tuple[list[Found], list[str]]:
-    """Find the boundary events inside the epochs of an EEGLAB file.
+def read_epoch_events(path: Path) -> tuple[list[Annotation], list[str]]:
+    """Read the events of an EEGLAB file with epochs.
 
     Parameters
     ----------
@@ -149,20 +151,17 @@ def find_epoch_boundaries(path: Path) -> tuple[list[Found], list[str]]:
 
     Returns
     -------
-    found : list of Found
-        Cuts inside epochs. The time of a cut is counted over the samples of all epochs, one epoch after the other.
+    events : list of Annotation
+        Events. Their times are counted over the samples of all epochs, one epoch after the other.
     notes : list of str
-        A note for the ledger if the events cannot be read; then the file is used as a file without boundary events.
+        A note for the ledger if the events cannot be read; then the file is used as a file without events.
     """
     import mne
 
     try:
-        annotations = mne.read_annotations(path)
+        found = mne.read_annotations(path)
     except Exception as error:
-        return [], [f"the events cannot be read ({one_line(error)[:80]}), so cuts inside epochs are not known"]
-    found = []
-    for onset, text in zip(annotations.onset, annotations.description, strict=True):
-        row = find_row("eeglab", str(text))
-        if row is not None and row.removed:
-            found.append(Found(row.name, float(onset), 0.0, str(text)))
-    return found, []
+        text = f"the events cannot be read ({one_line(error)[:80]}), so cuts and bad spans inside epochs are not known"
+        return [], [text]
+    columns = zip(found.onset, np.nan_to_num(np.asarray(found.duration, float)), found.description, strict=True)
+    return [Annotation(float(onset), float(duration), str(text)) for onset, duration, text in columns], []

@@ -153,6 +153,13 @@ TABLE: tuple[Mark, ...] = (
         removed=True,
     ),
     Mark(
+        name="rejected epoch",
+        formats=("eeglab",),
+        sign="epoch marked in `EEG.reject` (`rejmanual`, `rejthresh`, `icarejkurt` ...). If only a table of channels "
+        "(`rejmanualE` ...) marks the epoch, only these channels are bad in it",
+        effect=Effect.BAD,
+    ),
+    Mark(
         name="record times",
         formats=("edf", "bdf"),
         sign="jump in the onsets of the records (EDF+D and EDF+C); the new segment gets the recorded onset",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_sharding.formats.marks.eeglab import list_entries, read_channel_events, read_number
-from data_sharding.formats.marks.interruptions import Annotation
+from data_sharding.formats.marks.eeglab import list_entries, read_channel_events, read_number, read_rejections
+from data_sharding.formats.marks.files import read_epoch_events
+from data_sharding.formats.marks.interruptions import Annotation, Found, find_marks
 from data_sharding.formats.mne_signal import EpochsSignal, RawSignal
 from data_sharding.formats.signal import Signal
 
@@ -27,7 +29,7 @@ def with_repairs(read: Callable[[Path], Any]) -> Callable[[Path], Signal]:
     Parameters
     ----------
     read : callable
-        Function that opens a ``.set`` file with MNE, and returns a raw or epochs object, or a `Signal`.
+        Function that opens a ``.set`` file with MNE, and returns a raw or epochs object.
 
     Returns
     -------
@@ -38,51 +40,67 @@ def with_repairs(read: Callable[[Path], Any]) -> Callable[[Path], Signal]:
     def read_repaired(path: Path) -> Signal:
         import mne
 
-        with _repairing() as (notes, events):
+        with _repairing() as found:
             opened = read(path)
-        if isinstance(opened, mne.io.BaseRaw):
-            opened = RawSignal(opened, format_="eeglab", annotations=events or None)
-        elif isinstance(opened, mne.BaseEpochs):
-            opened = EpochsSignal(opened)
-        said = list(dict.fromkeys(notes))  # MNE may load the file twice, and then each note exists twice.
-        opened.info = dataclasses.replace(opened.info, notes=[*opened.info.notes, *said])
-        return opened
+            if isinstance(opened, mne.BaseEpochs):
+                events, faults = read_epoch_events(path)
+                marks = [*find_marks("eeglab", found.events or events), *found.rejected]
+                signal: Signal = EpochsSignal(opened, marks=marks, notes=faults)
+            else:
+                signal = RawSignal(opened, format_="eeglab", annotations=found.events or None)
+        said = list(dict.fromkeys(found.notes))  # MNE may load the file twice, and then each note exists twice.
+        signal.info = dataclasses.replace(signal.info, notes=[*signal.info.notes, *said])
+        return signal
 
     return read_repaired
 
 
+@dataclass
+class _Found:
+    """What was found in a ``.set`` file while MNE loaded it."""
+
+    notes: list[str] = field(default_factory=list)
+    """Notes about the repairs."""
+    events: list[Annotation] = field(default_factory=list)
+    """All events of the file, if at least one event belongs to single channels; otherwise an empty list."""
+    rejected: list[Found] = field(default_factory=list)
+    """Epochs that are marked for rejection."""
+
+
 @contextlib.contextmanager
-def _repairing() -> Iterator[tuple[list[str], list[Annotation]]]:
+def _repairing() -> Iterator[_Found]:
     """Replace the function with which MNE loads a ``.set`` file, because MNE has no option to repair its result.
 
     Yields
     ------
-    notes : list of str
-        Notes about the repairs.
-    events : list of Annotation
-        All events of the file, if at least one event belongs to single channels; otherwise an empty list.
+    _Found
+        Notes, events and marks of the file. They are complete after MNE has loaded the file.
     """
     from mne.io.eeglab import eeglab
 
-    load, notes, events = eeglab._check_load_mat, list[str](), list[Annotation]()
+    load, found = eeglab._check_load_mat, _Found()
 
     def load_repaired(*args: Any, **kwargs: Any) -> Any:
         content = load(*args, **kwargs)
 
         def read_events(content: Any, notes: list[str]) -> None:
-            found, said = read_channel_events(content)
-            events[:] = found or []
+            events, said = read_channel_events(content)
+            found.events = events or []
+            notes += said
+
+        def read_rejected(content: Any, notes: list[str]) -> None:
+            found.rejected, said = read_rejections(content)
             notes += said
 
         # The repair of the events removes their channels, so the channels are read before.
-        for repair in (_repair_channels, read_events, _repair_events):
+        for repair in (_repair_channels, read_rejected, read_events, _repair_events):
             with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
-                repair(content, notes)
+                repair(content, found.notes)
         return content
 
     eeglab._check_load_mat = load_repaired
     try:
-        yield notes, events
+        yield found
     finally:
         eeglab._check_load_mat = load
 

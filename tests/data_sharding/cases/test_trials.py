@@ -176,6 +176,23 @@ def test_epochs_know_their_onset(
     assert [meta["image_id"] for meta, _ in sharded.samples] == ["kind0/0", "kind1/1", "kind0/2", "kind0/0"]
 
 
+def test_epochs_of_eeglab_that_are_marked_for_rejection(tmp_path: Path, shard_all: Callable, true_uv: Callable) -> None:
+    from scipy.io import loadmat, savemat
+
+    onsets = [3.0, 9.5, 17.25, 31.0]
+    write_epochs(tmp_path / "eeg" / "a.set", true_uv, 5, 256.0, -0.5, onsets)
+    eeg = {name: value for name, value in loadmat(tmp_path / "eeg" / "a.set").items() if not name.startswith("__")}
+    table = np.zeros((8, 4))
+    table[2, 3] = 1
+    eeg["reject"] = {"rejmanual": [0, 1, 0, 0], "rejmanualE": table, "icarejkurt": np.zeros(0)}
+    savemat(tmp_path / "eeg" / "a.set", eeg, appendmat=False)
+    (sharded,) = shard_all(tmp_path / "eeg").values()
+    assert sharded.row.windows_left_out == {"overlaps a span marked as bad": 5}
+    assert {int(meta["start"] // 5) for meta, _ in sharded.samples} == {0, 2, 3}
+    bads = {int(meta["start"] // 5): meta["bads"] for meta, _ in sharded.samples}
+    assert bads == {0: [], 2: [], 3: ["F3"]} and sharded.row.bad_in_windows == {"marked bad": 5}
+
+
 def test_a_table_of_other_times_gives_no_epoch_a_wrong_image(
     tmp_path: Path, shard_all: Callable, true_uv: Callable
 ) -> None:

@@ -383,6 +383,31 @@ def fif_epochs(folder: Path) -> Path:
     return folder / "a-epo.fif"
 
 
+def fif_marked_epochs(folder: Path) -> Path:
+    """Write epochs of 2 s from 0.5, 3.0 and 5.5 s on, with marks from 1.0 to 1.5 s and from 4.5 to 5.75 s.
+
+    The rate of the epochs is half of the rate of the recording, whose first sample has the number 1000.
+    """
+    import mne
+
+    raw = mne.io.RawArray(noise(1600) * 1e-6, mne.create_info(NAMES, 2 * HZ, "eeg"), first_samp=1000, verbose="ERROR")
+    marks = mne.Annotations([1.0, 4.5, 3.5, 2.6], [0.5, 1.25, 0.2, 0.2], ["BAD", "bad_move", "nod", "BAD"])
+    events = np.column_stack([1000 + np.array([200, 700, 1200]), np.zeros(3, int), np.ones(3, int)])
+    epochs = mne.Epochs(
+        raw.set_annotations(marks),
+        events,
+        tmin=-0.5,
+        tmax=1.495,
+        baseline=None,
+        preload=True,
+        reject_by_annotation=False,
+        decim=2,
+        verbose="ERROR",
+    )
+    epochs.save(folder / "a-epo.fif", verbose="ERROR")
+    return folder / "a-epo.fif"
+
+
 def other(writer: str, name: str) -> Callable[[Path], Path]:
     """Return a function that writes a recording with a pause, with one of the writers in test_neo_readers.py."""
 
@@ -420,6 +445,7 @@ SKIPPED = [(0, 200, 0.0), (300, 600, 3.0)]
 CMS = 1 << 20
 KINDS = ["x", "a on", "b_begin", "A OFF", "b_stop"]
 STARTS = [(1.0, "start"), (2.0, "start"), (3.0, "end"), (4.0, "end")]
+TRIALS = [(0, 200, 0.0), (200, 400, 2.0), (400, 600, 4.0)]
 CUT_TRIALS = [(0, 200, 0.0), (200, 250, 2.0), (250, 400, 2.5), (400, 600, 4.0)]
 
 EXAMPLES: dict[str, dict[str, Example]] = {
@@ -453,6 +479,8 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "brainvision comment": Example(brainvision(START, "Comment,BAD_move,201,100,0"), WHOLE, [(2.0, 3.0)]),
         "brainvision type": Example(brainvision(START, "Bad Interval,Gradient,201,100,0"), WHOLE, [(2.0, 3.0)]),
         "eeglab": Example(eeglab([("bad_blink", 201, 100)]), WHOLE, [(2.0, 3.0)]),
+        "eeglab, in an epoch": Example(eeglab([("bad_blink", 351, 100)], trials=3), TRIALS, [(3.5, 4.0)]),
+        "fif, in epochs": Example(fif_marked_epochs, TRIALS, [(0.5, 1.0), (3.5, 4.0), (4.0, 4.25)]),
         "fif, dated": Example(fif([(2.0, 1.0, "BAD")], crop=1.0, dated=True), [(0, 500, 0.0)], [(1.0, 2.0)]),
         "second annotation signal": Example(
             edf(TIMES, {(4, 1): "+2\x151\x14BAD_move\x14\0"}, signals=2), WHOLE, [(2.0, 3.0)]
@@ -483,6 +511,21 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "on a sample": Example(eeglab([(-99, 301, 0)]), HALVES),
         "inside an epoch": Example(eeglab([(1, 50, 0), (-99, 250.5, 30)], trials=3), CUT_TRIALS),
         "text, inside an epoch": Example(eeglab([("a", 50, 0), ("boundary", 250.5, 30)], trials=3), CUT_TRIALS),
+    },
+    "rejected epoch": {
+        "by hand": Example(eeglab([], trials=3, reject={"rejmanual": [0, 1, 0]}), TRIALS, [(2.0, 4.0)]),
+        "two kinds, one of the components": Example(
+            eeglab([], trials=3, reject={"rejthresh": [1, 0, 0], "icarejkurt": [[0.0, np.nan, 1.0]], "rejjp": []}),
+            TRIALS,
+            [(0.0, 2.0), (4.0, 6.0)],
+        ),
+        "no mark": Example(
+            eeglab(
+                [], trials=3, reject={"rejglobal": [0, 0, 0], "rejmanualcol": [1, 1, 0.8], "icarejconstE": [[1] * 3]}
+            ),
+            TRIALS,
+        ),
+        "one recording": Example(eeglab([], reject={"rejmanual": 1}), WHOLE),
     },
     "record times": {
         "EDF+C": Example(edf(JUMP), [(0, 300, 0.0), (300, 600, 73.0)]),
@@ -590,10 +633,10 @@ EXAMPLES: dict[str, dict[str, Example]] = {
     "epochs": {
         "brainvision": Example(
             brainvision(START, more="SegmentationType=MARKERBASED\nSegmentDataPoints=200\n"),
-            [(0, 200, 0.0), (200, 400, 2.0), (400, 600, 4.0)],
+            TRIALS,
         ),
-        "eeglab": Example(eeglab([(1, 50, 0)], trials=3), [(0, 200, 0.0), (200, 400, 2.0), (400, 600, 4.0)]),
-        "fif": Example(fif_epochs, [(0, 200, 0.0), (200, 400, 2.0), (400, 600, 4.0)]),
+        "eeglab": Example(eeglab([(1, 50, 0)], trials=3), TRIALS),
+        "fif": Example(fif_epochs, TRIALS),
     },
 }
 """Examples for every row of the table of interruptions."""
@@ -609,6 +652,16 @@ def test_row_of_the_table(tmp_path: Path, row: str, label: str) -> None:
     info = (open_file(made) if isinstance(made, Path) else made).info
     assert [(s.start, s.stop, round(s.onset, 4)) for s in info.segments] == example.segments
     assert [(round(a, 4), round(b, 4)) for a, b, _ in info.bad_spans] == example.spans
+
+
+def test_epochs_with_marks_of_single_channels(tmp_path: Path) -> None:
+    table = np.zeros((4, 3))
+    table[[1, 3], 1], table[0, 2] = 1, 1
+    reject = {"rejmanual": [0, 0, 1], "rejmanualE": table, "rejkurt": [0, 1]}
+    info = open_file(eeglab([], trials=3, reject=reject)(tmp_path)).info
+    assert info.bad_spans == [(4.0, 6.0, "rejected epoch")]
+    assert sorted(info.bad_channel_spans) == sorted((2.0, 4.0, NAMES[i]) for i in (1, 3))
+    assert info.notes == ["EEG.reject.rejkurt does not fit 3 epochs, so its marks are not used"]
 
 
 def test_samples_of_segments_are_those_of_the_file(tmp_path: Path) -> None:
