@@ -16,14 +16,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sharding.common.untrusted import parse_json
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.formats.channels import is_grid, is_net, kind_of
-from finetune.eeg import PART, group_repeats, read_means
+from finetune.eeg import PART, group_repeats
 from finetune.generation.trials import NotApplicableError, Trial, trial_seed
 from finetune.images import ImageTable
-from finetune.linear.model import compute_time_courses
-from pretrain.evidence.baseline import Part, Window, compute_baseline_features, compute_features, count_channels
+from finetune.linear.time_courses import read_time_courses
+from pretrain.evidence.baseline import Window, compute_baseline_features, compute_features
+from pretrain.evidence.channels import Part, find_common_channels, iterate_layouts, make_row_finder
 from pretrain.evidence.predictors import noise_features, predict_from_features, predict_from_time
 from pretrain.evidence.rules import NotApplicable
 from pretrain.evidence.trials import group_recordings, tabulate_trials
@@ -118,8 +118,8 @@ def _predict_labels(
         if isinstance(features, NotApplicable):
             raise NotApplicableError(features.reason)
     else:
-        window = _read_eyes(train, test, numbers)
-        features = [compute_features(*part, window, _compute_eye_features) for part in parts]
+        channels = _find_common_face_channels(parts)
+        features = [compute_features(*part, _read_rows(part[0], channels), _compute_eye_features) for part in parts]
     x_nF, new_mF = features
     return predict_from_features(x_nF, table.labels_n, new_mF, groups_n=group_recordings(table), seed=seed)
 
@@ -154,29 +154,20 @@ def find_face_channels(names: Sequence[str], positions: Sequence[Sequence[float]
     return found
 
 
-def _read_eyes(train: EEGDataset, test: EEGDataset, numbers: list[int]) -> Window:
-    """Return a function that reads the channels of eyes and face that all presentations have."""
-    common: set[str] | None = None
-    for dataset, wanted in ((train, np.arange(len(train))), (test, np.array(numbers))):
-        stored = dataset.trials
-        pairs = {
-            (names, places)
-            for names, places in zip(stored.codes("ch_names")[wanted], stored.codes("positions")[wanted], strict=True)
-        }
-        for names, places in pairs:
-            named = parse_json(stored.values("ch_names")[names] or "[]")
-            placed = parse_json(stored.values("positions")[places] or "null") or [None] * len(named)
-            face = set(find_face_channels(named, placed))
-            common = face if common is None else common & face
+def _find_common_face_channels(parts: Sequence[Part]) -> list[str]:
+    """Return the channels of eyes and face that all presentations have."""
+    common = set(find_common_channels(parts))
+    for names, places in iterate_layouts(parts):
+        common &= set(find_face_channels(names, places))
     if not common:
         raise NotApplicableError("the trials have no eye or face channel that all trials have")
-    chosen = sorted(common)
+    return sorted(common)
 
-    def read(dataset: EEGDataset, number: int) -> np.ndarray:
-        sample = dataset[number]
-        return sample.eeg[[sample.meta["ch_names"].index(name) for name in chosen]]
 
-    return read
+def _read_rows(dataset: EEGDataset, channels: list[str]) -> Window:
+    """Return a function that reads some channels of a trial."""
+    find_rows = make_row_finder(dataset, channels)
+    return lambda number: dataset[number].eeg[find_rows(number)]
 
 
 def _find_nearest(
@@ -185,13 +176,16 @@ def _find_nearest(
     """Find for each trial the training image whose EEG has the most similar time courses."""
     from sklearn.neighbors import NearestNeighbors
 
-    channels = count_channels(train, test)
     fit, new = group_repeats(train, average_repeats), [trial.numbers for trial in trials]
+    parts: list[Part] = [(train, range(len(train))), (test, [number for group in new for number in group])]
+    channels = find_common_channels(parts)
+    if not channels:
+        raise NotApplicableError("the trials have no channel in common")
     bins = min(BINS, train.n_times)
 
     def features(dataset: EEGDataset, groups: list[list[int]]) -> np.ndarray:
-        parts = [read_means(dataset, groups[start : start + PART]) for start in range(0, len(groups), PART)]
-        return np.concatenate([compute_time_courses(x, dataset.spec, channels=channels, bins=bins) for x in parts])
+        blocks = [groups[start : start + PART] for start in range(0, len(groups), PART)]
+        return np.concatenate([read_time_courses(dataset, block, channels, bins) for block in blocks])
 
     search = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(features(train, fit))
     found = search.kneighbors(features(test, new), return_distance=False)[:, 0]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_sharding.common.progress import progress
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.samples import pad_channels
+from pretrain.evidence.channels import Part, find_common_channels, make_row_finder
 from pretrain.evidence.predictors import noise_features
 from pretrain.evidence.rules import NotApplicable
 
@@ -21,10 +21,8 @@ LEAST_BASELINE_S = 0.05
 PART = 256
 """Number of trials whose EEG is in memory at once."""
 
-Part = tuple[EEGDataset, Sequence[int]]
-"""A split, and the numbers of the trials that are read from the split."""
-Window = Callable[[EEGDataset, int], np.ndarray]
-"""Function that reads a part [C, T] of the EEG of one trial."""
+Window = Callable[[int], np.ndarray]
+"""Function that reads a part [C, T] of the EEG of the trial with a number."""
 Features = Callable[[np.ndarray, float], NDArray[np.float64]]
 """Function that computes features [n, F] from EEG [n, C, T] and its sampling rate in Hz."""
 
@@ -42,8 +40,9 @@ def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float64]
     list of ndarray, each [n, F], or NotApplicable
         Features of the trials of each part, from `pretrain.evidence.predictors.noise_features`. `remove_line` removes
         the slow part of the EEG first. The baseline has the same duration in all trials: the shortest time that a trial
-        stores before its picture. `NotApplicable` if a trial is stored with less than `LEAST_BASELINE_S` before the
-        picture.
+        stores before its picture. The features are those of the channels that all trials have in common, found by name.
+        `NotApplicable` if a trial is stored with less than `LEAST_BASELINE_S` before the picture, or if the trials have
+        no channel in common.
     """
     onsets_n = np.concatenate([dataset.trials.numbers("onset")[list(numbers)] for dataset, numbers in parts])
     spec = parts[0][0].spec
@@ -53,14 +52,21 @@ def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float64]
             reason=f"{short} of {len(onsets_n)} trials are stored with less than {LEAST_BASELINE_S:g} s before the "
             "picture"
         )
-    channels = count_channels(*(dataset for dataset, _ in parts))
+    channels = find_common_channels(parts)
+    if not channels:
+        return NotApplicable(reason="the trials have no channel in common")
 
-    def read(dataset: EEGDataset, number: int) -> np.ndarray:
-        sample = dataset.read_stored(number)
-        onset = int(sample.meta["onset"])
-        return pad_channels(remove_line(sample.eeg[:, onset - samples : onset]), channels)
+    def make_reader(dataset: EEGDataset) -> Window:
+        find_rows = make_row_finder(dataset, channels)
 
-    return [compute_features(dataset, numbers, read) for dataset, numbers in parts]
+        def read(number: int) -> np.ndarray:
+            sample = dataset.read_stored(number)
+            onset = int(sample.meta["onset"])
+            return remove_line(sample.eeg[find_rows(number), onset - samples : onset])
+
+        return read
+
+    return [compute_features(dataset, numbers, make_reader(dataset)) for dataset, numbers in parts]
 
 
 def remove_line(x_CT: np.ndarray) -> np.ndarray:
@@ -91,11 +97,6 @@ def remove_line(x_CT: np.ndarray) -> np.ndarray:
     return detrend(np.asarray(x_CT, np.float64), axis=-1)
 
 
-def count_channels(*datasets: EEGDataset) -> int:
-    """Return the largest number of channels of a trial."""
-    return max(int(dataset.trials.numbers("n").max()) for dataset in datasets)
-
-
 def compute_features(
     dataset: EEGDataset, numbers: Sequence[int], window: Window, features: Features = noise_features
 ) -> NDArray[np.float64]:
@@ -121,7 +122,7 @@ def compute_features(
     with progress("features of the control", len(numbers), enabled=len(numbers) >= 10_000) as advance:
         for start in range(0, len(numbers), PART):
             wanted = numbers[start : start + PART]
-            x_nCT = np.stack([window(dataset, number) for number in wanted]).astype(np.float64)
+            x_nCT = np.stack([window(number) for number in wanted]).astype(np.float64)
             found.append(features(x_nCT, dataset.spec.sfreq))
             advance(len(wanted))
     return np.concatenate(found)
