@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_sharding.formats.marks.interruptions import TABLE, find_row
+from data_sharding.formats.marks.interruptions import TABLE
 from data_sharding.formats.mne_signal import RawSignal
 from data_sharding.formats.open_signal import ReadError, open_signal
 from data_sharding.formats.signal import Signal
@@ -393,17 +393,8 @@ def fif_marked_epochs(folder: Path) -> Path:
     raw = mne.io.RawArray(noise(1600) * 1e-6, mne.create_info(NAMES, 2 * HZ, "eeg"), first_samp=1000, verbose="ERROR")
     marks = mne.Annotations([1.0, 4.5, 3.5, 2.6], [0.5, 1.25, 0.2, 0.2], ["BAD", "bad_move", "nod", "BAD"])
     events = np.column_stack([1000 + np.array([200, 700, 1200]), np.zeros(3, int), np.ones(3, int)])
-    epochs = mne.Epochs(
-        raw.set_annotations(marks),
-        events,
-        tmin=-0.5,
-        tmax=1.495,
-        baseline=None,
-        preload=True,
-        reject_by_annotation=False,
-        decim=2,
-        verbose="ERROR",
-    )
+    options = {"baseline": None, "preload": True, "reject_by_annotation": False, "decim": 2, "verbose": "ERROR"}
+    epochs = mne.Epochs(raw.set_annotations(marks), events, tmin=-0.5, tmax=1.495, **options)
     epochs.save(folder / "a-epo.fif", verbose="ERROR")
     return folder / "a-epo.fif"
 
@@ -669,52 +660,6 @@ def test_samples_of_segments_are_those_of_the_file(tmp_path: Path) -> None:
     for segment, samples in zip(signal.info.segments, (501, 498), strict=True):
         x = signal.read(segment.start, segment.stop, [0, 5])
         np.testing.assert_allclose(x, noise(samples, 257)[[0, 5]] * 1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("text", "row"),
-    {
-        "BAD": "bad span",
-        "bad": "bad span",
-        "BAD_move": "bad span",
-        "bad blink": "bad span",
-        "BAD-1": "bad span",
-        "BAD2": "bad span",
-        "BAD@@Fp1": "bad span",
-        "BadInterval": "bad span",
-        "Bad Interval/Gradient": "bad span",
-        "badsegment": "bad span",
-        "bads": "bad span",
-        "Comment/BAD_move": "bad span",
-        "Comment,BAD_move": "bad span",
-        "Comment, bad": "bad span",
-        "Artefact: bad electrode": "bad span",
-        "Comment/BAD_ACQ_SKIP": "acquisition skip",
-        "BAD ACQ SKIP": "acquisition skip",
-        "EDGE boundary": "join",
-        "Comment/BAD boundary": "join",
-        "BOUNDARY": "boundary",
-        "New Segment/": "new segment",
-        "new segment": "new segment",
-        "badge": None,
-        "Badminton": None,
-        "BADGE/1": None,
-        "Stimulus/badger": None,
-        "not bad": None,
-        "the boundary": None,
-        "-99": None,
-        "32766": None,
-        "": None,
-        "S  1": None,
-    }.items(),
-)
-def test_words_of_marks(text: str, row: str | None) -> None:
-    found = find_row("brainvision", text)
-    assert (found.name if found else None) == row
-
-
-def test_a_long_text_is_compared_quickly() -> None:
-    assert find_row("edf", "a, / " * 20_000) is None
 
 
 def test_bad_mark_without_duration_gives_a_note(tmp_path: Path) -> None:

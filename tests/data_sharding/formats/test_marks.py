@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_sharding.formats import describe
-from data_sharding.formats.marks.interruptions import TABLE, Effect, Found, divide
+from data_sharding.formats.marks.interruptions import TABLE, Effect, Found, divide, find_row
 from data_sharding.formats.open_signal import READERS
 from data_sharding.formats.readers import find_formats
 from data_sharding.formats.signal import Segment
@@ -62,3 +62,49 @@ class TestDescription:
         assert len({mark.name for mark in TABLE}) == len(TABLE)
         assert {name for mark in TABLE for name in mark.formats} <= set(READERS)
         assert all(isinstance(mark.effect, Effect) and mark.sign for mark in TABLE)
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    {
+        "BAD": "bad span",
+        "bad": "bad span",
+        "BAD_move": "bad span",
+        "bad blink": "bad span",
+        "BAD-1": "bad span",
+        "BAD2": "bad span",
+        "BAD@@Fp1": "bad span",
+        "BadInterval": "bad span",
+        "Bad Interval/Gradient": "bad span",
+        "badsegment": "bad span",
+        "bads": "bad span",
+        "Comment/BAD_move": "bad span",
+        "Comment,BAD_move": "bad span",
+        "Comment, bad": "bad span",
+        "Artefact: bad electrode": "bad span",
+        "Comment/BAD_ACQ_SKIP": "acquisition skip",
+        "BAD ACQ SKIP": "acquisition skip",
+        "EDGE boundary": "join",
+        "Comment/BAD boundary": "join",
+        "BOUNDARY": "boundary",
+        "New Segment/": "new segment",
+        "new segment": "new segment",
+        "badge": None,
+        "Badminton": None,
+        "BADGE/1": None,
+        "Stimulus/badger": None,
+        "not bad": None,
+        "the boundary": None,
+        "-99": None,
+        "32766": None,
+        "": None,
+        "S  1": None,
+    }.items(),
+)
+def test_words_of_marks(text: str, row: str | None) -> None:
+    found = find_row("brainvision", text)
+    assert (found.name if found else None) == row
+
+
+def test_a_long_text_is_compared_quickly() -> None:
+    assert find_row("edf", "a, / " * 20_000) is None
