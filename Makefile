@@ -1,20 +1,21 @@
 # Dreamscale: `make demo` and `make test` on a fresh machine; each makes .venv and installs what it needs.
 
-# The first of these that runs and is Python 3.11, 3.12 or 3.13. `make PYTHON=/path/to/python` takes another one.
+# `make` uses the first of these programs that runs and is Python 3.11, 3.12 or 3.13. To use another program, run
+# `make PYTHON=/path/to/python`.
 PYTHONS := python3.11 python3.12 python3.13 python3 python
 SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for name in $(PYTHONS); do $$name -c '$(SUITABLE)' 2>/dev/null && echo $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
-# Processes that share the tests, file by file.
+# Number of processes that run the tests; each process runs whole test files.
 WORKERS ?= 2
 SOURCES := data_sharding pretrain finetune launch tests benchmarks setup.py
 
 .PHONY: demo test test-python resolve wheel check lint types spelling audit format clean
 .DEFAULT_GOAL := test
 
-# torch comes first and pinned: an unpinned torch asked for by another package pulls gigabytes of CUDA.
+# Install the pinned torch first: otherwise another package would install an unpinned torch with gigabytes of CUDA.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
 		{ echo "no Python 3.11 to 3.13 on the PATH; install one, or run 'make PYTHON=/path/to/python'" >&2; exit 2; }
@@ -31,15 +32,15 @@ test: $(VENV)/.installed
 
 check: lint types spelling test
 
-# The tests that need no torch, in a small environment of their own: make test-python PYTHON=python3.13
+# Run the tests that need no torch, in a small separate environment: make test-python PYTHON=python3.13
 test-python:
 	$(PYTHON) tests/python_versions.py test
 
-# Whether every dependency can be had for Python 3.11 to 3.13; installs nothing, downloads a few hundred MB.
+# Check that every dependency exists for Python 3.11 to 3.13. The check only downloads (a few hundred MB).
 resolve: $(VENV)/.installed
 	$(BIN)/python tests/python_versions.py resolve
 
-# The file that `pip install` takes: dist/dreamscale-VERSION-py3-none-any.whl.
+# Build the wheel for `pip install`: dist/dreamscale-VERSION-py3-none-any.whl.
 wheel: $(VENV)/.installed
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
@@ -54,7 +55,8 @@ types: $(VENV)/.installed
 spelling: $(VENV)/.installed
 	$(BIN)/codespell $(SOURCES) configs docs README.md CONTRIBUTING.md
 
-# Published vulnerabilities of the installed packages; pip-audit gets an environment of its own. Needs the network.
+# List the published vulnerabilities of the installed packages. pip-audit runs in a separate environment. Needs the
+# network.
 audit: $(VENV)/.installed
 	test -x build/audit/bin/pip-audit || { $(BIN)/python -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit; }
 	build/audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

@@ -52,7 +52,8 @@ class Design:
     and every person has images of their own. trials: a quarter of the trials. people: the last half of the people, and
     a quarter of the images. labels: half of the labels."""
     labels_of_person: int | None = None
-    """Number of labels that a person sees; all by default. EEG then has an offset for each person."""
+    """Number of labels that a person sees; all by default. If this number is set, the EEG also has a different offset
+    for each person."""
     skewed: bool = False
     """Whether seven of ten images have the first label."""
     generator: str = "ridge"

@@ -85,7 +85,7 @@ def open_train_val(
     """
     version = find_run_versions(runs, [path], command).get(path, "")
     train = open_paired(path, "train", version=version, **part)
-    # The dataset may get a new version between the two calls.
+    # The dataset may get a new version after train is opened, so open val in the version of train.
     return train, open_paired(path, "val", version=train.manifest.dataset_id, **part)
 
 
@@ -346,7 +346,7 @@ def find_components(train_MHW3: np.ndarray, val_MHW3: np.ndarray, components: in
     mean_X = train_MX.mean(axis=0)
     _, _, basis = np.linalg.svd(train_MX - mean_X, full_matrices=False)
     basis_PX = basis[:components]
-    # The sign of a component is arbitrary, and can depend on the processor. All processes must use the same sign.
+    # The sign of a component is arbitrary, and can depend on the CPU. All processes must use the same sign.
     largest = np.take_along_axis(basis_PX, np.abs(basis_PX).argmax(axis=1)[:, None], axis=1)
     basis_PX = basis_PX * np.sign(largest)
     return (train_MX - mean_X) @ basis_PX.T, (val_MX - mean_X) @ basis_PX.T

@@ -25,7 +25,8 @@ def help_text() -> str:
         "",
         "'dreamscale COMMAND --help' explains every key of a command.",
         "'dreamscale COMMAND ... --print_config' prints the config that would be used, and stops.",
-        "exit codes: 0 done, 1 failed, 2 wrong request, 3 too many recordings set aside, 75 stopped on request (resume",
+        "exit codes: 0 done, 1 failed, 2 wrong request, 3 too many recordings quarantined, 75 stopped on request "
+        "(resume",
         "            with the same command)",
     ]
     return "\n".join(lines)

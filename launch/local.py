@@ -146,8 +146,8 @@ def _environment(folder: Path, processes: int) -> dict[str, str]:
     environment = dict(os.environ)
     environment[FOLDER] = str(folder)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    # Keep freed memory in each launched process. Otherwise the C library returns the memory of every large tensor to
-    # the system, and the system must clear it for the next tensor, in every training step.
+    # Keep freed memory in each launched process. By default, the C library returns the memory of every large tensor to
+    # the system, and the system must clear the memory for the next tensor, in every training step.
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
     environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")

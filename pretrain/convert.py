@@ -409,8 +409,8 @@ def convert(config: ConvertConfig) -> int:
         f"2306.16934); {count_parameters(encoder) / 1e6:.1f}M parameters. The licence of the released weights applies.",
         "",
         "DreamDiffusion's code has no fixed sampling rate, reference or notch filter: `preprocess.json` holds the "
-        f"paper's band, the divisor {config.scale_uv:g} and otherwise the default values of Dreamscale. Check them "
-        "against your data.",
+        f"paper's band, the divisor {config.scale_uv:g} and otherwise the default values of Dreamscale. Check "
+        "`preprocess.json` against your data.",
         "",
     ]
     encoder.save_pretrained(

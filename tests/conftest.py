@@ -155,7 +155,7 @@ def unpaired_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def paired_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a dataset of 96 trials with images: 64 for training, 16 for validation and 16 for testing.
 
-    A trial has 16 channels. Its image has 32 x 32 pixels and shows one of two categories.
+    A trial has 16 channels. The image of a trial has 32 x 32 pixels and shows one of two categories.
     """
     path = tmp_path_factory.mktemp("data") / "paired"
     splits = {

@@ -133,9 +133,9 @@ def signature(points: np.ndarray) -> list[int]:
 
     *Mixing code.* The mixing code finds recordings with channels that are linear combinations of the channels of
     another recording. Each channel is a vector over time, and the vectors of all channels span a space. The diagonal of
-    the projection onto this space of the channels (the leverage of each point) does not change if the channels are
-    replaced by invertible linear combinations of the channels. The mixing code has one bit for each point: whether the
-    leverage of the point is above the median. So another reference, a bipolar montage, or the removal of a few
+    the projection matrix onto the space of the channels (the leverage of each point) does not change if the channels
+    are replaced by invertible linear combinations of the channels. The mixing code has one bit for each point: whether
+    the leverage of the point is above the median. So another reference, a bipolar montage, or the removal of a few
     components changes only a few bits of the mixing code.
     """
     points = np.asarray(points, np.float32)
@@ -150,7 +150,7 @@ def signature(points: np.ndarray) -> list[int]:
         bits = positive[:, start:stop]
         ups = bits.sum(axis=1)
         # Skip a range of a channel in which almost all signs are equal: a slow drift causes equal signs in any
-        # recording, so they do not identify a recording.
+        # recording, so equal signs do not identify a recording.
         telling = (ups >= 4) & (ups <= bits.shape[1] - 4)
         word = (bits * (np.uint64(1) << np.arange(bits.shape[1], dtype=np.uint64))).sum(axis=1, dtype=np.uint64)
         numbers.append(word[telling] + np.uint64((place + 1) << 32))
@@ -252,8 +252,8 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
         agree &= _normalize_rows(x[:, start:stop]) @ _normalize_rows(y[:, start:stop]).T > SAME
     same_length = abs(seconds_a - seconds_b) <= LENGTH_S
     later = _later_stretches(x, y, agree)
-    # A copy with a different length may have been cut, and its excerpts then contain other parts of the signal. So one
-    # equal excerpt is enough for recordings of different length.
+    # A copy with a different length may have been cut, so its excerpts can contain other parts of the signal. One equal
+    # excerpt is therefore enough for recordings of different length.
     enough = 2 * sum(later) > len(later) if same_length else any(later)
     if agree.any(axis=1).mean() < SHARE or (later and not enough):
         return "remixed" if same_length and _is_linear_combination(x, y) else None

@@ -138,7 +138,7 @@ class Fingerprints:
     Attributes
     ----------
     recordings : list of RecordingFingerprint
-        One fingerprint for each recording. The `points` of these fingerprints are None, because only `load` reads
+        One fingerprint for each recording. In each returned fingerprint, `points` is None, because only `load` reads
         points.
 
     Raises

@@ -1,10 +1,10 @@
 """Hold benchmarks back: keep their data out of a dataset, so that a pretrained model can be tested on them.
 
-The key `hold_back` of the config names subjects, recordings, text files with such names, or whole datasets. All names
-are looked up in the corpora before any recording is read. A name that matches nothing is refused, because a typing
-error must not let a benchmark into the training data. Recordings that are held back are read and fingerprinted like all
-other recordings, so that a copy of a benchmark recording with another name or in another format is found and held back,
-too.
+The key `hold_back` of the config names subjects, recordings, text files that list subjects and recordings, or whole
+datasets. All names are looked up in the corpora before any recording is read. A name that matches nothing is refused,
+because a typing error must not let a benchmark into the training data. Recordings that are held back are read and
+fingerprinted like all other recordings, so that a copy of a benchmark recording with another name or in another format
+is found and held back, too.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ class HoldBack:
         1. the config or a list names the recording, its subject, or its checksum;
         2. a held-back dataset contains a recording of equal bytes, the same subject of the same corpus, or the same
            signal;
-        3. the subject of the recording has another recording that is held back because of a held-back dataset;
+        3. the same subject has another recording that is held back by condition 2;
         4. the recording has the same bytes or the same signal as a recording that is held back by conditions 1 to 3.
 
         Parameters

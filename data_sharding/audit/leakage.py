@@ -407,7 +407,7 @@ def _report_unnamed(contents: Contents, out: Findings) -> None:
         out.not_compared.append(text)
     if recognised := contents.count_recognised():
         text = f"subjects of {recognised} recordings of {contents.name}: their names were recognised from the paths"
-        out.to_confirm.append(f"{text}; confirm them with subject_pattern or subjects")
+        out.to_confirm.append(f"{text}; confirm the names with subject_pattern or subjects")
     names = {subject for _, subject in contents.known_subjects()}
     for group in find_look_alikes(names):
         text = f"the names {', '.join(group)} in {contents.name}: are they one person?"

@@ -162,15 +162,16 @@ def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
         if entry.get("design") == "block":
             warnings.append(
                 f"{name}: block design. Trials of one class were shown one after the other, so the slow drift of the "
-                "EEG alone reveals the class. A split by image does not solve this problem. "
+                "EEG alone reveals the class. With a split by image, the drift still reveals the class. "
                 f"{entry.get('evidence', '')}".strip()
             )
     kept = [row for row in rows if row.status == "sharded"]
     unnamed = _count_unnamed(kept)
     if unnamed and any(manifest.samples(split) for split in ("val", "test")):
         warnings.append(
-            f"{unnamed:,} of {len(kept):,} recordings have an unknown subject. Each of these recordings counts as "
-            "a separate subject, so recordings of one person may be in several splits. Set subject_pattern, or a table "
+            f"{unnamed:,} of {len(kept):,} recordings have an unknown subject. Each recording with an unknown subject "
+            "counts as a separate subject, so recordings of one person may be in several splits. Set subject_pattern, "
+            "or a table "
             "in the key subjects, to name the subjects."
         )
     if recognised := _count_recognised(kept):

@@ -147,7 +147,7 @@ def raise_on_stop_signals() -> Iterator[None]:
             check_stop()
             yield
         except (Exception, SystemExit):
-            check_stop()  # After a request to stop, other errors are consequences of it.
+            check_stop()  # After a request to stop, all other errors are consequences of the request.
             raise
         finally:
             for number, handler in before.items():
@@ -170,7 +170,7 @@ def raise_on_stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
         _was_stopped = stop.look()
         stop.ended.set()
-        os.close(stop.write)  # Closing the pipe ends the thread, which waits for it.
+        os.close(stop.write)  # The thread waits for the pipe, so closing the pipe ends the thread.
         _stop = None
 
 

@@ -33,9 +33,9 @@ def _hold_clients() -> None:
     """Hold all clients of object stores in the moment of a fork.
 
     A forked process makes its own clients, because fsspec forgets the clients of the parent after the fork. If the
-    forked process deleted a client of the parent, this would close connections of the parent, because both processes
-    use the same sockets, and the same epoll file that waits for the sockets. Deleting a client would also use the event
-    loop of a thread that does not exist in the forked process.
+    forked process deleted a client of the parent, the deletion would close connections of the parent, because both
+    processes use the same sockets, and the same epoll file that waits for the sockets. Deleting a client would also use
+    the event loop of a thread that does not exist in the forked process.
     """
     classes, clients = [fsspec.AbstractFileSystem], []
     for cls in classes:

@@ -22,10 +22,10 @@ def check_fields(kind: type, values: Any, where: str, *, least: float = -MAX_INT
     Parameters
     ----------
     kind : type
-        The dataclass. The types of its fields may be numbers, texts, bool, ``Literal``, ``X | None``, and lists, tuples
-        and dictionaries of these types.
+        The dataclass. The fields may be numbers, texts, bool, ``Literal``, ``X | None``, and lists, tuples and
+        dictionaries of these types.
     values : Any
-        The values by the names of fields. Fields with a default value may be missing.
+        The values, by the names of the fields. Fields with a default value may be missing.
     where : str
         Path of the file, and the place in the file, for the message.
     least : int

@@ -265,7 +265,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 def is_special(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is a device, a socket or a named pipe. Reading from such a path may never end."""
+    """Return whether a path is a device, a socket or a named pipe, from which reading may never end."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 - called for every file of a corpus
     except OSError:

@@ -75,7 +75,7 @@ class BIDSOptions:
 
     participants: dict[str, list[str]] = field(default_factory=dict)
     """Participants to use. Maps columns of participants.tsv to lists of values, e.g. {group: [control]}. Participants
-    with other values are excluded."""
+    with values that are not in the lists are excluded."""
     label_column: str = "label_name"
     """Column of events.tsv with the category of a trial. If the column is missing, the name of the image's folder is
     the category."""

@@ -171,7 +171,7 @@ def _load(path: Path) -> Any:
 
 
 def _tables(path: Path, content: Any) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Check the released file. Return its trials, its categories and its image names."""
+    """Check a released file, and return the lists of its trials, its categories and its image names."""
     wanted = {"dataset", "labels", "images"}
     if not isinstance(content, dict) or not wanted <= set(content):
         raise RequestError(f"{path}: not EEG-ImageNet as released; it needs the entries {', '.join(sorted(wanted))}")

@@ -46,7 +46,8 @@ def read_trials(
     label_column : str
         Name of the column with the category.
     faults : list of str, optional
-        If given, rows with a wrong value are left out, and this function adds a message for each of them.
+        If `faults` is given, rows with a wrong value are left out, and this function adds a message about each left-out
+        row to `faults`.
 
     Returns
     -------
@@ -88,7 +89,7 @@ def make_trials(
     rows : sequence of mapping
         Table rows with the same columns as in `read_trials`.
     images : Path, UPath or None
-        Folder of the images. If None, the corpus has no images, and every row with a label is a trial.
+        Folder of the images. If `images` is None, the corpus has no images, and every row with a label is a trial.
     where : str
         Name of the table, for error messages.
     first_line : int
@@ -96,7 +97,8 @@ def make_trials(
     label_column : str
         Name of the column with the category.
     faults : list of str, optional
-        If given, rows with a wrong value are left out, and this function adds a message for each of them.
+        If `faults` is given, rows with a wrong value are left out, and this function adds a message about each left-out
+        row to `faults`.
 
     Returns
     -------

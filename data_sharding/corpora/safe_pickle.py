@@ -5,8 +5,8 @@ pickle is a program, and Python's own unpickler runs this program. The reader in
 instructions that create data. A pickle can also ask for Python functions by name. For a few allowed names, the reader
 calls its own functions; all other names raise an error. Large arrays are memory-mapped instead of read.
 
-No existing library is sufficient. ``numpy.load`` loads a pickled dictionary only if it may run the pickle, and
-``torch.load(weights_only=True)`` has limits that are listed in `load_torch`.
+No existing library reads these files safely and without copying large arrays. ``numpy.load`` loads a pickled dictionary
+only if it may run the pickle, and ``torch.load(weights_only=True)`` has limits that are listed in `load_torch`.
 """
 
 from __future__ import annotations

@@ -180,7 +180,8 @@ def hash_identity(identity: str, secret: str) -> str:
     str
         ``id-`` and 12 hexadecimal digits.
     """
-    # Without a secret, somebody could try all patient numbers. A slow hash makes such an attempt expensive.
+    # Without a secret, somebody could try all patient numbers. Because the hash is slow, trying all patient numbers
+    # takes very long.
     salt = hashlib.sha256(f"dreamscale subject {secret}".encode()).digest()
     return f"id-{hashlib.scrypt(identity.encode(), salt=salt, n=2**11, r=8, p=1, dklen=6).hex()}"
 
@@ -328,7 +329,7 @@ class SubjectFinder:
         patient = self._patients.get(relative)
         name = "" if self.config.subject_pattern else recognise(relative).subject
         if patient is not None and patient.code:
-            # If the path contains the code, a hash would hide nothing.
+            # If the path contains the patient code, a hash in place of the code would hide nothing.
             return name if name.casefold() == patient.code else self._hash(patient), "header"
         if name:
             return name, "recognised"

@@ -79,8 +79,8 @@ class Batch:
     def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Make windows of 128 channels: row `i` of a window is the recorded channel ``i % n`` of its sample.
 
-        Only the recorded channels are copied to the device, as float16. The device then converts and replicates the
-        recorded channels.
+        Only the recorded channels are copied to the device, as float16. After the copy, the device converts and
+        replicates the recorded channels.
 
         Parameters
         ----------

@@ -99,7 +99,7 @@ class EEGDataset:
                 f"{self.path}: no samples in split '{split}'; the dataset has {', '.join(have) or 'no samples'}"
             )
         with ThreadPoolExecutor(_PARALLEL_FETCHES if self.cache else 1) as pool:
-            # The memory for this index depends on the samples that the shards' indices list, not on the number of
+            # The memory for the index depends on the samples that the shards' indices list, not on the number of
             # samples in the manifest, because a damaged manifest can state any number.
             parts = list(pool.map(self._read_index, self.shards))
         self.index = np.concatenate(parts)

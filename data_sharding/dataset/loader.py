@@ -63,7 +63,7 @@ class _ShardPrefetcher:
         turn = os.getpid() % len(shards)
         for shard in shards[turn:] + shards[:turn]:
             if self.windows.get(stream) != window:
-                # The loader already reads another window of shards, so the remaining shards of this window are not
+                # If the loader already reads another window of shards, the remaining shards of the old window are not
                 # needed.
                 return
             try:
@@ -183,9 +183,9 @@ class Loader:
     num_workers : int
         Number of worker processes that read samples; with 0 workers, the training process reads the samples.
     order : {"global", "shards"}
-        global: random order over all samples; a remote dataset must then fit into the cache. shards: the shards are in
-        random order, and the samples are in random order within each `window` of shards. With the order "shards", the
-        cache must hold two windows of shards.
+        global: random order over all samples; with this order, a remote dataset must fit into the cache. shards: the
+        shards are in random order, and the samples are in random order within each `window` of shards. With the order
+        "shards", the cache must hold two windows of shards.
     window : int
         Number of shards in one window of the order "shards".
     pin_memory : bool, optional

@@ -21,7 +21,8 @@ from data_sharding.common.untrusted import MAX_WINDOW
 N_PADDED = 128
 """Number of channels of a padded window."""
 ZSTD_LEVEL = -1
-"""Compression level of zstd. Do not change this level, because another level gives different bytes for the same sample.
+"""Compression level of zstd. Do not change the compression level, because another level gives different bytes for the
+same sample.
 
 The lower bits of float16 EEG are noise, so entropy coding saves little: level 3 would save 7 % of the bytes, but
 writing would be 3 times slower and reading 4.5 times slower. Level -1 only compresses the copies of channels that
@@ -83,7 +84,8 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
 
     with np.errstate(over="ignore"):
         half = np.ascontiguousarray(eeg).astype(np.float16)
-    # A float16 is finite if its exponent bits are not all ones. This test takes a tenth of the time of np.isfinite.
+    # A float16 is finite if its exponent bits are not all ones. Testing the exponent bits takes a tenth of the time of
+    # np.isfinite.
     if not ((half.view(np.uint16) & 0x7C00) < 0x7C00).all():
         raise ValueError("window holds values that are not finite in float16 microvolts")
     buffer = io.BytesIO()

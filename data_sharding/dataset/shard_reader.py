@@ -330,8 +330,8 @@ def locate(
     numbers : sequence of int
         Numbers of the samples; negative numbers count from the end.
     shift : int, optional
-        Time points from the onset of a trial to the first time point that is read. By default a trial is read from its
-        onset, or from its first stored time point if the onset was not stored.
+        Number of time points from the onset of a trial to the first time point that is read. By default a trial is read
+        from its onset, or from its first stored time point if the onset was not stored.
 
     Returns
     -------

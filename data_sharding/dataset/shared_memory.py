@@ -101,7 +101,7 @@ class BatchInSlot:
         return torch.from_numpy(Slots.by_number(self.slots).view(self.slot)[: self.rows])
 
     def copy_out(self) -> Batch:
-        """Copy the signals to ordinary memory; the worker may then write to the slot again.
+        """Copy the signals to ordinary memory, after which the worker may write to the slot again.
 
         Returns
         -------

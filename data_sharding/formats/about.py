@@ -297,8 +297,8 @@ def describe(path: AnyPath, format_: str, info: Any) -> About:
     Returns
     -------
     About
-        Age, sex, year, device and filters. If the header cannot be parsed, all of these values are empty, because a
-        recording can be used without them.
+        Age, sex, year, device and filters. If the header cannot be parsed, age, sex, year, device and filters are
+        empty, because a recording can be used without this information.
     """
     try:
         if format_ in ("edf", "bdf"):

@@ -193,7 +193,7 @@ def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
 def is_grid(names: list[str]) -> bool:
     """Return whether channel names form a BioSemi grid (A1 .. D32).
 
-    Some names of this grid, such as C3, are also names of the 10-20 system.
+    Some names of a BioSemi grid, such as C3, are also names of the 10-20 system.
 
     Parameters
     ----------

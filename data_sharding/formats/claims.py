@@ -16,7 +16,7 @@ from data_sharding.formats import headers
 TAIL_BYTES = 1 << 18
 """Number of bytes at the end of a FIF file that are searched for the name of its next part, besides its first bytes."""
 MOST_SET_BYTES = 1 << 26
-"""A ``.set`` file that is larger than this contains the signal itself, so no ``.fdt`` file is searched for."""
+"""A ``.set`` file with more bytes than this contains the signal itself, so no ``.fdt`` file is searched for."""
 REF_ROLE, REF_FILE_NUMBER, REF_FILE_NAME, NEXT_FILE = 115, 117, 118, 2
 """Codes of the FIF tags that refer to another file, and the value of REF_ROLE for the next part of a split file."""
 INTEGER, TEXT = 3, 10

@@ -204,9 +204,9 @@ def _as_named(
 ) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
     """Prepare a text header so that MNE finds the files that the header names.
 
-    If the header names a file with a folder, or with different upper and lower case, MNE does not find the file. For
-    such a header, this function writes a corrected copy of the header to a temporary folder, together with links to the
-    files. With `recode`, the copy is in UTF-8, because some readers accept only UTF-8.
+    If the header names a file with a folder, or with different upper and lower case, MNE does not find the file. If MNE
+    would not find a file, this function writes a corrected copy of the header to a temporary folder, together with
+    links to the files. With `recode`, the copy is in UTF-8, because some readers accept only UTF-8.
 
     Parameters
     ----------

@@ -12,8 +12,8 @@ import itertools
 import numpy as np
 
 FARTHEST_M = 0.03
-"""If an electrode is further than this (in metres) from the standard position of its name, the standard position is
-used."""
+"""If an electrode is more than this number of metres away from the standard position of its name, the standard position
+is used."""
 MIN_ELECTRODES = 4
 """At least this many electrodes with standard names are needed to find the coordinate system of a file."""
 SIZES = (0.75, 1.33)

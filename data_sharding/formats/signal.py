@@ -65,7 +65,7 @@ class SignalInfo:
     unit_known: bool = False
     """True if the unit comes from a more reliable source than the header, such as BIDS channels.tsv or the
     documentation of a corpus. `unit_known` is also true for values that the documentation calls standardised (without a
-    unit); `scale` is then a nominal factor."""
+    unit); `scale` is a nominal factor for these values."""
     scale: float = 1.0
     """Factor that converts the values of `Signal.read` to volts."""
     reference: str = ""

@@ -26,8 +26,8 @@ from data_sharding.formats.unread.recorders import recognise_recorder
 from data_sharding.formats.unread.tables import recognise_table
 
 HEAD_BYTES = 1 << 15
-"""Number of bytes that are read first. Almost every header is shorter than this, so one request to an object store is
-enough."""
+"""Number of bytes that are read first. Almost every header has fewer bytes than this, so one request to an object store
+is enough."""
 TEXT_BYTES = 1 << 20
 """At most this many bytes of a text header are read."""
 NIHON_SIDECARS = (".pnt", ".21e", ".log", ".cmt", ".cn2", ".11d", ".reg", ".bft", ".edf.log")

@@ -196,8 +196,8 @@ def read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Seq
         stamps, rows = np.asarray(stream["time_stamps"], float), stream["time_series"]
         common = stamps + _offset_at(_offsets(stream), stamps)
         if clock.offset is None:
-            # The offset depends on the stamp on the EEG stream's clock, which is not known yet. Offsets change slowly,
-            # so two iterations are enough.
+            # The offset depends on the time of the event on the clock of the EEG stream, and this time is not known
+            # yet. Offsets change slowly, so two iterations are enough.
             about = common - _offset_at(offsets, common)
             common -= _offset_at(offsets, about)
         else:

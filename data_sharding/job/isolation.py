@@ -48,8 +48,9 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 threads for one recording."""
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20)}
 """Settings of the C library's memory allocation (glibc), in bytes. A child process keeps up to 128 MB of freed memory,
-and uses this memory again. Without these settings, a short recording takes a tenth more CPU time, because the kernel
-gives new memory to every large array. If the user sets variables with these names, the user's values are used."""
+and uses this memory again. Without the settings of the memory allocation, a short recording takes a tenth more CPU
+time, because the kernel gives new memory to every large array. If the user sets environment variables of the same
+names, the user's values are used."""
 
 
 class GivenUp(Exception):

@@ -48,7 +48,7 @@ class Cut:
     stored."""
 
     def shorten(self, begin: int, stop: int, why: str) -> Cut:
-        """Return a shorter cut with the samples from `begin` to `stop`, counted from `start`."""
+        """Return a cut that contains only the samples from `begin` to `stop`, counted from `start`."""
         if begin == 0 and stop == self.length:
             return self
         return dataclasses.replace(

@@ -107,8 +107,8 @@ def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
         Hexadecimal checksum. For a recording of one file and without options, the checksum is the SHA-256 of the file.
     """
     whole = digest_of(sorted(hashes)) if len(hashes) > 1 else hashes[0]
-    # Several recordings in one file differ only in their options. If the checksum did not include the options, these
-    # recordings would look like duplicates.
+    # Several recordings in one file differ only in their options. If the checksum did not include the options, several
+    # recordings in one file would look like duplicates.
     return digest_of([whole, item.options]) if item.options else whole
 
 
@@ -280,7 +280,7 @@ def _open(item: Item) -> Signal:
 def _signal_of(item: Item, result: PartResult, folder: Path, place: Path | None, kept: bool) -> Iterator[Signal]:
     """Open the stored decoded signal of a recording, or else the files of the recording.
 
-    If `place` is set, a signal that is read from the files is stored there.
+    If `place` is set, a signal that is read from the files is stored in `place`.
     """
     if place is None:
         with contextlib.closing(_open(item)) as signal:

@@ -72,7 +72,9 @@ def check_line_freq(value: Any, what: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
-    """Settings that turn a recording into windows. The dataset id and the encoder package include these settings.
+    """Settings of the preprocessing, which turns a recording into windows.
+
+    The dataset id and the encoder package include the settings of the preprocessing.
 
     References
     ----------
@@ -105,7 +107,7 @@ class PreprocessSpec:
     clip: float = 20.0
     """Clip the scaled model input at plus and minus this value (0: do not clip). Stored windows are not clipped."""
     notch_width_hz: float = 4.0
-    """Width in Hz of the notch filter around the mains frequency and around each harmonic. At the edges of this width,
+    """Width in Hz of the notch filter around the mains frequency and around each harmonic. At the edges of the notch,
     the filter halves the amplitude. The width must be larger than the drift of the mains frequency. 0 means the narrow
     filter of older versions, whose width is a thirtieth of the frequency that it removes."""
     reject_uv: float = 0.0

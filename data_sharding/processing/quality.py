@@ -262,8 +262,8 @@ class Cells:
                 value = rail.value[rows]
                 found = np.flatnonzero(plain & (ends >= value))
                 if len(found):
-                    # The row reaches the channel's largest or smallest value. If a sample of `thin` has this value too,
-                    # the row may be clipped, and is measured cell by cell.
+                    # The row reaches the channel's largest or smallest value. If a sample of `thin` also equals the
+                    # channel's largest or smallest value, the row may be clipped, and is measured cell by cell.
                     at = (thin[found] == (ends if rail is self.high else low)[found][:, None, None]).any(axis=(1, 2))
                     plain[found[at]] = False
             thin = thin - thin[:, :, :1]

@@ -24,8 +24,8 @@ import numpy as np
 from data_sharding.formats.signal import Segment
 
 BLOCK_BYTES = 24 * 2**20
-"""Largest size of a block in bytes, with 8 bytes (float64) for each value. A reader may need several times this memory
-to decode a block."""
+"""Largest size of a block in bytes, with 8 bytes (float64) for each value. A reader may need several times this size to
+decode a block."""
 STOP_DB = 80.0
 """Attenuation of aliased frequencies in dB. A larger value is useless, because samples are stored as float16, and the
 rounding error of float16 is only 66 dB below the value."""
@@ -33,8 +33,8 @@ TRUNCATION = 1e-7
 """The lookahead of a filter is the number of samples after which its response has decayed to this fraction and is
 ignored."""
 HELD_BYTES = 128 * 2**20
-"""If a block and its lookahead need more bytes than this (8 bytes for each value), filtered samples are kept on
-disk."""
+"""If a block and its lookahead need more than this number of bytes (8 bytes for each value), filtered samples are kept
+on disk."""
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -241,8 +241,8 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     half = taps // 2 + 1
     h = up * np.asarray(firwin(2 * half + 1, 0.5 * lower, window=("kaiser", beta), fs=up * sfreq))  # type: ignore[arg-type]
     for phase in range(up):
-        # Scale the weights of each phase to a sum of exactly one. Without this scaling, the phases would change a
-        # constant signal by different factors, and the constant would become a tone.
+        # Scale the weights of each phase to a sum of exactly one. Without the scaling to a sum of one, the phases would
+        # change a constant signal by different factors, and the constant would become a tone.
         h[phase::up] /= h[phase::up].sum()
     reach = half // up + 1
     count = max(4, min(64, round(2 * reach * up / down)))

@@ -57,8 +57,8 @@ NOISY_Z = 5.0
 """The log amplitude of a noisy channel exceeds the median over the channels by this many robust standard deviations
 (Bigdely-Shamlo et al. 2015), and by the factor `NOISY_RATIO`."""
 LONELY = 0.1
-"""A channel is also noisy if its correlation with every other channel is below this value, although the median over the
-channels of each channel's largest correlation is above `TOGETHER`."""
+"""A channel is also noisy if its correlation with every other channel is below this value, but most other channels are
+correlated: the median, over the channels, of a channel's largest correlation is above `TOGETHER`."""
 TOGETHER = 0.6
 MIN_TO_COMPARE = 8
 """Channels are compared with each other only if at least this many channels passed the other checks."""

@@ -141,8 +141,8 @@ class EGDDPMStage:
     """Side length in pixels of the squares that are folded into channels. With `patch` 2, the network needs a quarter
     of the computation. With `patch` 1, as in the paper, no pixels are folded."""
     join_first: bool = False
-    """For backbone paper: add a skip connection from the first level to the last block. Narrow networks need this skip
-    connection, which the paper does not have and backbone unet2d always has."""
+    """For backbone paper: add a skip connection from the first level to the last block. Narrow networks need the skip
+    connection from the first level, which the paper does not have and backbone unet2d always has."""
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     """Quantity that the network predicts. epsilon: the noise, as in the paper. v_prediction: the velocity, with which
     images show shapes after fewer training steps."""
@@ -212,8 +212,8 @@ class DMRE2IConfig:
     evrnet: EVRNetStage = field(default_factory=EVRNetStage)
     """Settings of the first stage, which trains EVRNet."""
     stages: Literal["both", "evrnet"] = "both"
-    """Stages to train. evrnet: train only the classifier. After `evrnet`, the same command with `both` continues with
-    EG-DDPM."""
+    """Stages to train. evrnet: train only the classifier. After a run with `stages: evrnet`, the same command with
+    `stages: both` continues with EG-DDPM."""
     evrnet_from: str | None = None
     """Directory `model/evrnet` of an earlier run. If `evrnet_from` is given, the first stage is skipped."""
     ddpm: EGDDPMStage = field(default_factory=EGDDPMStage)

@@ -261,8 +261,9 @@ class EGDDPM(GuidedUNet):
         the last level. With `patch` 2, every level needs a quarter of the computation. With `patch` 1, as in the
         paper, no pixels are folded.
     join_first : bool
-        Add a skip connection, which the paper does not have, from the first level to the last block. Without this skip
-        connection, all details of the noise must pass through the second level, which is too much for narrow networks.
+        Add a skip connection, which the paper does not have, from the first level to the last block. Without the skip
+        connection from the first level, all details of the noise must pass through the second level, which is too much
+        for narrow networks.
 
     References
     ----------

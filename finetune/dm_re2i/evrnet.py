@@ -53,8 +53,8 @@ class EVRNetConfig:
 def _conv_block(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int]) -> nn.Sequential:
     """Return a convolution with batch norm and ReLU. A stride of 2 halves the length of an axis."""
     padding = (kernel[0] // 2, kernel[1] // 2)
-    # The convolution has no bias, because batch norm would remove it. The published number of parameters includes no
-    # bias either.
+    # The convolution has no bias, because batch norm would remove it. The published number of parameters does not count
+    # biases of convolutions.
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 

@@ -56,7 +56,8 @@ class GuidedUNet(ModelMixin, ConfigMixin):
             Mean and standard deviation of the EEG vectors over the training trials.
         """
         self.condition_mean.copy_(mean_D)
-        # Use deviation 1 for a feature that was constant in training, because a tiny one would amplify small changes.
+        # Use deviation 1 for a feature that was constant in training, because a tiny deviation would amplify small
+        # changes.
         self.condition_std.copy_(
             torch.where(std_D > 1e-3 * std_D.max().clamp_min(1e-12), std_D, torch.ones_like(std_D))
         )

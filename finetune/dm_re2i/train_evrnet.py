@@ -277,7 +277,8 @@ def train_evrnet(
     parts = stage.image_components if stage.image_weight else 0
     train_MP = val_MP = None
     if parts:
-        # Processors round differently, which can change components. So all processes use those of the first process.
+        # CPUs round differently, which can change the components. So all processes use the components of the first
+        # process.
         world = get_world(accelerator)
         own = None
         if world.first:

@@ -67,8 +67,8 @@ def two_way_identification(
     labels : sequence of int, optional
         Category of the image that the person saw in each trial; needed for `within_label`.
     within_label : bool
-        Whether to compare only with other images of the same category. A model that knows only the category then has a
-        result at chance.
+        Whether to compare only with other images of the same category. With `within_label`, a model that knows only the
+        category has a result at chance.
 
     Returns
     -------

@@ -1,8 +1,9 @@
 """Judge generated images: turn the scores of the images and of the controls into a verdict.
 
 If the dataset's training images show the categories of the trials, the score of a trial is 1 if the classifier finds
-the right category in the generated image. If a category is new, the classifier cannot know the category. The score of a
-trial is then the share of other seen images that are less similar to the generated image than the seen image.
+the right category in the generated image. If a category is new, the classifier cannot know the category. For a new
+category, the score of a trial is the share of other seen images that are less similar to the generated image than the
+seen image.
 
 Array shapes: B trials, M images, D features.
 """
@@ -117,7 +118,8 @@ def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -
 
     def identify(images_BD: NDArray[np.float64], trials: Any = slice(None)) -> NDArray[np.float64]:
         if len(set(ids)) < 2:
-            # There is no other image. The value does not matter, because a single image is never judgeable.
+            # All trials show the same image, so the comparison has no other image. The returned value does not matter,
+            # because a single image is never judgeable.
             return np.full(len(images_BD), 0.5)
         return two_way_identification(images_BD, real_BD[trials], np.asarray(ids)[trials].tolist())
 

@@ -112,9 +112,9 @@ def psnr(a_BHW3: ImageSource, b_BHW3: ImageSource) -> Floats:
 def ssim(a_BHW3: ImageSource, b_BHW3: ImageSource) -> Floats:
     """Compute the structural similarity (SSIM) of each pair of images, in the variant of Wang et al. (2004).
 
-    This variant has a Gaussian window of 11 pixels with a standard deviation of 1.5 pixels, population variances and
-    covariances, and the constants K1 = 0.01 and K2 = 0.03. The similarity is averaged over the three colours and over
-    all positions where the window lies inside the image. scikit-image computes the similarity.
+    The variant of Wang et al. has a Gaussian window of 11 pixels with a standard deviation of 1.5 pixels, population
+    variances and covariances, and the constants K1 = 0.01 and K2 = 0.03. The similarity is averaged over the three
+    colours and over all positions where the window lies inside the image. scikit-image computes the similarity.
 
     Parameters
     ----------

@@ -176,8 +176,8 @@ class RidgeMap:
 def _standardise(x_BF: Floats, new_BF: Floats) -> tuple[Floats, Floats]:
     """Standardise training features and new features with the mean and standard deviation of the training features."""
     mean_F, std_F = x_BF.mean(axis=0), x_BF.std(axis=0)
-    # A constant feature, such as that of a dead channel, becomes 0. A division by its standard deviation would be a
-    # division by almost 0, and the feature would decide about all predictions.
+    # A constant feature, such as that of a dead channel, becomes 0. Dividing a constant feature by its standard
+    # deviation, which is almost 0, would let this feature decide about all predictions.
     std_F = np.where(std_F > 1e-6, std_F, np.inf)
     return ((x_BF - mean_F) / std_F).astype(np.float32), ((new_BF - mean_F) / std_F).astype(np.float32)
 

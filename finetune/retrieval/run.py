@@ -171,7 +171,7 @@ def _check_embeddings(embeds_BP: NDArray[Any], what: str) -> NDArray[Any]:
 def _embed_with_neighbours(
     embed: Callable[[list[list[int]]], NDArray[Any]], data: EEGDataset, groups: list[list[int]], seed: int
 ) -> tuple[NDArray[Any], NDArray[Any] | NotApplicable | None]:
-    """Compute the embeddings of the groups, and those of the EEG of neighbours; see `Question.neighbours_BP`."""
+    """Compute the embeddings of the groups, and of the EEG of neighbours (see `Question.neighbours_BP`)."""
     if all(len(group) == 1 for group in groups):
         return embed(groups), None
     try:
@@ -262,7 +262,7 @@ def measure(question: Question, config: RetrieveConfig) -> tuple[dict[str, Any],
     scores = measure_trials(gallery, embeds_BP, rows_B, n_way)
     own = dict(scores)
     controls: dict[str, Control | NotApplicable] = {
-        "noise": NotApplicable(reason="the retrieval does not embed noise in place of the EEG"),
+        "noise": NotApplicable(reason="a retrieval makes no embeddings of noise"),
         "no_eeg": NotApplicable(reason="without EEG there is no embedding to search with"),
         "nearest": NotApplicable(reason="no image is generated"),
         **question.predictors(question.score_prediction),

@@ -1,6 +1,6 @@
 """Train a miniature Stable Diffusion and a miniature CLIP on the images of a dataset, in minutes.
 
-The demo and the tests use these small models in place of Stable Diffusion 1.5 and CLIP ViT-L/14, which are too large.
+The demo and the tests use the miniature models in place of Stable Diffusion 1.5 and CLIP ViT-L/14, which are too large.
 The small models have the classes and the file layout of diffusers and transformers, so other code can load them like
 the original models.
 

@@ -15,7 +15,7 @@ from data_sharding.common.shipped import find_config
 from data_sharding.common.untrusted import check_key, read_limited
 
 MAIN = "ablation.yaml"
-"""Name of the file with the settings, if an ablation is a folder. Every other YAML file in the folder is one row."""
+"""Each other YAML file in the folder describes one variant. Every other YAML file in the folder is one row."""
 PROG = "dreamscale ablate"
 
 
@@ -27,8 +27,8 @@ class AblationConfig:
     """Folder for all runs, images and results. Work that is complete in the folder is not repeated."""
     stages: dict[str, str]
     """Config of each command that trains, in the order of the commands: {ddpm: configs/finetune/dm_re2i.yaml}, or
-    {align: ..., finetune: ...}. The last command must train a model that generates images. After align, the next
-    command gets the aligned encoder."""
+    {align: ..., finetune: ...}. The last command in `stages` must train a model that generates images. After align, the
+    next command gets the aligned encoder."""
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Variants: for each variant's name, the keys that differ, as in {no_mkrb: {evrnet.mkrb: false}}. With several
     commands, a key begins with the command (finetune.tune). A key of the generation begins with generate

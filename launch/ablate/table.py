@@ -84,8 +84,8 @@ def render_markdown(result: Mapping[str, Any]) -> str:
         "",
         "The brackets hold 95 % bootstrap intervals, for which all trials of an image, or of a person, are drawn "
         "together. The intervals of own EEG and of own minus shuffled are over images. Differences are paired by "
-        "trial. For the p-values, the signs of whole images or people are flipped; the number of variants is not "
-        "corrected for. Intervals over few people are too narrow.",
+        "trial. The p-values come from a test that flips the signs of whole images or whole people, and are not "
+        "corrected for the number of variants. Intervals over few people are too narrow.",
         "",
     ]
     return "\n".join(lines)

@@ -317,7 +317,7 @@ def _find_folder(path_or_hub_id: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        # Only these files are read. Others, such as the program `encoder.pt2`, are not downloaded.
+        # Only the files in this list are read. Other files, such as the program `encoder.pt2`, are not downloaded.
         wanted = [CONFIG, SPEC, EXAMPLE, CARD, "*.safetensors"]
         return Path(huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
     except Exception as error:

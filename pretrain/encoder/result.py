@@ -28,8 +28,8 @@ class CoverageReport:
     sfreq_model: float
     """Sampling rate of the encoder in Hz, to which the recording was resampled."""
     band: tuple[float, float]
-    """Pass band in Hz that was applied. If the recording's sampling rate is low, this band is narrower than the band in
-    the preprocessing."""
+    """Pass band in Hz that was applied. If the recording's sampling rate is low, the applied band is narrower than the
+    band in the preprocessing."""
     line_freq: float | None
     """Mains frequency in Hz that was removed by a notch filter; None if no notch filter was applied."""
     seconds: float

@@ -22,8 +22,9 @@ def describe_design(manifest: Manifest, declared: str = "", *, where: str = "man
         Manifest of the dataset. ``dreamscale shard`` measured the design of each corpus from the order of the corpus's
         trials.
     declared : str
-        Published evidence of a random order, for corpora whose files have lost the order of the trials. The evidence
-        makes an unknown design random. The evidence does not change a measured block design.
+        Published evidence of a random order, for corpora whose files have lost the order of the trials. If the measured
+        design is unknown, the published evidence makes the design random. The published evidence does not change a
+        measured block design.
     where : str
         Path of the manifest, for error messages.
 

@@ -1,9 +1,8 @@
 """Predictors of the label that must fail if an experiment is clean.
 
 None of the predictors sees the response to the picture. If a predictor is better than chance, no response is needed to
-predict the label. The score of a model then does not show that the model reads a response.
-
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`. L counts labels, F features, k neighbours.
+predict the label, and the score of a model does not show that the model reads a response. The docstring of
+`pretrain.model` explains letters such as BCT in `x_BCT`. L counts labels, F features, k neighbours.
 """
 
 from __future__ import annotations
@@ -35,7 +34,10 @@ UNKNOWN = -1
 
 @dataclass(frozen=True, kw_only=True)
 class _Places:
-    """Where each trial is in time. Recordings and people have the same numbers in the training and the test trials."""
+    """Recording, time and label of each trial.
+
+    A recording or a person has the same number in the training trials and in the test trials.
+    """
 
     recording_n: Labels
     subject_n: Labels
@@ -53,9 +55,9 @@ Rule = Callable[[_Places, _Places, float | None], Labels]
 """A rule predicts the labels of test trials from training trials.
 
 The arguments are the training trials, the test trials and the gap. In the inner validation, the test trials are the
-training trials themselves, and the gap is a number of seconds. A rule must then not predict a trial's label from trials
-of the same recording at a smaller distance than the gap, and rules over several recordings must leave out the trial's
-own recording. Without inner validation, the gap is None.
+training trials themselves, and the gap is a number of seconds. In the inner validation, a rule must not predict a
+trial's label from trials of the same recording at a smaller distance than the gap, and rules over several recordings
+must leave out the trial's own recording. Without inner validation, the gap is None.
 """
 
 
@@ -83,8 +85,9 @@ def predict_from_time(train: TrialTable, test: TrialTable) -> Labels:
     labels at the same time, or at the same fraction of the duration, of all recordings, the commonest label of the
     person, and the commonest label of all training trials. The rule that is best on the training trials is used. The
     best rule is chosen separately for test trials whose recording is in the training trials, for other test trials
-    whose person is in the training trials, and for the remaining test trials. On the training trials, a rule must
-    predict over at least the median distance in time from a test trial to the nearest training trial.
+    whose person is in the training trials, and for the remaining test trials. When the rules compete on the training
+    trials, a rule may not use trials that are nearer in time than a test trial usually is to its nearest training trial
+    (the median distance).
     """
     if not len(train):
         raise RequestError("there are no training trials, so nothing can be predicted from time; give a train split")
@@ -344,7 +347,7 @@ def _inner_folds(n: int, groups_n: ArrayLike | None, seed: int) -> list[NDArray[
 def noise_features(x_nCT: ArrayLike, sfreq: float) -> NDArray[np.float64]:
     """Compute features of EEG without a response: the mean and the logarithmic band power of each channel.
 
-    Use these features for the baseline before the picture, and for eye and face channels.
+    The features are made for the baseline before the picture, and for eye and face channels.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """Written rules that turn scores and controls into a verdict in words.
 
-`judge` applies `RULES` in their order; the first rule that holds gives the word:
+`judge` applies `RULES` in their order, and the first rule that holds gives the word of the verdict:
 
 =============  =====================================================================================
 confounded     the label can be predicted without a response to the picture
@@ -92,7 +92,8 @@ class Control:
     trials as the model's own scores. A predictor must see nothing but its input."""
     left_out_n: NDArray[np.bool_] | None = None
     """[n] True for trials for which the control could not be made, such as trials that are alone in their
-    neighbourhood. The comparison leaves out the trials that are True here, and the verdict gives their number."""
+    neighbourhood. The comparison leaves out the trials that are True in this array, and the verdict gives their
+    number."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,7 +107,7 @@ class Evidence:
     design: Design
     """Order in which the categories were shown."""
     design_evidence: str
-    """A sentence with the evidence for the design. A random design without evidence is refused."""
+    """A sentence with the evidence for the design. `judge` refuses a random design whose evidence is empty."""
     hits_n: NDArray[np.float64]
     """[n] the model's own score of each trial, from 0 to 1; for example, 1 for the right category and 0 for a wrong
     category."""
@@ -123,7 +124,7 @@ class Evidence:
     than the seen image. Chance is 0.5."""
     identification_left_out_n: NDArray[np.bool_] | None = None
     """[n] True for trials without an identification, because their category has only one seen image. The comparison
-    leaves these trials out, and the verdict gives their number."""
+    leaves trials without an identification out, and the verdict gives their number."""
     judge_n: NDArray[np.float64] | NotApplicable
     """Scores, from 0 to 1, that the judge gives to real images of the test labels. One value for each image."""
     judge_chance: float | None = None
@@ -362,13 +363,13 @@ def find_constant_score(trials: TrialTable, score_of: Literal["label", "image"])
 
 
 def decide_by_design(case: _Case) -> _Found | None:
-    """Apply the rule of the design.
+    """Apply the rule about the design of the experiment.
 
-    The word is *confounded* if the design is block or unknown. In a block design, the time of a trial reveals its
-    label, and no score can tell the response to the picture from the drift of the EEG. The word is also *confounded* if
-    the label is constant within each recording, because then every property of the recording reveals the label. The
+    The verdict is *confounded* if the design is block or unknown. In a block design, the time of a trial reveals its
+    label, and no score can tell the response to the picture from the drift of the EEG. The verdict is also *confounded*
+    if the label is constant within each recording, because then every property of the recording reveals the label. The
     rule of the design comes first, because no score can change the result of this rule. A control that the data cannot
-    give does not change the word: in a random design, the verdict only names the control and the reason.
+    give does not change the verdict: in a random design, the verdict only names the control and the reason.
     """
     evidence = case.evidence
     known = [table for table in (evidence.trials, evidence.train) if isinstance(table, TrialTable)]
@@ -384,9 +385,9 @@ def decide_by_design(case: _Case) -> _Found | None:
 
 
 def decide_if_judgeable(case: _Case) -> _Found | None:
-    """Apply the rule of what the data and the judge can show.
+    """Apply the rule about data or a judge that cannot show a signal.
 
-    The word is *not judgeable* in five cases. There are fewer than `FEWEST_TRIALS` test trials. There are fewer than
+    The verdict is *not judgeable* in five cases. There are fewer than `FEWEST_TRIALS` test trials. There are fewer than
     `FEWEST_IMAGES` test images: an image can resemble another category by accident, and with few images this accident
     looks like a signal for every person. The image of a test trial is also in the training trials, so a generator can
     show a remembered image. The control with shuffled EEG is missing. The judge fails on real images of the test
@@ -414,19 +415,19 @@ def decide_if_judgeable(case: _Case) -> _Found | None:
         if low <= chance:
             reasons.append(
                 f"The judge fails on real images of the test labels: its score is {judge_n.mean():.1%} ({low:.1%} to "
-                f"{high:.1%}), and chance is {chance:.1%}. Take a judge that knows these labels."
+                f"{high:.1%}), and chance is {chance:.1%}. Take a judge that knows the test labels."
             )
     return ("not judgeable", reasons) if reasons else None
 
 
 def decide_by_leaks(case: _Case) -> _Found | None:
-    """Apply the rule of leaks.
+    """Apply the rule about predictors that need no response (leaks).
 
-    The word is *confounded* if a predictor that sees only the time, or only the EEG before the picture, is better than
-    chance. The chance of a predictor is the best score of a predictor that predicts the same label in every trial
-    (`find_constant_score`), or the chance of the score if the chance of the score is larger. The word is also
+    The verdict is *confounded* if a predictor that sees only the time, or only the EEG before the picture, is better
+    than chance. The chance of a predictor is the best score of a predictor that predicts the same label in every trial
+    (`find_constant_score`), or the chance of the score if the chance of the score is larger. The verdict is also
     *confounded* if the shuffle within neighbourhoods is better than the shuffle over all trials, because then slow
-    changes of the EEG carry a part of the score. The word is *confounded*, too, if the shuffle within neighbourhoods
+    changes of the EEG carry a part of the score. The verdict is *confounded*, too, if the shuffle within neighbourhoods
     costs nothing: the model is better than the shuffle over all trials, but not better than the shuffle within
     neighbourhoods, which keeps at least the share `NOTHING_LOST` of the difference. Eye and face channels may hold a
     response to the picture, so a good predictor from these channels is *confounded* only if the model is not better
@@ -461,11 +462,11 @@ def decide_by_leaks(case: _Case) -> _Found | None:
 
 
 def decide_by_controls(case: _Case) -> _Found | None:
-    """Apply the rule of the controls.
+    """Apply the rule about the controls.
 
-    The word is *no signal* if the model's own score is not better than chance, or not better than one of the controls:
-    shuffled EEG, EEG shuffled within neighbourhoods, noise, no EEG, and the predictors from time, baseline and eyes.
-    The comparison with every control must hold, so the model must be better than the strongest control.
+    The verdict is *no signal* if the model's own score is not better than chance, or not better than one of the
+    controls: shuffled EEG, EEG shuffled within neighbourhoods, noise, no EEG, and the predictors from time, baseline
+    and eyes. The comparison with every control must hold, so the model must be better than the strongest control.
     """
     rows = [row for row in case.rows.values() if row.question == "signal"]
     lost = [row for row in rows if not row.holds]
@@ -486,12 +487,12 @@ def decide_by_controls(case: _Case) -> _Found | None:
 
 
 def decide_by_content(case: _Case) -> _Found | None:
-    """Apply the rule of what the score carries.
+    """Apply the rule about what the score shows: the category, or more than the category.
 
-    The word is *category only* if the generated image cannot identify the seen image among images of the same category.
-    If the test concepts are new, the word is also *category only* if the nearest training image, shown in place of the
-    generated image, is as good as the generated image. A model that is not better than the nearest training image shows
-    which trained concept is similar, and nothing of the new concept.
+    The verdict is *category only* if the generated image cannot identify the seen image among images of the same
+    category. If the test concepts are new, the verdict is also *category only* if the nearest training image, shown in
+    place of the generated image, is as good as the generated image. A model that is not better than the nearest
+    training image shows which trained concept is similar, and nothing of the new concept.
     """
     reasons = []
     if "identification - chance" in case.rows and not case.holds("identification - chance"):
@@ -514,7 +515,7 @@ RULES: tuple[Callable[[Any], _Found | None], ...] = (
     decide_by_controls,
     decide_by_content,
 )
-"""All rules, in the order in which `judge` applies them. If no rule holds, the word is *signal*."""
+"""All rules, in the order in which `judge` applies them. If no rule holds, the verdict is *signal*."""
 
 
 def _signal(case: _Case) -> _Found:

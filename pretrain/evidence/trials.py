@@ -111,8 +111,8 @@ def tabulate_trials(dataset: EEGDataset, *, times_known: bool = True, images_nee
     dataset : EEGDataset
         The split. Every sample must be a trial with a label, a person and, by default, an image.
     times_known : bool
-        False for a corpus whose files do not keep the order of the trials, such as preprocessed THINGS-EEG2. The time
-        of every trial is then unknown.
+        False for a corpus whose files do not keep the order of the trials, such as preprocessed THINGS-EEG2. If false,
+        the time of every trial is unknown.
     images_needed : bool
         False for a dataset whose trials may have no image. If all trials of a recording have the same label, the trials
         without an image get the name of the recording as their image, because these trials are parts of one long event.
@@ -371,8 +371,8 @@ def derange_within(groups_n: ArrayLike, images_n: ArrayLike, seed: int) -> tuple
     rng = np.random.default_rng([seed, len(group_n)])
     order_n = np.arange(len(group_n))
     alone_n = np.bincount(group_n, minlength=len(groups))[group_n] == 1
-    # Sort the trials by group, then by image in random order, then in random order. A shift by s places then leads to
-    # another image if no image has more than s trials and no image has more than size - s trials.
+    # Sort the trials by group, then by image in random order, then in random order. After this sort, a shift by s
+    # places leads to another image if no image has more than s trials and no image has more than size - s trials.
     rank = rng.permutation(int(image_n.max(initial=-1)) + 1)
     rows_n = np.lexsort((rng.permutation(len(group_n)), rank[image_n], group_n))
     for start, stop in _runs(group_n[rows_n]):

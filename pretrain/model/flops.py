@@ -124,7 +124,7 @@ def peak_flops(device: torch.device, precision: str, override_tflops: float | No
     precision : str
         Number format of the computation: fp32 or bf16.
     override_tflops : float, optional
-        Peak speed in TFLOP/s given by the user; the table is then ignored.
+        Peak speed in TFLOP/s that the user gives, in place of the speed in the table `PEAK_TFLOPS`.
 
     Returns
     -------

@@ -82,7 +82,7 @@ def keep_indices(
         order_BN = np.argsort(_noise(state_B, tokens), axis=1, kind="stable")[:, :visible]
         return torch.from_numpy(np.sort(order_BN, axis=1).astype(np.int64))
     # A window consists of J pieces. Each piece is a span of hidden tokens or one visible token. Shuffle the pieces and
-    # put them one after another. The start of each visible piece is then the index of a visible token.
+    # put them one after another. After the shuffle, the start of each visible piece is the index of a visible token.
     spans, rest = divmod(tokens - visible, block)
     lengths = np.array([block] * spans + [rest] * (rest > 0) + [1] * visible)
     order_BJ = np.argsort(_noise(state_B, len(lengths)), axis=1, kind="stable")

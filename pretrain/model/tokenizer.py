@@ -48,8 +48,8 @@ class MontageTokenizer:
     by_channel: ClassVar[bool] = True
     """True if each token belongs to a single channel."""
     about: ClassVar[str] = (
-        "It identifies a channel by the position of its electrode, so it takes any montage, with the channels in any "
-        "order."
+        "The encoder identifies a channel by the position of its electrode, so the encoder takes any montage, with the "
+        "channels in any order."
     )
     """Sentence for the model card that says how the encoder identifies channels."""
 

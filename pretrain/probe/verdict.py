@@ -20,7 +20,7 @@ from pretrain.probe.folds import Fold
 MEASURE = "the encoder's linear probe predicts the right label"
 """What the score of a trial is."""
 NOT_MADE = {
-    "noise": "the probe does not encode noise in place of the EEG",
+    "noise": "the probe makes no features of noise",
     "no_eeg": "a linear classifier needs the features of an EEG",
     "eyes": "the probe does not classify eye and face channels alone",
     "nearest": "the probe generates no image",

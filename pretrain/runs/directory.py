@@ -26,8 +26,8 @@ FREE = ("output", "tracker", "num_processes", "device")
 _REASONS = {
     "steps": "the learning rate of every step depends on the number of steps",
     "epochs": "the learning rate of every step depends on the number of epochs",
-    "batch_size": "the order of samples and the meaning of a step depend on it",
-    "seed": "initial weights, noise and the order of samples depend on it",
+    "batch_size": "the order of samples and the meaning of a step depend on this key",
+    "seed": "initial weights, noise and the order of samples depend on this key",
 }
 
 

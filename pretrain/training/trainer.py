@@ -132,8 +132,8 @@ class Trainer:
         self.spikes = SpikeDetector(self.config.guards, saved["recent_losses"])
         self.evaluation_due = not rewind and saved.get("evaluation_due", False)
         self.throughput.reset(saved["interval"]["steps"], saved["interval"]["losses"])
-        # The run evaluates once more after its last checkpoint. A resumed run repeats this evaluation, so delete the
-        # line of the old evaluation.
+        # The run evaluates once more after its last checkpoint. A resumed run repeats the evaluation after the last
+        # checkpoint, so delete the line of the old evaluation.
         evaluated = not self.evaluation_due and self.global_step < self.total_steps
         self.run.rewind_metrics(self.global_step, evaluated=evaluated)
         if self.world.first and not rewind:
@@ -337,7 +337,8 @@ class Trainer:
             losses.append(loss.detach())
             if start + config.micro < len(batch.numbers):
                 # DeepSpeed counts micro batches by calls of `engine.step`. After all but the last micro batch,
-                # `engine.step` only counts. After the last one, `take_step` calls it to update the weights.
+                # `engine.step` only counts. After the last micro batch, `take_step` calls `engine.step` to update the
+                # weights.
                 engine.step()
         return float(torch.stack(losses).mean())
 

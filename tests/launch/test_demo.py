@@ -137,7 +137,7 @@ def check_that_names_are_escaped(out: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     out = tmp_path / "demo"
-    # Stop the demo in the middle of a step. The second run resumes at this step.
+    # Stop the demo in the middle of a step. The second run resumes at the interrupted step.
     process = start_demo(out)
     while not (out / "steps" / "corpus.done.json").is_file():
         assert process.poll() is None, process.stderr.read()

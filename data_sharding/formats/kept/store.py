@@ -36,7 +36,7 @@ def signal_path(folder: Path, key: str) -> Path:
 
 def note_use(path: Path) -> None:
     """Set the modification time of a kept signal to now, so that `limit_size` sees when it was used last."""
-    with contextlib.suppress(OSError):  # Another job may have deleted the signal; then it is decoded again.
+    with contextlib.suppress(OSError):  # Another job may have deleted the signal; the recording is then decoded again.
         os.utime(path)
 
 

@@ -1,4 +1,4 @@
-"""Read the events of an EEGLAB file with the channels to which they belong. MNE does not read these channels."""
+"""Read the events of an EEGLAB file together with the channels of each event, which MNE does not read."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def read_channel_events(content: Any) -> tuple[list[Annotation] | None, list[str
     annotations : list of Annotation or None
         All events with a latency. None if no event names a channel, or if the file names no channels.
     notes : list of str
-        A note for the ledger if the channels of bad marks cannot be used. Bad marks without usable channels belong to
-        all channels.
+        A note for the ledger if the channels of bad-span marks cannot be used. Bad-span marks without usable channels
+        belong to all channels.
     """
     events, channels = list_entries(content.event), list_entries(content.chanlocs)
     if not any(field in event for event in events[:1] for field in CHANNEL_FIELDS) or not channels:
@@ -114,7 +114,7 @@ def read_channel_events(content: Any) -> tuple[list[Annotation] | None, list[str
     notes = []
     if unclear:
         notes.append(
-            f"the channels of {unclear} bad marks are not known, because channels were removed from the file, or "
+            f"the channels of {unclear} bad-span marks are not known, because channels were removed from the file, or "
             "because the marks have numbers that are not channel numbers; these marks are used for all channels"
         )
     return (annotations if any(event.channels for event in annotations) else None), notes

@@ -98,7 +98,7 @@ PAIR_WORDS = re.compile(r"(.*?)[\s_/:.-]+(?:(start|begin|onset|on)|(?:end|stop|o
 
 
 def _codes(numbers: Iterable[int]) -> re.Pattern[str]:
-    """Return a pattern for annotations whose text is one of these numbers."""
+    """Return a pattern for annotations whose text is one of the given numbers."""
     return re.compile("|".join(str(number) for number in numbers))
 
 
@@ -140,8 +140,8 @@ TABLE: tuple[Mark, ...] = (
     ),
     Mark(
         name="bad span with two marks",
-        sign="two bad marks without duration, for the start and the end of a span: `BAD_move start`, `BAD_move end`; "
-        "also with `begin`, `onset` or `on`, and with `stop`, `offset` or `off`",
+        sign="two bad-span marks without duration, for the start and the end of a span: `BAD_move start`, "
+        "`BAD_move end`; also with `begin`, `onset` or `on`, and with `stop`, `offset` or `off`",
         effect=Effect.BAD,
     ),
     Mark(
@@ -324,7 +324,7 @@ def find_marks(format_: str, annotations: Iterable[Annotation]) -> list[Found]:
 
 
 def _join_pairs(found: list[Found]) -> list[Found]:
-    """Join each bad mark that starts a span with the next bad mark that ends the span.
+    """Join each bad-span mark that starts a span with the next bad-span mark that ends the span.
 
     The two marks have the same text before the word `start` or `end`, the same channels and no length. Marks without a
     partner are not changed.
@@ -350,7 +350,7 @@ def _join_pairs(found: list[Found]) -> list[Found]:
 def match_channels(
     found: Iterable[Found], names: Sequence[str], left_out: Collection[str]
 ) -> tuple[list[Found], list[str]]:
-    """Replace the names of channels in bad marks by the names that the channels have in the recording.
+    """Replace the names of channels in bad-span marks by the names that the channels have in the recording.
 
     Parameters
     ----------
@@ -416,8 +416,8 @@ def divide(whole: Sequence[Segment], sfreq: float, found: Iterable[Found]) -> Di
     Returns
     -------
     Division
-        Segments, bad spans and notes. A gap without a length divides the segment, but removes no samples. A bad mark
-        without a length does not say which samples are bad, so only a note is written.
+        Segments, bad spans and notes. A gap without a length divides the segment, but removes no samples. A bad-span
+        mark without a length does not say which samples are bad, so only a note is written.
     """
     edges: set[int] = set()
     gaps: list[tuple[int, int]] = []

@@ -260,7 +260,7 @@ def set_missing(x: np.ndarray, path: Path, layout: Layout, numbers: list[int], s
     Parameters
     ----------
     x : ndarray, shape (n, S)
-        Values of the channels. The function changes this array.
+        Values of the channels. The function changes the array in place.
     path : Path
         The file.
     layout : Layout
@@ -318,8 +318,8 @@ def read_gdf_events(path: Path, layout: Layout) -> list[Annotation]:
     Returns
     -------
     list of Annotation
-        The events; the text is the event code as decimal number. An event without a duration lasts until its end event
-        (its code plus 0x8000, for the same channel), if there is one.
+        The events; the text of an event is its event code as a decimal number. An event without a duration lasts until
+        its end event (its code plus 0x8000, for the same channel), if there is one.
     """
     with path.open("rb") as stream:
         version = float(stream.read(8)[4:])

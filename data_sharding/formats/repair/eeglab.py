@@ -92,7 +92,7 @@ def _repairing() -> Iterator[_Found]:
             found.rejected, said = read_rejections(content)
             notes += said
 
-        # The repair of the events removes their channels, so the channels are read before.
+        # The repair of the events removes the channels of the events, so the channels are read before the repair.
         for repair in (_repair_channels, read_rejected, read_events, _repair_events):
             with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
                 repair(content, found.notes)

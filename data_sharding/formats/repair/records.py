@@ -30,7 +30,7 @@ def find_patches(path: Path, layout: Layout, format_: str) -> dict[int, bytes]:
     Returns
     -------
     dict of int to bytes
-        Corrected content of each such field, by the field's offset in the file.
+        Corrected content of each field that MNE cannot parse, by the field's offset in the file.
     """
     if format_ == "gdf":
         count = headers.count_gdf_records(path, layout)

@@ -32,8 +32,8 @@ BLOCKS = (
     (313, "projections"),
     (107, "digitised positions"),
 )
-"""Blocks of FIF files without a recording, with the kind of the file. If a file has several of these blocks, the block
-that is first in this list determines the kind."""
+"""Blocks of FIF files without a recording, with the kind of the file. If a file has several of the listed blocks, the
+block that is listed first determines the kind."""
 TRANSFORMATION = 222
 BLOCK_START = 104
 MOST_TAGS = 20_000

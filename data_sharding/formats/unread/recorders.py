@@ -202,7 +202,7 @@ def _describe_archive(file: Any, name: str) -> Finding | None:
 def _recognise_arrays(file: Any) -> Finding | None:
     """Recognise arrays, HDF5 files and unknown binary files.
 
-    Such files are reported, because they have no standard field for the sampling rate and cannot be read.
+    The files are only reported: they cannot be read, because they have no standard field for the sampling rate.
     """
     if file.suffix not in (".npy", ".npz", ".h5", ".hdf5", ".hdf", ".dat", ".bin", ".raw"):
         return None

@@ -19,7 +19,7 @@ SUFFIXES = (".csv", ".tsv", ".txt", ".asc", ".ascii")
 MIN_ELECTRODES = 4
 MIN_LINES = 16
 LONG_LINE = 64
-"""If a line begins with the name of an electrode and has more numbers than this, the line is a signal."""
+"""If a line begins with the name of an electrode and has more than this many numbers, the line is a signal."""
 PREFIX = re.compile(r"(RAW|EEG|Channel|Ch)[. _-]+(?=[A-Za-z])", re.IGNORECASE)
 """Prefix that programs of Muse, Emotiv and others write before the name of an electrode."""
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan", re.IGNORECASE)

@@ -46,7 +46,7 @@ class ConvolutionConfig:
 
 
 class EEGNetClassifier(EEGClassifier):
-    """EEGNet-8,2 (Lawhern et al. 2018), also used in `pretrain.probe`. The input of its linear layer is the feature.
+    """EEGNet-8,2 (Lawhern et al. 2018), also used in `pretrain.probe`; the feature is the input of its linear layer.
 
     Parameters
     ----------

@@ -131,7 +131,7 @@ def make_card(
     str
         Text in Markdown.
     """
-    load = f"""The array `eeg` holds trials in microvolts, preprocessed as the table below says. Its shape is
+    load = f"""The array `eeg` holds trials in microvolts, preprocessed as the table below says. The array has the shape
 [trials, channels, samples], with up to {n_channels} channels in the order of the training data. Loading runs the Python
 files of this package (`*.py`), so read them first.
 

@@ -80,7 +80,7 @@ def load_clip_network(clip: str | Path) -> FrozenNetwork:
     Returns
     -------
     FrozenNetwork
-        The network ``clip``. Its own image processor resizes the original images.
+        The network ``clip``. The model's own image processor resizes the original images.
 
     Raises
     ------
@@ -114,7 +114,7 @@ def load_dinov2_network(dinov2: str | Path) -> FrozenNetwork:
     Returns
     -------
     FrozenNetwork
-        The network ``dinov2``. Its own image processor resizes the original images.
+        The network ``dinov2``. The model's own image processor resizes the original images.
 
     Raises
     ------

@@ -108,7 +108,7 @@ def assert_true(
     Parameters
     ----------
     sharded : Sharded
-        The recording to check. It must have at least one window.
+        The recording to check. The recording must have at least one window.
     seed, n : int
         Seed and number of channels of the true signal.
     names : iterable of str

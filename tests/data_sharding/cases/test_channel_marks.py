@@ -113,7 +113,7 @@ def write_eeglab(folder: Path, uv: np.ndarray, names: list[str]) -> Path:
 def write_set(
     folder: Path, uv: np.ndarray, channels: list[Any], *, field: str = "channel", text: str = "BAD_pop", **more: Any
 ) -> Path:
-    """Write EEGLAB with a bad mark for each entry of `channels`.
+    """Write EEGLAB with a bad-span mark for each entry of `channels`.
 
     `more` is added to the structure EEG; ``urchan`` is the field of the channels.
     """
@@ -219,7 +219,8 @@ def test_a_mark_of_a_channel_that_is_not_read_changes_nothing(tmp_path: Path, si
 
 
 class TestEEGLAB:
-    """The channels of an EEGLAB event are numbers or names. If they are unclear, the mark belongs to all channels."""
+    """The channels of an EEGLAB event are numbers or names. If the channels are unclear, the mark belongs to all
+    channels."""
 
     @pytest.mark.parametrize(
         ("channel", "names"),
@@ -259,18 +260,18 @@ class TestEEGLAB:
     def test_a_mask_is_no_list_of_numbers(self, tmp_path: Path, signal: np.ndarray) -> None:
         info = info_of(write_set(tmp_path, signal, [np.array([0, 0, 0, 1, 0, 0, 0, 0])]))
         assert [(a, b) for a, b, _ in info.bad_spans] == [(20.5, 22.5)] and not info.bad_channel_spans
-        assert "the channels of 1 bad marks are not known" in info.notes[0]
+        assert "the channels of 1 bad-span marks are not known" in info.notes[0]
 
     def test_numbers_after_channels_were_removed(self, tmp_path: Path, signal: np.ndarray) -> None:
         """The first channels keep their numbers. The number 6 means two channels: before and after the removal."""
         path = write_set(tmp_path, signal, [3, 6, 10], urchan=[1, 2, 3, 4, 6, 7, 9, 10])
         info = info_of(path)
         assert info.bad_channel_spans == [(20.5, 22.5, "F3")] and len(info.bad_spans) == 2
-        assert len(info.notes) == 1 and "the channels of 2 bad marks are not known" in info.notes[0]
+        assert len(info.notes) == 1 and "the channels of 2 bad-span marks are not known" in info.notes[0]
         removed = {"removedchans": np.array([("Fz",)], [("labels", object)])}
         info = info_of(write_set(tmp_path, signal, [3, "F4"], chaninfo=removed))
         assert info.bad_channel_spans == [(20.5, 22.5, "F4")] and len(info.bad_spans) == 1
-        assert "the channels of 1 bad marks are not known" in info.notes[0]
+        assert "the channels of 1 bad-span marks are not known" in info.notes[0]
 
     def test_boundaries_divide_all_channels(self, tmp_path: Path, signal: np.ndarray) -> None:
         info = info_of(write_set(tmp_path, signal, [4], text="boundary"))

@@ -236,8 +236,8 @@ print(json.dumps(out))
 
 
 def trace(root: Path) -> dict[str, list]:
-    """Read every recording below a folder in a child process. Return its format, its status, and the opened files that
-    the recording does not list."""
+    """Read every recording below a folder in a child process. Return the format and the status of each recording, and
+    the opened files that the recording does not list."""
     done = subprocess.run(
         [sys.executable, "-c", TRACE, str(root)], capture_output=True, text=True, check=True, env=dict(os.environ)
     )

@@ -1,4 +1,5 @@
-"""Recordings with interruptions, bad marks and damaged headers: each window has the true signal at the right time."""
+"""Recordings with interruptions, bad-span marks and damaged headers: each window has the true signal at the right
+time."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class TestDropouts:
 
 
 class TestBadChannels:
-    """Some channels are bad for some time. These bad channels must not change the other channels."""
+    """Some channels are bad for some time. Channels that are bad for some time must not change the other channels."""
 
     @pytest.mark.parametrize(
         ("kind", "n_bad"), [("flat", 3), ("clipped", 1), ("too small", 3), ("missing values", 1), ("too large", 2)]

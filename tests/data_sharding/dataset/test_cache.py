@@ -116,7 +116,8 @@ def count_cached_bytes(cache: Path) -> int:
 def list_open_files() -> list[str]:
     names = []
     for link in Path("/proc/self/fd").iterdir():
-        # One link belongs to the descriptor that listed the folder. This descriptor is closed now.
+        # One link belongs to the descriptor that listed the folder. The descriptor that listed the folder is closed
+        # now.
         with contextlib.suppress(FileNotFoundError):
             names.append(str(link.readlink()))
     return names

@@ -187,7 +187,7 @@ def test_workers_give_the_same_batches(unpaired_dataset: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 def test_kept_batches_are_not_overwritten(unpaired_dataset: Path) -> None:
-    """Workers reuse their shared memory, but this must not change batches that a trainer has kept."""
+    """Workers reuse their shared memory, but the reuse must not change batches that a trainer has kept."""
     data = EEGDataset(unpaired_dataset, "train")
     kept = []
     for batch, step in zip(Loader(data, 12, 0, num_workers=3), range(45), strict=False):

@@ -200,7 +200,8 @@ def test_noise_normalisation_whitens_the_background_and_is_saved_with_the_weight
     a, b = net(x[:2, None])[0], EVRNet.from_pretrained(tmp_path)(x[:2, None])[0]
     torch.testing.assert_close(a, b, atol=0, rtol=0)
     torch.testing.assert_close(a, net(net.normalise(x[:2, None]), normalised=True)[0], atol=0, rtol=0)
-    # After an average reference, the mean over the channels is zero. Whitening must not enlarge this mean too much.
+    # After an average reference, the mean over the channels is zero. Whitening must not enlarge the mean over the
+    # channels too much.
     flat = x - x.mean(dim=1, keepdim=True)
     gain = (whitening_matrix(flat, 0.05) @ torch.full((16,), 0.25)).norm()
     assert gain == pytest.approx(float((0.05 * flat.var(dim=2).mean()) ** -0.5), rel=0.02)

@@ -183,7 +183,7 @@ class TestWords:
         own = draw(0.6, 320, 1)
         memory = Control(hits_n=own, checked=True)
         assert word(make_evidence(train=train, new_concepts=True, nearest=memory, **absent)) == "category only"
-        # With seen concepts, a training image of the right category is a right answer.
+        # If the concepts were seen in training, a training image of the right category counts as a right answer.
         assert word(make_evidence(nearest=memory)) == "signal"
 
 

@@ -96,7 +96,7 @@ class TestCheckpoints:
             path.write_bytes(b"")
         assert main([str(config), "--output", str(copy)]) == 2
         assert "every checkpoint is damaged" in capsys.readouterr().err
-        # A second start must be refused too, because the first start must not have moved the damaged checkpoints away.
+        # The second start must be refused, too: the first start must leave the damaged checkpoints where they are.
         assert main([str(config), "--output", str(copy)]) == 2
 
     def test_repeated_steps_are_not_in_the_metrics_twice(
