@@ -34,14 +34,12 @@ from finetune.generation.predictors import PREDICTORS, predict
 from finetune.generation.trials import NotApplicableError, Trial, list_trials, trial_seed
 from finetune.generators import Generator, Source, digest_model, load_generator
 from finetune.images import ImageTable, open_paired
-from finetune.training.accelerate import get_world, make_accelerator, quiet_libraries
+from finetune.training.accelerate import WAIT_S, get_world, make_accelerator, quiet_libraries
 from pretrain.runs.distributed import World
 
 T = TypeVar("T")
 TEXTS = ("model_digest", "seed", "steps", "guidance_scale", "sampler", "control")
 """Entries of generated.json that are also stored in each generated image."""
-WAIT_S = 7 * 86_400.0
-"""Longest time in seconds that a process waits for the other processes. A batch may take hours on a slow machine."""
 
 
 def _compute_on_first(world: World, compute: Callable[[], T]) -> T:

@@ -350,3 +350,35 @@ def find_components(train_MHW3: np.ndarray, val_MHW3: np.ndarray, components: in
     largest = np.take_along_axis(basis_PX, np.abs(basis_PX).argmax(axis=1)[:, None], axis=1)
     basis_PX = basis_PX * np.sign(largest)
     return (train_MX - mean_X) @ basis_PX.T, (val_MX - mean_X) @ basis_PX.T
+
+
+class TableImages:
+    """Images of chosen rows of a table, which are decoded whenever they are read.
+
+    Parameters
+    ----------
+    table : ImageTable
+        The table.
+    rows : ndarray of int, shape (B,)
+        Row of each image; a row may be chosen several times.
+    size : int
+        Width and height of the decoded images in pixels.
+    """
+
+    def __init__(self, table: ImageTable, rows: np.ndarray, size: int) -> None:
+        self.table, self.rows, self.size = table, np.asarray(rows), size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The numbers B, H, W and 3."""
+        return len(self.rows), self.size, self.size, 3
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray:
+        """Return one image for a number, and several images for a slice."""
+        chosen = self.rows[rows]
+        return (
+            self.table.pixels([int(chosen)], self.size)[0] if chosen.ndim == 0 else self.table.pixels(chosen, self.size)
+        )

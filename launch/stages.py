@@ -109,6 +109,7 @@ STAGES: dict[str, Stage] = {
         module="finetune.evaluation.evaluate",
         usage="DIR",
         help="compute metrics of generated images and controls, and write a report",
+        launcher="accelerate",
     ),
     "compare": Stage(
         module="finetune.evaluation.compare",

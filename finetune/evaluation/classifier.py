@@ -10,6 +10,9 @@ Array shapes: B images, H rows, W columns, D feature width, K classes.
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -121,7 +124,7 @@ class ImageClassifier(nn.Module):
         return np.concatenate(features), np.concatenate(probabilities)
 
     def save(self, path: str | Path, metadata: dict[str, str]) -> None:
-        """Write the classifier to one safetensors file.
+        """Write the classifier to one safetensors file. Equal weights and texts give equal bytes.
 
         Parameters
         ----------
@@ -136,7 +139,8 @@ class ImageClassifier(nn.Module):
 
         shape = {"n_classes": str(self.n_classes), "width": str(self.width), "size": str(self.size)}
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
-        atomic_write_bytes(path, save(tensors, metadata={**metadata, **shape, "kind": "dreamscale-classifier"}))
+        texts = {**metadata, **shape, "kind": "dreamscale-classifier"}
+        atomic_write_bytes(path, _sort_header(save(tensors, metadata=texts)))
 
     @classmethod
     def load(cls, path: str | Path) -> tuple[ImageClassifier, dict[str, str]]:
@@ -189,6 +193,14 @@ class ImageClassifier(nn.Module):
         return model.eval(), metadata
 
 
+def _sort_header(content: bytes) -> bytes:
+    """Sort the header of a safetensors file, because the library writes the metadata in a random order."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    # Sorting does not change the length of the text. The library fills the header with spaces.
+    return content[:8] + header.encode().ljust(length) + content[8 + length :]
+
+
 def to_input(images_BHW3: Images, size: int) -> Tensor:
     """Convert images of uint8 [B, H, W, 3] to the classifier's input [B, 3, H, W] with values from -1 to 1."""
     x = torch.from_numpy(np.ascontiguousarray(images_BHW3)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
@@ -224,10 +236,22 @@ def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     return x + uniform(0, 0.2, 1, 1, 1) * torch.randn(x.shape, generator=generator)
 
 
+@contextmanager
+def _use_one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def train_classifier(
     images_BHW3: Images, labels_B: NDArray[np.integer], n_classes: int, *, config: ClassifierConfig, seed: int
 ) -> ImageClassifier:
     """Train the image classifier. On one machine, equal arguments give equal weights.
+
+    The training uses one thread, because the rounding of a training step depends on the number of threads.
 
     Parameters
     ----------
@@ -255,7 +279,7 @@ def train_classifier(
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.2)
     order = torch.empty(0, dtype=torch.long)
-    with progress("training the classifier", config.steps) as advance:
+    with _use_one_thread(), progress("training the classifier", config.steps) as advance:
         for _ in range(config.steps):
             while len(order) < config.batch_size:
                 order = torch.cat([order, torch.randperm(len(x), generator=generator)])

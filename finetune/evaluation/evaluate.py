@@ -24,16 +24,26 @@ from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, tr
 from finetune.evaluation.controls import find_controls, read_controls
 from finetune.evaluation.generated import GeneratedSet, Images, read_generated
 from finetune.evaluation.judgement import THUMBNAIL, Judge, judge_images, pixel_features
-from finetune.evaluation.measure import MeasureOptions, compare_random_pairs, measure, measure_real
+from finetune.evaluation.measure import MeasureOptions, compare_random_pairs, list_tasks, measure, measure_real
 from finetune.evaluation.metrics import JUDGE
-from finetune.evaluation.networks.judges import RealImages, find_judges, make_classifier_network, resize_images
+from finetune.evaluation.networks.judges import (
+    Judges,
+    RealImages,
+    find_judges,
+    make_classifier_network,
+    resize_images,
+)
+from finetune.evaluation.networks.sharing import Sharing
 from finetune.evaluation.openings import record_opening
 from finetune.evaluation.per_trial import ACCURACY, write_trials
+from finetune.evaluation.pixel_metrics import ImageSource
 from finetune.evaluation.report import render_report
 from finetune.generation.trials import Trial, list_trials
 from finetune.generators import read_part
 from finetune.images import ImageTable, open_paired
+from finetune.training.accelerate import WAIT_S, get_world, make_accelerator
 from pretrain.evidence.rules import NotApplicable
+from pretrain.runs.distributed import launched_world
 
 BLOCK = 256
 """Number of images that are compared with all training images at once."""
@@ -98,6 +108,9 @@ class EvaluateConfig:
     seed: int = 0
     """Seed for training the classifier, drawing random pairs of images, shuffling labels, the predictors and the
     bootstrap."""
+    num_processes: int = 1
+    """Number of processes among which the images are divided. The number of processes does not change the result,
+    except for rounding errors of single precision if the processes have other numbers of threads."""
 
     def __post_init__(self) -> None:
         if not set(self.lpips) <= {"alex", "vgg"}:
@@ -106,6 +119,8 @@ class EvaluateConfig:
             raise ValueError("need permutations >= 99, examples >= 1 and every n_way >= 2")
         if self.draws < 2 or any(k < 1 for k in self.top_k):
             raise ValueError("need draws >= 2 and every top_k >= 1")
+        if self.num_processes < 1:
+            raise ValueError(f"num_processes must be at least 1, got {self.num_processes}")
 
 
 def measure_nearest_training_image(images_BHW3: Images, train_MHW3: Images) -> NDArray[np.float64]:
@@ -233,13 +248,59 @@ def _held_out(path: AnyPath, classifier: ImageClassifier, dataset_split: str) ->
     }
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def _load_judges(config: EvaluateConfig, classifier: ImageClassifier, file: Path, sharing: Sharing) -> Judges:
+    return find_judges(
+        make_classifier_network(classifier, file),
+        lpips_variants=config.lpips,
+        inception_file=config.inception,
+        clip=config.clip,
+        dinov2=config.dinov2,
+        sharing=sharing,
+    )
+
+
+def _make_judge(classifier: ImageClassifier, sharing: Sharing) -> Judge:
+    """Return the classifier and the features with which the verdict scores images."""
+    return Judge(
+        classify=lambda images: classifier.judge(resize_images(images, classifier.size))[1].argmax(axis=1),
+        features=pixel_features,
+        features_name=f"correlation of the pixels at {THUMBNAIL} x {THUMBNAIL}",
+        sharing=sharing,
+    )
+
+
+def _resize(images_BHW3: ImageSource, size: int, sharing: Sharing) -> Images:
+    """Resize images, divided among the processes; `_follow` knows the name of this task."""
+    return np.concatenate(
+        list(sharing.compute("resize", lambda images: resize_images(images, size), images_BHW3, block=BLOCK // 4))
+    )
+
+
+def _follow(config: EvaluateConfig, sharing: Sharing) -> None:
+    """Compute values of images for rank 0, on a process other than rank 0."""
+    file = sharing.wait()
+    if file is None:
+        return
+    classifier, _ = ImageClassifier.load(file)
+    sharing.follow(
+        {
+            **list_tasks(_load_judges(config, classifier, file, sharing)),
+            **_make_judge(classifier, sharing).list_tasks(),
+            "resize": lambda images: resize_images(images, classifier.size),
+        }
+    )
+
+
+def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str, Any]:
     """Compute the metrics, and write them to metrics.json, trials.json (values of each trial) and the report.
 
     Parameters
     ----------
     config : EvaluateConfig
         Config of the evaluation.
+    sharing : Sharing, optional
+        Processes among which the images are divided; by default, this process works alone. Only rank 0 calls this
+        function.
 
     Returns
     -------
@@ -253,6 +314,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     RequestError
         If a folder is incomplete, or the folders and the dataset do not belong together.
     """
+    sharing = sharing or Sharing()
     own = read_generated(config.directory)
     if own.about["control"] != "none":
         raise RequestError(
@@ -280,13 +342,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             f"{config.directory}: the labels differ from the labels of {path}; generate the images again"
         )
     classifier, classifier_file = _classifier(config, table, train.manifest.dataset_id, labels, own.path)
-    judges = find_judges(
-        make_classifier_network(classifier, classifier_file),
-        lpips_variants=config.lpips,
-        inception_file=config.inception,
-        clip=config.clip,
-        dinov2=config.dinov2,
-    )
+    judges = _load_judges(config, classifier, classifier_file, sharing)
+    sharing.announce(classifier_file)
     y_B, ids = own.labels_B, [trial["image_id"] for trial in own.trials]
 
     real = RealImages(own.real_BHW3, ids, y_B)
@@ -358,8 +415,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     size = classifier.size
     result["memorisation"] = {
         "measure": f"RMS pixel difference to the most similar of {len(table)} training images at {size} pixels",
-        "generated": _quartiles(measure_nearest_training_image(resize_images(own.images_BHW3, size), train_images)),
-        "real": _quartiles(measure_nearest_training_image(resize_images(own.real_BHW3, size), train_images)),
+        "generated": _quartiles(measure_nearest_training_image(_resize(own.images_BHW3, size, sharing), train_images)),
+        "real": _quartiles(measure_nearest_training_image(_resize(own.real_BHW3, size, sharing), train_images)),
     }
     part: dict[str, Any] = dict(read_part(own.about, str(own.path / "generated.json")))
     data = open_paired(path, own.about["split"], **part)
@@ -375,11 +432,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     result["verdict"] = judge_images(
         own,
         controls,
-        Judge(
-            classify=lambda images: classifier.judge(resize_images(images, size))[1].argmax(axis=1),
-            features=pixel_features,
-            features_name=f"correlation of the pixels at {THUMBNAIL} x {THUMBNAIL}",
-        ),
+        _make_judge(classifier, sharing),
         train=open_paired(path, "train", **part),
         data=data,
         trials=_list_trials(data, own),
@@ -409,7 +462,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def evaluate_and_print(config: EvaluateConfig) -> int:
-    """Evaluate generated images and print the most important numbers.
+    """Evaluate generated images, in one or several processes, and print the most important numbers.
 
     Parameters
     ----------
@@ -421,7 +474,21 @@ def evaluate_and_print(config: EvaluateConfig) -> int:
     int
         Exit code of the command.
     """
-    result = evaluate(config)
+    if config.num_processes == 1 and launched_world()[1] == 1:
+        return _print_result(config, evaluate(config))
+    accelerator = make_accelerator(num_processes=config.num_processes, device="cpu", timeout_s=WAIT_S)
+    sharing, code = Sharing(get_world(accelerator)), EXIT_DONE
+    if accelerator.is_main_process:
+        with sharing.lead():
+            code = _print_result(config, evaluate(config, sharing))
+    else:
+        _follow(config, sharing)
+    accelerator.end_training()
+    return code
+
+
+def _print_result(config: EvaluateConfig, result: dict[str, Any]) -> int:
+    """Print the most important numbers, and return the exit code."""
     found, real = (result[name][f"accuracy[{JUDGE}]"] for name in ("generated", "real"))
     line = f"accuracy {found['accuracy']:.3f} (chance {found['chance']:.3f}, p {found['p_value']:.2g}, n {found['n']})"
     following = ""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ from data_sharding.dataset.dataset import EEGDataset
 from finetune.evaluation.evidence import Setting, make_predictors
 from finetune.evaluation.generated import GeneratedSet
 from finetune.evaluation.identification import two_way_identification
+from finetune.evaluation.networks.sharing import Compute, Sharing
 from finetune.evaluation.pixel_metrics import ImageRows, ImageSource
 from finetune.generation.predictors import Prediction
 from finetune.generation.trials import Trial
-from finetune.images import ImageTable
+from finetune.images import ImageTable, TableImages
 from pretrain.evidence.rules import CONTROLS, Control, NotApplicable, judge
 
 CHUNK = 2**26
@@ -52,13 +53,6 @@ def pixel_features(images_BHW3: ImageSource) -> NDArray[np.float64]:
     return features_BD
 
 
-def _in_chunks(compute: Callable[[ImageSource], NDArray[Any]], images_BHW3: ImageSource) -> NDArray[Any]:
-    """Call a function for chunks of images, of at most `CHUNK` bytes, and join the results."""
-    size = max(1, CHUNK // math.prod(images_BHW3.shape[1:]))
-    parts = (images_BHW3[start : start + size] for start in range(0, len(images_BHW3), size))
-    return np.concatenate([compute(part) for part in parts])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Judge:
     """The classifier and the features with which images are scored."""
@@ -69,14 +63,24 @@ class Judge:
     """Function that computes features of images; similar images have correlated features."""
     features_name: str
     """Name of the features for reports."""
+    sharing: Sharing = field(default_factory=Sharing)
+    """Processes among which the images are divided."""
+
+    def list_tasks(self) -> dict[str, Compute]:
+        """Return the functions of images by name, for `Sharing.follow`."""
+        return {"classify": self.classify, "features": self.features}
 
     def classify_chunks(self, images_BHW3: ImageSource) -> NDArray[np.int64]:
-        """Find the category of images, which are read in chunks."""
-        return _in_chunks(self.classify, images_BHW3)
+        """Find the category of images, which are read in chunks of at most `CHUNK` bytes."""
+        return self._in_chunks("classify", images_BHW3)
 
     def compute_features(self, images_BHW3: ImageSource) -> NDArray[np.float64]:
-        """Compute the features of images, which are read in chunks."""
-        return _in_chunks(self.features, images_BHW3)
+        """Compute the features of images, which are read in chunks of at most `CHUNK` bytes."""
+        return self._in_chunks("features", images_BHW3)
+
+    def _in_chunks(self, task: str, images_BHW3: ImageSource) -> NDArray[Any]:
+        size = max(1, CHUNK // math.prod(images_BHW3.shape[1:]))
+        return np.concatenate(list(self.sharing.compute(task, self.list_tasks()[task], images_BHW3, block=size)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +153,9 @@ def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -
     )
 
 
-def _read_features(
-    table: ImageTable, rows: NDArray[np.int64], size: int, judges: Judge, batch: int = 64
-) -> NDArray[np.float64]:
-    """Compute the features of training images, which are decoded batch by batch."""
-    parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    return np.concatenate([judges.compute_features(table.pixels(part, size=size)) for part in parts])
+def _read_features(table: ImageTable, rows: NDArray[np.int64], size: int, judges: Judge) -> NDArray[np.float64]:
+    """Compute the features of training images."""
+    return judges.compute_features(TableImages(table, rows, size))
 
 
 def find_nearest(images_BD: NDArray[np.float64], train_MD: NDArray[np.float64]) -> NDArray[np.int64]:

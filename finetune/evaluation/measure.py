@@ -5,7 +5,7 @@ Array shapes: B trials, H rows, W columns, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from finetune.evaluation import metrics
 from finetune.evaluation.metrics import JUDGE
 from finetune.evaluation.networks.judges import Judges, RealImages, choose_n_way, measure_embedding, measure_halves
+from finetune.evaluation.networks.sharing import Compute
 from finetune.evaluation.per_trial import ACCURACY
 from finetune.evaluation.pixel_metrics import PAIRED_METRICS, Floats, ImageRows, ImageSource, average_pairs
 
@@ -23,6 +24,8 @@ SAME_SET = "not computed: the metric would compare images with themselves"
 MOST_CONFUSED = 100
 """Largest number of categories for which there is a confusion matrix. The matrix has a row and a column for each
 category, so the matrix of many categories would be too large for a report."""
+PAIRS = 8
+"""Number of pairs of images that are read at once; a multiple of the batch of LPIPS."""
 RANDOM_PAIRS = 10_000
 """Largest number of random pairs, unless one other trial for each trial already gives more pairs."""
 
@@ -57,8 +60,30 @@ class Measured:
     """Values [B] of the metrics that have one value for each trial."""
 
 
-def _paired_metrics(judges: Judges) -> dict[str, Callable[[ImageSource, ImageSource], Floats | str]]:
-    return PAIRED_METRICS | {network.name: network.compare for network in judges.lpips}
+def _compare_pixels(a_BHW3: ImageSource, b_BHW3: ImageSource) -> dict[str, Floats | str]:
+    """Compare pairs of images by every metric of `PAIRED_METRICS`."""
+    return {name: compare(a_BHW3, b_BHW3) for name, compare in PAIRED_METRICS.items()}
+
+
+def list_tasks(judges: Judges) -> dict[str, Compute]:
+    """Return the functions of images that the processes of an evaluation share, by name, for `Sharing.follow`."""
+
+    def compare(a_BHW3: ImageSource, b_BHW3: ImageSource) -> dict[str, Floats | str]:
+        return _compare_pixels(a_BHW3, b_BHW3) | {lpips.name: lpips.compare(a_BHW3, b_BHW3) for lpips in judges.lpips}
+
+    networks = {network.task: network.judge_batch for network in judges.networks}
+    return {"pixels": _compare_pixels, "pairs": compare} | networks
+
+
+def _compare_pairs(a_BHW3: ImageSource, b_BHW3: ImageSource, judges: Judges, task: str) -> dict[str, Floats | str]:
+    """Compare pairs of images. The task "pairs" computes all paired metrics, and "pixels" all metrics but LPIPS."""
+    if a_BHW3.shape != b_BHW3.shape:
+        raise ValueError(f"images must have equal shapes, not {a_BHW3.shape} and {b_BHW3.shape}")
+    blocks = list(judges.sharing.compute(task, list_tasks(judges)[task], a_BHW3, b_BHW3, block=PAIRS))
+    return {
+        name: values if isinstance(values, str) else np.concatenate([block[name] for block in blocks])
+        for name, values in blocks[0].items()
+    }
 
 
 def _classify(
@@ -122,8 +147,7 @@ def measure(images_BHW3: ImageSource, real: RealImages, judges: Judges, options:
             trials[ACCURACY] = (predicted_B == real.labels_B).astype(np.float64)
         of_networks |= judgement.metrics
         trials |= judgement.trials
-    for name, compare in _paired_metrics(judges).items():
-        values_B = compare(images_BHW3, real.images_BHW3)
+    for name, values_B in _compare_pairs(images_BHW3, real.images_BHW3, judges, "pairs").items():
         found |= average_pairs(name, values_B)
         if not isinstance(values_B, str):
             trials[name] = values_B
@@ -155,7 +179,7 @@ def measure_real(real: RealImages, judges: Judges, options: MeasureOptions) -> d
     output = real.output(judges.networks[0])
     assert not isinstance(output, str) and output.probabilities_BK is not None
     found = _classify(output.probabilities_BK[real.row_B], real.labels_B, real.ids, options)
-    found |= dict.fromkeys(_paired_metrics(judges), SAME_SET)
+    found |= dict.fromkeys((*PAIRED_METRICS, *(lpips.name for lpips in judges.lpips)), SAME_SET)
     for network in judges.networks:
         found |= measure_halves(network, real, options.seed)
     return found
@@ -203,15 +227,16 @@ def compare_random_pairs(
     dict
         Maps each metric's name to its mean, or to a text that says why the metric was not computed.
     """
-    compared = PAIRED_METRICS if judges is None else _paired_metrics(judges)
+    judges = judges or Judges(networks=[])
     rng = np.random.default_rng(seed)
     if len(set(image_ids)) < 2:
-        return dict.fromkeys(compared, SAME_IMAGE)
-    found: dict[str, list[Any]] = {name: [] for name in compared}
+        return dict.fromkeys((*PAIRED_METRICS, *(lpips.name for lpips in judges.lpips)), SAME_IMAGE)
+    found: dict[str, list[Any]] = {}
     for draw in range(draws or max(1, min(10, RANDOM_PAIRS // len(image_ids)))):
         others_BHW3 = ImageRows(real_BHW3, _choose_other_trials(image_ids, rng))
-        for name, compare in (compared if draw == 0 else PAIRED_METRICS).items():
-            found[name].append(compare(images_BHW3, others_BHW3))
+        task = "pixels" if draw else "pairs"
+        for name, values in _compare_pairs(images_BHW3, others_BHW3, judges, task).items():
+            found.setdefault(name, []).append(values)
     return {
         name: average_pairs(name, values[0] if isinstance(values[0], str) else np.concatenate(values))[name]
         for name, values in found.items()

@@ -19,6 +19,9 @@ from pretrain.runs.tracking import TrackerConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+WAIT_S = 7 * 86_400.0
+"""Longest time in seconds that a process waits for the other processes if a step of a process may take hours."""
+
 
 def quiet_libraries() -> None:
     """Switch off progress bars, warnings and advice of the model libraries, but not their exceptions."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from finetune.evaluation.identification import (
 from finetune.evaluation.metrics import JUDGE, METRICS, JudgedImages, n_way_top_k
 from finetune.evaluation.networks import efficientnet, inception, lpips
 from finetune.evaluation.networks.network import MOST_FOR_SETS, FrozenNetwork, NetworkOutput
+from finetune.evaluation.networks.sharing import Sharing
 from finetune.evaluation.pixel_metrics import ImageRows, Images, ImageSource
 
 INSTALL = "pip install -e '.[judges]'"
@@ -51,6 +52,8 @@ class Judges:
     """Networks that compute embeddings; the dataset's own classifier is the first."""
     lpips: list[lpips.LoadedLPIPS] = field(default_factory=list)
     """Variants of LPIPS."""
+    sharing: Sharing = field(default_factory=Sharing)
+    """Processes among which the images are divided."""
     missing: dict[str, str] = field(default_factory=dict)
     """Maps metrics to texts that say how to get a missing network. Each missing network has one or two of its metrics
     in this mapping."""
@@ -103,7 +106,7 @@ def make_classifier_network(classifier: ImageClassifier, path: str | Path) -> Fr
         sha256=sha256_file(path),
         prepare=lambda images: to_input(resize_images(images, classifier.size), classifier.size),
         compute=classifier.eval(),
-        batch=256,
+        batch=64,
     )
 
 
@@ -114,6 +117,7 @@ def find_judges(
     inception_file: str | None = None,
     clip: str | None = None,
     dinov2: str | None = None,
+    sharing: Sharing | None = None,
 ) -> Judges:
     """Load all networks whose weights are installed or given.
 
@@ -127,6 +131,8 @@ def find_judges(
         File of the weights of Inception-V3.
     clip, dinov2 : str, optional
         Directory or hub id of a CLIP model and of a DINOv2 model.
+    sharing : Sharing, optional
+        Processes among which the images are divided; by default, this process works alone.
 
     Returns
     -------
@@ -174,7 +180,9 @@ def find_judges(
 
             load = {"clip": vision_transformers.load_clip_network, "dinov2": vision_transformers.load_dinov2_network}
             networks.append(load[name](model))
-    return Judges(networks=networks, lpips=loaded, missing=missing)
+    sharing = sharing or Sharing()
+    networks = [replace(network, sharing=sharing) for network in networks]
+    return Judges(networks=networks, lpips=loaded, sharing=sharing, missing=missing)
 
 
 class RealImages:

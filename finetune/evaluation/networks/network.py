@@ -6,7 +6,7 @@ Array shapes: B images, H rows, W columns, D width of the embedding, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_sharding.common.errors import RequestError
+from finetune.evaluation.networks.sharing import Sharing
 from finetune.evaluation.pixel_metrics import Images, ImageSource
 
 MAX_EMBEDDINGS = 2**29
@@ -49,6 +50,8 @@ class FrozenNetwork:
     """Computes embeddings [B, D], and class scores [B, K] or None, from the prepared images."""
     batch: int = 32
     """Number of images in one forward pass."""
+    sharing: Sharing = field(default_factory=Sharing)
+    """Processes among which the batches of images are divided."""
 
     def describe(self) -> dict[str, str]:
         """Return name, file and checksum of the network, for the results."""
@@ -74,10 +77,8 @@ class FrozenNetwork:
         """
         features_BD: NDArray[np.float32] | None = None
         probabilities: list[NDArray[np.float64]] = []
-        for start in range(0, len(images_BHW3), self.batch):
-            with torch.inference_mode():
-                embeddings, scores = self.compute(self.prepare(images_BHW3[start : start + self.batch]))
-            values = embeddings.flatten(1).float().cpu().numpy()
+        start = 0
+        for values, scores in self.sharing.compute(self.task, self.judge_batch, images_BHW3, block=self.batch):
             self._check(values, start)
             if features_BD is None:
                 if (size := 4 * len(images_BHW3) * values.shape[1]) > MAX_EMBEDDINGS:
@@ -88,13 +89,26 @@ class FrozenNetwork:
                 features_BD = np.empty((len(images_BHW3), values.shape[1]), np.float32)
             features_BD[start : start + len(values)] = values
             if scores is not None:
-                self._check(scores.float().cpu().numpy(), start)
-                probabilities.append(scores.double().softmax(dim=1).cpu().numpy())
+                self._check(scores, start)
+                probabilities.append(torch.from_numpy(scores).double().softmax(dim=1).numpy())
+            start += len(values)
         if features_BD is None:
             return "not computed: there are no images"
         return NetworkOutput(
             features_BD=features_BD, probabilities_BK=np.concatenate(probabilities) if probabilities else None
         )
+
+    @property
+    def task(self) -> str:
+        """Name of `judge_batch` in `Sharing`."""
+        return f"network {self.name}"
+
+    def judge_batch(self, images_BHW3: Images) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Compute the embeddings [B, D], and the class scores [B, K] of a classifier, of one batch of images."""
+        with torch.inference_mode():
+            embeddings_BD, scores_BK = self.compute(self.prepare(images_BHW3))
+        scores = None if scores_BK is None else scores_BK.float().cpu().numpy()
+        return embeddings_BD.flatten(1).float().cpu().numpy(), scores
 
     def _check(self, values_BD: Any, start: int) -> None:
         bad_B = ~np.isfinite(values_BD).all(axis=1)

@@ -28,9 +28,15 @@ def test_the_classifier_learns_and_equal_seeds_give_equal_weights(tmp_path: Path
     first = train_classifier(images, labels, 2, config=CONFIG, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
     second = train_classifier(images, labels, 2, config=CONFIG, seed=3)
-    for name, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[name])
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(threads)
+    for number, classifier in enumerate((first, second)):
+        classifier.save(tmp_path / f"{number}", {name: name for name in ("dataset_id", "seed", "é", "a", "b", "c")})
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+    assert ImageClassifier.load(tmp_path / "0")[1]["é"] == "é"
     unseen, truth = _bars(rng, 60)
     features, probabilities = first.judge(unseen)
     assert features.shape == (60, 32) and np.allclose(probabilities.sum(1), 1)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -143,6 +146,34 @@ def test_images_that_are_not_kept_in_memory_give_the_same_results(
         found[name] = json.loads((copy / "metrics.json").read_text())
     for name in ("generated", "real", "random_pairs", "memorisation", "verdict"):
         assert found["memory"][name] == found["files"][name]
+
+
+def _evaluate_in_two_processes(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch", "evaluate", str(folder), *QUICK, *words, "--num_processes", "2"]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_give_the_same_numbers(perfect: Path, tmp_path: Path) -> None:
+    for name in ("own", "own-shuffle"):
+        shutil.copytree(perfect / name, tmp_path / name)
+    done = _evaluate_in_two_processes(tmp_path / "own")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("verdict: ") == 1
+    for name in ("metrics.json", "trials.json"):
+        one, two = (json.loads((root / "own" / name).read_text()) for root in (perfect, tmp_path))
+        if name == "metrics.json":
+            assert one["protocol"].pop("openings") != two["protocol"].pop("openings")
+            assert one["networks"][0].pop("file") != two["networks"][0].pop("file")
+        assert one == two
+
+
+def test_two_processes_end_with_the_exit_code_of_one(perfect: Path, tmp_path: Path) -> None:
+    done = _evaluate_in_two_processes(tmp_path / "missing")
+    assert done.returncode == 2 and done.stderr.count("has no generated.json") == 1
+    copy = shutil.copytree(perfect / "own", tmp_path / "copy")
+    words = ["--controls", "[]", "--classifier", str(copy / "classifier.safetensors"), "--verify", "none"]
+    done = _evaluate_in_two_processes(copy, *words, "--require", "signal")
+    assert done.returncode == 1 and "verdict: " in done.stdout and "Traceback" not in done.stderr
 
 
 def test_two_models_are_compared_on_the_same_trials(
