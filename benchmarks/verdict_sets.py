@@ -58,7 +58,7 @@ class Design:
     """Whether seven of ten images have the first label."""
     generator: str = "ridge"
     """ridge: shows the predicted embedding. memory: shows the training image that is nearest to the predicted
-    embedding. constant: shows the commonest training label. collapsed: shows the same embedding in all trials."""
+    embedding. constant: shows the most common training label. collapsed: shows the same embedding in all trials."""
     search: bool = False
     """Whether the score of a trial is the share of all other test images that are less similar than the seen image, as
     in a retrieval. By default, the score is 1 for the right category; for new concepts, the score is the share of
@@ -201,7 +201,7 @@ def _predict(
 
 
 def _make_images(design: Design, rng: np.random.Generator) -> _Images:
-    # If the split is by time, every person has images of their own.
+    # If the split is by time, every person sees other images.
     sets = design.people if design.split == "time" else 1
     label_I = np.tile(np.repeat(np.arange(design.labels), design.images), sets)
     if design.skewed:

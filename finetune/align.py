@@ -91,7 +91,7 @@ def infonce(embeds_GP: Tensor, target_GP: Tensor, row_G: Tensor, temperature: fl
     embeds_GP, target_GP : Tensor, [G, P]
         Embeddings of the trials and of their images, of unit length.
     row_G : Tensor of int, [G]
-        Number of each trial's image. A trial and the image of another trial are no negative pair if both trials have
+        Number of each trial's image. A trial and the image of another trial are not a negative pair if both trials have
         the same image.
     temperature : float
         Temperature, by which the cosine similarities are divided.

@@ -264,7 +264,7 @@ def generate(config: GenerateConfig) -> int:
 
 
 def _say_next(config: GenerateConfig) -> str:
-    """Return what the user can do with the images."""
+    """Return the next command for the user."""
     if config.control == "none":
         return f"dreamscale evaluate {config.output}"
     return (

@@ -51,11 +51,11 @@ def read_run(run: str | Path) -> tuple[PretrainConfig, Path, dict[str, Any]]:
     Raises
     ------
     RequestError
-        If the directory is no pretraining run, or if the run has no complete checkpoint yet.
+        If the directory is not a pretraining run, or if the run has no complete checkpoint yet.
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
-        raise RequestError(f"{run}: no config.yaml, so this is no run directory of 'dreamscale pretrain'")
+        raise RequestError(f"{run}: no config.yaml, so this is not a run directory of 'dreamscale pretrain'")
     config = load_stored_config(run / "config.yaml", PretrainConfig)
     complete = complete_checkpoints(run / "checkpoints")
     if not complete:

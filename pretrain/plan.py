@@ -246,7 +246,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     -------
     dict
         The keys are ``request``, ``model`` (parameters, tokens, FLOPs), ``memory`` (one entry for each ZeRO stage, with
-        and without checkpointing), ``time`` and ``assumptions``. Memory is in bytes, and the name of each time tells
+        and without checkpointing), ``time`` and ``assumptions``. Memory is in bytes, and the name of each time contains
         its unit.
 
     Raises

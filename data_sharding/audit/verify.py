@@ -295,7 +295,7 @@ def verify(config: VerifyConfig) -> int:
 
 
 def _conclude(config: VerifyConfig, contents: Contents, findings: Findings) -> int:
-    """Print the last line if no shared data were found in the splits, and return the exit code."""
+    """Print the result line if no shared data were found in the splits, and return the exit code."""
     manifest = contents.manifest
     stage = "align" if manifest.labels else "pretrain"
     following = f"next: dreamscale {stage} CONFIG --dataset {config.dataset}"

@@ -174,7 +174,7 @@ def add_marks(item: Item, table: AnyPath | None) -> Item:
     item : Item
         The recording.
     table : Path, UPath or None
-        Table ``<stem>_events.tsv`` of the recording, if there is one.
+        Table ``<stem>_events.tsv`` of the recording, if the recording has an events table.
 
     Returns
     -------

@@ -305,7 +305,8 @@ def check_images(items: Iterable[Item], images: AnyPath) -> None:
     Raises
     ------
     RequestError
-        If images are missing. The message contains the number of missing images and the path of the first one.
+        If images are missing. The message contains the number of missing images and the path of the first missing
+        image.
     """
     shown = sorted({trial.image for item in items for trial in item.trials or () if trial.image})
     if is_remote(images):

@@ -168,8 +168,8 @@ def current_file(dataset: str | AnyPath, name: str) -> AnyPath:
     """Return the path of a file that describes the current version of a dataset, such as the ledger.
 
     In a dataset with several versions, the files outside the folder ``versions`` are copies for users. After the
-    manifest of a new version is written, the copies are replaced one by one, so an interrupted job may leave old copies
-    behind.
+    manifest of a new version is written, the copies are replaced one after the other, so an interrupted job may leave
+    old copies behind.
     """
     root = as_path(dataset)
     if (root / VERSIONS).is_dir() and (root / NAME).is_file():

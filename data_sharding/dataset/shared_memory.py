@@ -32,7 +32,8 @@ class Slots:
     workers : int
         Number of workers.
     per_worker : int
-        Number of slots of one worker. A worker can write this many batches before the training process has copied one.
+        Number of slots of one worker. A worker can write this many batches before the training process has copied a
+        batch.
     rows : int
         Maximum number of channels of a batch, summed over all samples of the batch.
     window : int

@@ -238,7 +238,7 @@ def count_gdf_records(path: AnyPath, layout: Layout) -> int:
 
 
 def parse_number(text: str) -> float | None:
-    """Parse the number in a text field of a header, also with a decimal comma. Return None if the text is no number."""
+    """Parse the number in a text field of a header, also with a decimal comma; return None for any other text."""
     try:
         return float(text.strip(" \0").replace(",", "."))
     except ValueError:

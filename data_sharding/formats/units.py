@@ -88,7 +88,7 @@ def to_volts(unit: str) -> float | None:
     """
     text = unit.strip(" \0")
     text = OLD_CYRILLIC.get(text, text)
-    # First replace single characters that mean a whole unit, as in Asian fonts. If the replaced text is no unit, use
+    # First replace single characters that mean a whole unit, as in Asian fonts. If the replaced text is not a unit, use
     # the original text, because the replacement can change a damaged micro sign.
     wide = unicodedata.normalize("NFKC", text).translate(CYRILLIC)
     return _to_volts(wide) if _to_volts(wide) is not None else _to_volts(text)

@@ -160,7 +160,7 @@ class Judge:
 
 
 def _most(bad: dict[int, str], good: list[int]) -> str:
-    """Return the reason of a window with too many bad channels."""
+    """Return why a window with too many bad channels is left out."""
     kind = Counter(kind for row, kind in bad.items() if row in good).most_common(1)
     return f"too many bad channels: {kind[0][0]}" if kind else "flat in every good channel"
 

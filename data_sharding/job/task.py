@@ -95,7 +95,7 @@ class SetAside(Exception):
 def describe_row(row: LedgerRow, item: Item) -> None:
     """Write the corpus's data about person, device and rights into a row, in place of data from the header.
 
-    A year from the header is not replaced, because the corpus can contain shifted dates that hide the true ones.
+    A year from the header is not replaced, because the corpus can contain shifted dates that hide the true dates.
     """
     row.subject_from = new_row(item).subject_from
     for name, value in item.about.items():

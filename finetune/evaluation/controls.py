@@ -24,7 +24,7 @@ ENDINGS = ("shuffled", "class", *CONTROLS)
 
 
 def find_controls(directory: str | Path) -> list[Path]:
-    """Find the folders of control images beside a folder of generated images.
+    """Find the folders of control images next to a folder of generated images.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def read_controls(own: GeneratedSet, folders: Sequence[str | Path]) -> dict[str,
     Returns
     -------
     dict
-        Maps the name of each control to its images, or to the reason why the data cannot give the control.
+        Maps the name of each control to its images, or to the reason why the control cannot be made from the data.
 
     Raises
     ------

@@ -59,7 +59,7 @@ class EvaluateConfig:
     """Folder that `dreamscale generate` wrote. The evaluation writes metrics.json, trials.json and
     report.html into this folder."""
     controls: list[str] | None = None
-    """Folders of control images, generated for the same trials with `--control NAME`. Empty: the folders beside
+    """Folders of control images, generated for the same trials with `--control NAME`. Empty: the folders next to
     `directory` whose name is the name of `directory`, a hyphen and the name of a control, such as images-shuffle for
     images."""
     dataset: str | None = None
@@ -93,7 +93,7 @@ class EvaluateConfig:
     extra `judges`."""
     design_evidence: str = ""
     """Published evidence that the images were shown in random order, for files that have lost the order of the trials,
-    such as the preprocessed THINGS-EEG2. The evidence is printed beside the verdict."""
+    such as the preprocessed THINGS-EEG2. The evidence is printed with the verdict."""
     verify: Literal["windows", "names", "none"] = "windows"
     """How the splits are checked for shared data, by the checks of `dreamscale verify`. windows: decode and compare
     every window. names: compare subjects, recordings and images. none: no check."""

@@ -48,7 +48,7 @@ def make_predictors(
     Returns
     -------
     dict
-        Scores of each predictor, or the reason why the data cannot give the predictor.
+        Scores of each predictor, or the reason why the predictor cannot be made from the data.
     """
     found: dict[str, Control | NotApplicable] = {}
     for name in PREDICTORS:

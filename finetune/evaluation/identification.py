@@ -72,8 +72,8 @@ def two_way_identification(
 
     Returns
     -------
-    ndarray, shape (B,)
-        Fraction of comparisons that the own image wins, from 0 to 1; chance is 0.5. The value is NaN for a trial
+    ndarray, shape (B,) Fraction of comparisons that the trial's own image wins, from 0 to 1; chance is 0.5. The value
+    is NaN for a trial
         without any other image for the comparison.
 
     Raises

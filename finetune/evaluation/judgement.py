@@ -106,7 +106,7 @@ def _score_category(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scor
     shares = np.bincount(labels_B) / len(labels_B)
     return Scores(
         measure="the classifier finds the right category in the generated image",
-        # Chance is the share of the trials in which a model that always shows the commonest category is right.
+        # Chance is the share of the trials in which a model that always shows the most common category is right.
         chance=float(shares.max()) if len(shares[shares > 0]) > 1 else 1.0 / max(2, len(own.about["labels"])),
         score=lambda given: (judges.classify_chunks(given.images_BHW3) == given.labels_B).astype(float),
         predicted=lambda found: (found.labels_B == labels_B).astype(float),

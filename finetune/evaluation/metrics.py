@@ -474,11 +474,11 @@ class JudgedImages:
     real_ids: Sequence[str]
     """Id of each real image."""
     probabilities_BK: Floats | None
-    """Class probabilities of each generated image; None if the network is no classifier."""
+    """Class probabilities of each generated image; None if the network is not a classifier."""
 
 
 FEW_IMAGES = "not computed: fewer than two different images"
-NO_CLASSES = "not computed: the network is no classifier"
+NO_CLASSES = "not computed: the network is not a classifier"
 
 
 def _has_two(judged: JudgedImages) -> bool:

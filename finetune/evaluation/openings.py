@@ -2,7 +2,7 @@
 
 If many models are tested on the same data, and only the best result is published, the result is too good. The log
 ``openings.jsonl`` is in the folder of the dataset. If the dataset cannot be written, the log is in a folder that the
-command chooses: in the folder of the result, or beside this folder.
+command chooses: the folder of the result, or the folder that contains the result.
 """
 
 from __future__ import annotations

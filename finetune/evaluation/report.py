@@ -90,7 +90,7 @@ def choose_trials(labels_B: np.ndarray, examples: int) -> list[int]:
 
 
 def _describe_origin(result: dict[str, Any], generated: GeneratedSet) -> list[list[Any]]:
-    """Return what the model and the data are, in rows of two texts."""
+    """Return a description of the model and of the data, in rows of two texts."""
     about = generated.about
     sampling = ", ".join(f"{key} {value}" for key, value in result["sampling"].items() if value is not None)
     cards = [

@@ -34,7 +34,8 @@ class GenerateConfig:
     (ceiling): EG-DDPM gets the mean feature of the category's train trials, and Stable Diffusion gets the caption of
     the image. time, baseline, eyes: show a training image of a category that is predicted without a brain response,
     from the time of the trial, from the EEG before the image, or from eye and face channels. nearest: show the training
-    image with the most similar EEG. If the data cannot give a control, the result says why and has no images."""
+    image with the most similar EEG. If a control cannot be made from the data, the result says why and has no
+    images."""
     sampler: Literal["ddpm", "ddim", "dpmsolver++"] | None = None
     """Sampler. ddpm: the ancestral sampler, which adds noise at every step. ddim: a deterministic sampler that needs
     few steps. dpmsolver++: a deterministic solver of second order. Empty: the default sampler of the model."""

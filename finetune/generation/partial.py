@@ -46,7 +46,7 @@ def encode_png(pixels_HW3: np.ndarray, texts: Mapping[str, object] | None = None
 
 
 class PartialFolder:
-    """Images of an unfinished result, in the folder ``OUTPUT.partial`` beside the output.
+    """Images of an unfinished result, in the folder ``OUTPUT.partial`` next to the output.
 
     Several processes may call `add`. Only one process, rank 0, calls the other methods.
 
@@ -83,7 +83,7 @@ class PartialFolder:
         if _STATE in found and (differ := self._find_differences()):
             print(
                 f"{self.path}: the unfinished images were made with other settings ({', '.join(differ)}), so they are "
-                "deleted and all images are generated anew"
+                "deleted and all images are generated again"
             )
             for name in FOLDERS:
                 shutil.rmtree(self.path / name, ignore_errors=True)

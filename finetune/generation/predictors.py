@@ -72,8 +72,8 @@ def predict(
     test : EEGDataset
         Split of the trials.
     trials : sequence of Trial
-        Trials for which pictures are chosen. If a trial has several presentations, the commonest predicted category is
-        used; ``nearest`` averages the EEG of the presentations.
+        Trials for which pictures are chosen. If a trial has several presentations, the most common predicted category
+        is used; ``nearest`` averages the EEG of the presentations.
     seed : int
         Seed for the choice among the training pictures of the predicted category.
     average_repeats : int

@@ -66,7 +66,7 @@ def list_trials(dataset: EEGDataset, groups: list[list[int]], sources: list[list
     Raises
     ------
     RequestError
-        If a key is no valid file name or occurs twice, or if the metadata have no image_id, label or subject.
+        If a key is not a valid file name or occurs twice, or if the metadata have no image_id, label or subject.
     """
     trials: dict[str, Trial] = {}
     for group, source in zip(groups, sources, strict=True):

@@ -77,7 +77,7 @@ class RetrieveConfig:
     """Number of bootstrap resamples for the confidence intervals, and of permutations."""
     design_evidence: str = ""
     """Published evidence that the images were shown in random order, for files that have lost the order of the trials,
-    such as the preprocessed THINGS-EEG2. The evidence is printed beside the verdict."""
+    such as the preprocessed THINGS-EEG2. The evidence is printed with the verdict."""
     require: Literal["", "signal"] = ""
     """signal: end with exit code 1 unless the verdict is "signal"."""
     seed: int = 0
@@ -98,14 +98,14 @@ class RetrieveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """The images of a split among which the own image of each trial is searched."""
+    """The images of a split among which each trial's own image is searched."""
 
     table: ImageTable
     target_MP: NDArray[np.float32]
     """Embeddings of the images, in the order of the table."""
 
     def rank(self, embeds_BP: NDArray[Any], rows_B: NDArray[np.integer]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Count the images that are more similar than the own image, and the images that are equally similar."""
+        """Count the images that are more similar than the trial's own image, and those that are equally similar."""
         return rank_true_images(embeds_BP, self.target_MP, rows_B)
 
 
@@ -123,7 +123,7 @@ def measure_trials(
     rows_B : ndarray of int, shape (B,)
         Row of each trial's own image in the gallery.
     n_way : sequence of int
-        Numbers of images among which the own image is searched, in addition to all images.
+        Numbers of images among which the trial's own image is searched, in addition to all images.
 
     Returns
     -------
@@ -217,7 +217,7 @@ class Question:
         return self.embeds_BP[order_B], alone_B | (trials.images_n[order_B] == trials.images_n)
 
     def identify(self, embeds_BP: NDArray[Any]) -> NDArray[np.float64]:
-        """Return the share of other images that are less similar than the own image, for each trial."""
+        """Return, for each trial, the share of other images that are less similar than the trial's own image."""
         return identify(*self.gallery.rank(embeds_BP, self.rows_B), len(self.gallery.table))
 
     def score_prediction(self, prediction: Prediction) -> NDArray[np.float64]:

@@ -40,7 +40,7 @@ def top_k(
     images : int
         Number of images, M.
     n : int, optional
-        Number of compared images, with the own image; by default, all images.
+        Number of compared images, including the trial's own image; by default, all images.
     k : int
         Number of images that are counted as found.
 
@@ -62,7 +62,7 @@ def top_k(
 
 
 def identify(better_B: NDArray[np.integer], tied_B: NDArray[np.integer], images: int) -> Floats:
-    """Return the share of the other images that are less similar than the own image (two-way identification).
+    """Return the share of the other images that are less similar than the trial's own image (two-way identification).
 
     Chance is 0.5, also for embeddings that are all equal, because an equal image counts as half.
     """

@@ -110,7 +110,7 @@ def fit(
     lr_scale : callable, optional
         Function that takes the name of a parameter and returns the factor of this parameter's learning rate.
     description : str
-        Text that is shown beside the progress bar.
+        Text that is shown next to the progress bar.
 
     Returns
     -------
@@ -171,7 +171,7 @@ class _Loop:
         self.logged, self.since = 0, time.monotonic()
 
     def resume(self) -> None:
-        """Load the newest checkpoint if there is one, and then let Accelerate wrap the module and the optimiser."""
+        """Load the newest checkpoint, if the run has one, and let Accelerate wrap the module and the optimiser."""
         state = self.state
         # Only rank 0 chooses the checkpoint, because the search may rename damaged checkpoints.
         folder = self.world.broadcast(newest_checkpoint(self.run.checkpoints) if self.world.first else None)

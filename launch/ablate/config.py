@@ -115,7 +115,7 @@ def read_ablation(argv: Sequence[str]) -> Ablation:
             check_key(name, files[name])
         except RequestError:
             raise RequestError(
-                f"{files[name]}: rows: '{name}' is no name of a row; use letters, digits, '_' and '-'"
+                f"{files[name]}: rows: '{name}' is not the name of a row; use letters, digits, '_' and '-'"
             ) from None
     if len(rows) < 2:
         raise RequestError(f"{where}: rows: there is nothing to compare with '{config.base}'; add at least one row")

@@ -21,7 +21,7 @@ def _interval(ends: list[float] | None, signed: bool = False) -> str:
 
 
 def _difference(found: Mapping[str, Any] | None, over: str) -> str:
-    """Format a difference with its interval, and its p-value if there is one."""
+    """Format a difference with its interval, and with its p-value if the difference has a p-value."""
     if found is None:
         return MISSING
     p = found.get(f"p_{over}")

@@ -304,7 +304,7 @@ def write_report(
             for name, paths in columns
         ],
         row_labels=row_labels,
-        reconstruction=_embed(reconstruction, "EEG that the model rebuilt, beside the true EEG"),
+        reconstruction=_embed(reconstruction, "EEG that the model rebuilt, next to the true EEG"),
         curves=[_embed(path, f"loss curves of {name}", name) for name, path in curves.items()],
         times=Table(
             head=["step", "what", "seconds"],

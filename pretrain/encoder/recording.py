@@ -44,8 +44,8 @@ class Windows:
     selection: str
     """Rule by which channels were chosen, if the recording has more than 128 channels."""
     bads: list[str]
-    """Bad channels, e.g. flat, clipped or noisy ones. Bad channels stay in the windows, but are left out of the average
-    reference."""
+    """Bad channels, e.g. flat, clipped or noisy channels. Bad channels stay in the windows, but are left out of the
+    average reference."""
     sfreq: float
     """Sampling rate of the recording in Hz."""
     line_freq: float | None

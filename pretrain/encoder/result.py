@@ -21,7 +21,7 @@ class CoverageReport:
     channel_selection: str
     """Rule by which channels were chosen, if the recording has more than 128 channels."""
     channels_bad: list[str]
-    """Bad channels, e.g. flat, clipped or noisy ones. Bad channels are encoded, but left out of the average
+    """Bad channels, e.g. flat, clipped or noisy channels. Bad channels are encoded, but left out of the average
     reference."""
     sfreq_in: float
     """Sampling rate of the recording in Hz."""

@@ -52,7 +52,7 @@ def find_common_channels(parts: Sequence[Part]) -> list[str]:
     -------
     list of str
         Names of the channels, in the order of the first trial. A name that stands for electrodes at different places in
-        two trials is no common channel. The list is empty if the trials have no channel in common.
+        two trials is not a common channel. The list is empty if the trials have no channel in common.
     """
     common: dict[str, Place] | None = None
     for names, places in iterate_layouts(parts):

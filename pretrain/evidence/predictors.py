@@ -81,10 +81,10 @@ def predict_from_time(train: TrialTable, test: TrialTable) -> Labels:
 
     Notes
     -----
-    Several rules compete: the labels of the nearest trials in the recording, the commonest label of the recording, the
-    labels at the same time, or at the same fraction of the duration, of all recordings, the commonest label of the
-    person, and the commonest label of all training trials. The rule that is best on the training trials is used. The
-    best rule is chosen separately for test trials whose recording is in the training trials, for other test trials
+    Several rules compete: the labels of the nearest trials in the recording, the most common label of the recording,
+    the labels at the same time, or at the same fraction of the duration, of all recordings, the most common label of
+    the person, and the most common label of all training trials. The rule that is best on the training trials is used.
+    The best rule is chosen separately for test trials whose recording is in the training trials, for other test trials
     whose person is in the training trials, and for the remaining test trials. When the rules compete on the training
     trials, a rule may not use trials that are nearer in time than a test trial usually is to its nearest training trial
     (the median distance).
@@ -158,7 +158,7 @@ def _distances(fit: _Places, new: _Places) -> Iterator[tuple[Labels, Labels, NDA
 
 
 def _count_votes(labels_nk: Labels, valid_nk: NDArray[np.bool_]) -> Labels:
-    """Return the commonest valid label of each row; of equally common labels, the label whose places come earlier."""
+    """Return the most common valid label of each row; of equally common labels, the earlier label in the row."""
     votes = np.zeros((len(labels_nk), int(labels_nk.max(initial=0)) + 1))
     # An earlier place counts slightly more, so that nearer trials decide between equally common labels.
     weight_k = 1 + 0.5 / (1 + np.arange(labels_nk.shape[1])) / max(1, labels_nk.shape[1])
@@ -168,7 +168,7 @@ def _count_votes(labels_nk: Labels, valid_nk: NDArray[np.bool_]) -> Labels:
 
 
 def _vote_of_nearest(k: int) -> Rule:
-    """Make the rule: the commonest label of the k nearest trials in the same recording."""
+    """Make the rule: the most common label of the k nearest trials in the same recording."""
 
     def rule(fit: _Places, new: _Places, gap: float | None) -> Labels:
         found = np.full(len(new.time_n), UNKNOWN)
@@ -199,12 +199,12 @@ def _hide_near(distance: NDArray[np.float64], rows: Labels, columns: Labels, gap
 
 
 def _commonest_of_recording(fit: _Places, new: _Places, gap: float | None) -> Labels:
-    """Predict the commonest label of the same recording."""
+    """Predict the most common label of the same recording."""
     found = np.full(len(new.time_n), UNKNOWN)
     for rows, columns, distance in _distances(fit, new):
         if not len(columns):
             continue
-        # Without a gap, trials with unknown time vote too, because the commonest label does not depend on the time.
+        # Without a gap, trials with unknown time vote too, because the most common label does not depend on the time.
         valid = np.ones(distance.shape, bool)
         if gap is not None:
             valid = (distance >= gap) & (rows[:, None] != columns[None])
@@ -215,7 +215,7 @@ def _commonest_of_recording(fit: _Places, new: _Places, gap: float | None) -> La
 
 
 def _commonest_of_person(fit: _Places, new: _Places, gap: float | None) -> Labels:
-    """Predict the commonest label of the person.
+    """Predict the most common label of the person.
 
     With a gap, the trials of the trial's own recording do not vote. If the person has no other recording, only the
     trial itself does not vote.
@@ -233,7 +233,7 @@ def _commonest_of_person(fit: _Places, new: _Places, gap: float | None) -> Label
 
 
 def _vote_of_pooled(k: int, name: str) -> Rule:
-    """Make the rule: the commonest label at the same time, or the same fraction of the duration, of all recordings."""
+    """Make the rule: the most common label of all recordings at the same time, or fraction of the duration."""
 
     def rule(fit: _Places, new: _Places, gap: float | None) -> Labels:
         found = np.full(len(new.time_n), UNKNOWN)
@@ -259,7 +259,7 @@ def _vote_in_time(at_n: NDArray[np.float64], label_n: Labels, at_m: NDArray[np.f
 
 
 def _commonest(fit: _Places, new: _Places, gap: float | None) -> Labels:
-    """Predict the commonest label of all training trials."""
+    """Predict the most common label of all training trials."""
     del gap
     return np.full(len(new.time_n), np.bincount(fit.label_n).argmax())
 

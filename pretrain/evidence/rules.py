@@ -55,7 +55,7 @@ FEWEST_TRIALS = 20
 """Smallest number of test trials for a verdict, and smallest number of usable trials of a control."""
 NOTHING_LOST = 0.5
 """Share of the difference between the model's own score and the shuffle over all trials. If the shuffle within
-neighbourhoods keeps at least this share, the shuffle within neighbourhoods costs nothing that can be measured."""
+neighbourhoods keeps at least this share, the shuffle within neighbourhoods does not lower the score."""
 CONTROLS = {
     "shuffle": "EEG of another trial of the whole split",
     "shuffle_within": "EEG of another trial of the same neighbourhood in time",
@@ -71,14 +71,16 @@ CONTROLS = {
 
 @dataclass(frozen=True, kw_only=True)
 class NotApplicable:
-    """A control or measure that the data cannot give."""
+    """A control or measure that cannot be made from the data."""
 
     reason: str
-    """Why the data cannot give the control, as one sentence for the report."""
+    """Why the control cannot be made from the data, as one sentence for the report."""
 
     def __post_init__(self) -> None:
         if not self.reason.strip():
-            raise RequestError("a control is not applicable without a reason; say why the data cannot give the control")
+            raise RequestError(
+                "a control is not applicable without a reason; say why the control cannot be made from the data"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,7 +116,7 @@ class Evidence:
     chance: float
     """Score by chance."""
     score_of: Literal["label", "image"]
-    """What the score of a trial tells. label: 1 if the label is right, else 0. image: share of the other test images
+    """What the score of a trial measures. label: 1 if the label is right, else 0. image: share of the other test images
     that are less similar than the seen image. The chance of the predictors depends on this; see `find_constant_score`.
     """
     controls: Mapping[str, Control | NotApplicable]
@@ -170,7 +172,7 @@ class Verdict:
     comparisons: tuple[Comparison, ...]
     """Every comparison that was made; empty if the word follows from the design, the test trials or the judge alone."""
     not_applicable: dict[str, str]
-    """Reason for each control that the data cannot give."""
+    """Reason for each control that cannot be made from the data."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as plain texts, numbers and lists, which JSON can store."""
@@ -338,14 +340,14 @@ def find_constant_score(trials: TrialTable, score_of: Literal["label", "image"])
     trials : TrialTable
         The test trials.
     score_of : str
-        What the score of a trial tells; see `Evidence.score_of`.
+        What the score of a trial measures; see `Evidence.score_of`.
 
     Returns
     -------
     float
-        For labels, the share of the commonest test label. For images, the score of a predictor for which all images of
-        the predicted label are equally similar, and all other images are equally less similar. This score is 0.5 if all
-        test images were shown equally often, however many images a label has.
+        For labels, the share of the most common test label. For images, the score of a predictor for which all images
+        of the predicted label are equally similar, and all other images are equally less similar. This score is 0.5 if
+        all test images were shown equally often, however many images a label has.
     """
     labels_L, label_n = np.unique(trials.labels_n, return_inverse=True)
     share_L = np.bincount(label_n) / len(trials)
@@ -366,10 +368,11 @@ def decide_by_design(case: _Case) -> _Found | None:
     """Apply the rule about the design of the experiment.
 
     The verdict is *confounded* if the design is block or unknown. In a block design, the time of a trial reveals its
-    label, and no score can tell the response to the picture from the drift of the EEG. The verdict is also *confounded*
-    if the label is constant within each recording, because then every property of the recording reveals the label. The
-    rule of the design comes first, because no score can change the result of this rule. A control that the data cannot
-    give does not change the verdict: in a random design, the verdict only names the control and the reason.
+    label, and no score can distinguish the response to the picture from the drift of the EEG. The verdict is also
+    *confounded* if the label is constant within each recording, because then every property of the recording reveals
+    the label. The rule of the design comes first, because no score can change the result of this rule. A control that
+    cannot be made from the data does not change the verdict: in a random design, the verdict only names the control and
+    the reason.
     """
     evidence = case.evidence
     known = [table for table in (evidence.trials, evidence.train) if isinstance(table, TrialTable)]
@@ -378,8 +381,8 @@ def decide_by_design(case: _Case) -> _Found | None:
                               "reveals the label."]  # fmt: skip
     if evidence.design != "random":
         return "confounded", [
-            f"The design is {evidence.design}, so the time of a trial may reveal its label. No score can tell a "
-            "response to the picture from slow changes of the EEG."
+            f"The design is {evidence.design}, so the time of a trial may reveal its label. No score can distinguish "
+            "a response to the picture from slow changes of the EEG."
         ]
     return None
 
@@ -388,10 +391,10 @@ def decide_if_judgeable(case: _Case) -> _Found | None:
     """Apply the rule about data or a judge that cannot show a signal.
 
     The verdict is *not judgeable* in five cases. There are fewer than `FEWEST_TRIALS` test trials. There are fewer than
-    `FEWEST_IMAGES` test images: an image can resemble another category by accident, and with few images this accident
-    looks like a signal for every person. The image of a test trial is also in the training trials, so a generator can
-    show a remembered image. The control with shuffled EEG is missing. The judge fails on real images of the test
-    labels: the 95 % interval of the judge's score does not lie above chance.
+    `FEWEST_IMAGES` test images: an image can resemble another category by chance, and with few images this chance looks
+    like a signal for every person. The image of a test trial is also in the training trials, so a generator can show a
+    remembered image. The control with shuffled EEG is missing. The judge fails on real images of the test labels: the
+    95 % interval of the judge's score does not lie above chance.
     """
     evidence = case.evidence
     trials, images, reasons = evidence.trials, len(np.unique(evidence.trials.images_n)), []
@@ -404,7 +407,7 @@ def decide_if_judgeable(case: _Case) -> _Found | None:
         if trained:
             reasons.append(
                 f"The image of {trained} of {len(trials)} test trials is also in the training trials, so a remembered "
-                "image cannot be told from a generated image. Make a split in which no image is on both sides."
+                "image looks like a generated image. Make a split in which no image is on both sides."
             )
     if "shuffle" in case.not_applicable:
         reasons.append(f"There is no control with shuffled EEG: {case.not_applicable['shuffle']}")
@@ -428,10 +431,10 @@ def decide_by_leaks(case: _Case) -> _Found | None:
     (`find_constant_score`), or the chance of the score if the chance of the score is larger. The verdict is also
     *confounded* if the shuffle within neighbourhoods is better than the shuffle over all trials, because then slow
     changes of the EEG carry a part of the score. The verdict is *confounded*, too, if the shuffle within neighbourhoods
-    costs nothing: the model is better than the shuffle over all trials, but not better than the shuffle within
-    neighbourhoods, which keeps at least the share `NOTHING_LOST` of the difference. Eye and face channels may hold a
-    response to the picture, so a good predictor from these channels is *confounded* only if the model is not better
-    than the predictor.
+    does not lower the score: the model is better than the shuffle over all trials, but not better than the shuffle
+    within neighbourhoods, which keeps at least the share `NOTHING_LOST` of the difference. Eye and face channels may
+    hold a response to the picture, so a good predictor from these channels is *confounded* only if the model is not
+    better than the predictor.
     """
     reasons = [
         f"The label can be predicted from {what}, without a response to the picture. {case.scores(name)}."
@@ -450,8 +453,7 @@ def decide_by_leaks(case: _Case) -> _Found | None:
         own, within = (case.rows[f"own - {name}"].difference.mean for name in ("shuffle", "shuffle_within"))
         if within <= (1 - NOTHING_LOST) * own:
             reasons.append(
-                "The shuffle within neighbourhoods costs nothing that can be measured. "
-                f"{case.scores('own - shuffle_within')}."
+                f"The shuffle within neighbourhoods does not lower the score. {case.scores('own - shuffle_within')}."
             )
     if case.holds("eyes - chance") and not case.holds("own - eyes"):
         reasons.append(

@@ -102,7 +102,7 @@ def crossed_interval(
 
     Several subjects see the same images, so neither subjects nor images alone are independent units. The bootstrap
     draws subjects and images with replacement. The weight of a trial is the product of two numbers: how often its
-    subject was drawn, and how often its image was drawn. The interval is rather too wide than too narrow (Owen, The
+    subject was drawn, and how often its image was drawn. The interval is more often too wide than too narrow (Owen, The
     pigeonhole bootstrap, 2007).
 
     Parameters

@@ -7,7 +7,7 @@ drift is nearly equal in all trials of a neighbourhood, so a model that reads th
 after the shuffle within neighbourhoods.
 
 - In a block design, the trials of a neighbourhood have the same label. The shuffle within neighbourhoods does not
-  change the score, so the score cannot be told apart from a score that comes from the drift.
+  change the score, so the score looks like a score that comes from the drift.
 - In a random order, the trials of a neighbourhood have different labels. The shuffle within neighbourhoods gives each
   trial a response to another picture, so a score that comes from the response falls to chance.
 
@@ -261,7 +261,7 @@ def find_blocks(table: TrialTable) -> NDArray[np.int64]:
     Returns
     -------
     ndarray of int, shape (n,)
-        Number of each trial's block. A trial with unknown time is a block of its own.
+        Number of each trial's block. A trial with unknown time is a separate block.
     """
     order, group_n = sort_by_time(table), group_recordings(table)
     label, group, unknown = table.labels_n[order], group_n[order], np.isnan(table.times_n[order])

@@ -78,4 +78,4 @@ TOKENIZERS: dict[str, TemporalTokenizer | MontageTokenizer] = {
     "temporal": TemporalTokenizer(),
     "montage": MontageTokenizer(),
 }
-"""The tokenizer for each name that a config can give."""
+"""The tokenizer for each name that a config can have."""

@@ -62,7 +62,7 @@ class ProbeConfig:
     val trials, some training trials are held out to find the best rate."""
     design_evidence: str = ""
     """Published evidence that the categories were shown in random order, for files that have lost the order of the
-    trials, such as the preprocessed THINGS-EEG2. The evidence is printed beside the verdict."""
+    trials, such as the preprocessed THINGS-EEG2. The evidence is printed with the verdict."""
     require: Literal["", "signal"] = ""
     """signal: end with exit code 1 unless the verdict is "signal"."""
     batch_size: int = 64

@@ -65,7 +65,7 @@ def collect_evidence(setting: Setting, predicted_s: Labels) -> Evidence:
     -------
     Evidence
         The evidence for `pretrain.evidence.rules.judge`. The score of a trial is 1 if the predicted label is right.
-        Chance is the share of the commonest label among the scored trials, and at least 1 / (number of labels).
+        Chance is the share of the most common label among the scored trials, and at least 1 / (number of labels).
     """
     table, folds = setting.trials.table, setting.folds
     tested = table.select(setting.scored)

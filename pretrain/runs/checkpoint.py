@@ -211,7 +211,10 @@ def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()
     for folder in reversed(_find_steps(checkpoints)):
         damage = find_damage(folder, read_bytes=True)
         if damage is not None:
-            print(f"dreamscale: checkpoint {folder} is damaged ({damage}); looking for an older one", file=sys.stderr)
+            print(
+                f"dreamscale: checkpoint {folder} is damaged ({damage}); looking for an older checkpoint",
+                file=sys.stderr,
+            )
             damaged.append(folder)
         elif _trained_on(folder, left_out):
             spoiled.append(folder)
@@ -222,7 +225,8 @@ def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()
         chosen, spoiled = spoiled[0], []
     if chosen is None and damaged:
         raise RequestError(
-            f"{checkpoints}: every checkpoint is damaged; restore one from a backup, or delete the folder to start anew"
+            f"{checkpoints}: every checkpoint is damaged; restore one from a backup, or delete the folder to start "
+            "again"
         )
     for folder in damaged:
         folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time_ns()}"))
@@ -303,7 +307,7 @@ class CheckpointReader:
         if self._version not in (FORMAT, _FORMAT_2):
             raise RequestError(
                 f"{folder}: this checkpoint was written by another version of Dreamscale; continue with that version, "
-                "or run the same command with another 'output' to train anew"
+                "or run the same command with another 'output' to train again"
             )
         self._stack = contextlib.ExitStack()
         # Maps each tensor's name to the opened file that holds the tensor, and to the tensor's name in this file.

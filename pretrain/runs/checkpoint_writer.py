@@ -171,7 +171,7 @@ class CheckpointWriter:
             print(
                 f"dreamscale: process {self._world.rank} could not write the checkpoint of step {step} "
                 f"({self._error}); free some space on that disk, or keep fewer checkpoints (checkpoint.keep). Until "
-                f"the next checkpoint is written, a restart resumes from an older one",
+                "the next checkpoint is written, a restart resumes from an older checkpoint",
                 file=sys.stderr,
             )
         if self._world.first:

@@ -132,8 +132,8 @@ def choose_device(device: str) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= torch.cuda.device_count():
         raise RankError(
-            f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
-            "start as many processes as there are GPUs"
+            f"process {local} of this machine has no GPU: the machine has {torch.cuda.device_count()} GPUs; start as "
+            "many processes as there are GPUs"
         )
     return torch.device("cuda", local)
 

@@ -65,7 +65,7 @@ class SpikeDetector:
         return list(self._recent)
 
     def check(self, loss: float) -> str | None:
-        """Check whether a loss is a spike; add a loss that is no spike to the last losses.
+        """Check whether a loss is a spike; add a loss that is not a spike to the last losses.
 
         Parameters
         ----------
@@ -75,7 +75,7 @@ class SpikeDetector:
         Returns
         -------
         str or None
-            Description of the spike; None if the loss is no spike.
+            Description of the spike; None if the loss is not a spike.
         """
         if not math.isfinite(loss):
             return None

@@ -37,7 +37,7 @@ def hold_lock(path: Path) -> IO[str]:
     RequestError
         If another process holds the lock and does not release the lock in time.
     """
-    # The package filelock is not used, because it does not tell which process holds a lock. With filelock, `hold_lock`
+    # The package filelock is not used, because it does not say which process holds a lock. With filelock, `hold_lock`
     # would still have to store the owner's name, wait, and write the message. A POSIX lock works between hosts that
     # share a network disk. A POSIX lock is released when its process ends, and forked processes do not inherit it.
     stream = path.open("a+")

@@ -109,7 +109,7 @@ def _rename(values: dict[str, Any], config_class: type) -> dict[str, Any]:
 
 
 def changed_keys(stored: dict[str, Any], config: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Compare a stored config with a new one.
+    """Compare a stored config with a new config.
 
     Parameters
     ----------

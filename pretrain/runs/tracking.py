@@ -156,7 +156,7 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 def live_table(
     title: str, total: int, *, enabled: bool = True, every_s: float = 10.0
 ) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
-    """Show the progress of a training: a live table on a terminal, or lines of text if stderr is no terminal.
+    """Show the progress of a training: a live table on a terminal, or lines of text if stderr is not a terminal.
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ def live_table(
     enabled : bool
         False shows no table and no lines. Only rank 0 should pass True.
     every_s : float
-        Seconds between two lines of text, if stderr is no terminal.
+        Seconds between two lines of text, if stderr is not a terminal.
 
     Yields
     ------

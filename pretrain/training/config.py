@@ -134,7 +134,7 @@ class PretrainConfig:
     """Number of processes over all machines, one for each GPU. The launcher must start exactly num_processes
     processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the training. auto: a GPU if there is one, else the CPU."""
+    """Device of the training. auto: a GPU if the machine has a GPU, else the CPU."""
     seed: int = 0
     """Seed of the random numbers for the initial weights, the order of samples and the masks."""
     model: MaskedAutoencoderConfig = dataclasses.field(default_factory=MaskedAutoencoderConfig)

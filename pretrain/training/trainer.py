@@ -100,7 +100,7 @@ class Trainer:
         self.people = describe_people(train) if world.first else {}
 
     def resume(self, *, rewind: bool = False) -> None:
-        """Restore the newest undamaged checkpoint, if there is one.
+        """Restore the newest undamaged checkpoint, if the run has a checkpoint.
 
         Parameters
         ----------

@@ -133,7 +133,8 @@ def check_that_names_are_escaped(out: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy)
 
 
-# On two cores of an older processor, beside another test, the chain takes longer than the limit of a test.
+# On two cores of an older CPU, and with another test at the same time, the chain takes longer than the time limit of a
+# test.
 @pytest.mark.timeout(1800)
 def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     out = tmp_path / "demo"

@@ -25,7 +25,7 @@ NEUROSCAN_REJECT, NEUROSCAN_ACCEPT = 0xC, 0xD
 
 
 def read_ant_segments(path: Path, n_samples: int, sfreq: float, start: float | None) -> list[Segment] | None:
-    """Read the table of segments (``.seg``) beside an ANT file.
+    """Read the table of segments (``.seg``) next to an ANT file.
 
     Parameters
     ----------

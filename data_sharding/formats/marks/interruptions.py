@@ -290,7 +290,7 @@ def find_row(format_: str, text: str) -> Mark | None:
     Returns
     -------
     Mark or None
-        The row; None if the annotation is no mark of this format.
+        The row; None if the annotation is not a mark of this format.
     """
     text = text.strip()
     rows = [mark for mark in TABLE if format_ in mark.formats] + [mark for mark in TABLE if not mark.formats]

@@ -86,7 +86,8 @@ def find_runs(onsets: np.ndarray, layout: Layout) -> tuple[list[tuple[int, int, 
     Returns
     -------
     runs : list of (int, int, float)
-        For each run: first record, last record plus one, and onset in seconds after the onset of the first record.
+        For each run of records: first record, last record plus one, and onset in seconds after the onset of the first
+        record.
     notes : list of str
         Notes for the ledger.
 
@@ -319,7 +320,7 @@ def read_gdf_events(path: Path, layout: Layout) -> list[Annotation]:
     -------
     list of Annotation
         The events; the text of an event is its event code as a decimal number. An event without a duration lasts until
-        its end event (its code plus 0x8000, for the same channel), if there is one.
+        its end event (its code plus 0x8000, for the same channel), if the file has this end event.
     """
     with path.open("rb") as stream:
         version = float(stream.read(8)[4:])

@@ -46,7 +46,8 @@ class Format:
     compared: str = ""
     """Numbers in the header that are compared with the size of the file, for ``docs/formats.md``."""
     package: str = ""
-    """Optional package that `open` needs. If the package is not installed, the ledger tells the user to install it."""
+    """Optional package that `open` needs. If the package is not installed, the ledger shows the command that installs
+    the package."""
     unit_factor: float | None = None
     """Factor that converts the values of `open` to volts; None if the values are volts."""
 

@@ -99,7 +99,7 @@ def _find_series(file: Any) -> Any:
             return found[0]
         if found:
             names = ", ".join(node.name.rsplit("/", 1)[-1] for node in found[:4])
-            text = f"{len(found)} electrical series ({names}); a file must have one, so export each series as a file"
+            text = f"{len(found)} electrical series ({names}); export each series as a file"
             raise ReadError(Reason("several electrical series", text=text))
     raise NotContinuous(Reason("no electrical series", "the NWB file contains no electrical series"))
 

@@ -1,6 +1,6 @@
 """Recognise text tables that hold a signal, such as ``.csv`` files with one column for each electrode.
 
-Most text tables beside recordings are events, questionnaires or results, so a table is reported only if names of
+Most text tables next to recordings are events, questionnaires or results, so a table is reported only if names of
 electrodes are at the top of at least four of its columns with numbers below, or at the beginning of at least four of
 its lines with numbers behind. Tables of electrode positions also have names of electrodes, but only a few numbers in
 each line.

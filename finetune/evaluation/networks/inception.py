@@ -186,8 +186,8 @@ class InceptionV3(nn.Module):
 def resize_as_tensorflow(x_BCHW: Tensor, side: int) -> Tensor:
     """Resize images to a square by the bilinear interpolation of TensorFlow 1, without antialiasing.
 
-    Row i of the output is read at row i x (input rows) / (output rows) of the input, and columns likewise. No mode of
-    `torch.nn.functional.interpolate` reads the input at these positions.
+    Row i of the output is read at row i x (input rows) / (output rows) of the input, and columns in the same way. No
+    mode of `torch.nn.functional.interpolate` reads the input at these positions.
     """
     for dimension in (2, 3):
         length = x_BCHW.shape[dimension]

@@ -229,7 +229,7 @@ class Judgement:
     trials: dict[str, NDArray[np.float64]]
     """Values [B] of the metrics that have one value for each trial. NaN stands for a trial without a value."""
     probabilities_BK: NDArray[np.float64] | None
-    """Probability of each class of the network for each generated image; None if the network is no classifier."""
+    """Probability of each class of the network for each generated image; None if the network is not a classifier."""
 
 
 def measure_embedding(

@@ -142,7 +142,7 @@ def _rename_flax(arrays: Mapping[str, np.ndarray], path: str | Path) -> dict[str
         elif found := re.fullmatch(r"NetLinLayer_(\d+)/Conv_0/kernel", name):
             key = f"heads.{found[1]}.weight"
         else:
-            raise RequestError(f"{path}: '{show(name)}' is no weight of LPIPS; install {PACKAGE} again")
+            raise RequestError(f"{path}: '{show(name)}' is not a weight of LPIPS; install {PACKAGE} again")
         renamed[key] = values.transpose(3, 2, 0, 1) if values.ndim == 4 else values
     return renamed
 

@@ -31,7 +31,7 @@ class NetworkOutput:
     features_BD: NDArray[np.floating]
     """Embedding of each image."""
     probabilities_BK: NDArray[np.float64] | None
-    """Probability of each class of the network for each image; None if the network is no classifier."""
+    """Probability of each class of the network for each image; None if the network is not a classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -387,7 +387,7 @@ class TestMarkerStreams:
         assert not any(event.duration for event in events)
 
     def test_other_streams_of_numbers_are_not_read(self, tmp_path: Path, true_uv) -> None:
-        """The unknown format of the second stream is no obstacle, because the second stream has no events."""
+        """The unknown format of the second stream does not matter, because the second stream has no events."""
         path = self.write(tmp_path, true_uv, np.arange(5000), [(8.0, 1.0)], marker_format="int32", marker_type="Gaze")
         path.write_bytes(path.read_bytes().replace(b"<channel_format>int32<", b"<channel_format>int99<"))
         assert self.segments(path) == ([(0, 5000, 0.0)], [])

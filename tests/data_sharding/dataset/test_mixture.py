@@ -1,4 +1,4 @@
-"""A mixture reads several datasets as one: shares, order, resuming, and invalid requests."""
+"""A mixture reads several datasets like one dataset: shares, order, resuming, and invalid requests."""
 
 from __future__ import annotations
 

@@ -377,7 +377,7 @@ class Line:
     """A network line to a server, which a test can interrupt.
 
     Clients connect to a local port, which forwards their connections to the server. If a test interrupts the line, open
-    connections end, and the port refuses new ones.
+    connections end, and the port refuses new connections.
     """
 
     def __init__(self, target: int) -> None:

@@ -455,6 +455,6 @@ def test_whole_jobs(tmp_path: Path, make_raw, write_raw) -> None:
     assert read_ledger(fresh) == read_ledger(other)
     tars = sorted(p.relative_to(fresh) for p in fresh.rglob("*.tar"))
     assert tars and all((fresh / p).read_bytes() == (other / p).read_bytes() for p in tars)
-    # The size limit of kept signals is no setting of the dataset, so the job writes no new version of the dataset.
+    # The size limit of kept signals is not a setting of the dataset, so the job writes no new version of the dataset.
     assert main([write_job(tmp_path, OTHER, True), "--output", str(other), "--decoded_gb", "0.000001"]) == 0
     assert not list(decoded.rglob("*.kept")) and Manifest.read(other).version == 1

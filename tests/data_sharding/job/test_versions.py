@@ -76,7 +76,7 @@ def first(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def changed(lab: Lab, first: Path) -> Lab:
-    """Change the corpus: add two recordings, remove one recording, and replace the signal of another one."""
+    """Change the corpus: add two recordings, remove one recording, and replace the signal of another recording."""
     lab.record(7)
     lab.record(8)
     shutil.rmtree(lab.path(1).parent)

@@ -89,7 +89,7 @@ def test_every_network_learns_writes_its_results_and_guides_the_generator(
     capsys.readouterr()
     assert run_main(main, [*args, "--stages", "evrnet"]) == 0
     assert "nothing to do" in capsys.readouterr().out
-    # With both stages, the command does not train the finished first stage again, but goes on with EG-DDPM.
+    # With both stages, the command does not train the finished first stage again, but continues with EG-DDPM.
     assert run_main(main, args) == 0
     assert "val accuracy" not in capsys.readouterr().out
     eeg = collate(EEGDataset(paired_dataset, "test"), [0, 1]).eeg.float()

@@ -16,7 +16,8 @@ from finetune.dm_re2i.train_evrnet import choose_targets
 
 
 def _logits(answers: list[int], classes: int) -> torch.Tensor:
-    """Return scores: the highest for the class in `answers`, and lower ones for the next classes in cyclic order."""
+    """Return scores: the highest score for the class in `answers`, and lower scores for the next classes in cyclic
+    order."""
     distance = (torch.arange(classes)[None] - torch.tensor(answers)[:, None]) % classes
     return -distance.float()
 

@@ -91,7 +91,8 @@ def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) 
     for name in ("fid", "kid", "cosine_similarity[clip]", "cosine_similarity[dinov2]"):
         assert found["generated"][name].startswith("not computed")
     assert found["networks"][0]["name"] == JUDGE and len(found["networks"][0]["sha256"]) == 64
-    # Each generated image shows another image of the own category, so the own image is not found within the category.
+    # Each generated image shows another image of the right category, so the right image is not found within its
+    # category.
     assert found["generated"][f"two_way_identification[{JUDGE}]"] > 0.6
     assert found["generated"][f"two_way_within_category[{JUDGE}]"] < 0.6
     assert found["generated"][f"retrieval_top_1[{JUDGE}]"]["chance"] == 1 / 16

@@ -78,7 +78,7 @@ def test_images_are_read_in_chunks(paired_dataset: Path, monkeypatch: pytest.Mon
 def test_images_of_a_new_category_are_identified(count: int, paired_dataset: Path) -> None:
     found = judge_set(make_own(EEGDataset(paired_dataset, "test"), range(count), label=2), paired_dataset)
     assert found["word"] in ("confounded", "not judgeable") and found["chance"] == 0.5
-    # Each generated image is the seen image. A single image cannot be told from another image.
+    # Each generated image is the seen image. A single image cannot be compared with another image.
     assert found["scores"]["own"] == (0.5 if count == 1 else 1.0)
 
 

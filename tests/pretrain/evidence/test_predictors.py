@@ -39,7 +39,7 @@ class TestTime:
     new_people = np.repeat(np.arange(PEOPLE) >= 4, TRIALS)
 
     def blocks(self, seed: int) -> np.ndarray:
-        """Return labels in blocks of five trials, in an order of their own for each person."""
+        """Return labels in blocks of five trials, in a different order for each person."""
         rng = np.random.default_rng(seed)
         return np.stack([np.repeat(rng.permutation(np.arange(TRIALS // 5) % LABELS), 5) for _ in range(PEOPLE)])
 

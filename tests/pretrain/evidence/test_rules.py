@@ -119,7 +119,8 @@ class TestWords:
         assert verdict.word == "confounded" and "predicted from the time" in verdict.why[0]
         row = next(row for row in verdict.comparisons if row.name == "time - chance")
         assert (row.left > 0.6, row.right) == (True, 0.5)
-        # The share of the commonest label, 78 %, is no chance of a search, and would hide that time predicts the image.
+        # The share of the most common label, 78 %, is not the chance level of a search, and would hide that time
+        # predicts the image.
         assert word(dataclasses.replace(search, score_of="label")) == "signal"
 
     def test_the_chance_of_a_search_is_the_score_of_the_best_constant_label(self) -> None:

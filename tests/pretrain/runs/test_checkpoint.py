@@ -46,7 +46,7 @@ def write(run: Path, step: int = 4, **manifest: object) -> Path:
 
 
 def to_format_2(run: Path) -> None:
-    """Rewrite the checkpoints and the status of a pretraining run in format 2, the format before the current one."""
+    """Rewrite the checkpoints and the status of a pretraining run in format 2, the format before the current format."""
     for folder in (run / "checkpoints").glob("step_*"):
         state = {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
         for path in folder.glob("*.safetensors"):
@@ -98,7 +98,7 @@ class TestStore:
         manifest = json.loads((folder / MANIFEST).read_text())
         del manifest["format"]
         (folder / MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(RequestError, match="run the same command with another 'output' to train anew"):
+        with pytest.raises(RequestError, match="run the same command with another 'output' to train again"):
             CheckpointReader(folder)
 
     def test_shares_are_even_and_complete(self) -> None:
