@@ -98,6 +98,10 @@ SETS: dict[str, tuple[Design, str]] = {
     ),
     "labels tied to people": (replace(NULL, labels_of_person=2), "confounded"),
     "repeated images in both splits": (replace(CLEAN, recordings=4, split="trials"), "not judgeable"),
+    "repeated images in both splits, under two names each": (
+        replace(CLEAN, recordings=4, split="trials", images=20, copies=2),
+        "not judgeable",
+    ),
     "category only": (replace(CLEAN, exemplar=0), "category only"),
     "new concepts, remembering generator": (replace(CONCEPTS, generator="memory"), "category only"),
     "skewed labels, constant generator": (replace(CLEAN, skewed=True, generator="constant"), "no signal"),

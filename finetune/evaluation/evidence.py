@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +16,7 @@ from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.manifest import NAME
 from finetune.generation.predictors import Prediction, Predictor, predict
 from finetune.generation.trials import NotApplicableError, Trial
+from pretrain.evidence.copies import find_copies
 from pretrain.evidence.design import describe_design
 from pretrain.evidence.rules import Control, Design, Evidence, NotApplicable
 from pretrain.evidence.trials import TrialTable, merge_copies, tabulate_trials
@@ -61,32 +61,6 @@ def make_predictors(
     return found
 
 
-def find_copies(*splits: EEGDataset) -> list[tuple[str, str]]:
-    """Find images with equal files under several names.
-
-    Parameters
-    ----------
-    *splits : EEGDataset
-        Splits with images.
-
-    Returns
-    -------
-    list of (str, str)
-        Pairs of names of the same image, for `pretrain.evidence.trials.merge_copies`.
-    """
-    first: dict[bytes, str] = {}
-    pairs = []
-    for split in splits:
-        names = split.trials.values("image_id")
-        codes, numbers = np.unique(split.trials.codes("image_id"), return_index=True)
-        for code, number in zip(codes.tolist(), numbers.tolist(), strict=True):
-            name = str(names[code])
-            other = first.setdefault(hashlib.sha256(split.image(number)).digest(), name)
-            if other != name:
-                pairs.append((other, name))
-    return pairs
-
-
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """Trials, training trials and design, which a verdict needs in addition to scores."""
@@ -99,13 +73,22 @@ class Setting:
     design_evidence: str
 
     @classmethod
-    def read(cls, train: EEGDataset, data: EEGDataset, trials: Sequence[Trial], declared: str = "") -> Setting:
+    def read(
+        cls,
+        train: EEGDataset,
+        data: EEGDataset,
+        trials: Sequence[Trial],
+        declared: str = "",
+        *,
+        copies: Iterable[tuple[str, str]] | None = None,
+    ) -> Setting:
         """Read the setting of some trials of the split `data`; `describe_design` explains `declared`.
 
-        Copies of an image under several names count as one image.
+        Copies of an image under several names count as one image; `copies` are the pairs from `find_copies`, which is
+        called if no pairs are given.
         """
         design, evidence = describe_design(data.manifest, declared, where=str(data.path / NAME))
-        copies = find_copies(train, data)
+        copies = find_copies(train, data) if copies is None else list(copies)
         tables = (
             replace(table, images_n=merge_copies(table.images_n, copies))
             for table in (tabulate_trials(data), tabulate_trials(train))

@@ -36,6 +36,7 @@ from finetune.retrieval.maps import RIDGE, AlignmentRun, Fit, RidgeMap
 from finetune.retrieval.report import render_retrieval
 from finetune.retrieval.scores import identify, match_images, measure_hubness, top_k
 from finetune.training.accelerate import quiet_libraries
+from pretrain.evidence.copies import find_copies
 from pretrain.evidence.rules import Control, NotApplicable, judge
 from pretrain.evidence.trials import derange_within, find_neighbourhoods
 from pretrain.runs.distributed import choose_device
@@ -366,6 +367,7 @@ def retrieve(config: RetrieveConfig) -> int:
         )
         for table in tables
     )
+    copies = find_copies(train, data)
     rows: dict[str, Any] = {}
     ranks: dict[str, Any] = {}
     for average in config.average_repeats:
@@ -387,7 +389,7 @@ def retrieve(config: RetrieveConfig) -> int:
             rows_B=tables[1].row_of[[group[0] for group in groups]],
             embeds_BP=embeds_BP,
             neighbours_BP=neighbours_BP,
-            setting=Setting.read(train, data, trials, config.design_evidence),
+            setting=Setting.read(train, data, trials, config.design_evidence, copies=copies),
             predictors=lambda score, trials=trials: make_predictors(train, data, trials, score, config.seed),
             train_MP=train_MP,
             train_labels_M=tables[0].labels,

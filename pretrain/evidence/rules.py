@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 from pretrain.evidence.statistics import (
     FEWEST_IMAGES,
     FEWEST_SUBJECTS,
@@ -391,10 +391,10 @@ def decide_if_judgeable(case: _Case) -> _Found | None:
     """Apply the rule about data or a judge that cannot show a signal.
 
     The verdict is *not judgeable* in five cases. There are fewer than `FEWEST_TRIALS` test trials. There are fewer than
-    `FEWEST_IMAGES` test images: an image can resemble another category by chance, and with few images this chance looks
-    like a signal for every person. The image of a test trial is also in the training trials, so a generator can show a
-    remembered image. The control with shuffled EEG is missing. The judge fails on real images of the test labels: the
-    95 % interval of the judge's score does not lie above chance.
+    `FEWEST_IMAGES` test images: an image can resemble another category by chance, and with few images this chance
+    looks like a signal for every person. The image of a test trial, or a copy of this image, is also in the training
+    trials, so a generator can show a remembered image. The control with shuffled EEG is missing. The judge fails on
+    real images of the test labels: the 95 % interval of the judge's score does not lie above chance.
     """
     evidence = case.evidence
     trials, images, reasons = evidence.trials, len(np.unique(evidence.trials.images_n)), []
@@ -403,11 +403,12 @@ def decide_if_judgeable(case: _Case) -> _Found | None:
     if images < FEWEST_IMAGES:
         reasons.append(f"{images} test images are too few; a verdict needs at least {FEWEST_IMAGES}.")
     if isinstance(evidence.train, TrialTable):
-        trained = int(np.isin(trials.images_n, evidence.train.images_n).sum())
-        if trained:
+        trained_n = np.isin(trials.images_n, evidence.train.images_n)
+        if trained_n.any():
             reasons.append(
-                f"The image of {trained} of {len(trials)} test trials is also in the training trials, so a remembered "
-                "image looks like a generated image. Make a split in which no image is on both sides."
+                f"The image of {int(trained_n.sum())} of {len(trials)} test trials, or a copy of it, is also in the "
+                f"training trials, such as {show(str(trials.images_n[trained_n.argmax()]))}. A remembered image looks "
+                "like a generated image. Make a split in which no image is on both sides."
             )
     if "shuffle" in case.not_applicable:
         reasons.append(f"There is no control with shuffled EEG: {case.not_applicable['shuffle']}")

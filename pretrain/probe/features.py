@@ -21,7 +21,8 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.progress import progress
 from data_sharding.dataset.batch import sequential
 from data_sharding.dataset.dataset import EEGDataset
-from pretrain.evidence.trials import TrialTable, join_tables, tabulate_trials
+from pretrain.evidence.copies import find_copies
+from pretrain.evidence.trials import TrialTable, join_tables, merge_copies, tabulate_trials
 from pretrain.probe.config import Standardize
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Trials:
     """[n] name of each trial's split."""
     table: TrialTable
     """Label, image, person, recording and time of each trial. `pretrain.evidence.trials.tabulate_trials` describes the
-    names of missing images."""
+    names of missing images. Copies of an image have one name (`pretrain.evidence.copies.find_copies`)."""
     channels: list[str]
     """Channels that all trials have in common, in the order of the first trial."""
     eeg_nCT: np.ndarray
@@ -209,9 +210,11 @@ def collect(
     signals: list[np.ndarray] = []
     of_split: list[str] = []
     tables: list[TrialTable] = []
+    parts: list[EEGDataset] = []
     for split in splits:
         part = EEGDataset(dataset, split)
         tables.append(tabulate_trials(part, images_needed=False))
+        parts.append(part)
         with progress(f"features of {split}", len(part)) as advance, torch.no_grad():
             for batch in sequential(part, batch_size):
                 uv_BCT = batch.padded(device, torch.float32)
@@ -223,10 +226,12 @@ def collect(
                 metas += batch.metas
                 of_split += [split] * len(batch)
                 advance(len(batch))
+    table = join_tables(*tables)
+    table = dataclasses.replace(table, images_n=merge_copies(table.images_n, find_copies(*parts)))
     channels, rows, electrodes = _pick_common_channels(dataset, metas, signals)
     return Trials(
         splits_n=np.array(of_split),
-        table=join_tables(*tables),
+        table=table,
         channels=channels,
         eeg_nCT=np.stack(rows),
         metas=metas,

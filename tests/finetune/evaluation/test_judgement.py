@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.evaluation import judgement
 from finetune.evaluation.evaluate import _list_trials, measure_nearest_training_image
-from finetune.evaluation.evidence import Setting, find_copies
+from finetune.evaluation.evidence import Setting
 from finetune.evaluation.generated import GeneratedSet, Images
 from finetune.evaluation.judgement import Judge, find_nearest, judge_images, pixel_features
 from finetune.generation.trials import list_trials
@@ -82,20 +85,32 @@ def test_images_of_a_new_category_are_identified(count: int, paired_dataset: Pat
     assert found["scores"]["own"] == (0.5 if count == 1 else 1.0)
 
 
+def encode_again(image: bytes) -> bytes:
+    """Return the image as a larger JPEG file."""
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(image)).resize((80, 80), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("copy", [bytes, encode_again], ids=["equal files", "encoded again"])
 def test_copies_of_an_image_under_other_names_count_as_one_image(
-    paired_dataset: Path, monkeypatch: pytest.MonkeyPatch
+    copy: Callable[[bytes], bytes], paired_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, data = (EEGDataset(paired_dataset, split) for split in ("train", "test"))
     groups = [[number] for number in range(len(data))]
-    assert find_copies(train, data) == []
+    before = Setting.read(train, data, list_trials(data, groups, groups))
+    shared = np.isin(before.trials.images_n, before.train.images_n)
+    assert not shared[2:4].any()
     shown = EEGDataset.image
-    copied = shown(train, 5)
+    copied = copy(shown(train, 5))
     monkeypatch.setattr(
         EEGDataset, "image", lambda self, n: copied if self.split == "test" and n in (2, 3) else shown(self, n)
     )
     setting = Setting.read(train, data, list_trials(data, groups, groups))
-    assert np.isin(setting.trials.images_n, setting.train.images_n).nonzero()[0].tolist() == [2, 3]
-    assert len(np.unique(setting.trials.images_n)) == 15
+    assert np.isin(setting.trials.images_n, setting.train.images_n).nonzero()[0].tolist() == sorted(
+        [2, 3, *shared.nonzero()[0]]
+    )
+    assert len(np.unique(setting.trials.images_n)) == len(np.unique(before.trials.images_n)) - 1
 
 
 def test_trials_must_have_the_facts_of_the_dataset(paired_dataset: Path) -> None:

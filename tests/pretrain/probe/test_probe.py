@@ -6,6 +6,7 @@ may be used in training.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from functools import partial
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from data_sharding.dataset.dataset import write_dataset
+from data_sharding.dataset.dataset import EEGDataset, write_dataset
 from data_sharding.dataset.samples import Sample
 from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.encoder.encoder import EEGEncoder
@@ -250,6 +252,32 @@ class TestFolds:
         (fold,), left_out = make_outer_folds(trials, request())
         assert fold.test.tolist() == [21, 22, 23]
         assert left_out == {"test": 5, "train": 0}
+
+    def test_copies_of_training_images_are_left_out_of_the_test_split(
+        self, package: Path, dataset: Path, tmp_path: Path
+    ) -> None:
+        def draw(seed: int, size: int, kind: str) -> bytes:
+            pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(buffer, kind)
+            return buffer.getvalue()
+
+        splits: dict[str, list[Sample]] = {}
+        for split, first in (("train", 0), ("val", 100), ("test", 200)):
+            old = EEGDataset(dataset, split)
+            for sample in (old[number] for number in range(len(old))):
+                number = int(sample.meta["image_id"].split("-")[1])
+                # Two test images are training images, under other names, in another size and another format.
+                again = split == "test" and number in (0, 1)
+                image = draw(number, 90, "JPEG") if again else draw(first + number, 64, "PNG")
+                kind = "jpg" if again else "png"
+                new = Sample(key=sample.key, eeg=sample.eeg, meta=sample.meta, image=image, image_ext=kind)
+                splits.setdefault(split, []).append(new)
+        write_dataset(tmp_path / "copies", splits, SPEC, labels=["minus", "plus"])
+        words = [str(package), str(tmp_path / "copies"), "--methods", "[]", "--shuffles", "0"]
+        assert main([*words, "--output", str(tmp_path / "p.json")]) == 0
+        found = json.loads((tmp_path / "p.json").read_text())
+        assert found["left_out_for_shared_images"]["test"] == 2 * 2 and found["images"] == 10
 
     def test_one_label_is_refused(self) -> None:
         from data_sharding.common.errors import RequestError
