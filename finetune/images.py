@@ -333,7 +333,7 @@ def find_components(train_MHW3: np.ndarray, val_MHW3: np.ndarray, components: in
     Parameters
     ----------
     train_MHW3, val_MHW3 : ndarray of uint8, shape (M, H, W, 3)
-        Images of the train split, from which the components are found, and of the val split.
+        Images of the train split, which determine the components, and images of the val split.
     components : int
         Largest number P of components.
 

@@ -131,7 +131,7 @@ def pretrain(config: PretrainConfig) -> int:
     with StopSignal() as stop, _status_on_failure(run):
         deepspeed = import_deepspeed(device)
         # The watchdog ends a hanging run after timeout_s, and its message names the hanging process. The timeout of the
-        # process group is twice as long, so that the watchdog acts first.
+        # process group is twice `timeout_s`, so that the watchdog acts first.
         with process_group(deepspeed, device, timeout_s=2 * config.timeout_s) as world:
             step, done = train_in(world, deepspeed, config, run, train, held_out, stop)
         if not done:

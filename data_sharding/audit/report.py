@@ -177,7 +177,7 @@ def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
     if recognised := _count_recognised(kept):
         warnings.append(
             f"The subjects of {recognised:,} of {len(kept):,} recordings were recognised from the paths, and are not "
-            "confirmed. Set subject_pattern, or a table in the key subjects, to confirm them."
+            "confirmed. Set subject_pattern, or a table in the key subjects, to confirm the names."
         )
     for split in ("val", "test"):
         if not manifest.samples(split):

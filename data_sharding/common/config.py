@@ -88,7 +88,8 @@ def parse_config(
     parser.add_class_arguments(cls, nested_key=None, sub_configs=False)
     short_of = {name: short for short, name in flags.items()}
     for action in parser._actions:
-        # Add the short flags only for the help text; the code above has already replaced them in the arguments.
+        # Add the short flags only for the help text; the code above has already replaced the short flags in the
+        # arguments.
         if short := short_of.get(action.dest):
             action.option_strings = [short, *action.option_strings]
     files = []

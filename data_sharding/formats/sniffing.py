@@ -219,7 +219,8 @@ def _fif(file: File) -> Recording | None:
     if not zipped and (file.head[:4] != b"\0\0\0\x64" or file.suffix != ".fif"):
         return None
     if zipped and not (file.exists(f"{name[:-7]}-1.fif.gz") or file.exists(f"{name[:-3]}-1.gz")):
-        return file.recording("fif")  # Do not look for parts, because reading to the end of a gzip stream takes long.
+        # Do not look for further parts of the recording, because reading to the end of a gzip stream takes long.
+        return file.recording("fif")
     # Read the name of the next part from the file: a file such as rest-1.fif may also be another recording.
     parts, here, head, problem = [file.path], file.path, file.head, None
     while following := headers.run_check(next_fif_part, "FIF", here, head):

@@ -461,7 +461,8 @@ class Cells:
         rows : sequence of int
             Rows of the channels.
         line_freq : float, optional
-            Mains frequency in Hz. With None, both noise at 50 Hz and noise at 60 Hz are mains noise.
+            Mains frequency in Hz. If the mains frequency is None, both noise at 50 Hz and noise at 60 Hz are mains
+            noise.
 
         Returns
         -------
@@ -525,7 +526,7 @@ class _Runs:
         """Add the cells of a block, [n, k].
 
         With `counts` (a mask for each kind of fault), a run gets the kind that most of its cells have. If fewer than
-        half of its cells have this kind, the kind is "too small".
+        half of the cells of a run have this kind, the kind is "too small".
         """
         gap = 1 if group in ("muscle", "mains noise") else JOINED
         for row in np.flatnonzero(mask.any(axis=1)).tolist():

@@ -156,7 +156,7 @@ def measure(images_BHW3: ImageSource, real: RealImages, judges: Judges, options:
 
 
 def measure_real(real: RealImages, judges: Judges, options: MeasureOptions) -> dict[str, Any]:
-    """Compute every metric that is defined for the real images, as a limit for generated images.
+    """Compute every metric that is defined for the real images, as a reference for generated images.
 
     A metric that compares two sets of images compares one half of the different real images with the other half. A
     metric that compares a generated image with the real image of its trial has no value for real images.

@@ -92,7 +92,7 @@ class RunningGaussian:
 
 
 def _compare_few(real_BD: NDArray[np.float64], generated_BD: NDArray[np.float64]) -> float:
-    """Compute the Fréchet distance of fewer rows than columns, without matrices of the columns."""
+    """Compute the Fréchet distance of features with fewer rows than columns, without a (columns x columns) matrix."""
     means = real_BD.mean(axis=0), generated_BD.mean(axis=0)
     a, b = (
         (rows_BD - mean_D) / np.sqrt(len(rows_BD) - 1)
@@ -181,8 +181,8 @@ def kernel_distance(
 
     With features of Inception-V3, the squared maximum mean discrepancy is the KID. The estimate is unbiased only if
     the two rows of every compared pair are independent. Several trials may show the same image, and then their rows
-    are not independent. If ids are given, each real image is therefore used once, and pairs of rows with the same id
-    are left out, also between the real and the generated images.
+    are not independent. If ids are given, each real image is used once, and pairs of rows with the same id are left
+    out, also between the real and the generated images.
 
     Parameters
     ----------

@@ -63,7 +63,7 @@ def generate_images(
     RequestError
         If a real image cannot be decoded, or if `make` refuses the trials.
     StopRequested
-        If a stop of the command was requested. Every process finishes its batch first.
+        If a stop of the command was requested. Every process finishes its current batch before the error is raised.
     """
     world, finished = world or World(), finished or set()
     batches = [trials[start : start + batch_size] for start in range(0, len(trials), batch_size)]

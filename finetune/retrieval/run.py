@@ -195,7 +195,8 @@ class Question:
     """EEG embeddings of the trials."""
     neighbours_BP: NDArray[Any] | NotApplicable | None
     """EEG embeddings from means over neighbours in time, for the control ``shuffle_within``. The neighbours of a mean
-    are the neighbours of each presentation. None for single trials, whose embeddings can be exchanged."""
+    are the neighbours of each presentation. None if the trials are single presentations, whose embeddings can be
+    exchanged directly."""
     setting: Setting
     """The trials, the training trials, and the design."""
     predictors: Callable[[Callable[[Prediction], NDArray[np.float64]]], dict[str, Control | NotApplicable]]

@@ -97,7 +97,7 @@ class _Planner:
         self.dataset = ""
 
     def _config_of(self, row: str, stage: str, changes: Mapping[str, Any], encoder: Path | None) -> dict[str, Any]:
-        """Read the config of a command for a row, without its output."""
+        """Read the config of a command for a row, without the key `output`."""
         where = f"{self.files[row]}: row '{row}'"
         if taken := [key for key in _SET_HERE if key in changes]:
             raise RequestError(

@@ -23,7 +23,7 @@ N_SOURCES = 40
 RESPONSE_GAIN = 4.0
 """Scale of the evoked responses. A larger value makes it easier to decode the category from a single trial."""
 PERSON_DELAY_S = 0.020
-"""Standard deviation over people of the delay of all components, in seconds."""
+"""Each person has one delay of all components; this is the standard deviation of the delay over people, in seconds."""
 TRIAL_DELAY_S = 0.025
 """Standard deviation over trials, in seconds, of a delay of all components, so that no component has a fixed time."""
 

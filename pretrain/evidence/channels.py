@@ -1,7 +1,7 @@
 """Find the channels that all trials have, so that features of trials are compared channel by channel.
 
-Recordings with other caps, or with the same cap in another order, have other channels in the same row. A feature of a
-row would therefore be a feature of another place on the head in each recording.
+Recordings with other caps, or with the same cap in another order, have other channels in the same row. Without a search
+for common channels, a feature of one row would belong to different electrodes in different recordings.
 
 Array shapes: C common channels.
 """

@@ -13,11 +13,11 @@ signal         the score is better than every control
 A comparison *holds* if three conditions are met. First, the 95 % interval of the difference lies above 0. The bootstrap
 for this interval draws people and images at the same time if there are enough people and images (see
 `pretrain.evidence.statistics.compare_paired`). For predictors that see no response, the bootstrap draws only images,
-because a predictor that is better than chance is a fault of these data. Second, the p-value of the comparison is below
-`LEVEL` after Holm's correction over all comparisons of the same question. Third, in a comparison of the model's own
-score, the permutation test over people has p below `LEVEL`, if there are enough people for this test. The permutation
-test is needed because the interval of a bootstrap over few people is too narrow, and because one strong person of eight
-shows nothing about people.
+because a predictor that is better than chance shows a fault of the dataset. Second, the p-value of the comparison is
+below `LEVEL` after Holm's correction over all comparisons of the same question. Third, in a comparison of the model's
+own score, the permutation test over people has p below `LEVEL`, if there are enough people for this test. The
+permutation test is needed because the interval of a bootstrap over few people is too narrow, and because one strong
+person of eight shows nothing about people.
 
 docs/evaluation.md explains the controls, the words and the limits. Array shapes: n trials.
 """
@@ -117,7 +117,8 @@ class Evidence:
     """Score by chance."""
     score_of: Literal["label", "image"]
     """What the score of a trial measures. label: 1 if the label is right, else 0. image: share of the other test images
-    that are less similar than the seen image. The chance of the predictors depends on this; see `find_constant_score`.
+    that are less similar than the seen image. The chance level of the predictors depends on `score_of`; see
+    `find_constant_score`.
     """
     controls: Mapping[str, Control | NotApplicable]
     """Every control of `CONTROLS`."""
@@ -587,7 +588,8 @@ def _measure(trials: TrialTable, columns: list[tuple[Any, ...]], resamples: int,
     found: dict[str, PairedDifference] = {}
     groups: dict[tuple[bytes, bool], list[tuple[Any, ...]]] = {}
     for column in columns:
-        # A predictor that is better than chance without a response is a fault of these data, whoever the people are.
+        # A predictor that is better than chance without a response shows a fault of the dataset, whoever the people
+        # are.
         same_people = column[0] == "leak" and column[1].endswith("- chance")
         groups.setdefault((column[4].tobytes(), same_people), []).append(column)
     for (_, same_people), same in groups.items():

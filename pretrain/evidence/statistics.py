@@ -303,8 +303,8 @@ def compare_paired(
     images_n, subjects_n : ndarray, [n]
         Image and subject of each trial.
     same_people : bool
-        True for a question about these people only. If true, the bootstrap of the interval that decides draws no
-        people.
+        Whether the question is only about the people in the data. If true, the bootstrap of the interval that decides
+        draws no people.
     resamples : int
         Number of bootstrap resamples, and of random permutations.
     seed : int

@@ -163,7 +163,7 @@ def import_deepspeed(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
         # Switch off DeepSpeed's extension for communication in shared memory, because DeepSpeed would compile it, which
-        # takes a minute and fails if there is no compiler. The backend gloo does the work of this extension.
+        # takes a minute and fails if there is no compiler. The backend gloo communicates without this extension.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

@@ -149,7 +149,8 @@ def test_identification_compares_with_pictures_of_the_same_group():
         real[i, i] = 200
     ids, groups = ["a", "b", "c", "d"], [0, 0, 0, 1]
     generated = real[[0, 2, 2, 3]]
-    # The picture generated for "b" shows "c". So "c" is more similar to it than "b" is, and "a" is as similar as "b".
+    # The picture generated for "b" shows "c". So "c" is more similar to the generated picture than "b" is, and "a" is
+    # as similar as "b".
     np.testing.assert_allclose(identify(generated, real, ids, groups), [1.0, 0.25, 1.0, np.nan])
 
 

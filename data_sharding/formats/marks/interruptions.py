@@ -2,7 +2,7 @@
 
 Only `TABLE` defines the effect of each kind of mark. A reader finds the marks of a recording, and names the row of the
 table for each mark. The function `divide` computes segments, bad spans and notes from the marks. ``docs/formats.md``
-shows the same table.
+shows `TABLE` to users.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def test_averages_stay_within_a_category() -> None:
     energy = mean.square().mean(dim=2)
     assert (energy.argmax(dim=1) == labels).all()
     assert np.isclose(float((energy.sum(1) - energy.max(1).values).max()), 0, atol=1e-3)
-    torch.testing.assert_close(mean[4], x[4])  # Trial 4 is the only one of its category.
+    torch.testing.assert_close(mean[4], x[4])  # Trial 4 is the only trial of its category.
 
 
 def test_noise_normalisation_whitens_the_background_and_is_saved_with_the_weights(tmp_path: Path) -> None:

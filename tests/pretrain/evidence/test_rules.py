@@ -143,7 +143,7 @@ class TestWords:
 
     def test_a_shuffle_within_neighbourhoods_that_costs_nothing_confounds(self) -> None:
         assert word(make_evidence(0.6, shuffle_within=0.6)) == "confounded"
-        # A part of the score is enough.
+        # If the shuffle within neighbourhoods keeps a part of the score, the verdict is confounded, too.
         assert word(make_evidence(0.9, shuffle_within=0.5)) == "confounded"
 
     def test_eyes_confound_only_if_the_model_is_not_better(self) -> None:

@@ -114,7 +114,7 @@ class TestTime:
         mixed = constant.copy()
         mixed[3] = 1 - mixed[3]
         assert not label_is_constant_in_recordings(make_table(mixed, recordings_n=recordings))
-        # One label in all recordings, and one trial in each recording, prove nothing.
+        # If all recordings have the same label, or each recording has only one trial, a constant label proves nothing.
         assert not label_is_constant_in_recordings(make_table([1] * 60, recordings_n=recordings))
         assert not label_is_constant_in_recordings(make_table([0, 1] * 5, recordings_n=[f"r{i}" for i in range(10)]))
 

@@ -61,8 +61,8 @@ def test_counts_follow_from_the_layout(name: str) -> None:
 def test_published_counts() -> None:
     """Compare the numbers of parameters in DreamDiffusion's paper and code with the exact numbers in `SIZES`."""
     assert [round(n / 1e6, 1) for n in SIZES["released"]] == [151.8, 13.4]
-    # DreamDiffusion's released code counts 165.4M parameters, because it includes the fixed position embeddings, also
-    # that of the class token.
+    # DreamDiffusion's released code counts 165.4M parameters, because it includes the fixed position embeddings,
+    # including the position embedding of the class token.
     assert round((sum(SIZES["released"]) + 129 * (1024 + 512)) / 1e6, 1) == 165.4
     # DreamDiffusion's paper states 297M parameters, but the architecture in the paper has 302.8M parameters.
     assert round(SIZES["paper"][0] / 1e6, 1) == 302.8

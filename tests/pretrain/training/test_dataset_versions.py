@@ -41,7 +41,7 @@ def test_a_run_reads_the_version_it_began_with(
     assert f"began with version 1 of {dataset} and reads this version" in capsys.readouterr().err
     assert losses(run) == losses(tmp_path / "whole")
 
-    # Imitate that the dataset is compacted: a shard of version 1 is no longer in the dataset.
+    # Imitate a compacted dataset: a shard of version 1 is no longer in the dataset.
     mark_interrupted(run)
     manifest = Manifest.read(dataset)
     kept = {**manifest.splits, "train": manifest.splits["train"][1:]}
