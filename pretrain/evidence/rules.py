@@ -429,9 +429,9 @@ def decide_by_leaks(case: _Case) -> _Found | None:
     """Apply the rule about predictors that need no response (leaks).
 
     The verdict is *confounded* if a predictor that sees only the time, or only the EEG before the picture, is better
-    than chance. The chance of a predictor is the best score of a predictor that predicts the same label in every trial
-    (`find_constant_score`), or the chance of the score if the chance of the score is larger. The verdict is also
-    *confounded* if the shuffle within neighbourhoods is better than the shuffle over all trials, because then slow
+    than chance. The chance level of a predictor is the larger of two numbers: the best score of a predictor that
+    predicts the same label in every trial (`find_constant_score`), and the chance level of the score. The verdict is
+    also *confounded* if the shuffle within neighbourhoods is better than the shuffle over all trials, because then slow
     changes of the EEG carry a part of the score. The verdict is *confounded*, too, if the shuffle within neighbourhoods
     does not lower the score: the model is better than the shuffle over all trials, but not better than the shuffle
     within neighbourhoods, which keeps at least the share `NOTHING_LOST` of the difference. Eye and face channels may
