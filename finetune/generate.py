@@ -25,7 +25,6 @@ from data_sharding.common.storage import as_path
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.diffusion import Sampling
 from finetune.eeg import choose_evenly, group_repeats, read_means
-from finetune.evaluation.openings import record_opening
 from finetune.generation.config import GenerateConfig
 from finetune.generation.exchange import exchange_all, exchange_within, read_noise
 from finetune.generation.images import MakeImages, generate_images
@@ -35,6 +34,7 @@ from finetune.generation.trials import NotApplicableError, Trial, list_trials, t
 from finetune.generators import Generator, Source, digest_model, load_generator
 from finetune.images import ImageTable, open_paired
 from finetune.training.accelerate import WAIT_S, get_world, make_accelerator, quiet_libraries
+from pretrain.evidence.openings import record_opening
 from pretrain.runs.distributed import World
 
 T = TypeVar("T")

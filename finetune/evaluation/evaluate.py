@@ -34,7 +34,6 @@ from finetune.evaluation.networks.judges import (
     resize_images,
 )
 from finetune.evaluation.networks.sharing import Sharing
-from finetune.evaluation.openings import record_opening
 from finetune.evaluation.per_trial import ACCURACY, write_trials
 from finetune.evaluation.pixel_metrics import ImageSource
 from finetune.evaluation.report import render_report
@@ -42,6 +41,7 @@ from finetune.generation.trials import Trial, list_trials
 from finetune.generators import read_part
 from finetune.images import ImageTable, open_paired
 from finetune.training.accelerate import WAIT_S, get_world, make_accelerator
+from pretrain.evidence.openings import record_opening
 from pretrain.evidence.rules import NotApplicable
 from pretrain.runs.distributed import launched_world
 

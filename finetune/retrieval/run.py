@@ -24,8 +24,6 @@ from finetune.clip_images import embed_images
 from finetune.eeg import group_repeats
 from finetune.evaluation.evidence import Setting, make_predictors
 from finetune.evaluation.identification import rank_true_images, two_way_identification
-from finetune.evaluation.openings import NAME as LOG
-from finetune.evaluation.openings import record_opening
 from finetune.evaluation.per_trial import summarise
 from finetune.generation.exchange import exchange_within
 from finetune.generation.predictors import Prediction
@@ -37,6 +35,8 @@ from finetune.retrieval.report import render_retrieval
 from finetune.retrieval.scores import identify, match_images, measure_hubness, top_k
 from finetune.training.accelerate import quiet_libraries
 from pretrain.evidence.copies import find_copies
+from pretrain.evidence.openings import NAME as LOG
+from pretrain.evidence.openings import record_opening
 from pretrain.evidence.rules import Control, NotApplicable, judge
 from pretrain.evidence.trials import derange_within, find_neighbourhoods
 from pretrain.runs.distributed import choose_device

@@ -138,6 +138,8 @@ def _make_notes(result: dict[str, Any], by_subject: bool) -> list[str]:
             f"The test is not independent of the training: {len(result['subjects_in_both'])} subject(s) have trials in "
             "both."
         )
+    if result["openings"]:
+        notes.append(result["openings"])
     return notes
 
 

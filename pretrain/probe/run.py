@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sharding.common.config import command
+from data_sharding.common.config import command, to_dict
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError
-from data_sharding.common.files import write_json
+from data_sharding.common.files import sha256_file, write_json
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.manifest import NAME as MANIFEST_NAME
 from pretrain.evidence.baseline import compute_baseline_features
 from pretrain.evidence.design import describe_design
+from pretrain.evidence.openings import record_opening
 from pretrain.evidence.rules import NotApplicable, judge
 from pretrain.probe.compare import ENCODER, compare
 from pretrain.probe.config import ProbeConfig
@@ -63,6 +64,7 @@ def probe(config: ProbeConfig) -> int:
     encoders = _load_encoders(config, train_set, device)
     have = [name for name in ("train", "val", "test") if manifest.samples(name)]
     splits = have if config.folds == "subjects" else [s for s in have if s in ("train", "val", config.split)]
+    openings = _record_opening(config, splits, manifest.dataset_id)
     trials = collect(
         config.dataset, splits, encoders, bins=config.time_bins, batch_size=config.batch_size, device=device
     )
@@ -97,6 +99,7 @@ def probe(config: ProbeConfig) -> int:
         "left_out_for_shared_images": left_out,
         "channels_in_common": len(trials.channels),
         "chosen": chosen,
+        "openings": openings,
         "verdict": verdict,
     }
     show(result)
@@ -113,6 +116,26 @@ def probe(config: ProbeConfig) -> int:
         f"--encoder {config.encoder} --dataset {config.dataset}"
     )
     return EXIT_FAILED if config.require == "signal" and verdict["word"] != "signal" else EXIT_DONE
+
+
+def _record_opening(config: ProbeConfig, splits: list[str], dataset_id: str) -> str | None:
+    """Record that the test split is opened; return how often, or None if the probe does not read the test split."""
+    from pretrain.encoder.package import read_package
+    from pretrain.model.weights import WEIGHTS
+
+    if "test" not in splits:
+        return None
+    result = config.output or config.figure
+    found = record_opening(
+        config.dataset,
+        "test",
+        command="probe",
+        dataset_id=dataset_id,
+        model_digest=sha256_file(read_package(config.encoder).folder / WEIGHTS),
+        config=to_dict(config),
+        fallback=Path(result).parent if result else Path(),
+    )
+    return None if found is None else found.describe("test")
 
 
 def _read_baseline(config: ProbeConfig, splits: list[str]) -> NDArray[np.float64] | NotApplicable:

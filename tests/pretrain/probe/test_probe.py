@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_sharding.common.files import sha256_file
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
 from data_sharding.dataset.samples import Sample
 from data_sharding.processing.preprocess import PreprocessSpec
@@ -278,6 +279,24 @@ class TestFolds:
         assert main([*words, "--output", str(tmp_path / "p.json")]) == 0
         found = json.loads((tmp_path / "p.json").read_text())
         assert found["left_out_for_shared_images"]["test"] == 2 * 2 and found["images"] == 10
+
+    def test_each_opening_of_the_test_split_is_recorded(
+        self, package: Path, dataset: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        data = tmp_path / "data"
+        shutil.copytree(dataset, data, ignore=shutil.ignore_patterns("openings.jsonl"))
+        words = [str(package), str(data), "--methods", "[]", "--shuffles", "0", "--output", str(tmp_path / "p.json")]
+        assert main([*words, "--split", "val"]) == 0
+        assert json.loads((tmp_path / "p.json").read_text())["openings"] is None
+        assert not (data / "openings.jsonl").exists()
+        for times, more in (("once", []), ("2 times", ["--folds", "subjects"])):
+            capsys.readouterr()
+            assert main([*words, *more]) == 0
+            found = json.loads((tmp_path / "p.json").read_text())["openings"]
+            assert f"opened {times} so far, for 1 model (" in found and "opened " + times in capsys.readouterr().out
+        line = json.loads((data / "openings.jsonl").read_text().splitlines()[0])
+        assert (line["command"], line["split"]) == ("probe", "test")
+        assert line["model_digest"] == sha256_file(package / "model.safetensors")
 
     def test_one_label_is_refused(self) -> None:
         from data_sharding.common.errors import RequestError

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from data_sharding.common.errors import RequestError
-from finetune.evaluation.openings import NAME, count_openings, record_opening
+from pretrain.evidence.openings import NAME, count_openings, record_opening
 
 
 def _record(dataset: Path, out: Path, **changes: Any) -> Any:
