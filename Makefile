@@ -36,7 +36,7 @@ check: lint types spelling test
 test-python:
 	$(PYTHON) tests/python_versions.py test
 
-# Check that every dependency exists for Python 3.11 to 3.13. The check only downloads (a few hundred MB).
+# Check that every dependency exists for Python 3.11 to 3.13; `make resolve` downloads a few hundred MB.
 resolve: $(VENV)/.installed
 	$(BIN)/python tests/python_versions.py resolve
 

@@ -289,7 +289,7 @@ def _split(design: Design, images: _Images, trials: _Trials, rng: np.random.Gene
     elif design.split == "trials":
         test_n = rng.random(n) < 0.25
     elif design.split == "time":
-        # One of four parts of each recording is for the test.
+        # Each recording is cut into four quarters. One of these quarters, chosen at random, is in the test split.
         test_n = np.zeros(n, bool)
         recording_n = group_by(table.subjects_n, table.recordings_n)
         for recording in range(recording_n.max() + 1):

@@ -141,7 +141,7 @@ class EpochOrder:
         are shuffled within each `window` of consecutive shards. With the order "shards", a cache that holds two windows
         of shards is large enough.
     window : int
-        Number of shards in one window. Only the order "shards" uses windows.
+        Number of shards in one window. For the order "global", this number has no effect.
     stream : int
         Number of the dataset in a mixture; each dataset gets a different order.
     """

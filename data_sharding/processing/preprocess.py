@@ -178,8 +178,8 @@ class PreprocessSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary.
 
-        The dictionary lacks newer fields whose value means the behaviour of older versions, so that specs from older
-        versions keep their checksum.
+        A field that older versions did not have is left out if its value gives the behaviour of older versions, so that
+        specs from older versions keep their checksum.
         """
         values = dataclasses.asdict(self)
         for key, before in BEFORE.items():

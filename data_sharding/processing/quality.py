@@ -525,8 +525,8 @@ class _Runs:
     ) -> None:
         """Add the cells of a block, [n, k].
 
-        With `counts` (a mask for each kind of fault), a run gets the kind that most of its cells have. If fewer than
-        half of the cells of a run have this kind, the kind is "too small".
+        With `counts` (a mask for each kind of fault), the kind of a run is the most common kind of fault of its cells.
+        If fewer than half of the cells of the run have the most common kind, the kind of the run is "too small".
         """
         gap = 1 if group in ("muscle", "mains noise") else JOINED
         for row in np.flatnonzero(mask.any(axis=1)).tolist():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 WAIT_S = 7 * 86_400.0
-"""Longest time in seconds that a process waits for the other processes if a step of a process may take hours."""
+"""Longest time in seconds that a process waits for the others in commands in which one process may work for hours."""
 
 
 def quiet_libraries() -> None:

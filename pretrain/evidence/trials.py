@@ -327,8 +327,8 @@ def label_is_constant_in_recordings(table: TrialTable) -> bool:
     -------
     bool
         True if all trials of each recording have the same label, and if a random order would give such recordings with
-        a probability of at most `BY_CHANCE`. The condition on the probability is never met if the table has only one
-        label, and rarely met if each recording has only one or two trials.
+        a probability of at most `BY_CHANCE`. If the table has only one label, or if each recording has only one trial,
+        every order gives such recordings, and the result is False.
     """
     if not len(table):
         return False

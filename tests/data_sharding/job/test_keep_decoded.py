@@ -182,7 +182,8 @@ def test_other_channels_are_read_from_the_files(tmp_path: Path, make_raw, write_
     process("first", FIRST)
     assert process("other", linked) == [fresh] and fresh.row.status == "sharded" and not fresh.row.notes
     assert parts(tmp_path / "other") == parts(tmp_path / "fresh")
-    # The second job also stored the signal of the reference channel M1. The other channels are still found in the file.
+    # The second job stored the signal of the reference channel M1, but the signals that the first job stored are still
+    # used.
     wanted = process("plain", dataclasses.replace(FIRST, stride=50), keep=False)
     (kept,) = (tmp_path / "decoded" / "signals").rglob("*.kept")
     inode = kept.stat().st_ino
