@@ -28,8 +28,8 @@ one sample interval."""
 SIGMAS = 5.0
 """If the stamps have jitter, jumps above this number of standard deviations are examined."""
 WINDOW_S = 2.0
-"""A jump is lasting if the stamps in this number of seconds after the jump are shifted against the stamps before the
-jump."""
+"""Number of seconds before and after a jump in which the stamps are compared. The jump is lasting if the stamps after
+the jump are shifted against the stamps before the jump."""
 FEWEST = 8
 """Smallest number of anchors that are compared on each side of a jump, if the recording has so many."""
 WHOLE = 0.15
@@ -422,9 +422,9 @@ def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
 def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
     """Find the anchors before which the stamps make a lasting jump.
 
-    A late chunk also makes a jump, but the next chunks are punctual again, so the stamps of some seconds before and
-    after a jump are compared. After a loss of samples, all later stamps are shifted, so their lower quartile is shifted
-    too.
+    Both a loss of samples and a late chunk make a jump. To distinguish them, the function compares the stamps of
+    `WINDOW_S` seconds before and after the jump. After a loss of samples, all later stamps are shifted, so their lower
+    quartile is shifted too. After a late chunk, the next chunks are punctual again.
     """
     k, t = anchors.k, anchors.t
     excess = _excess(anchors, period)

@@ -289,8 +289,8 @@ class Resampler:
     Notes
     -----
     The filter is a Kaiser-windowed sinc. At both ends, the segment is extended by its own samples, rotated by 180
-    degrees about the end point. (Some libraries remove a linear trend instead, but then each sample depends on the
-    length of the signal.)
+    degrees about the end point. (Some libraries do not extend the segment but remove a linear trend. With the removal
+    of a trend, each sample depends on the length of the signal.)
 
     Between two calls of `push`, `_held` contains the input samples that later outputs still need. The first sample in
     `_held` is `reach` samples before the next frame. When `_held` contains a whole frame and `reach` samples after the

@@ -150,8 +150,8 @@ class EVRNetTask(nn.Module):
         dict
             ``loss`` and ``accuracy``; with image components also ``image_error``.
         """
-        # Limit the norms of the weights here, because the training loop has no hook after the optimiser's step.
-        # `evaluate` also limits the norms.
+        # Limit the norms of the weights before each step and before each evaluation, because the training loop has no
+        # hook after the optimiser's step.
         self.net.limit_norms()
         e_BD, logits = self.net(x[:, None], normalised=True)
         loss = F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)

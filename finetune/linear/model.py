@@ -1,7 +1,7 @@
 """The linear baseline: a linear map from time courses to image features, and a search among the training images.
 
-The linear baseline generates no images. Instead, the baseline predicts the category and a coarse image, and shows the
-most similar training image of the predicted category. A generator must be compared with the linear baseline, which
+The linear baseline generates no images. The baseline predicts the category and a coarse image, and shows the most
+similar training image of the predicted category. A generator must be compared with the linear baseline, which
 shows how much of a score comes from the decoding of the EEG alone.
 
 Array shapes: B trials, C channels, T samples, F features, K categories, P image components, M training images, H rows,

@@ -160,7 +160,7 @@ def _distances(fit: _Places, new: _Places) -> Iterator[tuple[Labels, Labels, NDA
 def _count_votes(labels_nk: Labels, valid_nk: NDArray[np.bool_]) -> Labels:
     """Return the most common valid label of each row; of equally common labels, the earlier label in the row."""
     votes = np.zeros((len(labels_nk), int(labels_nk.max(initial=0)) + 1))
-    # An earlier place counts slightly more, so that nearer trials decide between equally common labels.
+    # A vote at an earlier place in the row counts slightly more, so that the earlier of equally common labels wins.
     weight_k = 1 + 0.5 / (1 + np.arange(labels_nk.shape[1])) / max(1, labels_nk.shape[1])
     rows = np.broadcast_to(np.arange(len(labels_nk))[:, None], labels_nk.shape)
     np.add.at(votes, (rows, labels_nk), np.where(valid_nk, weight_k, 0.0))

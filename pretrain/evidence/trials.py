@@ -251,7 +251,7 @@ def sort_by_time(table: TrialTable) -> NDArray[np.int64]:
 
 
 def find_blocks(table: TrialTable) -> NDArray[np.int64]:
-    """Number the blocks. A block is a longest run of consecutive trials of one recording with the same label.
+    """Number the blocks: consecutive trials of one recording with the same label, until the label changes.
 
     Parameters
     ----------

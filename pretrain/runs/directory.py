@@ -186,7 +186,7 @@ class RunDirectory:
         step : int
             The step from which the run is resumed; -1 deletes all lines.
         evaluated : bool
-            False also deletes the line with the evaluation of step `step`.
+            Whether the line with the evaluation of step `step` is kept.
         """
         if self.rank or self._stream is None:
             return

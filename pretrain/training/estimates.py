@@ -60,8 +60,8 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
     # At ZeRO stage 0, Adam updates the weights themselves. At stages 1 to 3, each GPU keeps a float32 copy of its part
     # of the weights, even if the weights are float32 already.
     master = parameters * 4 / gpus if zero_stage else 0
-    # `pretrain.training.deepspeed_engine` sets the same size for a communication bucket. Two buckets are needed if
-    # communication overlaps with the backward pass.
+    # The size of a communication bucket is the size that `pretrain.training.deepspeed_engine` sets. Two buckets are
+    # needed if communication overlaps with the backward pass.
     bucket = min(5e8, max(parameters, 2**16)) * value
     gathered = min(parameters, 10**9) * value if zero_stage == 3 else 0
     # With bf16, ZeRO stage 1 sums the float32 gradients over the GPUs in place, so it needs no bucket.
@@ -154,8 +154,8 @@ def exchanged_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: s
     -------
     float
         Number of bytes, if the GPUs use ring algorithms. Gradients are sent in float32, weights at the run's precision
-        (at ZeRO stage 0, no weights are sent). Stages 2 and 3 sum the gradients over the GPUs for every micro batch.
-        Stage 3 also gathers the weights for every micro batch.
+        (at ZeRO stage 0, no weights are sent). Stages 2 and 3 sum the gradients over the GPUs for every micro batch,
+        and stage 3 gathers the weights for every micro batch.
     """
     value = 2 if precision == "bf16" else 4
     reduced = 4 * (micro_batches if zero_stage >= 2 else 1)

@@ -120,8 +120,9 @@ def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, st
     """Write a dataset with ledger and fingerprints, as the job does, from signals in memory.
 
     A recording is a dict with the keys `key`, `subject` and `raw`, and optionally `corpus`, `split` and `sha256`.
-    `starts` lists the first sample of each window at 100 Hz, and `trials` lists pairs (start, split) instead. `images`
-    (id, bytes) and `concepts` belong to the windows in order.
+    The windows are given by one of two more keys: `starts` lists the first sample of each window at 100 Hz, and
+    `trials` lists a pair (start, split) for each window. Without these keys, the windows follow each other every
+    `stride` samples. `images` (id, bytes) and `concepts` belong to the windows in order.
     """
     import dataclasses
 

@@ -33,7 +33,7 @@ _TYPES = ("float32", "float64")
 
 
 class NotKept(Exception):
-    """A kept signal is missing, damaged or lacks a channel. The caller must read the recording's own files instead.
+    """A kept signal is missing, damaged or lacks a channel, so the caller must read the recording's own files.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class NotKept(Exception):
 
 
 class KeepingSignal:
-    """A signal that also writes all samples that a caller reads to a file.
+    """A signal that writes a copy of all samples that a caller reads to a file.
 
     Parameters
     ----------
