@@ -123,11 +123,14 @@ def decode_text(data: bytes) -> tuple[str, str]:
     Returns
     -------
     text : str
-        The text, decoded as UTF-8 if possible, otherwise as Latin-1.
+        The text, decoded as UTF-16 if it begins with a byte order mark of UTF-16, otherwise as UTF-8 if possible,
+        otherwise as Latin-1.
     encoding : str
-        "utf-8" or "latin-1".
+        "utf-16", "utf-8" or "latin-1".
     """
     try:
+        if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return codecs.getincrementaldecoder("utf-16")().decode(data), "utf-16"
         # Use the incremental decoder, because it accepts an incomplete character at the end of `data`.
         return codecs.getincrementaldecoder("utf-8")().decode(data), "utf-8"
     except UnicodeDecodeError:

@@ -5,6 +5,7 @@ In array shapes, n is the number of channels, S the number of samples at the rec
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import importlib
 import itertools
@@ -233,7 +234,7 @@ def _as_named(
     contents = contents or {}
     original, encoding = headers.decode_text(path.read_bytes())
     text = original if text is None else text
-    data, recode = text, (recode and encoding != "utf-8") or text != original
+    data, recode = text, (recode and encoding != "utf-8") or text != original or encoding == "utf-16"
     links: dict[str, Path] = {}
     written: dict[str, str] = {}
     for key in keys:
@@ -277,9 +278,12 @@ def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], str, list
     notes : list of str
         Notes for the ledger.
     """
-    decoded = read_text(path.read_bytes())
+    data = path.read_bytes()
+    decoded = read_text(data)
     header = repair_header(decoded.text)
-    header.recoded = bool(decoded.notes) or header.text != decoded.text
+    # MNE reads neither UTF-16 nor lines that end with a carriage return alone.
+    foreign = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\n" not in data
+    header.recoded = bool(decoded.notes) or header.text != decoded.text or foreign
     if header.recoded:
         header.text = CODEPAGE.sub(lambda found: f"{found[1]}UTF-8", header.text, count=1)
     notes = [*(f"header: {note}" for note in decoded.notes), *header.notes]
@@ -324,6 +328,9 @@ def _brainvision(path: Path) -> Signal:
     import mne
 
     header, contents, markers, notes = _repair_brainvision(path)
+    if (headers.ini_value(header.text, "UseBigEndianOrder") or "").upper() == "YES":
+        text = "the samples are big-endian (UseBigEndianOrder=YES); export the recording again, for example as EDF"
+        raise ReadError(Reason("no reader for big-endian BrainVision", text))
     path, text, folder = _as_named(
         path, "DataFile", "MarkerFile", text=header.text if header.recoded else None, contents=contents
     )

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import stat
@@ -89,7 +90,8 @@ class File:
     def __init__(self, path: AnyPath, near: Near | None) -> None:
         self.path, self._listing = path, near
         self.head = headers.read_range(path, 0, HEAD_BYTES)
-        self.text = self.head.lstrip(b"\xef\xbb\xbf")
+        wide = self.head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        self.text = headers.decode_text(self.head)[0].encode() if wide else self.head.lstrip(codecs.BOM_UTF8)
         self.suffix = path.suffix.lower()
         self.stem = path.name[: -len(path.suffix)] if path.suffix else path.name
 

@@ -22,20 +22,24 @@ PREFIXES = {"": 1.0, "d": 1e-1, "c": 1e-2, "m": 1e-3, "u": 1e-6, "n": 1e-9, "p":
 PREFIXES |= {"deci": 1e-1, "centi": 1e-2, "milli": 1e-3, "micro": 1e-6, "nano": 1e-9, "pico": 1e-12, "femto": 1e-15}
 PREFIXES |= {"kilo": 1e3, "mu": 1e-6, "mc": 1e-6, "mic": 1e-6, "mk": 1e-6, "micr": 1e-6}
 VOLT = re.compile(
-    r"(?P<number>[-+x*^.0-9e ]*?)[ *]?(?P<prefix>[a-z]{0,6}?)[ _-]?(?:volts?|v)(?P<more>[ _/-]?(rms|bit|lsb))?",
+    r"(?P<number>[-+x*^.0-9e ]*?)[ *]?(?P<prefix>[a-z]{0,6}?)[ _-]?(?:volts?|vol|v)"
+    r"(?P<more>[ _/-]?\(?(rms|bit|lsb|p-?p|[ad]c)\)?)?(?P<after> ?[*x] ?[-+^.0-9e]+)?",
     re.IGNORECASE,
 )
+"""Pattern of a unit of voltage. The fields of EDF have 8 characters, so ``microvolts`` becomes ``microvol``."""
 MICRO = re.compile(r"(?:[^\x00-\x7f]|\?)[^\x00-\x7f?]{0,3}(?=[ _-]?v)", re.IGNORECASE)
 """Pattern of non-ASCII characters before the letter V (volt). The micro sign is the only prefix outside ASCII, so
 non-ASCII characters that come from a wrong text encoding must be a micro sign."""
 CYRILLIC = str.maketrans("мкнвМКНВ", "mknVmknV")
 """Cyrillic letters in Russian and Bulgarian units, and their Latin letters."""
-OLD_CYRILLIC = {
+OLD_PAGES = {
     text.encode(page).decode("latin-1"): text.translate(CYRILLIC)
     for text in ("мкВ", "мВ", "нВ", "мкв", "мв")
     for page in ("cp1251", "cp866", "koi8-r")
-}
-"""Russian units in older code pages, as they look if they are decoded as Latin-1."""
+} | {"μV".encode("big5").decode("latin-1"): "uV"}
+"""Russian and Chinese units in older code pages, as they look if they are decoded as Latin-1."""
+MARKUP = str.maketrans("", "", "\0\"'\\$&;")
+"""Characters around and inside units of some programs, as in ``"uV"``, ``$\\mu$V`` and ``&micro;V``."""
 NOTHING = ("", "n/a", "na", "none", "-", "unknown", "unspecified", "?", "not available", "code 0", "code 512")
 """Texts (in lower case) that mean: no unit is given. The codes 0 and 512 are GDF's codes for a missing unit."""
 OTHER = re.compile(
@@ -86,8 +90,8 @@ def to_volts(unit: str) -> float | None:
     float or None
         The factor; None if the text is not a unit of voltage.
     """
-    text = unit.strip(" \0")
-    text = OLD_CYRILLIC.get(text, text)
+    text = unit.removeprefix("\xff\xfe").translate(MARKUP).strip()
+    text = OLD_PAGES.get(text, text)
     # First replace single characters that mean a whole unit, as in Asian fonts. If the replaced text is not a unit, use
     # the original text, because the replacement can change a damaged micro sign.
     wide = unicodedata.normalize("NFKC", text).translate(CYRILLIC)
@@ -95,13 +99,15 @@ def to_volts(unit: str) -> float | None:
 
 
 def _to_volts(text: str) -> float | None:
-    text = text.strip().replace("\u00d7", "x")
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
-        text = text[1:-1].strip()
+    text = text.strip().rstrip(".").replace("\u00d7", "x")
+    text = text[text[:1] in ("(", "[") :].strip()
+    if text[-1:] in (")", "]") and not {"(", "["} & set(text):
+        text = text[:-1].strip()
     match = VOLT.fullmatch(MICRO.sub("u", text, count=1))
     prefix = PREFIXES.get(match["prefix"].lower()) if match else None
-    number = _number(match["number"]) if match else None
-    return None if prefix is None or number is None else prefix * number
+    number = _number(match["number"] or match["after"] or "") if match else None
+    twice = match is not None and bool(match["number"].strip() and match["after"])
+    return None if prefix is None or number is None or twice else prefix * number
 
 
 def _number(text: str) -> float | None:

@@ -51,6 +51,7 @@ def section(text: str, name: str) -> tuple[int, int]:
 def read_text(data: bytes) -> Repaired:
     """Decode the bytes of a header or marker file. If the code page in the file is unknown or wrong, UTF-8 is used."""
     text, encoding = headers.decode_text(data)
+    changed = encoding != "utf-8" or "\n" not in text
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     named = CODEPAGE.search(text)
     page = named[2] if named else ""
@@ -63,7 +64,7 @@ def read_text(data: bytes) -> Repaired:
             return Repaired(text, recoded=True)
         note = f"the text does not fit the code page '{page[:20]}'"
     else:
-        return Repaired(text, recoded=encoding != "utf-8")
+        return Repaired(text, recoded=changed)
     text = CODEPAGE.sub(lambda found: f"{found[1]}UTF-8", text, count=1)
     return Repaired(text, [note], recoded=True)
 

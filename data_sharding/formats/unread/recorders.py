@@ -37,6 +37,21 @@ SMALLEST_ARRAY_BYTES = 1 << 16
 """Arrays and HDF5 files below this size are not reported, because they usually contain labels or settings."""
 SMALLEST_BINARY_BYTES = 1 << 20
 """Binary files of unknown content below this size are not reported."""
+NO_RECORDINGS = frozenset(
+    (
+        *(".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".svg", ".psd", ".ico", ".heic"),
+        *(".avi", ".mp4", ".mov", ".mkv", ".wmv", ".mpg", ".mpeg", ".m4v", ".webm", ".asf"),
+        *(".wav", ".mp3", ".ogg", ".flac", ".m4a", ".aac", ".wma", ".aif", ".aiff"),
+        *(".pdf", ".doc", ".docx", ".ppt", ".pptx", ".xls", ".xlsx", ".odt", ".ods", ".odp", ".rtf", ".ps", ".eps"),
+        *(".nii", ".mgz", ".mgh", ".gii", ".img", ".stl", ".obj", ".ply", ".blend", ".fig", ".spm"),
+        *(".exe", ".dll", ".so", ".dylib", ".o", ".a", ".pyc", ".jar", ".class", ".msi", ".dmg", ".iso", ".whl"),
+        *(".pt", ".pth", ".ckpt", ".onnx", ".safetensors", ".pb", ".tflite", ".ttf", ".otf", ".woff", ".woff2"),
+        *(".db", ".sqlite", ".sqlite3", ".accdb", ".mdb", ".log", ".tmp", ".bak", ".lock", ".pack", ".idx"),
+        *COMPRESSED,
+        *ARCHIVES,
+    )
+)
+"""Extensions of common files that are not recordings."""
 MOST_MEMBERS = 10_000
 
 
@@ -117,6 +132,19 @@ RECORDERS = (
     Recorder(format="ebneuro", title="EB Neuro (Galileo)", suffixes=(".ebm",)),
     Recorder(format="manscan", title="MANSCAN", suffixes=(".mbi",), sidecars=r"{stem}\.mb2"),
     Recorder(format="elan", title="ELAN", suffixes=(".eeg.ent",)),
+    Recorder(format="tmsi", title="TMSi (Poly5)", suffixes=(".poly5", ".s00")),
+    Recorder(format="tmsi", title="TMSi (Poly5)", magic=((0, b"POLY SAMPLE FILE"),)),
+    Recorder(format="neuroexplorer", title="NeuroExplorer", suffixes=(".nex", ".nex5")),
+    Recorder(format="openvibe", title="OpenViBE", suffixes=(".ov",)),
+    Recorder(format="besa", title="BESA", suffixes=(".mul", ".fsg", ".foc")),
+    Recorder(format="ebs", title="EBS", magic=((0, b"EBS\x94"),)),
+    Recorder(format="nihon-text", title="Nihon Kohden text export (.m00)", suffixes=(".m00",)),
+    Recorder(format="mef", title="MEF 2", suffixes=(".mef",)),
+    Recorder(format="neuralynx-raw", title="Neuralynx raw data (.nrd)", suffixes=(".nrd",)),
+    Recorder(format="compumedics", title="Compumedics Profusion", suffixes=(".sdy", ".slp")),
+    Recorder(format="dewesoft", title="Dewesoft", suffixes=(".dxd", ".d7d")),
+    Recorder(format="snirf", title="near-infrared spectroscopy (SNIRF)", suffixes=(".snirf",), excluded=True),
+    Recorder(format="dicom", title="DICOM", magic=((128, b"DICM"),), excluded=True),
 )
 """Formats without a reader. For each file, the first entry that matches is used."""
 
@@ -140,7 +168,7 @@ def recognise_recorder(file: Any) -> Finding | None:
         by_bytes = all(file.head[at : at + len(what)] == what for at, what in recorder.magic)
         if by_name and by_bytes:
             return _describe(file, recorder)
-    return _recognise_compressed(file, name) or _recognise_arrays(file)
+    return _recognise_compressed(file, name) or _recognise_arrays(file) or _recognise_unknown(file)
 
 
 def _describe(file: Any, recorder: Recorder) -> Finding | None:
@@ -221,6 +249,15 @@ def _recognise_arrays(file: Any) -> Finding | None:
         return None
     text = "the file has no known header; convert it to EDF, or exclude it if it is not a recording"
     return Finding(format="binary", reason=Reason("binary file without a known header", text))
+
+
+def _recognise_unknown(file: Any) -> Finding | None:
+    """Report a large binary file of an unknown kind, because it may be the recording of an unknown amplifier."""
+    if b"\0" not in file.head or file.suffix in NO_RECORDINGS or int(file.path.stat().st_size) < SMALLEST_BINARY_BYTES:
+        return None
+    kind = f"a {file.suffix} file" if file.suffix else "a file without an extension"
+    text = f"{kind} whose content is not known; if it is a recording, convert it to EDF"
+    return Finding(format="unknown", reason=Reason("unknown kind of file", text), excluded=True)
 
 
 def _is_table(head: bytes) -> bool:

@@ -3,7 +3,7 @@
 Most text tables next to recordings are events, questionnaires or results, so a table is reported only if names of
 electrodes are at the top of at least four of its columns with numbers below, or at the beginning of at least four of
 its lines with numbers behind. Tables of electrode positions also have names of electrodes, but only a few numbers in
-each line.
+each line. A large table of numbers alone is reported as well, because it is probably a signal.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ MIN_ELECTRODES = 4
 MIN_LINES = 16
 LONG_LINE = 64
 """If a line begins with the name of an electrode and has more than this many numbers, the line is a signal."""
+LARGE_BYTES = 1 << 20
+"""A table without names of electrodes is reported if it has at least this size and only numbers."""
+MOST_TEXT_LINES = 16
+"""A table of numbers may begin with at most this many lines of text."""
+DECIMAL_COMMA = re.compile(r"(?<=\d),(?=\d)")
 PREFIX = re.compile(r"(RAW|EEG|Channel|Ch)[. _-]+(?=[A-Za-z])", re.IGNORECASE)
 """Prefix that programs of Muse, Emotiv and others write before the name of an electrode."""
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan", re.IGNORECASE)
@@ -44,14 +49,27 @@ def recognise_table(file: Any) -> Finding | None:
     finding = Finding(format="table", reason=Reason("no reader for signals in text tables", TEXT))
     if file.head[:20].startswith(b"%OpenBCI Raw"):
         return finding
-    lines = file.head.decode("latin-1").splitlines()
+    text = file.head.decode("latin-1")
+    if ";" in text[:4096] or ("\t" in text[:4096] and "." not in text[:4096]):
+        text = DECIMAL_COMMA.sub(".", text)
+    lines = text.splitlines()
     rows = [[entry.strip(" \"'") for entry in re.split(r"[,;\t]|\s{1,}", line.strip())] for line in lines[:64] if line]
     for i, row in enumerate(rows[:8]):
         if sum(_is_electrode(entry) for entry in row) >= MIN_ELECTRODES:
             below = [r for r in rows[i + 1 :] if sum(map(_is_number, r)) >= MIN_ELECTRODES]
             return finding if len(below) >= MIN_LINES and len(below) >= 0.8 * len(rows[i + 1 :]) else None
     long = [row for row in rows if _is_electrode(row[0]) and sum(map(_is_number, row[1:])) > LONG_LINE]
-    return finding if len(long) >= MIN_ELECTRODES or (long and len(lines) == 1) else None
+    if len(long) >= MIN_ELECTRODES or (long and len(lines) == 1):
+        return finding
+    return finding if _is_large_matrix(file, rows) else None
+
+
+def _is_large_matrix(file: Any, rows: list[list[str]]) -> bool:
+    """Return whether a large table has only lines with the same count of numbers, after a few lines of text."""
+    numbers = [row for row in rows if len(row) >= MIN_ELECTRODES and all(_is_number(entry) for entry in row if entry)]
+    same = len({len(row) for row in numbers}) == 1
+    large = int(file.path.stat().st_size) >= LARGE_BYTES
+    return same and len(numbers) >= len(rows) - MOST_TEXT_LINES and len(numbers) > MIN_LINES and large
 
 
 def _is_electrode(text: str) -> bool:

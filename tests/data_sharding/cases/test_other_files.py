@@ -123,6 +123,10 @@ UNREAD = {
     "s.h5": (b"\x89HDF\r\n\x1a\n" + bytes(1 << 17), "HDF5"),
     "t.dat": (bytes(1 << 21), "binary"),
     "u.bin": (bytes(1 << 21), "binary"),
+    "v.Poly5": (b"x", "TMSi"),
+    "w.s01": (b"POLY SAMPLE FILEversion 2.03", "TMSi"),
+    "x.nex": (b"NEX1", "NeuroExplorer"),
+    "y.m00": (b"TimePoints=1000", "Nihon Kohden text"),
 }
 
 
@@ -135,6 +139,18 @@ def test_recordings_without_a_reader_have_a_row(tmp_path: Path) -> None:
         recording = found[name]
         assert recording.problem is not None and words in recording.problem and recording.continuous, name
         assert any(word in recording.problem for word in ("export", "convert", "unpack", "use the")), name
+
+
+def test_a_large_file_of_an_unknown_kind_has_a_row(tmp_path: Path) -> None:
+    large = bytes(range(256)) * 4096
+    for name in ("a.amp", "b", "movie.AVI", "brain.nii.gz", "model.pt"):
+        (tmp_path / name).write_bytes(large)
+    (tmp_path / "small.amp").write_bytes(large[:-1])
+    (tmp_path / "text.amp").write_bytes(b"words " * 200_000)
+    (tmp_path / "image.dcm").write_bytes(bytes(128) + b"DICM")
+    found = rows(tmp_path)
+    assert set(found) == {"a.amp", "b", "image.dcm"} and not any(r.continuous for r in found.values())
+    assert "a .amp file whose content is not known" in found["a.amp"].problem
 
 
 def test_all_files_of_a_recording_have_one_row(tmp_path: Path) -> None:
@@ -182,8 +198,14 @@ def test_text_tables_are_reported_only_if_they_hold_a_signal(tmp_path: Path) -> 
     (tmp_path / "scores.csv").write_text("id,age,sex,score\n" + "1,20,F,3.5\n" * 50)
     (tmp_path / "README.txt").write_text("Electrodes: Fp1 Fp2 C3 C4 were used.\n" + "More words follow.\n" * 30)
     (tmp_path / "about.json").write_text(json.dumps({"Fp1": 1}))
+    comma = signal.replace(",", ";").replace(".", ",")
+    (tmp_path / "semicolon.csv").write_text(f"t;Fp1;Fp2;C3;C4\n{comma}\n")
+    (tmp_path / "numbers.asc").write_text("Rate 250\n" + f"{signal}\n".replace(",", " ") * 1000)
+    (tmp_path / "few numbers.asc").write_text(f"{signal}\n".replace(",", " ") * 10)
+    (tmp_path / "words.txt").write_text("one 2 3 4 five\n" * 100_000)
     found = rows(tmp_path)
-    assert set(found) == {"wide.csv", "muse.csv", "emotiv.tsv", "openbci.txt", "across.txt"}
+    names = {"wide.csv", "muse.csv", "emotiv.tsv", "openbci.txt", "across.txt", "semicolon.csv", "numbers.asc"}
+    assert set(found) == names
     assert all(recording.problem and "kind arrays" in recording.problem for recording in found.values())
 
 

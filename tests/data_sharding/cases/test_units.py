@@ -19,6 +19,21 @@ SPELLINGS = {
     1e-6: [
         *("uV", "UV", "uv", "µV", "μV", "microvolts", "Microvolt", "micro-volts", "uVolt", "uVolts", "µVolts"),
         *("uV_rms", "uVrms", "µV/bit", "10^-6V", "1e-6 V", "x10^-6 V", "muV", "mcV", "[uV]", "(µV)", "uV\0", "µ V"),
+        *(
+            "microvol",
+            "uVpp",
+            "uVp-p",
+            "uV DC",
+            "uV(rms)",
+            "uV.",
+            "(uV",
+            "uV]",
+            '"uV"',
+            "u\0V\0",
+            "V x 10^-6",
+            "V*1e-6",
+        ),
+        *("$\\mu$V", "&micro;V", "μV".encode("big5").decode("latin-1"), "ÿþu\0V"),
         *("мкВ", "㎶", "Âµ" + "V", "Î¼V", "æV", "\x83ÊV", "¦ÌV", "�V", "?V", "мкВ".encode("cp1251").decode("latin-1")),
     ],
     1e-9: ["nV", "NV", "nanovolt", "nVolts", "нВ"],
@@ -34,7 +49,24 @@ def test_every_spelling_of_a_voltage() -> None:
 
 
 def test_other_units_are_no_voltage() -> None:
-    for unit in ["", "%", "degC", "foo", "counts", "V/m", "uV^2", "uV2/Hz", "mmHg", "kOhm", "n/a", "10e-6V", "Vs", "x"]:
+    for unit in [
+        "",
+        "%",
+        "degC",
+        "foo",
+        "counts",
+        "V/m",
+        "uV^2",
+        "uV2/Hz",
+        "mmHg",
+        "kOhm",
+        "n/a",
+        "10e-6V",
+        "Vs",
+        "x",
+        "1e-6V*1e-6",
+        "V*s",
+    ]:
         assert to_volts(unit) is None, unit
     assert all(names_no_unit(unit) for unit in ["", " ", "n/a", "N/A", "none", "-"])
     assert not any(names_no_unit(unit) for unit in ["V", "foo", "%"])

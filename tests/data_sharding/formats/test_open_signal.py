@@ -513,6 +513,29 @@ class TestOtherFormats:
         signal = open_file(path)
         np.testing.assert_allclose(read_all(signal), raw.get_data(), atol=0.05e-6)
 
+    @pytest.mark.parametrize(("encoding", "end"), [("utf-16", "\n"), ("utf-16", "\r\n"), ("utf-8", "\r")])
+    @pytest.mark.parametrize("page", ["UTF-8", "UTF-16"])
+    def test_brainvision_texts_that_mne_does_not_read(
+        self, tmp_path: Path, make_raw, write_raw, encoding: str, end: str, page: str
+    ) -> None:
+        import mne
+
+        raw = make_raw(2, 100, 10)
+        raw.set_annotations(mne.Annotations([4.0], [1.0], ["BAD"]))
+        path = write_raw(raw, tmp_path / "a.vhdr")
+        for file in (path, path.with_suffix(".vmrk")):
+            text = file.read_text(encoding="utf-8").replace("UTF-8", page).replace("\n", end)
+            file.write_bytes(text.encode(encoding))
+        signal = open_file(path)
+        np.testing.assert_allclose(read_all(signal), raw.get_data(), atol=0.05e-6)
+        assert [(a, b) for a, b, _ in signal.info.bad_spans] == [(4.0, 5.0)]
+
+    def test_big_endian_brainvision_is_refused(self, tmp_path: Path, make_raw, write_raw) -> None:
+        path = write_raw(make_raw(2, 100, 3), tmp_path / "a.vhdr")
+        path.write_text(path.read_text().replace("BinaryFormat", "UseBigEndianOrder=YES\nBinaryFormat"))
+        with pytest.raises(ReadError, match="big-endian"):
+            open_file(path)
+
     def test_egi_simple_binary_is_read(self, tmp_path: Path) -> None:
         x = np.random.default_rng(0).normal(0, 20, (3, 500)).astype(np.float32)
         signal = open_file(write_egi(tmp_path / "a.raw", x))
