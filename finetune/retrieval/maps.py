@@ -5,8 +5,7 @@ Tensor shapes: B trials, M images, F features, P width of the embeddings.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +20,13 @@ from data_sharding.common.progress import progress
 from data_sharding.common.untrusted import check_group, check_text
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.clip_head import ClipHead
-from finetune.eeg import PART, group_repeats, read_means, scale_eeg
+from finetune.eeg import PART, read_means, scale_eeg
 from finetune.generators import read_part
 from finetune.images import ImageTable
-from finetune.linear.model import compute_time_courses
+from finetune.linear.time_courses import read_time_courses
 from pretrain.encoder.encoder import EEGEncoder
-from pretrain.evidence.ridge import STRENGTHS, ridge_scores
+from pretrain.evidence.channels import find_common_channels
+from pretrain.evidence.ridge import STRENGTHS, RidgeFit, RidgeSums
 from pretrain.evidence.trials import tabulate_trials
 
 Floats = NDArray[np.float32]
@@ -93,93 +93,132 @@ def _unit(x: NDArray[Any]) -> NDArray[Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Regression:
+    """Ridge regression of one person, or of all people."""
+
+    mean_F: Floats
+    mean_P: Floats
+    weight_FP: Floats
+    penalty: float
+    """Penalty, as a multiple of the mean eigenvalue of the features' covariance."""
+
+    def predict(self, x_BF: Floats) -> Floats:
+        """Return the embeddings [B, P] for features."""
+        return np.asarray((x_BF - self.mean_F) @ self.weight_FP + self.mean_P, np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RidgeMap:
-    """Ridge regression from time courses to embeddings, fitted on the train split.
+    """Ridge regressions from time courses to embeddings, which were fitted on a train split by `fit_ridge`."""
 
-    With `fit` "each", every person has a separate regression. The difference to "pooled" shows how much a regression
-    for all people loses.
-    """
-
+    channels: list[str]
+    """Channels that the regressions read."""
     bins: int
     """Number of time bins of each channel."""
     fit: Fit
     """pooled: one regression for all people. each: one regression for each person."""
+    regressions: dict[str, Regression]
+    """Maps corpus and person to the person's regression. The name of the regression for all people is an empty text."""
 
-    def embed(
-        self,
-        train: EEGDataset,
-        target_MP: Floats,
-        test: EEGDataset,
-        groups: Sequence[Sequence[int]],
-    ) -> tuple[Floats, dict[str, float]]:
-        """Fit the regression, and compute the embeddings of groups of test presentations.
+    @property
+    def penalties(self) -> dict[str, float]:
+        """Penalty of each regression."""
+        return {person: found.penalty for person, found in self.regressions.items()}
 
-        The penalty is chosen inside the train split: a fifth of the images is held out, and the penalty with the best
-        mean cosine similarity on these images is used.
+    def embed(self, data: EEGDataset, groups: Sequence[Sequence[int]]) -> Floats:
+        """Compute the embeddings [B, P] of groups of presentations; the EEG of a group is averaged.
 
-        Parameters
-        ----------
-        train : EEGDataset
-            Trials of the train split.
-        target_MP : ndarray, shape (M, P)
-            Embeddings of the images of the train split, in the order of ``ImageTable(train)``.
-        test : EEGDataset
-            Trials of the split whose images are searched.
-        groups : sequence of sequence of int
-            Groups of presentations of the split `test`, from `group_repeats`.
-
-        Returns
-        -------
-        embeds_BP : ndarray, shape (B, P)
-            Embeddings of the groups.
-        penalties : dict
-            Maps corpus and person to the penalty of the person's regression. The name of the regression for all people
-            is an empty text.
-
-        Raises
-        ------
-        RequestError
-            If a person of the test split has no trials in the train split and `fit` is "each".
+        Every person of the groups must have a regression.
         """
-        channels = int(min(train.trials.numbers("n").min(), test.trials.numbers("n").min()))
-        x_BF = self._read(train, group_repeats(train, 1), channels)
-        new_BF = self._read(test, groups, channels)
-        table = ImageTable(train)
-        rows_B = table.row_of
-        owner_B, owner_new = _people(train, self.fit), _people(test, self.fit)[[group[0] for group in groups]]
-        out_BP = np.empty((len(groups), target_MP.shape[1]), np.float32)
-        penalties = {}
-        for person in np.unique(owner_new):
-            own = owner_B == person
-            if not own.any():
-                raise RequestError(
-                    f"{test.path}: {person} is not in the train split, so no regression can be fitted for this person; "
-                    f"set fit: pooled"
-                )
-            fitted_BF, wanted_BF = _standardise(x_BF[own], new_BF[owner_new == person])
-            chosen = _choose_penalty(fitted_BF, rows_B[own], target_MP)
-            # The scores of only one penalty are kept, because those of all penalties can be larger than the memory.
-            scores = ridge_scores(fitted_BF, target_MP[rows_B[own]], wanted_BF)
-            out_BP[owner_new == person] = next(itertools.islice(scores, chosen, None))
-            penalties[str(person)] = float(STRENGTHS[chosen])
-        return out_BP, penalties
+        people = _people(data, self.fit)
 
-    def _read(self, data: EEGDataset, groups: Sequence[Sequence[int]], channels: int) -> Floats:
-        bins = min(self.bins, data.n_times)
+        def embed(part: Sequence[Sequence[int]]) -> Floats:
+            x_BF = read_time_courses(data, part, self.channels, self.bins)
+            owner_B = people[[group[0] for group in part]]
+            out_BP = np.empty((len(part), len(next(iter(self.regressions.values())).mean_P)), np.float32)
+            for person in np.unique(owner_B):
+                out_BP[owner_B == person] = self.regressions[str(person)].predict(x_BF[owner_B == person])
+            return out_BP
 
-        def read(part: Sequence[Sequence[int]]) -> Floats:
-            return compute_time_courses(read_means(data, part), data.spec, channels=channels, bins=bins)
-
-        return _in_parts(read, groups, "time courses")
+        return _in_parts(embed, groups, "EEG embeddings")
 
 
-def _standardise(x_BF: Floats, new_BF: Floats) -> tuple[Floats, Floats]:
-    """Standardise training features and new features with the mean and standard deviation of the training features."""
-    mean_F, std_F = x_BF.mean(axis=0), x_BF.std(axis=0)
-    # A constant feature, such as that of a dead channel, becomes 0. Dividing a constant feature by its standard
-    # deviation, which is almost 0, would let this feature decide about all predictions.
-    std_F = np.where(std_F > 1e-6, std_F, np.inf)
-    return ((x_BF - mean_F) / std_F).astype(np.float32), ((new_BF - mean_F) / std_F).astype(np.float32)
+def fit_ridge(train: EEGDataset, target_MP: Floats, test: EEGDataset, *, bins: int, fit: Fit) -> RidgeMap:
+    """Fit ridge regressions from time courses to embeddings on the train split.
+
+    With `fit` "each", every person has a separate regression. The difference to "pooled" shows how much a regression
+    for all people loses. The penalty is chosen inside the train split: a fifth of the images is held out, and the
+    penalty with the best mean cosine similarity on these images is used. The features are read in parts, and only sums
+    over trials are kept, so the memory does not grow with the number of trials.
+
+    Parameters
+    ----------
+    train : EEGDataset
+        Trials of the train split.
+    target_MP : ndarray, shape (M, P)
+        Embeddings of the images of the train split, in the order of ``ImageTable(train)``.
+    test : EEGDataset
+        Split whose images are searched. Only its people and the names of its channels are used.
+    bins : int
+        Number of time bins of each channel.
+    fit : str
+        pooled or each.
+
+    Returns
+    -------
+    RidgeMap
+        One regression for all people, or one regression for each person of the split `test`.
+
+    Raises
+    ------
+    RequestError
+        If the splits have no channel in common, or if a person of the test split has no trials in the train split and
+        `fit` is "each".
+    """
+    channels = find_common_channels([(split, range(len(split))) for split in (train, test)])
+    if not channels:
+        raise RequestError(
+            f"{train.path}: the trials of the splits train and {test.split} have no channel in common, so no "
+            "regression can be fitted; make a dataset from recordings with common channels"
+        )
+    bins = min(bins, train.n_times)
+    row_B, owner_B = ImageTable(train).row_of, _people(train, fit)
+
+    def read(numbers: NDArray[np.int64]) -> Iterator[tuple[Floats, Floats]]:
+        with progress("time courses of the train split", len(numbers)) as advance:
+            for start in range(0, len(numbers), PART):
+                part = numbers[start : start + PART]
+                groups = [[number] for number in part.tolist()]
+                yield read_time_courses(train, groups, channels, bins), target_MP[row_B[part]]
+                advance(len(part))
+
+    regressions = {}
+    for person in np.unique(_people(test, fit)):
+        own = np.flatnonzero(owner_B == person)
+        if not len(own):
+            raise RequestError(
+                f"{test.path}: {person} is not in the train split, so no regression can be fitted for this person; "
+                f"set fit: pooled"
+            )
+
+        held = np.isin(row_B[own], np.unique(row_B[own])[::5])
+        sums = []
+        for numbers in (own[~held], own[held]):
+            sums.append(RidgeSums(len(channels) * bins, target_MP.shape[1]))
+            for x_BF, y_BP in read(numbers):
+                sums[-1].add(x_BF, y_BP)
+        total = sums[0] + sums[1]
+        scale_F = total.compute_scale()
+        # Without kept images, there is nothing to choose from, so the middle penalty is used.
+        chosen = _choose_penalty(sums[0].fit(scale_F), read(own[held])) if sums[0].n else len(STRENGTHS) // 2
+        found = total.fit(scale_F)
+        regressions[str(person)] = Regression(
+            mean_F=found.mean_F.astype(np.float32),
+            mean_P=found.mean_L.astype(np.float32),
+            weight_FP=found.compute_weights(chosen).astype(np.float32),
+            penalty=float(STRENGTHS[chosen]),
+        )
+    return RidgeMap(channels=channels, bins=bins, fit=fit, regressions=regressions)
 
 
 def _people(data: EEGDataset, fit: Fit) -> NDArray[np.str_]:
@@ -189,17 +228,14 @@ def _people(data: EEGDataset, fit: Fit) -> NDArray[np.str_]:
     return tabulate_trials(data).subjects_n
 
 
-def _choose_penalty(x_BF: Floats, row_B: NDArray[np.integer], target_MP: Floats) -> int:
+def _choose_penalty(kept: RidgeFit, held: Iterable[tuple[Floats, Floats]]) -> int:
     """Return the position in `STRENGTHS` of the penalty with the best similarity on held-out training images."""
-    images = np.unique(row_B)
-    held_B = np.isin(row_B, images[::5])
-    if held_B.all() or not held_B.any():
-        return len(STRENGTHS) // 2
-    truth_BP = _unit(target_MP[row_B[held_B]] - target_MP[row_B[~held_B]].mean(axis=0))
-    middle_P = target_MP[row_B[~held_B]].mean(axis=0)
-    similarities = [
-        float((_unit(found_BP - middle_P) * truth_BP).sum(axis=1).mean())
-        for found_BP in ridge_scores(x_BF[~held_B], target_MP[row_B[~held_B]], x_BF[held_B])
-    ]
+    weights = [kept.compute_weights(number).astype(np.float32) for number in range(len(STRENGTHS))]
+    mean_F, mean_P = kept.mean_F.astype(np.float32), kept.mean_L.astype(np.float32)
+    similarities = np.zeros(len(STRENGTHS))
+    for x_BF, y_BP in held:
+        x_BF, truth_BP = x_BF - mean_F, _unit(y_BP - mean_P)
+        for number, weight_FP in enumerate(weights):
+            similarities[number] += float((_unit(x_BF @ weight_FP) * truth_BP).sum())
     # If several penalties are equally good, use the strongest penalty.
     return len(STRENGTHS) - 1 - int(np.argmax(similarities[::-1]))

@@ -30,7 +30,7 @@ from finetune.generation.predictors import Prediction
 from finetune.generation.trials import NotApplicableError, list_trials
 from finetune.generators import digest_folder
 from finetune.images import ImageTable, open_paired
-from finetune.retrieval.maps import RIDGE, AlignmentRun, Fit, RidgeMap
+from finetune.retrieval.maps import RIDGE, AlignmentRun, Fit, RidgeMap, fit_ridge
 from finetune.retrieval.report import render_retrieval
 from finetune.retrieval.scores import identify, match_images, measure_hubness, top_k
 from finetune.training.accelerate import quiet_libraries
@@ -153,12 +153,12 @@ def chance_of(name: str, images: int) -> float:
 
 
 def _embed_groups(
-    config: RetrieveConfig, run: AlignmentRun | None, train: EEGDataset, train_MP: Any, data: EEGDataset, groups: Any
+    config: RetrieveConfig, model: AlignmentRun | RidgeMap, data: EEGDataset, groups: Any
 ) -> NDArray[Any]:
-    if run is not None:
-        embeds_BP = run.embed(data, groups, choose_device(config.device))
+    if isinstance(model, AlignmentRun):
+        embeds_BP = model.embed(data, groups, choose_device(config.device))
     else:
-        embeds_BP = RidgeMap(bins=config.bins, fit=config.fit).embed(train, train_MP, data, groups)[0]
+        embeds_BP = model.embed(data, groups)
     return _check_embeddings(embeds_BP, f"{config.model}: the EEG embeddings")
 
 
@@ -179,9 +179,7 @@ def _embed_with_neighbours(
         sources = exchange_within(data, groups, seed)
     except NotApplicableError as reason:
         return embed(groups), NotApplicable(reason=str(reason))
-    # A ridge regression is fitted in each call, so all embeddings are computed in one call.
-    embeds = embed([*groups, *sources])
-    return embeds[: len(groups)], embeds[len(groups) :]
+    return embed(groups), embed(sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,6 +366,7 @@ def retrieve(config: RetrieveConfig) -> int:
         )
         for table in tables
     )
+    model = fit_ridge(train, train_MP, data, bins=config.bins, fit=config.fit) if run is None else run
     copies = find_copies(train, data)
     rows: dict[str, Any] = {}
     ranks: dict[str, Any] = {}
@@ -377,7 +376,7 @@ def retrieve(config: RetrieveConfig) -> int:
         if average != 1 and len(groups) == len(data):
             rows[name] = "not applicable: every image was shown once to each person"
             continue
-        embed = functools.partial(_embed_groups, config, run, train, train_MP, data)
+        embed = functools.partial(_embed_groups, config, model, data)
         embeds_BP, neighbours_BP = _embed_with_neighbours(embed, data, groups, config.seed)
         if embeds_BP.shape[1] != gallery_MP.shape[1]:
             raise RequestError(
@@ -407,6 +406,8 @@ def retrieve(config: RetrieveConfig) -> int:
         "target": target,
         "layer": config.layer,
         "fit": config.fit if run is None else None,
+        "penalties": model.penalties if isinstance(model, RidgeMap) else None,
+        "channels": len(model.channels) if isinstance(model, RidgeMap) else None,
         "dataset_id": data.manifest.dataset_id,
         "dataset_version": data.manifest.version,
         "split": config.split,

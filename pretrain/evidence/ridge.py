@@ -6,6 +6,7 @@ The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,3 +43,105 @@ def ridge_scores(x_nF: np.ndarray, y_nL: np.ndarray, new_mF: np.ndarray) -> Iter
     unit = value.mean() or 1.0
     for strength in STRENGTHS:
         yield basis @ (weights / (value + strength * unit)[:, None]) + mean_L
+
+
+class RidgeSums:
+    """Sums over training trials, from which ridge regressions are computed without all features in memory.
+
+    The sums are kept in float64. They hold F x F and F x L numbers, whatever the number of trials.
+
+    Parameters
+    ----------
+    features, targets : int
+        Numbers F and L of features and targets.
+    """
+
+    def __init__(self, features: int, targets: int) -> None:
+        self.n = 0
+        self.shift_F = np.zeros(features)
+        self.xx_FF, self.xy_FL = np.zeros((features, features)), np.zeros((features, targets))
+        self.x_F, self.y_L = np.zeros(features), np.zeros(targets)
+
+    def add(self, x_nF: np.ndarray, y_nL: np.ndarray) -> None:
+        """Add the features and targets of some trials."""
+        if not len(x_nF):
+            return
+        if not self.n:
+            # The mean of the first trials is subtracted from all trials, so that a large common offset does not cost
+            # precision. The results do not depend on this offset.
+            self.shift_F = np.asarray(x_nF, np.float64).mean(axis=0)
+        x_nF, y_nL = np.asarray(x_nF, np.float64) - self.shift_F, np.asarray(y_nL, np.float64)
+        self.n += len(x_nF)
+        self.xx_FF += x_nF.T @ x_nF
+        self.xy_FL += x_nF.T @ y_nL
+        self.x_F += x_nF.sum(axis=0)
+        self.y_L += y_nL.sum(axis=0)
+
+    def __add__(self, other: RidgeSums) -> RidgeSums:
+        """Return the sums over the trials of both."""
+        if not (self.n and other.n):
+            return self if self.n else other
+        found, more_F = RidgeSums(*self.xy_FL.shape), other.shift_F - self.shift_F
+        found.n, found.shift_F = self.n + other.n, self.shift_F
+        x_F = other.x_F + other.n * more_F
+        cross_FF = np.outer(other.x_F, more_F)
+        found.xx_FF = self.xx_FF + other.xx_FF + cross_FF + cross_FF.T + other.n * np.outer(more_F, more_F)
+        found.xy_FL = self.xy_FL + other.xy_FL + np.outer(more_F, other.y_L)
+        found.x_F, found.y_L = self.x_F + x_F, self.y_L + other.y_L
+        return found
+
+    def compute_scale(self, least: float = 1e-6) -> np.ndarray:
+        """Return the standard deviation [F] of each feature; infinity for a constant feature, which becomes 0."""
+        variance_F = np.diag(self.xx_FF) / self.n - (self.x_F / self.n) ** 2
+        std_F = np.sqrt(np.maximum(variance_F, 0))
+        return np.where(std_F > least, std_F, np.inf)
+
+    def fit(self, scale_F: np.ndarray) -> RidgeFit:
+        """Fit ridge regressions to the features divided by `scale_F`, with each penalty of `STRENGTHS`.
+
+        The results are those of `ridge_scores` for the divided features.
+        """
+        mean_F, mean_L = self.x_F / self.n, self.y_L / self.n
+        xx_FF = (self.xx_FF - self.n * np.outer(mean_F, mean_F)) / scale_F / scale_F[:, None]
+        xy_FL = (self.xy_FL - np.outer(self.x_F, mean_L)) / scale_F[:, None]
+        value_F, vector_FF = np.linalg.eigh(xx_FF)
+        value_F = np.maximum(value_F, 0)
+        # With fewer trials than features, `ridge_scores` takes the mean over the trials.
+        unit = value_F.sum() / min(len(value_F), self.n) or 1.0
+        return RidgeFit(
+            mean_F=mean_F + self.shift_F,
+            mean_L=mean_L,
+            scale_F=scale_F,
+            value_F=value_F,
+            vector_FF=vector_FF,
+            rotated_FL=vector_FF.T @ xy_FL,
+            unit=float(unit),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RidgeFit:
+    """Ridge regressions with all penalties, from `RidgeSums.fit`."""
+
+    mean_F: np.ndarray
+    """Mean of each feature over the training trials."""
+    mean_L: np.ndarray
+    """Mean of each target over the training trials."""
+    scale_F: np.ndarray
+    """Divisor of each feature."""
+    value_F: np.ndarray
+    """Eigenvalues of X'X, where X holds the centred and divided features."""
+    vector_FF: np.ndarray
+    """Eigenvectors of X'X."""
+    rotated_FL: np.ndarray
+    """X'Y in the basis of the eigenvectors."""
+    unit: float
+    """Mean eigenvalue, in which the penalties are measured."""
+
+    def compute_weights(self, number: int) -> np.ndarray:
+        """Return the weights [F, L] for the penalty ``STRENGTHS[number]``.
+
+        The scores of features x are ``(x - mean_F) @ weights + mean_L``.
+        """
+        shrunk_FL = self.rotated_FL / (self.value_F + STRENGTHS[number] * self.unit)[:, None]
+        return (self.vector_FF @ shrunk_FL) / self.scale_F[:, None]
