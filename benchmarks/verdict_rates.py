@@ -28,7 +28,7 @@ BEGIN, END = "<!-- rates: begin -->", "<!-- rates: end -->"
 
 
 def count_words(name: str, seeds: int, resamples: int) -> dict[str, Any]:
-    """Count the words of a set.
+    """Count how often each verdict occurs in the simulations of a set.
 
     Parameters
     ----------
@@ -42,7 +42,8 @@ def count_words(name: str, seeds: int, resamples: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        Settings, true word, counts of all words, and means over the seeds of the model's own score and of its chance.
+        Settings, true verdict, counts of all verdicts, and means over the seeds of the model's own score and of its
+        chance.
     """
     design, truth = SETS[name]
     words: Counter[str] = Counter()

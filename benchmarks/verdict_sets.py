@@ -205,7 +205,7 @@ def _predict(
 
 
 def _make_images(design: Design, rng: np.random.Generator) -> _Images:
-    # If the split is by time, every person sees other images.
+    # If the split is by time, no image is seen by two people.
     sets = design.people if design.split == "time" else 1
     label_I = np.tile(np.repeat(np.arange(design.labels), design.images), sets)
     if design.skewed:
@@ -346,7 +346,7 @@ class _Measure:
         self.chance = 0.5 if self.by_image else 1 / design.labels
 
     def hits(self, shown_nD: np.ndarray, seen_n: np.ndarray | None = None) -> np.ndarray:
-        """Return 1 for the right category, or the share of other images that are farther; see `Design.search`."""
+        """Return 1 for the right category, or the share of images farther than the seen image; see `Design.search`."""
         seen_n = self.seen_n if seen_n is None else seen_n
         if self.by_image:
             return self._rank(shown_nD, seen_n, same_label=None if self.search else False)

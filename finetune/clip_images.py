@@ -202,7 +202,7 @@ def digest_weights(model: torch.nn.Module) -> list[float]:
     Returns
     -------
     list of float
-        Sums of a few weight tensors. Different models have different sums.
+        Sums of a few weight tensors. Two models with different weights have different sums.
     """
     parameters = list(model.parameters())
     picked = [*parameters[:: max(1, len(parameters) // 8)], parameters[-1]]

@@ -177,7 +177,7 @@ class _Unusable(ValueError):
 
 
 def _content(path: Path, source: str) -> dict[str, Any]:
-    """Read the array, sampling rate and channels of a released file, and for epochs the time of their first sample."""
+    """Read the array, sampling rate and channels of a released file; for epochs, also the time of the first sample."""
     content = load_npy(path)
     key, ndim = ("preprocessed_eeg_data", 4) if source == "preprocessed" else ("raw_eeg_data", 2)
     if not isinstance(content, dict) or key not in content or "ch_names" not in content:

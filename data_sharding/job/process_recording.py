@@ -107,8 +107,8 @@ def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
         Hexadecimal checksum. For a recording of one file and without options, the checksum is the SHA-256 of the file.
     """
     whole = digest_of(sorted(hashes)) if len(hashes) > 1 else hashes[0]
-    # Several recordings in one file differ only in their options. If the checksum did not include the options, several
-    # recordings in one file would look like duplicates.
+    # Several recordings in one file have the same files and different options. If the checksum did not include the
+    # options, several recordings in one file would look like duplicates.
     return digest_of([whole, item.options]) if item.options else whole
 
 

@@ -97,7 +97,7 @@ def randomise_phases(eeg_CT: np.ndarray, seed: int) -> np.ndarray:
     -------
     ndarray of float32, shape (C, T)
         Noise. Each channel has the mean and the amplitude spectrum of the trial's channel. The phases of all channels
-        change by the same angle, so the covariance of the channels is kept, too. The time course is destroyed.
+        change by the same angle, so the covariance of the channels is kept, too. The time course of the trial is lost.
 
     References
     ----------

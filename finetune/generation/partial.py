@@ -48,7 +48,7 @@ def encode_png(pixels_HW3: np.ndarray, texts: Mapping[str, object] | None = None
 class PartialFolder:
     """Images of an unfinished result, in the folder ``OUTPUT.partial`` next to the output.
 
-    Several processes may call `add`. Only one process, rank 0, calls the other methods.
+    Several processes may call `add`. All methods except `add` are called only by rank 0.
 
     Parameters
     ----------

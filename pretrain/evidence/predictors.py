@@ -204,7 +204,8 @@ def _commonest_of_recording(fit: _Places, new: _Places, gap: float | None) -> La
     for rows, columns, distance in _distances(fit, new):
         if not len(columns):
             continue
-        # Without a gap, trials with unknown time vote too, because the most common label does not depend on the time.
+        # If `gap` is None, trials with unknown time count too, because the most common label does not depend on the
+        # time.
         valid = np.ones(distance.shape, bool)
         if gap is not None:
             valid = (distance >= gap) & (rows[:, None] != columns[None])

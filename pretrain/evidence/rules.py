@@ -1,6 +1,6 @@
 """Written rules that turn scores and controls into a verdict in words.
 
-`judge` applies `RULES` in their order, and the first rule that holds gives the word of the verdict:
+`judge` applies `RULES` in their order, and the first rule that holds gives the verdict, which is one of five words:
 
 =============  =====================================================================================
 confounded     the label can be predicted without a response to the picture
@@ -19,7 +19,7 @@ own score, the permutation test over people has p below `LEVEL`, if there are en
 permutation test is needed because the interval of a bootstrap over few people is too narrow, and because one strong
 person of eight shows nothing about people.
 
-docs/evaluation.md explains the controls, the words and the limits. Array shapes: n trials.
+docs/evaluation.md explains the controls, the verdicts and the limits of the verdicts. Array shapes: n trials.
 """
 
 from __future__ import annotations
@@ -162,16 +162,16 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The word of a verdict, its scope, and everything that led to the word."""
+    """A verdict, its scope, and everything that led to the verdict."""
 
     word: Word
-    """The verdict."""
+    """The verdict in one of the five words."""
     scope: str | None
-    """People and concepts for which a signal was shown; None for other words than category only and signal."""
+    """People and concepts for which a signal was shown; None unless the verdict is category only or signal."""
     why: tuple[str, ...]
-    """Sentences that explain the word."""
+    """Sentences that explain the verdict."""
     comparisons: tuple[Comparison, ...]
-    """Every comparison that was made; empty if the word follows from the design, the test trials or the judge alone."""
+    """Every comparison that was made; empty if the design, the test trials or the judge alone decides the verdict."""
     not_applicable: dict[str, str]
     """Reason for each control that cannot be made from the data."""
 

@@ -56,7 +56,7 @@ def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, 
         clustered = ((sums - share * counts) ** 2).sum() / n**2 * images / (images - 1)
         effect = max(1.0, clustered / (share * (1 - share) / n))
     # Wilson's formula is written out here, because SciPy's binomtest(...).proportion_ci takes only whole numbers of
-    # trials. A unit test compares the results with SciPy's results for whole numbers.
+    # trials. For whole numbers of trials, a unit test compares the results with SciPy's results.
     effective, z = n / effect, 1.959964
     centre = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
     half = z * np.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2)) / (1 + z**2 / effective)

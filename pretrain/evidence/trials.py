@@ -116,7 +116,7 @@ def tabulate_trials(dataset: EEGDataset, *, times_known: bool = True, images_nee
     images_needed : bool
         False for a dataset whose trials may have no image. If all trials of a recording have the same label, the trials
         without an image get the name of the recording as their image, because these trials are parts of one long event.
-        Every other trial without an image gets a unique name as its image.
+        If the labels in a recording differ, each trial without an image gets a unique name as its image.
 
     Returns
     -------

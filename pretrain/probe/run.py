@@ -48,7 +48,7 @@ def probe(config: ProbeConfig) -> int:
     Returns
     -------
     int
-        Exit code of the command: 1 if `config.require` is signal and the verdict is another word, else 0.
+        Exit code of the command: 1 if `config.require` is signal and the verdict is not signal, else 0.
 
     Raises
     ------

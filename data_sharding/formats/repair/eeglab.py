@@ -74,7 +74,7 @@ def _repairing() -> Iterator[_Found]:
     Yields
     ------
     _Found
-        Notes, events and marks of the file. They are complete after MNE has loaded the file.
+        Notes, events and marks of the file. The lists are complete after MNE has loaded the file.
     """
     from mne.io.eeglab import eeglab
 
