@@ -165,12 +165,11 @@ def _make_plan(
     if control not in PREDICTORS:
         extra = [{"noise": True} if control == "noise" else {} for _ in trials]
         return _Plan(trials=trials, make=_use_model(generator, dataset, config, sampling), extra=extra)
-    train = _open_train(dataset, config)
+    table = ImageTable(_open_train(dataset, config))
     found = _compute_on_first(
         world,
-        lambda: predict(control, train, dataset, trials, seed=config.seed, average_repeats=config.average_repeats),
+        lambda: predict(control, table, dataset, trials, seed=config.seed, average_repeats=config.average_repeats),
     )
-    table = ImageTable(train)
     extra = [
         {"predicted_label": int(label), "shown_image_id": table.ids[row]}
         for label, row in zip(found.labels_B, found.rows_B, strict=True)

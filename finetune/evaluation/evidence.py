@@ -16,6 +16,7 @@ from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.manifest import NAME
 from finetune.generation.predictors import Prediction, Predictor, predict
 from finetune.generation.trials import NotApplicableError, Trial
+from finetune.images import ImageTable
 from pretrain.evidence.copies import find_copies
 from pretrain.evidence.design import describe_design
 from pretrain.evidence.rules import Control, Design, Evidence, NotApplicable
@@ -26,7 +27,7 @@ PREDICTORS: tuple[Predictor, ...] = ("time", "baseline", "eyes")
 
 
 def make_predictors(
-    train: EEGDataset,
+    table: ImageTable,
     data: EEGDataset,
     trials: Sequence[Trial],
     score: Callable[[Prediction], NDArray[np.float64]],
@@ -36,8 +37,10 @@ def make_predictors(
 
     Parameters
     ----------
-    train, data : EEGDataset
-        Train split, and the split of the trials.
+    table : ImageTable
+        Images of the train split.
+    data : EEGDataset
+        Split of the trials.
     trials : sequence of Trial
         The trials.
     score : callable
@@ -53,7 +56,7 @@ def make_predictors(
     found: dict[str, Control | NotApplicable] = {}
     for name in PREDICTORS:
         try:
-            prediction = predict(name, train, data, trials, seed=seed)
+            prediction = predict(name, table, data, trials, seed=seed)
         except NotApplicableError as error:
             found[name] = NotApplicable(reason=str(error))
         else:

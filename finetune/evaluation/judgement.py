@@ -219,7 +219,7 @@ def judge_images(
     nearest = find_nearest(own_BD, _read_features(table, np.arange(len(table)), own.real_BHW3.shape[1], judges))
     found: dict[str, Control | NotApplicable] = {
         **{name: _read_scores(name, controls.get(name), own, scores) for name in FROM_IMAGES},
-        **make_predictors(train, data, trials, scores.predicted, seed),
+        **make_predictors(table, data, trials, scores.predicted, seed),
         "nearest": Control(hits_n=scores.nearest(nearest), checked=True),
     }
     hits_n = scores.score(own)

@@ -54,7 +54,7 @@ class Prediction:
 
 def predict(
     name: Predictor,
-    train: EEGDataset,
+    table: ImageTable,
     test: EEGDataset,
     trials: Sequence[Trial],
     *,
@@ -67,8 +67,8 @@ def predict(
     ----------
     name : str
         time, baseline, eyes or nearest.
-    train : EEGDataset
-        Training trials, with the same part of each trial as `test`.
+    table : ImageTable
+        Images of the train split, whose trials have the same part of each trial as `test`.
     test : EEGDataset
         Split of the trials.
     trials : sequence of Trial
@@ -83,14 +83,14 @@ def predict(
     Returns
     -------
     Prediction
-        Rows of the chosen pictures in ``ImageTable(train)``, and predicted categories.
+        Rows of the chosen pictures in `table`, and predicted categories.
 
     Raises
     ------
     NotApplicableError
         If the predictor cannot be made from the data.
     """
-    table = ImageTable(train)
+    train = table.dataset
     if name == "nearest":
         rows_B = _find_nearest(train, test, trials, table, average_repeats)
         return Prediction(rows_B=rows_B, labels_B=table.labels[rows_B])

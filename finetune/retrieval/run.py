@@ -390,7 +390,7 @@ def retrieve(config: RetrieveConfig) -> int:
             embeds_BP=embeds_BP,
             neighbours_BP=neighbours_BP,
             setting=Setting.read(train, data, trials, config.design_evidence, copies=copies),
-            predictors=lambda score, trials=trials: make_predictors(train, data, trials, score, config.seed),
+            predictors=lambda score, trials=trials: make_predictors(tables[0], data, trials, score, config.seed),
             train_MP=train_MP,
             train_labels_M=tables[0].labels,
         )
