@@ -144,9 +144,11 @@ def read_rejections(content: Any) -> tuple[list[Found], list[str]]:
     for key in (f"{origin}rej{kind}" for origin in ("", "ica") for kind in REJECTIONS):
         for name, table in ((key, whole), (f"{key}E", single)):
             values = np.asarray(fields.get(name, ()))
-            if not values.size or (table is single and key.startswith("ica")):
-                continue  # The tables of independent components do not mark channels.
-            if values.dtype.kind not in "iufb" or values.size != table.size:
+            # The tables of independent components do not mark channels.
+            if values.dtype.kind not in "iufb" or not values.any() or (table is single and key.startswith("ica")):
+                continue
+            values = values.T if values.shape == table.shape[::-1] else values
+            if values.size != table.size:
                 unfit.append(name)
             else:
                 table |= np.nan_to_num(values.reshape(table.shape)) > 0

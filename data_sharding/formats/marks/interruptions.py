@@ -90,6 +90,14 @@ BAD_WORD = re.compile(
 SKIP_WORDS = re.compile(PREFIX + r"bad[_ ]acq[_ ]skip.*", re.IGNORECASE | re.DOTALL)
 JOIN_WORDS = re.compile(PREFIX + r"(bad|edge)[_ ]boundary", re.IGNORECASE)
 BOUNDARY_WORD = re.compile(PREFIX + r"boundary", re.IGNORECASE)
+STOP_WORDS = re.compile(
+    PREFIX + r"(?:(?:rec|eeg|acq|recording|acquisition|amplifier)\.?[ _-]+(?:is |was )?"
+    r"(?:paused?|resumed?|re-?start(?:ed)?|start(?:ed)?|stop(?:ped)?|interrupt(?:ed|ion)|continued?)"
+    r"|(?:lost|missing|dropped)[ _]?(?:samples?|packets?|data)|buffer[ _]?overflow)(?:\s*[:/(=].*)?",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Pattern for an annotation that says that the recording was stopped, or that samples were lost. The word ``pause``
+alone does not match, because it can be a pause of the task."""
 NEW_SEGMENT_WORDS = re.compile(PREFIX + r"new segment(/.*)?", re.IGNORECASE | re.DOTALL)
 
 
@@ -130,6 +138,13 @@ TABLE: tuple[Mark, ...] = (
         sign="annotation or marker `New Segment`",
         effect=Effect.CUT,
         words=NEW_SEGMENT_WORDS,
+    ),
+    Mark(
+        name="recording stopped",
+        sign="annotation such as `Recording paused`, `Rec. resumed`, `Acquisition restarted`, `Amplifier stopped`, "
+        "`LostSamples: 20` or `Buffer overflow`",
+        effect=Effect.CUT,
+        words=STOP_WORDS,
     ),
     Mark(
         name="bad span",

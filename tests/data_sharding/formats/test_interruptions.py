@@ -466,6 +466,11 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         ),
         "edf export": Example(edf(TIMES, {(2, 0): "+3\x14New Segment/\x14\0"}), HALVES),
     },
+    "recording stopped": {
+        "edf": Example(edf(TIMES, {(2, 0): "+3\x14Rec. paused\x14\0"}), HALVES),
+        "brainvision": Example(brainvision(START, "Comment,LostSamples: 20,301,1,0"), HALVES),
+        "eeglab": Example(eeglab([("Recording resumed", 301, 0)]), HALVES),
+    },
     "bad span": {
         "brainvision comment": Example(brainvision(START, "Comment,BAD_move,201,100,0"), WHOLE, [(2.0, 3.0)]),
         "brainvision type": Example(brainvision(START, "Bad Interval,Gradient,201,100,0"), WHOLE, [(2.0, 3.0)]),
@@ -648,7 +653,7 @@ def test_row_of_the_table(tmp_path: Path, row: str, label: str) -> None:
 def test_epochs_with_marks_of_single_channels(tmp_path: Path) -> None:
     table = np.zeros((4, 3))
     table[[1, 3], 1], table[0, 2] = 1, 1
-    reject = {"rejmanual": [0, 0, 1], "rejmanualE": table, "rejkurt": [0, 1]}
+    reject = {"rejmanual": [0, 0, 1], "rejmanualE": table.T, "rejkurt": [0, 1], "rejjp": [0, 0]}
     info = open_file(eeglab([], trials=3, reject=reject)(tmp_path)).info
     assert info.bad_spans == [(4.0, 6.0, "rejected epoch")]
     assert sorted(info.bad_channel_spans) == sorted((2.0, 4.0, NAMES[i]) for i in (1, 3))
