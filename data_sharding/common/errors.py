@@ -111,7 +111,7 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     Parameters
     ----------
     main : callable
-        The body: takes the arguments and returns an exit code.
+        The body of the command: a function that takes the arguments and returns an exit code.
     argv : list of str, optional
         Arguments without the program's name; `sys.argv[1:]` by default.
 

@@ -313,7 +313,7 @@ class DatasetInterleaver:
             mine = blocks == block
             before, after = self._cumulative_places(block), self._cumulative_places(block + 1)
             # Each block has a list of slots that is sorted by dataset: dataset `j` has the slots from `ends[j]` to
-            # `ends[j + 1] - 1`. A permutation assigns one slot to each place of the block.
+            # `ends[j + 1] - 1`. A permutation assigns one slot to each place.
             ends = after - before
             slot = permute(places[mine], _BLOCK, self.seed, block)
             which[mine] = np.searchsorted(ends, slot, side="right") - 1

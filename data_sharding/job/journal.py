@@ -142,8 +142,8 @@ def lock_output(work: AnyPath) -> Iterator[None]:
             yield
         return
     # The operating system releases a file lock when the process ends, also on network disks. On disks without file
-    # locks, the library filelock would use the existence of a file as lock, which would remain after a crash;
-    # `fallback_to_soft=False` turns this off.
+    # locks, the library filelock would use the existence of a file as lock, which would remain after a crash. With
+    # `fallback_to_soft=False`, the library does not use such a lock.
     lock = FileLock(work / "lock", fallback_to_soft=False)
     try:
         work.mkdir(parents=True, exist_ok=True)

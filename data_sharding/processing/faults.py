@@ -105,8 +105,8 @@ class Faults:
 class Bridge:
     """Reads a piece of a segment. Each part in which a row has no signal is replaced by a straight line.
 
-    The straight line avoids large filter transients. The line is never stored: where a row has no signal, the windows
-    contain zeros.
+    The straight line avoids large filter transients. The straight line is not stored in the windows, which contain
+    zeros where a row has no signal.
 
     Parameters
     ----------

@@ -440,8 +440,8 @@ class Cells:
     def _read_flags(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield the number of the first cell and the flags [n, k] of each block.
 
-        HIGH and LOW flags are removed from the cells before the channel first reached its final largest or smallest
-        value.
+        A cell loses its HIGH flag if the channel reached its largest value only in a later cell, and its LOW flag if
+        the channel reached its smallest value only in a later cell.
         """
         n = len(self.constant)
         for first, k, packed in self._flags:

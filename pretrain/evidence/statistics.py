@@ -303,7 +303,7 @@ def compare_paired(
     images_n, subjects_n : ndarray, [n]
         Image and subject of each trial.
     same_people : bool
-        Whether the question is only about the people in the data. If true, the bootstrap of the interval that decides
+        True if the result is claimed only for the people in the data; the bootstrap of the interval that decides then
         draws no people.
     resamples : int
         Number of bootstrap resamples, and of random permutations.

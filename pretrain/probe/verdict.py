@@ -105,8 +105,8 @@ def _is_shared(values_n: NDArray, folds: list[Fold]) -> bool:
 def _exchange_eeg(setting: Setting, tested: TrialTable, predicted_s: Labels) -> dict[str, Control | NotApplicable]:
     """Give each test trial the EEG of another trial.
 
-    The label that a classifier predicts for a trial depends only on the EEG of the trial. The exchange of the predicted
-    labels is therefore the exchange of the EEG. Each fold has its own classifier, so EEG is exchanged within a fold.
+    The label that a classifier predicts for a trial depends only on the EEG of the trial, so the function exchanges the
+    predicted labels in place of the EEG. Each fold has its own classifier, so labels are exchanged within a fold.
     """
     fold_s = np.repeat(np.arange(len(setting.folds)), [len(fold.test) for fold in setting.folds])
     near_s = np.zeros(len(tested), np.int64)

@@ -260,7 +260,7 @@ class TestRefusals:
         config = {"num_heads": heads, "decoder_num_heads": NARROW_HEADS}
         torch.save({"model": perturb(Pretrained()).state_dict(), "config": config}, tmp_path / "c.pth")
         assert f"heads is {heads!r}; give --heads" in self.refuse(tmp_path / "c.pth", tmp_path, capsys)
-        # Numbers of heads on the command line replace those in the checkpoint, and are checked too.
+        # Numbers of heads on the command line replace the numbers in the checkpoint, and are checked too.
         words = ("--heads", str(HEADS), "--decoder_heads", "-3")
         assert "decoder_heads is -3" in self.refuse(tmp_path / "c.pth", tmp_path, capsys, *words)
 

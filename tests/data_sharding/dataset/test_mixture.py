@@ -127,7 +127,7 @@ def test_dataset_id_does_not_depend_on_the_order_of_the_weights(weights: dict[st
 def test_invalid_mixtures_are_refused(tmp_path: Path, weights: dict[str, float]) -> None:
     first = next(iter(weights))
     other = make_dataset(tmp_path / "other", 8, dataclasses.replace(SPEC, lowpass=25.0, stride=8))
-    # The error lists the two datasets in the order of their ids, so either value can come first.
+    # The error lists the two datasets in the order of their ids, so the value of either dataset can come first.
     differences = r"lowpass 2[05]\.0 against 2[05]\.0, preprocess\.stride (16|8) against (16|8)"
     with pytest.raises(RequestError, match=differences):
         Mixture({first: 1.0, str(other): 1.0})

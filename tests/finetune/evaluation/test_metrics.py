@@ -16,7 +16,7 @@ def test_frechet_distance_against_the_formula() -> None:
     assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
     # With fewer rows than columns the covariance matrices are singular, but the Fréchet distance must be a real number.
     assert metrics.frechet_distance(x[:3], y[:3]) > 0
-    # Fewer rows than columns are compared in another way than more rows than columns.
+    # If there are fewer rows than columns, another formula computes the distance. Both formulas must agree.
     few, other = rng.normal(size=(5, 9)), rng.normal(size=(7, 9)) * 2 + 1
     gaussians = metrics.RunningGaussian(), metrics.RunningGaussian()
     for gaussian, rows in zip(gaussians, (few, other), strict=True):
