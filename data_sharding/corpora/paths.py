@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -208,7 +209,8 @@ def read_text(path: AnyPath) -> str:
     Returns
     -------
     str
-        The text, decoded as UTF-8 (with or without a byte order mark) if possible, otherwise as Latin-1.
+        The text, decoded as UTF-16 if it begins with a byte order mark of UTF-16 (Excel writes such tables), otherwise
+        as UTF-8 (with or without a byte order mark) if possible, otherwise as Latin-1.
 
     Raises
     ------
@@ -218,8 +220,9 @@ def read_text(path: AnyPath) -> str:
         If the file is larger than `MAX_JSON`, or is not a file.
     """
     data = read_limited(path)
+    wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError:
         return data.decode("latin-1")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -48,7 +49,7 @@ def check_line_freq(value: Any, what: str) -> float:
     Parameters
     ----------
     value : Any
-        The mains frequency in Hz.
+        The mains frequency in Hz: a number, or a text such as ``50 Hz``.
     what : str
         Name of the value, for the error message.
 
@@ -63,6 +64,12 @@ def check_line_freq(value: Any, what: str) -> float:
         If the value is not a number within `LINE_FREQS`.
     """
     low, high = LINE_FREQS
+    text = (
+        re.fullmatch(r"\s*(\d{1,4}(?:\.\d{1,6})?)\s*(?:hz)?\s*", value, re.IGNORECASE)
+        if isinstance(value, str)
+        else None
+    )
+    value = float(text[1]) if text else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError(
             f"{what} is {one_line(value)[:40]}; mains have 50 or 60 Hz, so it must be a number from {low:g} to {high:g}"

@@ -131,6 +131,22 @@ def test_the_nearest_sidecar_overrides_those_above(bids: Path) -> None:
     assert items["sub-02_ses-a_task-see_eeg.vhdr"].info_patch["line_freq"] == 60
 
 
+@pytest.mark.parametrize("text", ["60", "60 Hz", " 60.0hz "])
+def test_a_mains_frequency_that_is_a_text(bids: Path, text: str) -> None:
+    path = folder(bids) / "sub-01_ses-a_task-see_eeg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"PowerLineFrequency": text}))
+    assert items_of(bids)[NAME].info_patch["line_freq"] == 60.0
+
+
+def test_sidecars_in_utf_16(bids: Path) -> None:
+    """Excel saves tables as `Unicode text` in UTF-16."""
+    before = items_of(bids)[NAME].info_patch
+    for file in folder(bids).glob("*_task-see_*"):
+        if file.suffix in (".tsv", ".json"):
+            file.write_bytes(file.read_text(encoding="utf-8").encode("utf-16"))
+    assert items_of(bids)[NAME].info_patch == before
+
+
 @pytest.mark.parametrize(
     ("suffix", "content", "words"),
     [
