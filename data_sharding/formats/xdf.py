@@ -137,8 +137,8 @@ def open_xdf(path: Path) -> Signal:
 def _has_events(stream: Any) -> bool:
     """Return whether a stream contains events: texts, or event codes.
 
-    Numbers are event codes if the stream has no sampling rate. Otherwise, the numbers are the samples of a trigger
-    signal, which is not read.
+    Numbers are event codes if the stream has no sampling rate. Numbers in a stream with a sampling rate are the samples
+    of a trigger signal, which is not read.
     """
     if stream["channel_format"] == "string":
         return True

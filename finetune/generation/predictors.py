@@ -68,7 +68,7 @@ def predict(
     name : str
         time, baseline, eyes or nearest.
     table : ImageTable
-        Images of the train split, whose trials have the same part of each trial as `test`.
+        Images of the train split. The same part of each trial is read from the train split and from `test`.
     test : EEGDataset
         Split of the trials.
     trials : sequence of Trial
