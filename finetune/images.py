@@ -6,7 +6,7 @@ Array shapes: B trials, M different images, H rows, W columns.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,6 +259,10 @@ class ImageTable:
                 f"{self.dataset.path}: the images have different sizes; give the size to which the images are resized"
             )
         return np.stack(out)
+
+    def read_files(self, rows: Iterable[int]) -> Iterator[bytes]:
+        """Read the stored image files of some rows of the table."""
+        return (self.dataset.image(self._first[row]) for row in rows)
 
     def _decode(self, rows: Any, size: int | None) -> list[np.ndarray]:
         numbers = [self._first[row] for row in rows]

@@ -24,6 +24,15 @@ from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, tr
 from finetune.evaluation.controls import find_controls, read_controls
 from finetune.evaluation.generated import GeneratedSet, Images, read_generated
 from finetune.evaluation.judgement import THUMBNAIL, Judge, judge_images, pixel_features
+from finetune.evaluation.limits.other_images import (
+    OtherImages,
+    hash_images,
+    measure_other_images,
+    read_folder,
+    take_training_images,
+)
+from finetune.evaluation.limits.repeats import measure_noise_ceiling
+from finetune.evaluation.limits.training_seeds import measure_training_seeds
 from finetune.evaluation.measure import MeasureOptions, compare_random_pairs, list_tasks, measure, measure_real
 from finetune.evaluation.metrics import JUDGE
 from finetune.evaluation.networks.judges import (
@@ -41,6 +50,7 @@ from finetune.generation.trials import Trial, list_trials
 from finetune.generators import read_part
 from finetune.images import ImageTable, open_paired
 from finetune.training.accelerate import WAIT_S, get_world, make_accelerator
+from pretrain.evidence.copies import find_copies
 from pretrain.evidence.openings import record_opening
 from pretrain.evidence.rules import NotApplicable
 from pretrain.runs.distributed import launched_world
@@ -100,6 +110,12 @@ class EvaluateConfig:
     pretraining: str | None = None
     """Dataset on which the encoder was pretrained. The evaluation checks which data the pretraining dataset shares with
     the EEG-image dataset. Empty: no check."""
+    real_images: str | None = None
+    """Folder of real images that nobody saw in the trials. The images are judged as if a model had generated them. The
+    name of a subfolder may be a label of the dataset. Empty: the images of the training split."""
+    training_seeds: list[str] = field(default_factory=list)
+    """Folders with the images of models that were trained with other seeds, evaluated with `dreamscale evaluate`. The
+    result has the mean and the spread of each metric over all models."""
     require: Literal["", "signal"] = ""
     """signal: end with exit code 1 unless the verdict is "signal"."""
     examples: int = 24
@@ -291,6 +307,17 @@ def _follow(config: EvaluateConfig, sharing: Sharing) -> None:
     )
 
 
+def _find_other_images(
+    config: EvaluateConfig, own: GeneratedSet, table: ImageTable, data: EEGDataset, copies: list[tuple[str, str]]
+) -> OtherImages | NotApplicable:
+    """Return real images that nobody saw in the trials: of the user's folder, or of the training split."""
+    seen, size = {str(trial["image_id"]) for trial in own.trials}, own.real_BHW3.shape[1]
+    if config.real_images is None:
+        return take_training_images(table, seen, copies, size)
+    digests = hash_images(ImageTable(data), seen)
+    return read_folder(config.real_images, own.about["labels"], digests, size)
+
+
 def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str, Any]:
     """Compute the metrics, and write them to metrics.json, trials.json (values of each trial) and the report.
 
@@ -354,6 +381,19 @@ def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str
         permutations=config.permutations,
         seed=config.seed,
     )
+    part: dict[str, Any] = dict(read_part(own.about, str(own.path / "generated.json")))
+    data = open_paired(path, own.about["split"], **part)
+    openings = record_opening(
+        path,
+        own.about["split"],
+        command="evaluate",
+        dataset_id=own.about["dataset_id"],
+        model_digest=str(own.about.get("model_digest") or ""),
+        config=to_dict(config),
+        fallback=own.path,
+    )
+    trials = _list_trials(data, own)
+    copies = find_copies(train, data)
     generated = measure(own.images_BHW3, real, judges, options)
     seen_in_training = sorted(set(ids) & set(table.ids))
     result: dict[str, Any] = {
@@ -384,7 +424,10 @@ def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str
         "shuffled": "not computed: no images of --control shuffle",
         "real": measure_real(real, judges, options),
         "random_pairs": compare_random_pairs(own.images_BHW3, own.real_BHW3, ids, judges, seed=config.seed),
+        "other_real": measure_other_images(_find_other_images(config, own, table, data, copies), real, judges, options),
+        "noise_ceiling": measure_noise_ceiling(data, trials, generated.predicted_B, seed=config.seed),
     }
+    result["training_seeds"] = measure_training_seeds(own, result, config.training_seeds)
     result["controls"] = {
         name: f"not applicable: {found.reason}"
         if isinstance(found, NotApplicable)
@@ -418,24 +461,14 @@ def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str
         "generated": _quartiles(measure_nearest_training_image(_resize(own.images_BHW3, size, sharing), train_images)),
         "real": _quartiles(measure_nearest_training_image(_resize(own.real_BHW3, size, sharing), train_images)),
     }
-    part: dict[str, Any] = dict(read_part(own.about, str(own.path / "generated.json")))
-    data = open_paired(path, own.about["split"], **part)
-    openings = record_opening(
-        path,
-        own.about["split"],
-        command="evaluate",
-        dataset_id=own.about["dataset_id"],
-        model_digest=str(own.about.get("model_digest") or ""),
-        config=to_dict(config),
-        fallback=own.path,
-    )
     result["verdict"] = judge_images(
         own,
         controls,
         _make_judge(classifier, sharing),
         train=open_paired(path, "train", **part),
         data=data,
-        trials=_list_trials(data, own),
+        trials=trials,
+        copies=copies,
         design_evidence=config.design_evidence,
         resamples=max(500, min(config.permutations, 5000)),
         seed=config.seed,

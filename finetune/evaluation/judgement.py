@@ -11,7 +11,7 @@ Array shapes: B trials, M images, D features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,6 +176,7 @@ def judge_images(
     train: EEGDataset,
     data: EEGDataset,
     trials: list[Trial],
+    copies: Sequence[tuple[str, str]] | None = None,
     design_evidence: str = "",
     resamples: int = 2000,
     seed: int = 0,
@@ -194,6 +195,9 @@ def judge_images(
         Train split, and the split of the trials.
     trials : list of Trial
         The trials of `own`.
+    copies : sequence of (str, str), optional
+        Pairs of names of the same image, from `pretrain.evidence.copies.find_copies`. By default, the copies are
+        searched.
     design_evidence : str
         Published evidence of a random order; see `pretrain.evidence.design.describe_design`.
     resamples : int
@@ -210,7 +214,7 @@ def judge_images(
     table = ImageTable(train)
     known = set(table.labels.tolist()) >= set(own.labels_B.tolist())
     scores = (_score_category if known else _score_identification)(own, table, judges)
-    setting = Setting.read(train, data, trials, design_evidence)
+    setting = Setting.read(train, data, trials, design_evidence, copies=copies)
     ids = [trial["image_id"] for trial in own.trials]
     own_BD = judges.compute_features(own.images_BHW3)
     identification = two_way_identification(

@@ -54,14 +54,31 @@ def _is_not_computed(value: Any) -> bool:
 
 def _make_metric_table(result: dict[str, Any]) -> Table:
     controls = {name: found for name, found in result["controls"].items() if isinstance(found, dict)}
-    columns = [result["generated"], result["shuffled"], *controls.values(), result["random_pairs"], result["real"]]
+    other = result["other_real"]["metrics"] if isinstance(result["other_real"], dict) else None
+    columns = [
+        result["generated"],
+        result["shuffled"],
+        *controls.values(),
+        result["random_pairs"],
+        other,
+        result["real"],
+    ]
     rows = [
         [name, *(_metric_cell(column.get(name) if isinstance(column, dict) else None) for column in columns)]
         for name, value in result["generated"].items()
         if name not in ("confusion", "frechet_note") and not _is_not_computed(value)
     ]
-    head = ["metric", "generated", "EEG shuffled", *controls, "random other image", "real images"]
+    head = ["metric", "generated", "EEG shuffled", *controls, "random other image", "other real images", "real images"]
     return Table(head=head, rows=rows)
+
+
+def _make_seed_table(found: dict[str, Any]) -> Table:
+    """Make the table of the spread of each metric over models that were trained with different seeds."""
+    rows = [
+        [name, *(_metric_cell(values[key]) for key in ("mean", "std", "least", "most"))]
+        for name, values in found["metrics"].items()
+    ]
+    return Table(head=["metric", "mean", "standard deviation", "lowest", "highest"], rows=rows)
 
 
 def choose_trials(labels_B: np.ndarray, examples: int) -> list[int]:
@@ -198,6 +215,10 @@ def render_report(
         examples=_make_examples(generated, control, choose_trials(generated.labels_B, examples)),
         ranked=_rank_examples(generated, control, similarity_B),
         metrics=_make_metric_table(result),
+        other_real=result["other_real"],
+        ceiling=result["noise_ceiling"],
+        seeds=result["training_seeds"],
+        seed_table=_make_seed_table(result["training_seeds"]) if isinstance(result["training_seeds"], dict) else None,
         frechet_note=found["frechet_note"],
         classifier=result["classifier"],
         not_computed=[(name, value) for name, value in found.items() if _is_not_computed(value)],

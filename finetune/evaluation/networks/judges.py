@@ -372,6 +372,44 @@ def measure_halves(network: FrozenNetwork, real: RealImages, seed: int) -> dict[
     return name_metrics(network, {name: compute(halves) for name, compute in METRICS.items()})
 
 
+def measure_other_set(network: FrozenNetwork, images_BHW3: ImageSource, real: RealImages) -> dict[str, Any]:
+    """Compute the metrics of sets between any images, each different, and the different real images.
+
+    Parameters
+    ----------
+    network : FrozenNetwork
+        The network.
+    images_BHW3 : ImageSource of uint8, shape (B, H, W, 3)
+        Images that belong to no trial.
+    real : RealImages
+        The real images.
+
+    Returns
+    -------
+    dict
+        Value of each metric of `metrics.METRICS`, under its name in the results.
+
+    Raises
+    ------
+    RequestError
+        If the network computes NaN or infinity.
+    """
+    real_output = real.output(network)
+    if isinstance(real_output, str) or real_output.features_BD.shape[1] > MOST_FOR_SETS:
+        return {}
+    output = network.judge(images_BHW3)
+    if isinstance(output, str):
+        return {}
+    judged = JudgedImages(
+        features_BD=output.features_BD,
+        real_features_BD=real_output.features_BD,
+        ids=[f"other image {number}" for number in range(len(output.features_BD))],
+        real_ids=[real.ids[trial] for trial in real.first_M],
+        probabilities_BK=output.probabilities_BK,
+    )
+    return name_metrics(network, {name: compute(judged) for name, compute in METRICS.items()})
+
+
 def name_metrics(network: FrozenNetwork, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metrics of sets under their names in the results. Metrics without a value for a network are left out.
 

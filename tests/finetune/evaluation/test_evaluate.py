@@ -88,6 +88,13 @@ def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) 
     assert found["real"][f"frechet_distance[{JUDGE}]"] > 0.01
     assert own["constant"] == own["uniform"] == 0.5
     assert found["memorisation"]["generated"] == found["memorisation"]["real"]
+    # Images of the training split, judged like generated images, show the category but not the seen image.
+    other = found["other_real"]
+    assert other["paired"] and other["images"] == 16 and other["source"] == "images of the training split"
+    assert other["metrics"][f"accuracy[{JUDGE}]"]["accuracy"] > 0.9
+    assert 0 < other["metrics"]["psnr"] < 40 and other["metrics"][f"frechet_distance[{JUDGE}]"] > 0.01
+    assert all(found["noise_ceiling"][name].startswith("not applicable") for name in ("eeg", "generated"))
+    assert found["training_seeds"].startswith("not applicable: one training run")
     for name in ("fid", "kid", "cosine_similarity[clip]", "cosine_similarity[dinov2]"):
         assert found["generated"][name].startswith("not computed")
     assert found["networks"][0]["name"] == JUDGE and len(found["networks"][0]["sha256"]) == 64

@@ -38,6 +38,20 @@ def write_page(folder: Path, held_out: dict) -> Path:
         "generated": measured | {"confusion": [[4, 0], [1, 3]], "frechet_note": "biased"},
         "shuffled": measured,
         "random_pairs": {"psnr": 10.0},
+        "other_real": {
+            "source": "images of the <script>folder</script>",
+            "images": 8,
+            "paired": True,
+            "metrics": measured,
+        },
+        "noise_ceiling": {
+            "eeg": {"reliability": 0.25, "ceiling": 0.5, "by_person": {"s1": 0.25}, "images": 8},
+            "generated": "not applicable: each person and image has one generated image",
+        },
+        "training_seeds": {
+            "runs": 2,
+            "metrics": {"psnr": {"values": [12.5, 13.5], "mean": 13.0, "std": 0.707, "least": 12.5, "most": 13.5}},
+        },
         "real": measured | {"psnr": "infinite: the images are the same"},
         "controls": {"shuffle_within": measured, "baseline": "not applicable: no <script>baseline</script>"},
         "by_person": {"s1": {"trials": 8, "accuracy": 0.75, "shuffled": None}},
@@ -93,6 +107,8 @@ def test_numbers_and_names(page: Path) -> None:
     assert "75.0%" in text and "0.750 [0.40, 0.90]\np = 0.03" in text and "fid: not computed: no weights" in text
     assert "sampler ddim, steps 25" in text and "0" * 64 in text and "DreamDiffusion" in text and "/data/" not in text
     assert "2 of the images are also in the training split" in text
+    assert "other real images" in text and "a reliability of\n0.250" in text and "knows only the category" in text
+    assert "one generated image.</p>" in text and "Spread over 2 models" in text and "standard deviation" in text
 
 
 def test_a_dataset_without_held_out_images(page: Path, tmp_path: Path) -> None:

@@ -1,0 +1,234 @@
+"""Judge real images that are not the seen images: the metrics of a generator that shows perfect but other images.
+
+By default, the other images are the images of the training split. If there are other images of every category of the
+trials, each seen image gets one other image of its category, and all metrics are computed as for generated images.
+Otherwise only the metrics of sets, such as the FID, are computed.
+
+Array shapes: B trials, M different seen images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sharding.common.errors import RequestError
+from data_sharding.common.untrusted import MAX_IMAGE, read_limited
+from finetune.evaluation.measure import MeasureOptions, measure
+from finetune.evaluation.networks.judges import Judges, RealImages, measure_other_set
+from finetune.evaluation.pixel_metrics import ImageRows, Images, ImageSource
+from finetune.images import ImageTable, TableImages, decode_image
+from pretrain.evidence.rules import NotApplicable
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of the names of image files that are read from a folder."""
+
+
+class ResizedFiles:
+    """Images in files, which are decoded and resized whenever they are read.
+
+    Parameters
+    ----------
+    files : list of Path
+        File of each image.
+    size : int
+        Width and height of the decoded images in pixels.
+    """
+
+    def __init__(self, files: list[Path], size: int) -> None:
+        self.files, self.size = files, size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The numbers B, H, W and 3."""
+        return len(self.files), self.size, self.size, 3
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, rows: Any, /) -> Images:
+        """Return one image for a number, and several images for a slice."""
+        if isinstance(rows, slice):
+            chosen = range(len(self))[rows]
+            return np.stack([self[row] for row in chosen]) if chosen else np.empty((0, *self.shape[1:]), np.uint8)
+        file = self.files[rows]
+        return decode_image(_read(file), self.size, name=str(file))
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return read_limited(file, MAX_IMAGE)
+    except OSError as error:
+        raise RequestError(f"{file}: {error.strerror or error}; check the folder real_images") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherImages:
+    """Real images that nobody saw in the evaluated trials."""
+
+    source: str
+    """Where the images come from, as a phrase for reports."""
+    images_MHW3: ImageSource
+    """The images; each different image once."""
+    labels_M: NDArray[np.int64]
+    """Category of each image; -1 for an unknown category."""
+
+
+def take_training_images(
+    table: ImageTable, seen_ids: Iterable[str], copies: Iterable[tuple[str, str]], size: int
+) -> OtherImages | NotApplicable:
+    """Take the images of the training split that are neither seen images nor copies of other images.
+
+    Parameters
+    ----------
+    table : ImageTable
+        Images of the training split.
+    seen_ids : iterable of str
+        Ids of the images that people saw in the evaluated trials.
+    copies : iterable of (str, str)
+        Ids of images that are copies of each other, from `pretrain.evidence.copies.find_copies`.
+    size : int
+        Width and height of the images in pixels.
+
+    Returns
+    -------
+    OtherImages or NotApplicable
+        The images, or the reason why there are none.
+    """
+    left_out = set(seen_ids).union(*copies)
+    rows_M = np.array([row for row, name in enumerate(table.ids) if name not in left_out], np.int64)
+    if len(rows_M) < 2:
+        return NotApplicable(reason="the training split has fewer than two images that are not seen images or copies")
+    return OtherImages(
+        source="images of the training split",
+        images_MHW3=TableImages(table, rows_M, size),
+        labels_M=table.labels[rows_M],
+    )
+
+
+def hash_images(table: ImageTable, ids: Iterable[str]) -> set[str]:
+    """Return the SHA-256 of the files of some images of a split, which are given by their ids."""
+    wanted = set(ids)
+    rows = [row for row, name in enumerate(table.ids) if name in wanted]
+    return {hashlib.sha256(data).hexdigest() for data in table.read_files(rows)}
+
+
+def read_folder(folder: str | Path, labels: Sequence[str], seen: set[str], size: int) -> OtherImages:
+    """Read real images from a folder of the user.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder of images. The name of a subfolder may be a label of the dataset; the category of other images is
+        unknown.
+    labels : sequence of str
+        Labels of the dataset.
+    seen : set of str
+        SHA-256 of the files of the seen images, which are left out.
+    size : int
+        Width and height of the images in pixels.
+
+    Returns
+    -------
+    OtherImages
+        The images. Of equal files, only one is kept.
+
+    Raises
+    ------
+    RequestError
+        If there is no such folder, or if it has fewer than two different images.
+    """
+    if not Path(folder).is_dir():
+        raise RequestError(f"{folder}: no such folder; give a folder of images as real_images")
+    number_of = {name: number for number, name in enumerate(labels)}
+    files, found, known = [], [], set(seen)
+    for file in sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in ENDINGS and path.is_file()):
+        digest = hashlib.sha256(_read(file)).hexdigest()
+        if digest not in known:
+            known.add(digest)
+            files.append(file)
+            found.append(number_of.get(file.parent.name, -1))
+    if len(files) < 2:
+        raise RequestError(
+            f"{folder}: {len(files)} images ({', '.join(ENDINGS)}) are neither seen images nor copies; give at least 2"
+        )
+    return OtherImages(
+        source=f"images of the folder {Path(folder).name}",
+        images_MHW3=ResizedFiles(files, size),
+        labels_M=np.array(found, np.int64),
+    )
+
+
+def choose_of_category(other: OtherImages, real: RealImages, seed: int) -> NDArray[np.int64] | None:
+    """Choose, for each trial, another image of the category of the seen image.
+
+    All trials of a seen image get the same other image. An image is chosen again only if its category has fewer other
+    images than seen images.
+
+    Parameters
+    ----------
+    other : OtherImages
+        The other images.
+    real : RealImages
+        The seen images.
+    seed : int
+        Seed of the choice.
+
+    Returns
+    -------
+    ndarray of int, shape (B,), or None
+        Number of the other image of each trial; None if a category has no other image.
+    """
+    label_M = real.labels_B[real.first_M]
+    if not set(label_M.tolist()) <= set(other.labels_M.tolist()):
+        return None
+    rng, chosen_M = np.random.default_rng(seed), np.zeros(len(label_M), np.int64)
+    for label in np.unique(label_M):
+        order = rng.permutation(np.flatnonzero(other.labels_M == label))
+        rows = np.flatnonzero(label_M == label)
+        chosen_M[rows] = np.resize(order, len(rows))
+    return chosen_M[real.row_B]
+
+
+def measure_other_images(
+    other: OtherImages | NotApplicable, real: RealImages, judges: Judges, options: MeasureOptions
+) -> dict[str, Any] | str:
+    """Compute the metrics of other real images as if a model had generated them.
+
+    Parameters
+    ----------
+    other : OtherImages or NotApplicable
+        The other images, or the reason why there are none.
+    real, judges, options
+        The arguments of `finetune.evaluation.measure.measure`.
+
+    Returns
+    -------
+    dict or str
+        ``source``, ``images`` (number of different other images that were used), ``paired`` (whether each seen image
+        has another image of its category) and ``metrics``; or a text that says why there is no result. Without pairs,
+        ``metrics`` has only the metrics of sets, for as many other images as there are different seen images.
+
+    Raises
+    ------
+    RequestError
+        If an image cannot be decoded, or if a network computes NaN or infinity.
+    """
+    if isinstance(other, NotApplicable):
+        return f"not applicable: {other.reason}"
+    rows_B = choose_of_category(other, real, options.seed)
+    if rows_B is not None:
+        found = measure(ImageRows(other.images_MHW3, rows_B), real, judges, options).metrics
+        return {"source": other.source, "images": len(np.unique(rows_B)), "paired": True, "metrics": found}
+    count = min(len(other.images_MHW3), len(real.first_M))
+    rows = np.sort(np.random.default_rng(options.seed).permutation(len(other.images_MHW3))[:count])
+    chosen, found = ImageRows(other.images_MHW3, rows), {}
+    for network in judges.networks:
+        found |= measure_other_set(network, chosen, real)
+    return {"source": other.source, "images": count, "paired": False, "metrics": found}
