@@ -32,6 +32,12 @@ MISSING_UV = 1e12
 RAIL_SHARE = 0.1
 """A cell is at the rail if more than this share of its samples, and at least 3, equal the channel's largest or smallest
 value."""
+MOST_HARMONICS_HZ = 1000.0
+"""Harmonics of mains noise above this frequency are not removed from the measure of muscle activity."""
+TONAL = 4.0
+"""If the energy at the harmonics of mains noise is denser than the other energy by this factor, it is mains noise."""
+LEAST_FREE = 4
+"""The harmonics are removed only if at least this many samples of a cell remain."""
 SHORTEST = {"missing values": 1, "flat": 2, "clipped": 2, "too small": 3, "too large": 1, "muscle": 1, "mains noise": 1}
 """Smallest number of cells (tenths of a second) in a span, for each kind of fault. (One cell with a small signal can be
 normal EEG.)"""
@@ -136,6 +142,47 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
             columns += [np.cos(2 * np.pi * hertz * t), np.sin(2 * np.pi * hertz * t)]
     basis = np.linalg.qr(np.stack(columns, axis=1))[0]
     return np.ascontiguousarray(basis, np.float32), mains, length - len(columns)
+
+
+@functools.lru_cache(maxsize=16)
+def _harmonics(length: int, sfreq: float) -> np.ndarray:
+    """Return orthonormal signals [L, K] for the harmonics of mains noise, without their parts inside `_basis`."""
+    basis = _basis(length, sfreq)[0]
+    t = (np.arange(length) - (length - 1) / 2) / sfreq
+    top = min(0.45 * sfreq, MOST_HARMONICS_HZ)
+    hertz = sorted({h for line in (50, 60) for h in range(2 * line, int(top) + 1, line)})
+    columns = [wave(2 * np.pi * h * t) for h in hertz for wave in (np.cos, np.sin)]
+    whole = np.linalg.qr(np.column_stack([basis.astype(float), *columns]))[0]
+    return np.ascontiguousarray(whole[:, basis.shape[1] :], np.float32)
+
+
+def _without_harmonics(x: np.ndarray, rest: np.ndarray, sfreq: float) -> np.ndarray:
+    """Remove the harmonics of mains noise from the energy of cells, because the harmonics are no muscle activity.
+
+    Muscle activity has energy at all frequencies. So the energy at the harmonics is removed only where it is much
+    denser than the energy at other frequencies.
+
+    Parameters
+    ----------
+    x : ndarray, shape (cells, L)
+        Cells of the signal.
+    rest : ndarray, shape (cells,)
+        Energy of each cell without the components in `_basis`.
+    sfreq : float
+        Sampling rate in Hz.
+
+    Returns
+    -------
+    ndarray, shape (cells,)
+        Energy of each cell without the harmonics.
+    """
+    n_free, harmonics = _basis(x.shape[1], sfreq)[2], _harmonics(x.shape[1], sfreq)
+    count = harmonics.shape[1]
+    if not count or n_free - count < LEAST_FREE:
+        return rest
+    part = ((x @ harmonics) ** 2).sum(axis=1)
+    other = np.maximum(rest - part, 0) / (n_free - count)
+    return np.where(part / count > TONAL * other, other * n_free, rest)
 
 
 class Cells:
@@ -371,7 +418,10 @@ class Cells:
         scale = self.to_uv**2 / self.length
         if n_free >= 6:
             rest = np.einsum("rkl,rkl->rk", x, x) - parts.sum(axis=2)
-            flags[(scale * rest > self.spec.muscle_uv**2) & live] |= np.uint16(MUSCLE)
+            r, k = np.nonzero((scale * rest > self.spec.muscle_uv**2) & live)
+            if len(r):
+                loud = scale * _without_harmonics(x[r, k], rest[r, k], self.sfreq) > self.spec.muscle_uv**2
+                flags[r[loud], k[loud]] |= np.uint16(MUSCLE)
         for flag, columns in mains.items():
             flags[(scale * parts[:, :, columns].sum(axis=2) > self.spec.mains_uv**2) & live] |= np.uint16(flag)
 

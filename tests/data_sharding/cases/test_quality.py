@@ -237,6 +237,21 @@ class TestBadChannels:
         sharded = shard_one(uv)
         assert sharded.row.windows_left_out.get(f"too many bad channels: {kind}", 0) >= 18
 
+    @pytest.mark.parametrize(("line", "sfreq"), [(50, 250.0), (60, 500.0), (50, 1000.0), (60, 5000.0)])
+    def test_harmonics_of_mains_are_no_muscle_activity(self, shard_one, true_uv, line: int, sfreq: float) -> None:
+        t, rng = get_times(sfreq), np.random.default_rng(3)
+        uv = true_uv(15, 8, t) + rng.normal(0, 2, (8, t.size))
+        phase = 2 * np.pi * np.cumsum(line + 0.1 * np.sin(t)) / sfreq
+        for number, share in ((1, 1.0), (2, 0.8), (3, 0.5), (5, 0.4)):
+            if number * line < 0.45 * sfreq:
+                uv += 200 * share * np.cos(number * phase)
+        part = (t >= 20) & (t < 40)
+        uv[3, part] += rng.normal(0, 150, np.count_nonzero(part))
+        sharded = shard_one(uv, sfreq)
+        marked = {round(meta["start"]) for meta, _ in sharded.samples if meta["bads"]}
+        assert not sharded.row.windows_left_out and marked and all(18 < start < 42 for start in marked), marked
+        assert sharded.row.line_freq == line and set(sharded.row.bad_in_windows) == {"muscle"}
+
     def test_ordinary_eeg_has_no_bad_windows(self, shard_one, true_uv) -> None:
         t, rng = get_times(), np.random.default_rng(2)
         uv = true_uv(14, 8, t) + rng.normal(0, 3, (8, t.size)) + 30 * np.sin(2 * np.pi * 50 * t)
