@@ -246,7 +246,7 @@ plus the largest growth within a step.
 
 The machine was busy with other programs during this run (load average {found["machine"]["load"]:.0f} on
 {found["machine"]["cores"]} cores), so steps/s and images/s are lower than on an idle machine. The CPU time depends less
-on the load. Relative to the plain loop, EG-DDPM with the same network needs {1 / ratios[0]:.2f} times the CPU time in
+on the load. EG-DDPM with `UNet2DModel` needs {1 / ratios[0]:.2f} times the CPU time of the plain loop in
 training, and {1 / ratios[1]:.2f} times in sampling.
 """
 

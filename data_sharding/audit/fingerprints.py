@@ -193,7 +193,7 @@ class Fingerprints:
         Raises
         ------
         RequestError
-            If the stored points are damaged.
+            If the stored fingerprint is damaged.
         """
         at = self._at[key]
         group = int(np.searchsorted(self._starts, at, side="right")) - 1

@@ -394,7 +394,7 @@ def choose(channels: Channels, bads: list[int], limit: int = 128) -> tuple[list[
     rows : list of int
         Rows to keep, in ascending order.
     rule : str
-        Description of the choice, for the ledger.
+        Text for the ledger that says which channels are kept, such as "120 good of 140".
     """
     n = len(channels.names)
     if n <= limit:
@@ -428,7 +428,7 @@ def restrict(channels: Channels, rows: list[int], rule: str) -> Channels:
     rows : list of int
         Rows to keep.
     rule : str
-        Description of the choice, for the ledger.
+        Text for the ledger that says which channels are kept, such as "120 good of 140".
 
     Returns
     -------

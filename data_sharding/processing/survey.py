@@ -47,8 +47,8 @@ TRIGGER_UV = 200.0
 """Smallest peak-to-peak value of a trigger channel, in microvolts if the unit of the file is right. A dead channel with
 one noisy bit has a smaller peak-to-peak value."""
 TONE_SHARE = 0.5
-"""A channel is a test tone if one frequency above `TONE_ABOVE_HZ`, which is not a harmonic of the mains frequency, has
-more than this fraction of the channel's power above 1 Hz."""
+"""A channel is a test tone if a single frequency has more than this fraction of the channel's power above 1 Hz. The
+frequency must be above `TONE_ABOVE_HZ` and must not be a harmonic of the mains frequency."""
 TONE_ABOVE_HZ = 30.0
 NOISY_RATIO = 5.0
 """A noisy channel exceeds the median over the channels by this factor and by `NOISY_Z`, in its amplitude above 45 Hz.

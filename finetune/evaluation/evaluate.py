@@ -117,7 +117,8 @@ class EvaluateConfig:
     """Folders with the images of models that were trained with other seeds, evaluated with `dreamscale evaluate`. The
     result has the mean and the spread of each metric over all models."""
     require: Literal["", "signal"] = ""
-    """signal: end with exit code 1 unless the verdict is "signal"."""
+    """Verdict that is required for exit code 0. signal: the exit code is 1 if the verdict is not "signal". Empty: the
+    exit code does not depend on the verdict."""
     examples: int = 24
     """Number of trials, spread over the categories, whose images the report shows. The report also shows the trials
     with the best, the middle and the worst images."""

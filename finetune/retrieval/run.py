@@ -80,7 +80,8 @@ class RetrieveConfig:
     """Published evidence that the images were shown in random order, for files that have lost the order of the trials,
     such as the preprocessed THINGS-EEG2. The evidence is printed with the verdict."""
     require: Literal["", "signal"] = ""
-    """signal: end with exit code 1 unless the verdict is "signal"."""
+    """Verdict that is required for exit code 0. signal: the exit code is 1 if the verdict is not "signal". Empty: the
+    exit code does not depend on the verdict."""
     seed: int = 0
     """Seed for shuffling EEG embeddings and for resampling."""
     device: str = "auto"

@@ -178,7 +178,7 @@ class _Training:
 def _augment(x_B3HW: Tensor, generator: torch.Generator, *, captioned: bool, shift: int = 2) -> Tensor:
     """Shift images at random. If `captioned` is false, also mirror the images and permute their colour channels.
 
-    A caption may name a colour or a side, so an image with a caption must keep its colours and its sides.
+    A caption may name a colour, or the left or right side, so an image with a caption is only shifted.
     """
     b, size = len(x_B3HW), x_B3HW.shape[-1]
     x, channels = x_B3HW, torch.arange(3).expand(b, 3)

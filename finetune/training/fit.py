@@ -115,8 +115,8 @@ def fit(
     Returns
     -------
     FitResult
-        Result of the best evaluation. Without `evaluate`, the module keeps the averaged weights, or the last weights if
-        the config asks for no moving average.
+        Result of the best evaluation. If `evaluate` is None, there are no best weights, and the module contains the
+        averaged weights of the last step, or the weights of the last step if the config asks for no moving average.
 
     Raises
     ------

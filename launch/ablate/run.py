@@ -90,7 +90,7 @@ def ablate(ablation: Ablation) -> int:
             except StepFailedError as error:
                 chain.print_tail(error.step)
                 log = chain.log(error.step)
-                print(f"dreamscale: row '{row.name}': {error}; its log is {log}", file=sys.stderr)
+                print(f"dreamscale: row '{row.name}': {error}; the log of this step is {log}", file=sys.stderr)
                 if row.name == config.base:
                     return error.code if error.code > 0 else EXIT_FAILED
                 states[row.name] = f"failed: {error}, see {log.relative_to(out)}"

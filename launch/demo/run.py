@@ -96,7 +96,7 @@ def run_demo(config: DemoConfig) -> int:
                 chain.run(step, f"[{number:2d}/{len(steps) + 1}]")
         except StepFailedError as error:
             chain.print_tail(error.step)
-            print(f"dreamscale: {error}; its log is {chain.log(error.step)}", file=sys.stderr)
+            print(f"dreamscale: {error}; the log of this step is {chain.log(error.step)}", file=sys.stderr)
             return error.code if error.code > 0 else EXIT_FAILED
         say(f"[{len(steps) + 1:2d}/{len(steps) + 1}] write the report")
         conclusion, passed = write_report(folder, steps, chain.seconds, seed=config.seed, profile=config.profile)

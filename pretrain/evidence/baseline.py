@@ -70,7 +70,7 @@ def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float64]
 
 
 def remove_line(x_CT: np.ndarray) -> np.ndarray:
-    """Remove the mean and the straight line of each channel from the EEG before a picture.
+    """Remove the mean and the linear trend of each channel, in the EEG that was recorded before a picture.
 
     A high-pass filter without delay (zero phase) works forwards and backwards in time, so the filter carries a slow
     wave of the response, of opposite sign, to the time before the picture. If the slow wave were kept, the baseline
@@ -85,7 +85,7 @@ def remove_line(x_CT: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray of float, shape (C, T)
-        EEG without the slow part.
+        EEG without the mean and the linear trend.
 
     References
     ----------

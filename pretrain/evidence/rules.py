@@ -389,7 +389,7 @@ def decide_by_design(case: _Case) -> _Found | None:
 
 
 def decide_if_judgeable(case: _Case) -> _Found | None:
-    """Apply the rule about data or a judge that cannot show a signal.
+    """Apply the rule about evidence that allows no conclusion, because of the data, a missing control or the judge.
 
     The verdict is *not judgeable* in five cases. There are fewer than `FEWEST_TRIALS` test trials. There are fewer than
     `FEWEST_IMAGES` test images: an image can resemble another category by chance, and with few images this chance

@@ -42,8 +42,8 @@ def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, 
     Returns
     -------
     low, high : float
-        Wilson's interval for the effective number of trials. The effective number is the number of independent trials
-        whose mean would have the same variance as the mean of the clustered trials.
+        Bounds of Wilson's interval, with the effective number of trials as the sample size. The effective number is the
+        number of independent trials whose mean would have the same variance as the mean of the clustered trials.
     """
     check_finite(hits_n, "the hits")
     _, image_n = np.unique(images_n, return_inverse=True)

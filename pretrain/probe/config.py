@@ -64,7 +64,8 @@ class ProbeConfig:
     """Published evidence that the categories were shown in random order, for files that have lost the order of the
     trials, such as the preprocessed THINGS-EEG2. The evidence is printed with the verdict."""
     require: Literal["", "signal"] = ""
-    """signal: end with exit code 1 unless the verdict is "signal"."""
+    """Verdict that is required for exit code 0. signal: the exit code is 1 if the verdict is not "signal". Empty: the
+    exit code does not depend on the verdict."""
     batch_size: int = 64
     """Number of trials that are encoded in one forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

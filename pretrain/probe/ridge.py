@@ -36,7 +36,7 @@ def choose_and_predict(
     ndarray, [S, number of test trials]
         Predicted labels.
     float
-        Penalty chosen for the first set of labels, as a multiple of the mean eigenvalue.
+        Penalty chosen for the first set of labels, as a multiple of the mean eigenvalue of the features' covariance.
     """
     sets = len(labels_Sn)
 
