@@ -27,7 +27,7 @@ Features = Callable[[np.ndarray, float], NDArray[np.float64]]
 """Function that computes features [n, F] from EEG [n, C, T] and its sampling rate in Hz."""
 
 
-def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float64]] | NotApplicable:
+def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float32]] | NotApplicable:
     """Compute features of the EEG before the picture.
 
     Parameters
@@ -99,7 +99,7 @@ def remove_line(x_CT: np.ndarray) -> np.ndarray:
 
 def compute_features(
     dataset: EEGDataset, numbers: Sequence[int], window: Window, features: Features = noise_features
-) -> NDArray[np.float64]:
+) -> NDArray[np.float32]:
     """Compute features of a part of each trial.
 
     Parameters
@@ -116,13 +116,16 @@ def compute_features(
     Returns
     -------
     ndarray, [n, F]
-        Features of the trials.
+        Features of the trials, in float32 to save memory.
     """
-    found = []
+    found_nF = np.zeros((len(numbers), 0), np.float32)
     with progress("features of the control", len(numbers), enabled=len(numbers) >= 10_000) as advance:
         for start in range(0, len(numbers), PART):
             wanted = numbers[start : start + PART]
             x_nCT = np.stack([window(number) for number in wanted]).astype(np.float64)
-            found.append(features(x_nCT, dataset.spec.sfreq))
+            part_nF = features(x_nCT, dataset.spec.sfreq)
+            if not start:
+                found_nF = np.empty((len(numbers), part_nF.shape[1]), np.float32)
+            found_nF[start : start + len(wanted)] = part_nF
             advance(len(wanted))
-    return np.concatenate(found)
+    return found_nF

@@ -7,6 +7,8 @@ predict the label, and the score of a model does not show that the model reads a
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from data_sharding.common.errors import RequestError
 from pretrain.evidence.features import BANDS, band_power
-from pretrain.evidence.ridge import STRENGTHS, ridge_scores
+from pretrain.evidence.ridge import STRENGTHS, RidgeFit, RidgeSums
 from pretrain.evidence.trials import TrialTable, group_by, group_recordings, join_tables
 
 NEAREST = (1, 5)
@@ -25,7 +27,7 @@ POOLED = (5, 25)
 INNER_FOLDS = 5
 """Largest number of inner folds of the training trials."""
 _ROWS = 2000
-"""Largest number of rows of a matrix of distances in time, to limit the memory."""
+"""Largest number of rows of a matrix of distances in time, or of features in float64, to limit the memory."""
 
 Labels = NDArray[np.int64]
 UNKNOWN = -1
@@ -306,23 +308,43 @@ def predict_from_features(
             f"{len(number_n)} training labels; give at least one training trial, one label for each training trial, "
             "and equal numbers of features"
         )
-    mean, scale = x_nF.mean(axis=0), x_nF.std(axis=0)
+    blocks = [slice(start, start + _ROWS) for start in range(0, len(x_nF), _ROWS)]
+    fold_n = _divide_into_folds(len(x_nF), groups_n, seed)
+    sums = [RidgeSums(x_nF.shape[1], len(labels_L)) for _ in range(int(fold_n.max()) + 1)]
+    for block in blocks:
+        one_hot_nL = np.eye(len(labels_L))[number_n[block]]
+        for fold, of_fold in enumerate(sums):
+            inside_n = fold_n[block] == fold
+            of_fold.add(x_nF[block][inside_n], one_hot_nL[inside_n])
+    total = functools.reduce(operator.add, sums)
     # A constant feature becomes 0, because a division by its tiny standard deviation would enlarge rounding errors.
-    scale = np.where(scale > 1e-9 * np.maximum(1.0, np.abs(mean)), scale, np.inf)
-    x_nF, new_mF = (x_nF - mean) / scale, (new_mF - mean) / scale
-    one_hot_nL = np.eye(len(labels_L))[number_n]
+    scale_F = total.compute_scale(1e-9 * np.maximum(1.0, np.abs(total.mean_F)))
     hits = np.zeros(len(STRENGTHS))
-    for held_n in _inner_folds(len(x_nF), groups_n, seed):
-        scores = ridge_scores(x_nF[~held_n], one_hot_nL[~held_n], x_nF[held_n])
-        hits += [(score.argmax(axis=1) == number_n[held_n]).sum() for score in scores]
+    for fold in range(len(sums) if len(sums) > 1 else 0):
+        fitted = functools.reduce(operator.add, [part for number, part in enumerate(sums) if number != fold]).fit(
+            scale_F
+        )
+        held_n = np.flatnonzero(fold_n == fold)
+        for number in range(len(STRENGTHS)):
+            found_n = _find_labels(fitted, number, x_nF, held_n)
+            hits[number] += (found_n == number_n[held_n]).sum()
     # If several penalties are equally good, use the strongest penalty.
     best = len(STRENGTHS) - 1 - int(hits[::-1].argmax()) if hits.any() else len(STRENGTHS) // 2
-    scores = list(ridge_scores(x_nF, one_hot_nL, new_mF))[best]
-    return labels_L[scores.argmax(axis=1)].astype(np.int64)
+    return labels_L[_find_labels(total.fit(scale_F), best, new_mF, np.arange(len(new_mF)))].astype(np.int64)
 
 
-def _check_features(values: ArrayLike, what: str) -> NDArray[np.float64]:
-    x_nF = np.asarray(values, np.float64)
+def _find_labels(fitted: RidgeFit, number: int, x_nF: NDArray[np.floating], rows: Labels) -> Labels:
+    """Return the label with the largest score for some rows of the features, with the penalty ``STRENGTHS[number]``."""
+    weights_FL = fitted.compute_weights(number)
+    parts = (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
+    found = [((x_nF[part] - fitted.mean_F) @ weights_FL + fitted.mean_L).argmax(axis=1) for part in parts]
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def _check_features(values: ArrayLike, what: str) -> NDArray[np.floating]:
+    """Return the features as an array of floats; features in float32 are not copied."""
+    x_nF = np.asarray(values)
+    x_nF = x_nF if x_nF.dtype == np.float32 else x_nF.astype(np.float64, copy=False)
     if x_nF.ndim != 2:
         raise RequestError(f"the {what} features have the shape {x_nF.shape}; give one row of features for each trial")
     if bad := int((~np.isfinite(x_nF)).any(axis=1).sum()):
@@ -332,17 +354,14 @@ def _check_features(values: ArrayLike, what: str) -> NDArray[np.float64]:
     return x_nF
 
 
-def _inner_folds(n: int, groups_n: ArrayLike | None, seed: int) -> list[NDArray[np.bool_]]:
-    """Return the held-out trials of each inner fold, as masks; no folds if there is only one group of trials."""
+def _divide_into_folds(n: int, groups_n: ArrayLike | None, seed: int) -> Labels:
+    """Return the inner fold [n] of each trial; all trials are in fold 0 if there is only one group of trials."""
     rng = np.random.default_rng([seed, n])
     group_n = np.arange(n) if groups_n is None else group_by(groups_n)
     if len(group_n) != n:
         raise RequestError(f"there are {len(group_n)} groups for {n} training trials; give one group for each trial")
     groups = int(group_n.max()) + 1
-    if groups < 2:
-        return []
-    fold_n = (rng.permutation(groups) % min(INNER_FOLDS, groups))[group_n]
-    return [fold_n == fold for fold in range(fold_n.max() + 1)]
+    return (rng.permutation(groups) % min(INNER_FOLDS, groups))[group_n]
 
 
 def noise_features(x_nCT: ArrayLike, sfreq: float) -> NDArray[np.float64]:

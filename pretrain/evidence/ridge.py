@@ -90,7 +90,12 @@ class RidgeSums:
         found.x_F, found.y_L = self.x_F + x_F, self.y_L + other.y_L
         return found
 
-    def compute_scale(self, least: float = 1e-6) -> np.ndarray:
+    @property
+    def mean_F(self) -> np.ndarray:
+        """Mean of each feature."""
+        return self.x_F / self.n + self.shift_F
+
+    def compute_scale(self, least: float | np.ndarray = 1e-6) -> np.ndarray:
         """Return the standard deviation [F] of each feature; infinity for a constant feature, which becomes 0."""
         variance_F = np.diag(self.xx_FF) / self.n - (self.x_F / self.n) ** 2
         std_F = np.sqrt(np.maximum(variance_F, 0))
@@ -109,7 +114,7 @@ class RidgeSums:
         # With fewer trials than features, `ridge_scores` takes the mean over the trials.
         unit = value_F.sum() / min(len(value_F), self.n) or 1.0
         return RidgeFit(
-            mean_F=mean_F + self.shift_F,
+            mean_F=self.mean_F,
             mean_L=mean_L,
             scale_F=scale_F,
             value_F=value_F,

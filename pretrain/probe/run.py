@@ -138,7 +138,7 @@ def _record_opening(config: ProbeConfig, splits: list[str], dataset_id: str) -> 
     return None if found is None else found.describe("test")
 
 
-def _read_baseline(config: ProbeConfig, splits: list[str]) -> NDArray[np.float64] | NotApplicable:
+def _read_baseline(config: ProbeConfig, splits: list[str]) -> NDArray[np.float32] | NotApplicable:
     """Compute features of the EEG before the picture [n, F] for the trials of all splits, if the shards hold it."""
     parts = [EEGDataset(config.dataset, split) for split in splits]
     features = compute_baseline_features([(part, range(len(part))) for part in parts])

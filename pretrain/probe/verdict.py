@@ -40,7 +40,7 @@ class Setting:
     """Number of labels of the dataset."""
     design: Design
     design_evidence: str
-    baseline_nF: NDArray[np.float64] | NotApplicable
+    baseline_nF: NDArray[np.floating] | NotApplicable
     """[n, F] features of the EEG before the picture, for all trials of the dataset."""
     seed: int = 0
     """Seed for the exchange of EEG between trials, and for the inner folds of the predictor from the baseline."""

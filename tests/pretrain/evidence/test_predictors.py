@@ -9,6 +9,7 @@ import pytest
 
 from data_sharding.common.errors import RequestError
 from pretrain.evidence.predictors import noise_features, predict_from_features, predict_from_time
+from pretrain.evidence.ridge import STRENGTHS, ridge_scores
 from pretrain.evidence.trials import TrialTable
 
 PEOPLE, TRIALS, LABELS = 6, 60, 4
@@ -107,6 +108,30 @@ class TestFeatures:
         assert (found == labels[150:]).mean() > 0.7
         grouped = predict_from_features(x[:150], labels[:150], x[150:], groups_n=np.arange(150) // 30)
         assert (grouped == labels[150:]).mean() > 0.7
+
+    @pytest.mark.parametrize("features", [6, 200])
+    @pytest.mark.parametrize("groups", [1, 7])
+    def test_sums_over_parts_give_the_labels_of_a_regression_in_memory(
+        self, features: int, groups: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rng = np.random.default_rng(4)
+        labels, new = rng.integers(0, 3, 120), rng.integers(0, 3, 90)
+        weights = rng.standard_normal((3, features))
+        x, new_x = (50 + weights[seen] + rng.normal(0, 2, (len(seen), features)) for seen in (labels, new))
+        x[:, 0], new_x[:, 0] = 0.1, 5.0
+        monkeypatch.setattr("pretrain.evidence.predictors._ROWS", 17)
+        found = predict_from_features(x, labels, new_x, groups_n=np.arange(120) % groups, seed=3)
+        scale = np.where(x.std(axis=0) > 1e-9, x.std(axis=0), np.inf)
+        z, new_z, one_hot = (x - x.mean(axis=0)) / scale, (new_x - x.mean(axis=0)) / scale, np.eye(3)[labels]
+        hits = np.zeros(len(STRENGTHS))
+        fold_n = (np.random.default_rng([3, 120]).permutation(groups) % min(5, groups))[np.arange(120) % groups]
+        for fold in range(fold_n.max() + 1 if groups > 1 else 0):
+            held = fold_n == fold
+            scores = ridge_scores(z[~held], one_hot[~held], z[held])
+            hits += [(score.argmax(axis=1) == labels[held]).sum() for score in scores]
+        best = len(STRENGTHS) - 1 - int(hits[::-1].argmax()) if hits.any() else len(STRENGTHS) // 2
+        expected = list(ridge_scores(z, one_hot, new_z))[best].argmax(axis=1)
+        assert (found == expected).mean() > 0.98 and (expected == new).mean() > 0.4
 
     def test_one_training_label(self) -> None:
         assert predict_from_features(np.ones((3, 2)), [4, 4, 4], np.zeros((2, 2))).tolist() == [4, 4]
