@@ -178,10 +178,26 @@ def _make_plan(
 
 
 def _make_images(config: GenerateConfig, plan: _Plan, dataset: EEGDataset, about: dict[str, Any], world: World) -> None:
-    """Make the images, and write the complete result to the output."""
+    """Make the images, and write the complete result to the output, unless the output holds this result already."""
     output = Path(config.output)
     settings = {name: value for name, value in about.items() if name not in ("model", "dataset")}
     folder = PartialFolder(output, {**settings, "limit": config.limit})
+    about = {**about, "trials": plan.describe()}
+    if _compute_on_first(world, lambda: folder.is_complete(about)):
+        if world.first:
+            print(f"{output}: these {len(plan.trials)} images exist already; next: {_say_next(config)}")
+        return
+    if world.first:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        record_opening(
+            config.dataset,
+            config.split,
+            command="generate",
+            dataset_id=about["dataset_id"],
+            model_digest=about["model_digest"],
+            config=to_dict(config),
+            fallback=output.parent,
+        )
     finished = _compute_on_first(world, folder.open)
     if finished and world.first:
         print(f"{folder.path}: {len(finished)} of {len(plan.trials)} images are finished already")
@@ -197,12 +213,42 @@ def _make_images(config: GenerateConfig, plan: _Plan, dataset: EEGDataset, about
             world=world,
         )
         if world.first:
-            folder.complete({**about, "trials": plan.describe()})
+            folder.complete(about)
             print(f"{len(plan.trials)} images -> {output / 'images'}; next: {_say_next(config)}")
     finally:
         if world.first:
             # Another process may still write images, so the folder is deleted only if this process is alone.
             folder.close(discard=world.size == 1)
+
+
+def _generate_control(
+    config: GenerateConfig, generator: Generator, dataset: EEGDataset, sampling: Sampling, digest: str, world: World
+) -> None:
+    """Generate the images of one control, or write into generated.json why the data cannot give this control."""
+    about = _describe(config, generator, dataset, sampling) | {"model_digest": digest}
+    try:
+        plan = _make_plan(config, generator, dataset, sampling, world)
+    except NotApplicableError as reason:
+        if world.first:
+            with atomic_directory(config.output) as root:
+                write_json(root / "generated.json", {**about, "not_applicable": str(reason), "trials": []})
+            print(f"not applicable: {reason} -> {Path(config.output) / 'generated.json'}")
+    else:
+        _make_images(config, plan, dataset, about, world)
+    # The next control must not begin while another process still works on this control.
+    world.barrier()
+
+
+def _divide(config: GenerateConfig) -> list[GenerateConfig]:
+    """Return one config for `control`, and one config for each entry of `controls`."""
+    first = dataclasses.replace(config, controls=[])
+    others = [dataclasses.replace(first, control=name, output=f"{config.output}-{name}") for name in config.controls]
+    for part in (parts := [first, *others]):
+        output = Path(part.output)
+        if output.exists() and not (output / "generated.json").is_file():
+            if output.is_file() or any(output.iterdir()):
+                raise RequestError(f"{output}: exists but does not hold generated images; choose another output")
+    return parts
 
 
 def generate(config: GenerateConfig) -> int:
@@ -219,9 +265,7 @@ def generate(config: GenerateConfig) -> int:
         Exit code of the command.
     """
     quiet_libraries()
-    output = Path(config.output)
-    if output.exists() and not (output / "generated.json").is_file() and (output.is_file() or any(output.iterdir())):
-        raise RequestError(f"{output}: exists but does not hold generated images; choose another output")
+    parts = _divide(config)
     accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, timeout_s=WAIT_S)
     world = get_world(accelerator)
     # Check the dataset before the model, because loading a model takes longer. All processes read the same version.
@@ -236,28 +280,8 @@ def generate(config: GenerateConfig) -> int:
         sampler=config.sampler, steps=config.steps, guidance_scale=config.guidance_scale
     )
     digest = _compute_on_first(world, lambda: digest_model(config.model))
-    about = _describe(config, generator, dataset, sampling) | {"model_digest": digest}
-    try:
-        plan = _make_plan(config, generator, dataset, sampling, world)
-    except NotApplicableError as reason:
-        if world.first:
-            with atomic_directory(output) as root:
-                write_json(root / "generated.json", {**about, "not_applicable": str(reason), "trials": []})
-            print(f"not applicable: {reason} -> {output / 'generated.json'}")
-    else:
-        if world.first:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            record_opening(
-                config.dataset,
-                config.split,
-                command="generate",
-                dataset_id=dataset.manifest.dataset_id,
-                model_digest=digest,
-                config=to_dict(config),
-                fallback=output.parent,
-            )
-        _make_images(config, plan, dataset, about, world)
-    accelerator.wait_for_everyone()
+    for of_control in parts:
+        _generate_control(of_control, generator, dataset, sampling, digest, world)
     accelerator.end_training()
     return EXIT_DONE
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 Control = Literal[
@@ -22,9 +22,9 @@ class GenerateConfig:
     dataset: str
     """Path of the EEG-image dataset, which must have the same preprocessing as the model's training data."""
     output: str
-    """Output directory for images/, real/ and generated.json. An earlier result in this directory is replaced when the
-    new result is complete. Until then, finished images are in the folder OUTPUT.partial. After a stop, the same command
-    keeps the finished images and generates the other images."""
+    """Output directory for images/, real/ and generated.json. An earlier result of other settings in this directory is
+    replaced when the new result is complete. Until then, finished images are in the folder OUTPUT.partial. After a
+    stop, the same command keeps the finished images and generates the other images."""
     split: str = "test"
     """Name of the split from which the trials are taken."""
     control: Control = "none"
@@ -36,6 +36,10 @@ class GenerateConfig:
     from the time of the trial, from the EEG before the image, or from eye and face channels. nearest: show the training
     image with the most similar EEG. If a control cannot be made from the data, the result says why and has no
     images."""
+    controls: list[Control] = field(default_factory=list)
+    """Controls that the command generates after the images of `control`, with the same loaded model. The images of a
+    control NAME are written to the folder OUTPUT-NAME, where `dreamscale evaluate OUTPUT` finds them. After a stop, the
+    same command keeps the results that are complete."""
     sampler: Literal["ddpm", "ddim", "dpmsolver++"] | None = None
     """Sampler. ddpm: the ancestral sampler, which adds noise at every step. ddim: a deterministic sampler that needs
     few steps. dpmsolver++: a deterministic solver of second order. Empty: the default sampler of the model."""
@@ -63,6 +67,9 @@ class GenerateConfig:
         for name in ("steps", "batch_size", "num_processes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        repeated = {name for name in self.controls if [self.control, *self.controls].count(name) > 1}
+        if repeated:
+            raise ValueError(f"controls names a control twice, or also the value of control: {', '.join(repeated)}")
         if self.average_repeats < 0:
             raise ValueError(f"average_repeats must be 0 (all) or more, got {self.average_repeats}")
         if self.limit < 0:

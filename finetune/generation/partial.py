@@ -62,6 +62,21 @@ class PartialFolder:
         self.output, self.settings = output, settings
         self.path = output.with_name(f"{output.name}.partial")
 
+    def is_complete(self, about: dict[str, Any]) -> bool:
+        """Return whether the output holds all images of this result already.
+
+        Parameters
+        ----------
+        about : dict
+            Content of generated.json, with the trials.
+        """
+        try:
+            same = read_json(self.output / "generated.json") == about
+        except RequestError:
+            return False
+        files = [trial[name] for trial in about["trials"] for name in ("file", "real_file")] if same else []
+        return same and all((self.output / file).is_file() for file in files)
+
     def open(self) -> set[str]:
         """Lock the folder, and read which images are finished. Images of other settings are deleted with a message.
 

@@ -21,7 +21,7 @@ from launch.stages import STAGES
 
 ALIGN = "align"
 _SET_HERE = ("dataset", "output")
-_GENERATE_KEYS = {"model", "dataset", "output", "split", "control", "seed"}
+_GENERATE_KEYS = {"model", "dataset", "output", "split", "control", "controls", "seed"}
 _EVALUATE_KEYS = {"directory", "controls", "dataset", "seed"}
 
 
@@ -164,27 +164,24 @@ class _Planner:
         from finetune.evaluation.evaluate import EvaluateConfig
         from finetune.generate import GenerateConfig
 
-        where, config, steps, seed = f"{self.files[name]}: row '{name}'", self.config, [], str(self.config.seed)
+        where, config, seed = f"{self.files[name]}: row '{name}'", self.config, str(self.config.seed)
         options = {**flatten(config.generate), **options}
         judging = flatten(config.evaluate)
         for what, given, taken in (("generate", options, _GENERATE_KEYS), ("evaluate", judging, _EVALUATE_KEYS)):
             if wrong := sorted(taken & given.keys()):
                 raise RequestError(f"{where}: key '{what}.{wrong[0]}' is set by the ablation; remove it")
-        for control, ending in (("none", ""), ("shuffle", "-shuffled"))[: 1 + config.control]:
-            folder = images.with_name(images.name + ending)
-            words = [str(run / "model"), self.dataset, "--output", str(folder), "--split", config.split]
-            words += ["--control", control, "--seed", seed, *_words(options)]
-            self._check(GenerateConfig, words, ("model", "dataset"), f"{where}: generate")
-            steps.append(
-                Step(
-                    name=f"{name}.generate{ending}",
-                    title=f"{name}: generate images" + (" from shuffled EEG" if ending else ""),
-                    words=["generate", *words],
-                    outputs=[folder.relative_to(self.out).as_posix()],
-                    needs=[trained],
-                )
-            )
-        needs = [step.name for step in steps]
+        words = [str(run / "model"), self.dataset, "--output", str(images), "--split", config.split, "--seed", seed]
+        words += [*(["--controls", '["shuffle"]'] if config.control else []), *_words(options)]
+        self._check(GenerateConfig, words, ("model", "dataset"), f"{where}: generate")
+        folders = [images, *([images.with_name(f"{images.name}-shuffle")] if config.control else [])]
+        generate = Step(
+            name=f"{name}.generate",
+            title=f"{name}: generate images" + (", also from shuffled EEG" if config.control else ""),
+            words=["generate", *words],
+            outputs=[folder.relative_to(self.out).as_posix() for folder in folders],
+            needs=[trained],
+        )
+        needs = [generate.name]
         words = [str(images), "--seed", seed]
         words += _words(judging)
         if name != config.base:
@@ -201,7 +198,7 @@ class _Planner:
             proofs=[f"images/{name}/metrics.json", f"images/{name}/trials.json"],
             needs=needs,
         )
-        return [*steps, evaluate]
+        return [generate, evaluate]
 
     @staticmethod
     def _check(kind: type, words: list[str], positionals: tuple[str, ...], where: str) -> None:

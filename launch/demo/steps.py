@@ -20,20 +20,12 @@ MODELS = {"stable_diffusion": "stable_diffusion", "eg_ddpm": "dm_re2i"}
 """Folder of the training run for each kind of generator."""
 CONTROLS = {
     "none": "",
-    "shuffle": "-shuffled",
+    "shuffle": "-shuffle",
     "shuffle_within": "-shuffle_within",
     "no_eeg": "-no_eeg",
     "class": "-class",
 }
 """Suffix of the folder with generated images, for each control of ``dreamscale generate``."""
-SOURCES = {
-    "none": "the EEG of new people",
-    "shuffle": "shuffled EEG, as a control",
-    "shuffle_within": "EEG shuffled among neighbours in time, as a control",
-    "no_eeg": "no EEG, as a floor",
-    "class": "the true caption or category, as a ceiling",
-}
-"""Description of what the pictures of each control are generated from."""
 Profile = Literal["full", "smoke"]
 
 
@@ -152,21 +144,26 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
     ]
     images = merge_configs(read_config("images"), smoke.get("images", {}))
 
-    def generation(kind: str, run: str, control: str) -> Step:
-        folder = f"generated/{kind}{CONTROLS[control]}"
+    def generation(kind: str, run: str, title: str, controls: Sequence[str]) -> Step:
+        folder = f"generated/{kind}"
         words = ["generate", str(out / run / "model"), str(out / "paired"), "-o", str(out / folder)]
-        words += ["--split", "test", "--control", control, "--seed", str(seed)]
+        words += ["--split", "test", "--seed", str(seed)]
+        if controls:
+            words += ["--controls", json.dumps(list(controls))]
         return Step(
-            name=f"generate_{kind}{CONTROLS[control].replace('-', '_')}",
-            title=f"generate pictures with {kind.replace('_', ' ')} from {SOURCES[control]}",
-            words=words + _flags({**images["generate"].get(kind, {}), **images["controls"].get(control, {})}),
-            outputs=[folder],
+            name=f"generate_{kind}",
+            title=title,
+            words=words + _flags(images["generate"].get(kind, {})),
+            outputs=[folder, *(f"{folder}-{control}" for control in controls)],
             needs=[run],
+            # After a stop, the command keeps finished images, and it replaces images of other settings.
+            resumes=True,
         )
 
     judge: str | None = None
     for kind, run in MODELS.items():
-        steps += [generation(kind, run, control) for control in CONTROLS]
+        title = f"generate pictures with {kind.replace('_', ' ')} from the EEG of new people, and for the controls"
+        steps.append(generation(kind, run, title, [control for control in CONTROLS if control != "none"]))
         own = out / "generated" / kind
         # All controls are named, so that a folder that is missing ends the step with an error.
         words = [
@@ -186,7 +183,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
                 words=[*words, "--seed", str(seed)],
                 outputs=[],
                 proofs=[f"generated/{kind}/metrics.json"],
-                needs=[*(f"generate_{kind}{ending.replace('-', '_')}" for ending in CONTROLS.values()), *first],
+                needs=[f"generate_{kind}", *first],
             )
         )
-    return [*steps, generation("linear", "linear", "none")]
+    return [*steps, generation("linear", "linear", "show the training pictures that the linear baseline chooses", [])]

@@ -135,7 +135,7 @@ def test_unfinished_images_of_other_settings_are_generated_anew(
     # A folder of the user is never deleted.
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial" / "mine.txt").write_text("keep")
-    assert run_main(main, [*args, "-o", str(tmp_path / "new")]) == 2
+    assert run_main(main, [*args, "-o", str(tmp_path / "new"), "--seed", "1"]) == 2
     assert "new.partial: does not hold unfinished images" in capsys.readouterr().err
     assert len(list((tmp_path / "new" / "images").iterdir())) == 2 and (tmp_path / "new.partial" / "mine.txt").exists()
 
@@ -149,6 +149,40 @@ def test_the_control_gives_each_trial_the_eeg_of_another_trial(
     assert all(trial["key"] != trial["eeg_key"] for trial in trials)
     assert sorted(trial["key"] for trial in trials) == sorted(trial["eeg_key"] for trial in trials)
     assert len(trials) == 16
+
+
+def test_one_command_generates_several_controls_and_keeps_complete_results(
+    model: Path, paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [str(model), str(paired_dataset), "--steps", "2", "--limit", "4"]
+    together = [*few, "-o", str(tmp_path / "out"), "--controls", "[shuffle, no_eeg, eyes]"]
+    assert main(together) == 0
+    for name in ("shuffle", "no_eeg", "eyes"):
+        assert main([*few, "-o", str(tmp_path / f"alone-{name}"), "--control", name]) == 0
+        for path in (tmp_path / f"alone-{name}").rglob("*.*"):
+            other = tmp_path / f"out-{name}" / path.relative_to(tmp_path / f"alone-{name}")
+            assert path.read_bytes() == other.read_bytes()
+    assert "not_applicable" in json.loads((tmp_path / "out-eyes" / "generated.json").read_text())
+
+    # After a loss of one image, the same command makes only the result of this image again.
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*/images/*.png")}
+    lost = min((tmp_path / "out-shuffle" / "images").iterdir())
+    lost.unlink()
+    capsys.readouterr()
+    assert main(together) == 0
+    assert capsys.readouterr().out.count("these 4 images exist already") == 2 and lost.is_file()
+    changed = {path.parent for path, old in kept.items() if path.stat().st_mtime_ns != old}
+    assert changed == {lost.parent}
+
+    (tmp_path / "out-class").mkdir()
+    (tmp_path / "out-class" / "mine.txt").write_text("keep")
+    for controls, message in (
+        ("[class]", "out-class: exists but does not hold generated images"),
+        ("[shuffle, shuffle]", "controls names a control twice, or also the value of control: shuffle"),
+        ("[none]", "controls names a control twice, or also the value of control: none"),
+    ):
+        assert run_main(main, [*few, "-o", str(tmp_path / "out"), "--controls", controls]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_floor_and_ceiling_do_not_use_the_eeg(model: Path, paired_dataset: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_the_chain_uses_several_processes(tmp_path: Path):
     (tmp_path / "c.yaml").write_text(f"num_processes: {by_name['pretrain'].config['num_processes']}\n")
     assert processes_wanted([str(tmp_path / "c.yaml")]) == 2
     assert by_name["pretrain"].config["zero_stage"] == 2
-    assert processes_wanted(by_name["generate_eg_ddpm_shuffled"].words[1:]) == 2
+    assert processes_wanted(by_name["generate_eg_ddpm"].words[1:]) == 2
 
 
 def test_folders_of_two_seeds_do_not_mix(tmp_path: Path):
@@ -201,7 +201,7 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
 
     # If a step fails, the demo names the log of the step and returns the exit code of the step.
     (out / "generated" / "eg_ddpm" / "metrics.json").unlink()
-    (out / "generated" / "eg_ddpm-shuffled" / "generated.json").unlink()
+    (out / "generated" / "eg_ddpm-shuffle" / "generated.json").unlink()
     process = start_demo(out)
     text, err = process.communicate()
     assert process.returncode == 2
