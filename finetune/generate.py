@@ -243,11 +243,12 @@ def _divide(config: GenerateConfig) -> list[GenerateConfig]:
     """Return one config for `control`, and one config for each entry of `controls`."""
     first = dataclasses.replace(config, controls=[])
     others = [dataclasses.replace(first, control=name, output=f"{config.output}-{name}") for name in config.controls]
-    for part in (parts := [first, *others]):
+    parts = [first, *others]
+    for part in parts:
         output = Path(part.output)
-        if output.exists() and not (output / "generated.json").is_file():
-            if output.is_file() or any(output.iterdir()):
-                raise RequestError(f"{output}: exists but does not hold generated images; choose another output")
+        filled = output.is_file() or (output.is_dir() and any(output.iterdir()))
+        if filled and not (output / "generated.json").is_file():
+            raise RequestError(f"{output}: exists but does not hold generated images; choose another output")
     return parts
 
 
