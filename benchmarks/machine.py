@@ -7,7 +7,6 @@ import os
 import platform
 from pathlib import Path
 
-
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "NPY_DISABLE_CPU_FEATURES", "OPENBLAS_CORETYPE")
 """Environment variables that make PyTorch, oneDNN, NumPy and OpenBLAS compute as on an older processor."""
 
