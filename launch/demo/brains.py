@@ -20,7 +20,7 @@ from launch.demo.pictures import CATEGORIES, Picture
 Array = NDArray[np.float32]
 
 N_SOURCES = 40
-RESPONSE_GAIN = 4.0
+RESPONSE_GAIN = 5.5
 """Scale of the evoked responses. A larger value makes it easier to decode the category from a single trial."""
 PERSON_DELAY_S = 0.020
 """Each person has one delay of all components; this is the standard deviation of the delay over people, in seconds."""
