@@ -48,7 +48,7 @@ def _hours_cell(hours: float) -> Cell:
 
 
 def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
-    """Sum the hours that were found, that were left out for each reason, and that were written to the dataset.
+    """Sum the hours of EEG: the hours found, the hours left out for each reason, and the hours written to the dataset.
 
     Parameters
     ----------

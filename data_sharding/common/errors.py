@@ -26,7 +26,7 @@ class RequestError(ValueError):
 
 
 class RankError(RequestError):
-    """A `RequestError` that occurs in only one training process, which must print the error itself."""
+    """A `RequestError` that occurs in only one training process. This process must print the error itself."""
 
 
 class StopRequested(BaseException):

@@ -101,7 +101,7 @@ def update(text: str) -> str:
     Raises
     ------
     ValueError
-        If a marker is missing.
+        If the two lines around a table are missing or occur more than once.
     """
     for name, make in TABLES.items():
         pattern = rf"(<!-- {name}: generated[^\n]*-->\n).*?(\n<!-- end of {name} -->)"

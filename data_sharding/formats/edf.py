@@ -89,7 +89,7 @@ class RecordsSignal(RawSignal):
 
 
 class MissingSignal(RawSignal):
-    """A GDF recording in which values of single channels are missing, which are read as NaN.
+    """A GDF recording in which values of single channels are missing. Missing values are read as NaN.
 
     Parameters
     ----------

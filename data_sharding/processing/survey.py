@@ -497,7 +497,7 @@ class Survey:
         live : ndarray of int
             Rows to compare.
         live_in : ndarray of bool, shape (stretches, n)
-            Whether a channel has a signal in a stretch.
+            Whether a channel (column) has a signal in a stretch of about four seconds (row).
         """
         if len(live) < MIN_TO_COMPARE:
             return []

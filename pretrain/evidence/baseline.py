@@ -38,11 +38,11 @@ def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float32]
     Returns
     -------
     list of ndarray, each [n, F], or NotApplicable
-        Features of the trials of each part, from `pretrain.evidence.predictors.noise_features`. `remove_line` removes
-        the slow part of the EEG first. The baseline has the same duration in all trials: the shortest time that a trial
-        stores before its picture. The features are those of the channels that all trials have in common, found by name.
-        `NotApplicable` if a trial is stored with less than `LEAST_BASELINE_S` before the picture, or if the trials have
-        no channel in common.
+        Features of the trials of each part, from `pretrain.evidence.predictors.noise_features`. `remove_line` first
+        removes the mean and the linear trend of each channel. The baseline has the same duration in all trials: the
+        shortest time that a trial stores before its picture. The features are those of the channels that all trials
+        have in common, found by name. `NotApplicable` if a trial is stored with less than `LEAST_BASELINE_S` before the
+        picture, or if the trials have no channel in common.
     """
     onsets_n = np.concatenate([dataset.trials.numbers("onset")[list(numbers)] for dataset, numbers in parts])
     spec = parts[0][0].spec

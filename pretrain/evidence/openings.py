@@ -132,7 +132,7 @@ def count_openings(log: Path, split: str) -> Openings | None:
     Parameters
     ----------
     log : Path
-        The log.
+        The log file, with one line for each opening.
     split : str
         Name of the split.
 
@@ -144,7 +144,7 @@ def count_openings(log: Path, split: str) -> Openings | None:
     Raises
     ------
     RequestError
-        If the log is damaged.
+        If a line of the log is not a valid entry.
     """
     if not log.is_file():
         return None

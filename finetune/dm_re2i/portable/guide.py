@@ -24,7 +24,7 @@ from pretrain.model.config import EncoderConfig
 
 
 def count_true_channels(eeg_CT: Tensor) -> int:
-    """Return the number of channels that a window had before padding, which repeats channels.
+    """Return the number of channels that a window had before padding. The padding rows repeat channels.
 
     Parameters
     ----------

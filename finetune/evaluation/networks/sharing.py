@@ -102,7 +102,7 @@ class Sharing:
             self.world.broadcast(None)
 
     def announce(self, value: Any) -> None:
-        """Send a value, which is not None, from rank 0 to the other processes, which wait in `wait`."""
+        """Send a value from rank 0 to the other processes, which wait in `wait`. The value must not be None."""
         self.world.broadcast(value)
 
     def wait(self) -> Any:
