@@ -78,17 +78,17 @@ def load_clip(clip: str | Path) -> tuple[Any, Any]:
     RequestError
         If `clip` is not a CLIP model, cannot be loaded, or describes a network that is larger than its weights.
     """
-    return _load(clip, _find_files(clip, _KINDS["clip"].what), _KINDS["clip"])
+    return _load(clip, find_model_folder(clip, _KINDS["clip"].what), _KINDS["clip"])
 
 
 def load_dinov2(dinov2: str | Path) -> tuple[Any, Any]:
     """Load a DINOv2 model and its image processor; arguments and results as in `load_clip`."""
-    return _load(dinov2, _find_files(dinov2, _KINDS["dinov2"].what), _KINDS["dinov2"])
+    return _load(dinov2, find_model_folder(dinov2, _KINDS["dinov2"].what), _KINDS["dinov2"])
 
 
 def load_image_model(model: str | Path) -> tuple[Any, Any]:
     """Load a frozen image model: the image side of CLIP, or DINOv2; arguments and results as in `load_clip`."""
-    folder = _find_files(model, "a CLIP or DINOv2 model")
+    folder = find_model_folder(model, "a CLIP or DINOv2 model")
     kind = str(read_model_config(folder / "config.json").get("model_type", "")).removesuffix("_vision_model")
     if kind not in _KINDS:
         raise RequestError(
@@ -97,15 +97,35 @@ def load_image_model(model: str | Path) -> tuple[Any, Any]:
     return _load(model, folder, _KINDS[kind])
 
 
-def _find_files(model: str | Path, what: str) -> Path:
+def find_model_folder(model: str | Path, what: str) -> Path:
+    """Return the folder of a model of transformers, and download the model if a hub id is given.
+
+    Parameters
+    ----------
+    model : str or Path
+        Directory or hub id of the model.
+    what : str
+        Kind of the model, for messages.
+
+    Returns
+    -------
+    Path
+        Folder with config.json, preprocessor_config.json and weights.
+
+    Raises
+    ------
+    RequestError
+        If the folder does not exist or is not complete, or if the model cannot be downloaded.
+    """
     from huggingface_hub import snapshot_download
 
     folder = Path(model)
     if not is_local(model):
         # Download the files first, so that they can be checked before the model is built.
         folder = Path(load_with_library(lambda: snapshot_download(str(model), allow_patterns=_FILES), model, what))
-    if not (folder / "config.json").is_file():
-        raise RequestError(f"{model}: not {what} (no config.json); give the directory that save_pretrained wrote")
+    for name in ("config.json", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            raise RequestError(f"{model}: not {what} (no {name}); give the directory that save_pretrained wrote")
     return folder
 
 

@@ -148,26 +148,19 @@ def rank_true_images(
     return better_B, tied_B
 
 
-def retrieval(query_BD: Floats, gallery_MD: Floats, true_B: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Compute the rank of the true image of each query among all images of a gallery, by cosine similarity.
+def compute_ranks(better_B: NDArray[np.integer], tied_B: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Compute the expected rank of the true image of each query, with ties in random order.
 
     Parameters
     ----------
-    query_BD, gallery_MD, true_B
-        The arguments of `rank_true_images`.
+    better_B, tied_B : ndarray of int, shape (B,)
+        Result of `rank_true_images`.
 
     Returns
     -------
     ndarray, shape (B,)
-        Rank from 1 (most similar) to M. Images with equal similarity are ordered at random, and the rank is the
-        expected rank. Chance is (M + 1) / 2.
-
-    Raises
-    ------
-    ValueError
-        If an embedding is NaN or infinite, or if a true row is not in the gallery.
+        Rank from 1 (most similar) to M. Chance is (M + 1) / 2 for M images.
     """
-    better_B, tied_B = rank_true_images(query_BD, gallery_MD, true_B)
     return 1 + better_B + tied_B / 2
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_sharding.common.errors import RequestError
+from finetune.evaluation.identification import top_k_hits
 
 Floats = NDArray[np.float64]
 _PART = 2**24
@@ -54,6 +55,8 @@ def top_k(
     n = images if n is None else n
     if not 1 <= k < n <= images:
         raise ValueError(f"need 1 <= k < n <= {images} images, got k={k} and n={n}")
+    if n == images:
+        return top_k_hits(better_B, tied_B, k)
     pairs, place = np.unique(np.stack([better_B, tied_B], axis=1), axis=0, return_inverse=True)
     found = np.array(
         [hypergeom.cdf(k - 1, images - 1, better + np.arange(tied + 1), n - 1).mean() for better, tied in pairs]

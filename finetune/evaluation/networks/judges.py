@@ -21,6 +21,7 @@ from data_sharding.common.files import sha256_file
 from finetune.evaluation import metrics
 from finetune.evaluation.classifier import ImageClassifier, to_input
 from finetune.evaluation.identification import (
+    compute_ranks,
     cosine_similarity,
     rank_true_images,
     top_k_hits,
@@ -303,7 +304,7 @@ def _score_trials(
     trials = {
         IDENTIFICATION: two_way_identification(generated_BD, real_BD, real.ids),
         WITHIN_LABEL: two_way_identification(generated_BD, real_BD, real.ids, real.labels_B, within_label=True),
-        RANK: 1 + better_B + tied_B / 2,
+        RANK: compute_ranks(better_B, tied_B),
         SIMILARITY: cosine_similarity(generated_BD, real_BD),
     }
     top = {

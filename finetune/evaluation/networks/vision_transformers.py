@@ -14,43 +14,10 @@ from torch import Tensor
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of, sha256_file
-from finetune.clip_images import load_clip, load_dinov2
+from finetune.clip_images import find_model_folder, load_clip, load_dinov2
 from finetune.evaluation.networks.network import FrozenNetwork
 from finetune.evaluation.pixel_metrics import Images
-from finetune.foreign_models import is_local, load_with_library, read_model_config
-
-_FILES = ["config.json", "preprocessor_config.json", "*.safetensors"]
-
-
-def find_model_folder(model: str | Path, what: str) -> Path:
-    """Return the folder of a model of transformers, and download the model if a hub id is given.
-
-    Parameters
-    ----------
-    model : str or Path
-        Directory or hub id of the model.
-    what : str
-        Kind of the model, for messages.
-
-    Returns
-    -------
-    Path
-        Folder with config.json, preprocessor_config.json and weights.
-
-    Raises
-    ------
-    RequestError
-        If the folder does not exist or is not complete, or if the model cannot be downloaded.
-    """
-    from huggingface_hub import snapshot_download
-
-    folder = Path(model)
-    if not is_local(model):
-        folder = Path(load_with_library(lambda: snapshot_download(str(model), allow_patterns=_FILES), model, what))
-    for name in ("config.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise RequestError(f"{model}: not {what} (no {name}); give the directory that save_pretrained wrote")
-    return folder
+from finetune.foreign_models import load_with_library, read_model_config
 
 
 def _digest_weights(folder: Path) -> str:

@@ -7,9 +7,9 @@ import pytest
 
 from finetune.evaluation import metrics
 from finetune.evaluation.identification import (
+    compute_ranks,
     cosine_similarity,
     rank_true_images,
-    retrieval,
     top_k_hits,
     two_way_identification,
 )
@@ -60,7 +60,7 @@ def test_collapsed_embeddings_are_at_chance(collapsed: str) -> None:
     if collapsed != "equal rows":
         np.testing.assert_array_equal(two_way_identification(flat, real, IDS), np.full(B, 0.5))
     # All images of the gallery are tied, so every rank is the expected rank of a guess.
-    np.testing.assert_array_equal(retrieval(real, flat, np.arange(B)), np.full(B, (B + 1) / 2))
+    np.testing.assert_array_equal(compute_ranks(*rank_true_images(real, flat, np.arange(B))), np.full(B, (B + 1) / 2))
     assert top_k_hits(*rank_true_images(real, flat, np.arange(B)), 3) == pytest.approx(3 / B)
 
 
@@ -74,7 +74,7 @@ def test_a_trial_without_other_images_has_no_value() -> None:
 def test_retrieval_ranks_against_plain_loops() -> None:
     generated, real = _embeddings()
     gallery, true = real[::2], np.arange(B) // 2
-    ranks = retrieval(generated, gallery, true)
+    ranks = compute_ranks(*rank_true_images(generated, gallery, true))
     unit = gallery / np.linalg.norm(gallery, axis=1, keepdims=True)
     for trial in range(B):
         similarity = unit @ generated[trial]
@@ -90,7 +90,7 @@ def test_ties_have_their_expected_rank() -> None:
     query = np.eye(4)[[0, 1, 2]]
     # The first query has three equal best images, and the last query has four images with similarity zero.
     true = np.array([1, 3, 0])
-    assert retrieval(query, gallery, true).tolist() == [2.0, 1.0, 2.5]
+    assert compute_ranks(*rank_true_images(query, gallery, true)).tolist() == [2.0, 1.0, 2.5]
     better, tied = rank_true_images(query, gallery, true)
     assert top_k_hits(better, tied, 1) == pytest.approx([1 / 3, 1, 1 / 4])
     assert top_k_hits(better, tied, 2) == pytest.approx([2 / 3, 1, 1 / 2])
@@ -103,7 +103,7 @@ def test_blocks_do_not_change_the_results(monkeypatch: pytest.MonkeyPatch) -> No
     def compute() -> list[np.ndarray]:
         return [
             two_way_identification(generated, real, IDS, LABELS, within_label=True),
-            retrieval(generated, real[::2], np.arange(B) // 2),
+            compute_ranks(*rank_true_images(generated, real[::2], np.arange(B) // 2)),
             cosine_similarity(generated, real),
         ]
 
@@ -120,7 +120,7 @@ def test_wrong_embeddings_are_refused() -> None:
     with pytest.raises(ValueError, match="row 5 holds nan"):
         two_way_identification(bad, real, IDS)
     with pytest.raises(ValueError, match="row 5 holds nan"):
-        retrieval(real, bad, np.arange(B))
+        rank_true_images(real, bad, np.arange(B))
     with pytest.raises(ValueError, match="row 5 holds nan"):
         cosine_similarity(real, bad)
     with pytest.raises(ValueError, match="has two labels"):
@@ -130,9 +130,9 @@ def test_wrong_embeddings_are_refused() -> None:
     with pytest.raises(ValueError, match="one real image"):
         two_way_identification(generated, real[1:], IDS)
     with pytest.raises(ValueError, match="row from 0 to 9"):
-        retrieval(generated, real[:10], np.arange(B))
+        rank_true_images(generated, real[:10], np.arange(B))
     with pytest.raises(ValueError, match="equal width"):
-        retrieval(generated, real[:, 1:], np.arange(B))
+        rank_true_images(generated, real[:, 1:], np.arange(B))
 
 
 def test_cosine_similarity_by_hand() -> None:
