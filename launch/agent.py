@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     kind, *words = sys.argv[1:] if argv is None else argv
     end_with_parent()
-    # Let torchrun handle SIGUSR1, which clusters send before they stop a node, and which would otherwise kill torchrun.
+    # Let torchrun handle SIGUSR1. Clusters send this signal before they stop a node, and the signal would otherwise
+    # kill torchrun.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "100")
     # Give gloo its own store. After a restart, gloo would read old addresses from a store shared with torchrun.

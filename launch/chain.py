@@ -43,8 +43,9 @@ class Step:
     config: dict[str, Any] | None = None
     """Config of the step, written to ``configs/NAME.yaml`` in the folder of the chain before the step runs."""
     resumes: bool = False
-    """False: if the command, the config or an input of the step has changed, the step's output folders are removed
-    before the step runs. True: the output folders stay, and the command itself resumes or refuses a changed config."""
+    """If `resumes` is False and the command, the config or an input of the step has changed, the step's output folders
+    are removed before the step runs. If `resumes` is True, the output folders stay, and the command itself resumes or
+    refuses a changed config."""
     program: tuple[str, ...] = ("-m", "launch")
     """Arguments of Python that run the program of the step."""
 

@@ -58,7 +58,7 @@ class SubmitConfig:
     time: str = "24:00:00"
     """Slurm: time limit. When the time is over, the job goes back into the queue and later resumes."""
     partition: str = ""
-    """Slurm: partition; by default the cluster's own default."""
+    """Slurm: partition for the job; by default the cluster's default partition."""
     account: str = ""
     """Slurm: account to charge; by default the user's default account."""
     logs: str = "."

@@ -246,8 +246,9 @@ def convert_weights(
     if learned:
         encoder_weights["positions_ND"] = table[1:]
     if class_token:
-        # DreamDiffusion adds a position embedding to the class token, which is zero unless it was trained. Our class
-        # token has no position embedding, so store the sum of DreamDiffusion's class token and its position embedding.
+        # DreamDiffusion adds a position embedding to the class token; this position embedding is zero unless it was
+        # trained. Our class token has no position embedding, so store the sum of DreamDiffusion's class token and its
+        # position embedding.
         encoder_weights["cls_token"] = encoder_weights["cls_token"] + table[0]
     left = sorted(weights.keys() - taken)
     if left:
@@ -275,7 +276,8 @@ def _to_float32(name: str, value: Tensor) -> Tensor:
     if value.layout != torch.strided or value.is_nested or value.is_meta or not value.is_floating_point():
         kind = f"{value.dtype}, {value.layout}, {value.device}"
         raise RequestError(f"{name} is not a plain tensor of real numbers ({kind}); save it as float32")
-    # A tensor with stride 0 repeats one number, so a small file could ask for a huge copy.
+    # A tensor with stride 0 repeats one number, so the copy of a tensor from a small file could need a huge amount of
+    # memory.
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise RequestError(
             f"{name} claims {value.numel()} numbers, which are not in the file; save it as a plain tensor"

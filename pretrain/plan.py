@@ -54,7 +54,7 @@ class PlanConfig:
     preset: str | None = None
     """Name of a model preset (see `pretrain.model.presets`). Give either a preset or a config."""
     gpus: int | None = None
-    """Number of GPUs over all machines. The default is num_processes of the config, or 1 if there is no config."""
+    """Number of GPUs over all machines. By default, num_processes of the config is used, or 1 if there is no config."""
     gpu: str = "H200"
     """Kind of GPU: B200, GH200, H200, H100, A100, A40, L40S, RTX 4090 and the like."""
     gpu_memory_gib: float | None = None
@@ -67,26 +67,29 @@ class PlanConfig:
     The metric mfu in metrics.jsonl is the measured utilisation. Recomputed activations do not count, so activation
     checkpointing lowers the utilisation by up to a quarter."""
     batch_size: int | None = None
-    """Number of windows in one optimiser step, summed over all GPUs. The default is the config's value, or 100 for each
-    GPU if there is no config."""
+    """Number of windows in one optimiser step, summed over all GPUs. By default, batch_size of the config is used, or
+    100 windows for each GPU if there is no config."""
     micro_batch_size: int | None = None
-    """Number of windows that one GPU computes in one forward pass. The default is the config's value, or the GPU's
-    whole share of the batch."""
+    """Number of windows that one GPU computes in one forward pass. By default, micro_batch_size of the config is used,
+    or the GPU's whole share of the batch."""
     precision: Literal["fp32", "bf16"] | None = None
-    """Number format of the computation. The default is the config's value, or bf16 if there is no config."""
+    """Number format of the computation. By default, the precision in the config is used, or bf16 if there is no
+    config."""
     offload: Literal["none", "optimizer", "all"] | None = None
-    """What is kept in the CPU's memory. The default is the config's value, or 'none' if there is no config."""
+    """What is kept in the CPU's memory. By default, the key offload of the config is used, or 'none' if there is no
+    config."""
     checkpointing: bool | None = None
-    """Whether activations are recomputed in the backward pass. The default is the value in the model's config. The
-    printed table shows the memory with and without recomputed activations."""
+    """Whether activations are recomputed in the backward pass. By default, the key of the model's config decides
+    whether activations are recomputed. The printed table shows the memory with and without recomputed activations."""
     channels: int | None = None
-    """Number of recorded channels of a window, for the montage tokenizer. The default is the largest number that the
-    montage tokenizer allows."""
+    """Number of recorded channels of a window, for the montage tokenizer. By default, a window has the largest number
+    of channels that the montage tokenizer allows."""
     windows: int | None = None
     """Number of training windows. By default, the windows in the config's dataset are counted; if there is no dataset,
     the default is 120,000."""
     epochs: float | None = None
-    """Number of passes over the training windows. The default is the config's value, or 500 if there is no config."""
+    """Number of passes over the training windows. By default, the number of epochs in the config is used, or 500 if
+    there is no config."""
     gpus_per_machine: int = 8
     """Number of GPUs in one machine. The GPUs of one machine communicate without the network."""
     link_gb_s: float = 400.0
@@ -252,7 +255,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     Raises
     ------
     RequestError
-        In the same cases as `resolve`, or if `channels` is given for the temporal tokenizer.
+        If `resolve` raises an error, or if `channels` is given for the temporal tokenizer.
     """
     import torch
 

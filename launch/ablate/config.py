@@ -31,16 +31,17 @@ class AblationConfig:
     next command gets the aligned encoder."""
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Variants: for each variant's name, the keys that differ, as in {no_mkrb: {evrnet.mkrb: false}}. With several
-    commands, a key begins with the command (finetune.tune). A key of the generation begins with generate
+    commands, a key begins with the command (finetune.tune). A key for dreamscale generate begins with generate
     (generate.guidance_scale). In a value, {base} stands for the folder of the base variant, such as
     {base}/ddpm/model/evrnet."""
     base: str = "base"
-    """Name of the base variant, which comes first and with which the other variants are compared. If `rows` has no
-    variant with this name, the base variant is the configs of `stages` without changes."""
+    """Name of the base variant. The base variant comes first, and all other variants are compared with it. If `rows`
+    has no variant with this name, the base variant is the configs of `stages` without changes."""
     common: dict[str, Any] = field(default_factory=dict)
     """Keys of all variants, written like the keys in `rows`, such as {ddpm.training.steps: 1000}."""
     dataset: str = ""
-    """Path of the EEG-image dataset for all commands. Empty: the dataset in the configs of `stages`."""
+    """Path of the EEG-image dataset for all commands. If dataset is empty, the dataset in the configs of `stages` is
+    used."""
     split: Literal["val", "test"] = "val"
     """Split from whose trials the images are generated. Choose settings with val; give test only for final results."""
     control: bool = True

@@ -86,7 +86,7 @@ def _check_stages(ablation: Ablation, where: str) -> list[str]:
 
 
 class _Planner:
-    """Makes the steps of all rows. Two rows whose configs of a command are equal share the run of this command."""
+    """Makes the steps of all rows. If two rows have equal configs for a command, the command runs once for both."""
 
     def __init__(self, ablation: Ablation) -> None:
         self.config, self.files = ablation.config, ablation.files

@@ -102,7 +102,7 @@ def draw_overview(
     Parameters
     ----------
     rows : list of (str, list of Path)
-        Heading and pictures of each row; every list has one picture for each trial.
+        Heading and pictures of each row of the overview; every list has one picture for each trial.
     reconstruction : Path
         PNG file with reconstructed EEG, which pretraining wrote.
     path : Path

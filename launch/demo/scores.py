@@ -38,7 +38,7 @@ class Scores:
     """For each measure of `MEASURES`, a value from 0 (wrong) to 1 (right) for each trial."""
 
     def select(self, chosen_B: NDArray[np.bool_]) -> Scores:
-        """Return the scores of some trials."""
+        """Return the scores of only the chosen trials."""
         return Scores(
             keys=[key for key, chosen in zip(self.keys, chosen_B, strict=True) if chosen],
             subjects_B=self.subjects_B[chosen_B],

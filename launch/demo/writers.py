@@ -38,7 +38,7 @@ def write_recording(
     format_ : str
         EDF, BDF, BrainVision, EEGLAB or FIF.
     rng : numpy.random.Generator
-        Random numbers for the constant offsets of the electrodes, which a BioSemi amplifier also records.
+        Random numbers for the constant offsets of the electrodes; a BioSemi amplifier also records these offsets.
     markers : list of dict, optional
         BrainVision markers: onset and duration in samples, and a description.
     """

@@ -352,7 +352,7 @@ class EEGEncoder(nn.Module):
         card : str, optional
             Text of the model card; a short text by default.
         program : bool
-            True also writes `encoder.pt2`, a program that needs only PyTorch to run.
+            If True, also write `encoder.pt2`, a program that needs only PyTorch to run.
         extra : dict, optional
             Information about the encoder's origin, to store in `config.json`.
 

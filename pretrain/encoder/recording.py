@@ -49,7 +49,7 @@ class Windows:
     sfreq: float
     """Sampling rate of the recording in Hz."""
     line_freq: float | None
-    """Mains frequency in Hz, which was given in the recording or detected in its spectrum."""
+    """Mains frequency in Hz, as given for the recording or detected in its spectrum."""
     seconds: float
     """Length of the recording in seconds."""
     most: int

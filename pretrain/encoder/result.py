@@ -39,7 +39,8 @@ class CoverageReport:
     windows: int
     """Number of windows that were encoded."""
     windows_left_out: dict[str, int]
-    """Number of windows that were not encoded, by reason. Sharding leaves out windows for the same reasons."""
+    """Number of windows that were not encoded, by reason. Sharding and encoding leave out windows for the same
+    reasons."""
     seconds_left_out: dict[str, float]
     """Length of the signal outside the encoded windows in seconds, by reason."""
     bad_in_windows: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Compute features of the EEG before the picture, which comes too early for a response to the picture.
+"""Compute features of the EEG before the picture. This EEG is too early to hold a response to the picture.
 
 The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`. F counts features.
 """
@@ -22,7 +22,7 @@ PART = 256
 """Number of trials whose EEG is in memory at once."""
 
 Window = Callable[[int], np.ndarray]
-"""Function that reads a part [C, T] of the EEG of the trial with a number."""
+"""Function that takes the number of a trial and returns a part [C, T] of the trial's EEG."""
 Features = Callable[[np.ndarray, float], NDArray[np.float64]]
 """Function that computes features [n, F] from EEG [n, C, T] and its sampling rate in Hz."""
 
@@ -73,9 +73,9 @@ def remove_line(x_CT: np.ndarray) -> np.ndarray:
     """Remove the mean and the linear trend of each channel, in the EEG that was recorded before a picture.
 
     A high-pass filter without delay (zero phase) works forwards and backwards in time, so the filter carries a slow
-    wave of the response, of opposite sign, to the time before the picture. If the slow wave were kept, the baseline
-    would predict the category in a clean experiment. The control ``shuffle_within`` finds slow changes that the filter
-    did not make.
+    wave of the response, of opposite sign, to the time before the picture. If the slow wave were kept, the EEG before
+    the picture would predict the category even in an experiment without any fault. The control ``shuffle_within`` finds
+    slow changes that the filter did not make.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def remove_line(x_CT: np.ndarray) -> np.ndarray:
 def compute_features(
     dataset: EEGDataset, numbers: Sequence[int], window: Window, features: Features = noise_features
 ) -> NDArray[np.float32]:
-    """Compute features of a part of each trial.
+    """Compute features of the same time window of each trial.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def compute_features(
     numbers : sequence of int
         Numbers of the trials.
     window : callable
-        Function that reads the part of a trial.
+        Function that reads a time window of a trial's EEG.
     features : callable
         Function that computes the features of several trials.
 

@@ -31,7 +31,8 @@ def describe_design(manifest: Manifest, declared: str = "", *, where: str = "man
     Returns
     -------
     design : str
-        block if one corpus has a block design; else unknown if the design of one corpus is unknown; else random.
+        The design is block if any corpus has a block design, unknown if the design of any other corpus is unknown, and
+        random otherwise.
     evidence : str
         What was measured or published about the order of the trials.
 

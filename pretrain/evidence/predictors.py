@@ -31,7 +31,7 @@ _ROWS = 2000
 
 Labels = NDArray[np.int64]
 UNKNOWN = -1
-"""Prediction of a rule for a trial about which the rule cannot say anything."""
+"""Value that a rule returns for a trial whose label the rule cannot predict."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,11 @@ class _Places:
 Rule = Callable[[_Places, _Places, float | None], Labels]
 """A rule predicts the labels of test trials from training trials.
 
-The arguments are the training trials, the test trials and the gap. In the inner validation, the test trials are the
-training trials themselves, and the gap is a number of seconds. In the inner validation, a rule must not predict a
-trial's label from trials of the same recording at a smaller distance than the gap, and rules over several recordings
-must leave out the trial's own recording. Without inner validation, the gap is None.
+A rule takes three arguments: the training trials, the test trials, and the gap. Rules are compared on the training
+trials alone, so in this comparison the test trials are the training trials themselves. The gap is then a number of
+seconds: a rule must not predict a trial's label from trials of the same recording that are nearer in time than the gap,
+and a rule over several recordings must leave out the trial's own recording. To predict the labels of real test trials,
+the gap is None.
 """
 
 
@@ -127,7 +128,7 @@ def _find_places(train: TrialTable, test: TrialTable, number_n: NDArray[np.integ
 
 
 def _predict_by_best(rules: list[Rule], fit: _Places, new: _Places) -> Labels:
-    """Use the rule that is best on the training trials, and the next best rules for trials without a prediction."""
+    """Predict each trial by the best rule on the training trials, or by the next best rule if that rule cannot."""
     gap = _median_gap(fit, new)
     hits = [float((rule(fit, fit, gap) == fit.label_n).mean()) for rule in rules]
     found = np.full(len(new.time_n), UNKNOWN)
@@ -147,9 +148,10 @@ def _median_gap(fit: _Places, new: _Places) -> float:
 
 
 def _distances(fit: _Places, new: _Places) -> Iterator[tuple[Labels, Labels, NDArray[np.float64]]]:
-    """Yield, in parts: indices of test trials, indices of the training trials of the same recording, and distances.
+    """Compute the distances in time between test trials and training trials, recording by recording.
 
-    The distance between two trials is infinite if the time of one trial is unknown.
+    Each result has the indices of the recording's test trials, the indices of its training trials, and the distances
+    between these trials. The distance between two trials is infinite if the time of one trial is unknown.
     """
     for recording in np.unique(new.recording_n):
         rows, columns = np.flatnonzero(new.recording_n == recording), np.flatnonzero(fit.recording_n == recording)
@@ -162,7 +164,8 @@ def _distances(fit: _Places, new: _Places) -> Iterator[tuple[Labels, Labels, NDA
 def _count_votes(labels_nk: Labels, valid_nk: NDArray[np.bool_]) -> Labels:
     """Return the most common valid label of each row; of equally common labels, the earlier label in the row."""
     votes = np.zeros((len(labels_nk), int(labels_nk.max(initial=0)) + 1))
-    # A vote at an earlier place in the row counts slightly more, so that the earlier of equally common labels wins.
+    # A vote at an earlier place in the row counts slightly more, so that, of two equally common labels, the label that
+    # comes earlier in the row wins.
     weight_k = 1 + 0.5 / (1 + np.arange(labels_nk.shape[1])) / max(1, labels_nk.shape[1])
     rows = np.broadcast_to(np.arange(len(labels_nk))[:, None], labels_nk.shape)
     np.add.at(votes, (rows, labels_nk), np.where(valid_nk, weight_k, 0.0))
@@ -188,7 +191,7 @@ def _vote_of_nearest(k: int) -> Rule:
 
 
 def _find_nearest(distance: NDArray[np.float64], k: int) -> Labels:
-    """Return the columns of the k smallest distances of each row, the nearest first."""
+    """Return, for each row of a distance matrix, the columns of the k smallest distances, the smallest first."""
     # A partition is much faster than a complete sort if a recording has thousands of trials.
     near = np.argpartition(distance, k - 1, axis=1)[:, :k] if k < distance.shape[1] else np.argsort(distance, axis=1)
     order = np.argsort(np.take_along_axis(distance, near, axis=1), axis=1, kind="stable")
@@ -220,8 +223,8 @@ def _commonest_of_recording(fit: _Places, new: _Places, gap: float | None) -> La
 def _commonest_of_person(fit: _Places, new: _Places, gap: float | None) -> Labels:
     """Predict the most common label of the person.
 
-    With a gap, the trials of the trial's own recording do not vote. If the person has no other recording, only the
-    trial itself does not vote.
+    If `gap` is given, the trials of the predicted trial's own recording do not vote. If the person has no other
+    recording, all trials of the person vote except the predicted trial itself.
     """
     votes = np.zeros((int(max(fit.subject_n.max(), new.subject_n.max())) + 1, int(fit.label_n.max()) + 1))
     np.add.at(votes, (fit.subject_n, fit.label_n), 1)

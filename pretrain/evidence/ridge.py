@@ -27,7 +27,7 @@ def ridge_scores(x_nF: np.ndarray, y_nL: np.ndarray, new_mF: np.ndarray) -> Iter
     Yields
     ------
     ndarray, [m, L]
-        Scores of the new trials for one penalty of `STRENGTHS`, in the order of `STRENGTHS`.
+        Scores of the new trials for one penalty. The penalties are used in the order of `STRENGTHS`.
     """
     mean_F, mean_L = x_nF.mean(axis=0), y_nL.mean(axis=0)
     x_nF, new_mF, y_nL = x_nF - mean_F, new_mF - mean_F, y_nL - mean_L
@@ -48,12 +48,12 @@ def ridge_scores(x_nF: np.ndarray, y_nL: np.ndarray, new_mF: np.ndarray) -> Iter
 class RidgeSums:
     """Sums over training trials, from which ridge regressions are computed without all features in memory.
 
-    The sums are kept in float64. They hold F x F and F x L numbers, whatever the number of trials.
+    The sums are kept in float64. The sums hold F x F and F x L numbers, whatever the number of trials.
 
     Parameters
     ----------
     features, targets : int
-        Numbers F and L of features and targets.
+        Number of features (F) and number of targets (L).
     """
 
     def __init__(self, features: int, targets: int) -> None:
@@ -63,12 +63,12 @@ class RidgeSums:
         self.x_F, self.y_L = np.zeros(features), np.zeros(targets)
 
     def add(self, x_nF: np.ndarray, y_nL: np.ndarray) -> None:
-        """Add the features and targets of some trials."""
+        """Add the features and targets of further trials to the sums."""
         if not len(x_nF):
             return
         if not self.n:
             # The mean of the first trials is subtracted from all trials, so that a large common offset does not cost
-            # precision. The results do not depend on this offset.
+            # precision. Subtracting this offset does not change the results of the regression.
             self.shift_F = np.asarray(x_nF, np.float64).mean(axis=0)
         x_nF, y_nL = np.asarray(x_nF, np.float64) - self.shift_F, np.asarray(y_nL, np.float64)
         self.n += len(x_nF)
@@ -78,7 +78,7 @@ class RidgeSums:
         self.y_L += y_nL.sum(axis=0)
 
     def __add__(self, other: RidgeSums) -> RidgeSums:
-        """Return the sums over the trials of both."""
+        """Add two sets of sums, and return the sums over the trials of both."""
         if not (self.n and other.n):
             return self if self.n else other
         found, more_F = RidgeSums(*self.xy_FL.shape), other.shift_F - self.shift_F
@@ -139,9 +139,9 @@ class RidgeFit:
     vector_FF: np.ndarray
     """Eigenvectors of X'X."""
     rotated_FL: np.ndarray
-    """X'Y in the basis of the eigenvectors."""
+    """X'Y in the basis of the eigenvectors of X'X, where Y holds the centred targets."""
     unit: float
-    """Mean eigenvalue, in which the penalties are measured."""
+    """Mean of the eigenvalues of X'X; each penalty is a multiple of this number."""
 
     def compute_weights(self, number: int) -> np.ndarray:
         """Return the weights [F, L] for the penalty ``STRENGTHS[number]``.

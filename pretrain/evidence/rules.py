@@ -54,8 +54,9 @@ LEVEL = 0.05
 FEWEST_TRIALS = 20
 """Smallest number of test trials for a verdict, and smallest number of usable trials of a control."""
 NOTHING_LOST = 0.5
-"""Share of the difference between the model's own score and the shuffle over all trials. If the shuffle within
-neighbourhoods keeps at least this share, the shuffle within neighbourhoods does not lower the score."""
+"""Share of the difference between the model's own score and the score of the shuffle over all trials. If the shuffle
+within neighbourhoods keeps at least this share of the difference, the rules say that this shuffle does not lower the
+score."""
 CONTROLS = {
     "shuffle": "EEG of another trial of the whole split",
     "shuffle_within": "EEG of another trial of the same neighbourhood in time",
@@ -90,8 +91,8 @@ class Control:
     hits_n: NDArray[np.float64]
     """[n] score of each trial, from 0 to 1."""
     checked: bool
-    """Whether the control was checked to be a control. A control with other EEG must have the same model, seeds and
-    trials as the model's own scores. A predictor must see nothing but its input."""
+    """True if it was checked that the control is valid. A control with other EEG must have the same model, seeds and
+    trials as the model's own scores. A predictor of the label must see nothing but the input for which it is named."""
     left_out_n: NDArray[np.bool_] | None = None
     """[n] True for trials for which the control could not be made, such as trials that are alone in their
     neighbourhood. The comparison leaves out the trials that are True in this array, and the verdict gives their
@@ -109,7 +110,8 @@ class Evidence:
     design: Design
     """Order in which the categories were shown."""
     design_evidence: str
-    """A sentence with the evidence for the design. `judge` refuses a random design whose evidence is empty."""
+    """A sentence with the evidence that the categories were shown in the order that `design` names. `judge` refuses a
+    random design whose evidence is empty."""
     hits_n: NDArray[np.float64]
     """[n] the model's own score of each trial, from 0 to 1; for example, 1 for the right category and 0 for a wrong
     category."""
@@ -127,11 +129,12 @@ class Evidence:
     than the seen image. Chance is 0.5."""
     identification_left_out_n: NDArray[np.bool_] | None = None
     """[n] True for trials without an identification, because their category has only one seen image. The comparison
-    leaves trials without an identification out, and the verdict gives their number."""
+    leaves out the trials for which no identification can be computed, and the verdict gives the number of these
+    trials."""
     judge_n: NDArray[np.float64] | NotApplicable
     """Scores, from 0 to 1, that the judge gives to real images of the test labels. One value for each image."""
     judge_chance: float | None = None
-    """Score of the judge by chance; `chance` by default."""
+    """Chance level of the judge's score; by default the value of `chance`."""
     new_people: bool
     """Whether no test person is in the training trials."""
     new_concepts: bool
@@ -157,7 +160,8 @@ class Comparison:
     p_corrected: float
     """The p-value after Holm's correction over the comparisons of the same question."""
     holds: bool
-    """Whether the first score is larger; the docstring of `pretrain.evidence.rules` gives the three conditions."""
+    """True if the comparison holds: the first score is larger, by the three conditions in the docstring of
+    `pretrain.evidence.rules`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,9 +350,10 @@ def find_constant_score(trials: TrialTable, score_of: Literal["label", "image"])
     Returns
     -------
     float
-        For labels, the share of the most common test label. For images, the score of a predictor for which all images
-        of the predicted label are equally similar, and all other images are equally less similar. This score is 0.5 if
-        all test images were shown equally often, however many images a label has.
+        For labels, the share of trials with the most common test label. For images, the score of a predictor that
+        predicts only a label: all images of the predicted label get one high similarity, and all other images get one
+        lower similarity. This score is 0.5 if all test images were shown equally often, however many images a label
+        has.
     """
     labels_L, label_n = np.unique(trials.labels_n, return_inverse=True)
     share_L = np.bincount(label_n) / len(trials)
@@ -389,13 +394,14 @@ def decide_by_design(case: _Case) -> _Found | None:
 
 
 def decide_if_judgeable(case: _Case) -> _Found | None:
-    """Apply the rule about evidence that allows no conclusion, because of the data, a missing control or the judge.
+    """Apply the rule for evidence that allows no conclusion.
 
-    The verdict is *not judgeable* in five cases. There are fewer than `FEWEST_TRIALS` test trials. There are fewer than
-    `FEWEST_IMAGES` test images: an image can resemble another category by chance, and with few images this chance
-    looks like a signal for every person. The image of a test trial, or a copy of this image, is also in the training
-    trials, so a generator can show a remembered image. The control with shuffled EEG is missing. The judge fails on
-    real images of the test labels: the 95 % interval of the judge's score does not lie above chance.
+    The reason lies in the data, in a missing control or in a judge that fails. The verdict is *not judgeable* in five
+    cases. There are fewer than `FEWEST_TRIALS` test trials. There are fewer than `FEWEST_IMAGES` test images: an image
+    can resemble another category by chance, and with few images this chance looks like a signal for every person. The
+    image of a test trial, or a copy of this image, is also in the training trials, so a generator can show a remembered
+    image. The control with shuffled EEG is missing. The judge fails on real images of the test labels: the 95 %
+    interval of the judge's score does not lie above chance.
     """
     evidence = case.evidence
     trials, images, reasons = evidence.trials, len(np.unique(evidence.trials.images_n)), []
@@ -409,7 +415,8 @@ def decide_if_judgeable(case: _Case) -> _Found | None:
             reasons.append(
                 f"The image of {int(trained_n.sum())} of {len(trials)} test trials, or a copy of it, is also in the "
                 f"training trials, such as {show(str(trials.images_n[trained_n.argmax()]))}. A remembered image looks "
-                "like a generated image. Make a split in which no image is on both sides."
+                "like a generated image. Make a split in which no image is in both the training trials and the test "
+                "trials."
             )
     if "shuffle" in case.not_applicable:
         reasons.append(f"There is no control with shuffled EEG: {case.not_applicable['shuffle']}")
@@ -433,10 +440,11 @@ def decide_by_leaks(case: _Case) -> _Found | None:
     predicts the same label in every trial (`find_constant_score`), and the chance level of the score. The verdict is
     also *confounded* if the shuffle within neighbourhoods is better than the shuffle over all trials, because then slow
     changes of the EEG carry a part of the score. The verdict is *confounded*, too, if the shuffle within neighbourhoods
-    does not lower the score: the model is better than the shuffle over all trials, but not better than the shuffle
-    within neighbourhoods, which keeps at least the share `NOTHING_LOST` of the difference. Eye and face channels may
-    hold a response to the picture, so a good predictor from these channels is *confounded* only if the model is not
-    better than the predictor.
+    does not lower the score. This is the case if the model is better than the shuffle over all trials, but not better
+    than the shuffle within neighbourhoods, and if the shuffle within neighbourhoods keeps at least the share
+    `NOTHING_LOST` of the difference between the model and the shuffle over all trials. Eye and face channels may hold a
+    response to the picture, so a good predictor from these channels is *confounded* only if the model is not better
+    than the predictor.
     """
     reasons = [
         f"The label can be predicted from {what}, without a response to the picture. {case.scores(name)}."
@@ -491,12 +499,12 @@ def decide_by_controls(case: _Case) -> _Found | None:
 
 
 def decide_by_content(case: _Case) -> _Found | None:
-    """Apply the rule about what the score shows: the category, or more than the category.
+    """Apply the rule that tells whether the score shows only the category of the image, or more than the category.
 
     The verdict is *category only* if the generated image cannot identify the seen image among images of the same
     category. If the test concepts are new, the verdict is also *category only* if the nearest training image, shown in
-    place of the generated image, is as good as the generated image. A model that is not better than the nearest
-    training image shows which trained concept is similar, and nothing of the new concept.
+    place of the generated image, is as good as the generated image. If a model is not better than the nearest training
+    image, its images show only which trained concept is similar, and nothing about the new concept itself.
     """
     reasons = []
     if "identification - chance" in case.rows and not case.holds("identification - chance"):

@@ -230,7 +230,7 @@ def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, see
 
 
 def check_finite(values: ArrayLike, what: str) -> None:
-    """Raise a `RequestError` if a value is NaN or infinite. `what` names the values in the message."""
+    """Raise a `RequestError` if a value is NaN or infinite. In the error message, `what` names the values."""
     array = np.asarray(values, float)
     if bad := int((~np.isfinite(array)).sum()):
         raise RequestError(
@@ -244,7 +244,7 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     Parameters
     ----------
     p_values : array, [m]
-        The p-values of all tests of a family.
+        The p-values of all tests that are corrected together.
 
     Returns
     -------
@@ -273,14 +273,14 @@ class PairedDifference:
     over_images: tuple[float, float] | None
     """95 % interval of a bootstrap that draws images and keeps the people; None for fewer than two images."""
     over_people: tuple[float, float] | None
-    """95 % interval over people; None for fewer than `FEWEST_SUBJECTS` people, and for a question about these people
-    only."""
+    """95 % interval over people; None if there are fewer than `FEWEST_SUBJECTS` people, or if the question is only
+    about these people."""
     decides: str
-    """What the bootstrap of the interval that decides draws: people and images, people, or images."""
+    """What the bootstrap draws to compute `interval`: people and images, people, or images."""
     interval: tuple[float, float]
-    """The 95 % interval that decides."""
+    """The 95 % interval that decides whether a comparison holds."""
     p: float
-    """Two-sided p-value of the resamples of the interval that decides."""
+    """Two-sided p-value from the bootstrap resamples of `interval`."""
     p_people: float | None
     """Two-sided p-value of `flip_test` over people; None if `over_people` is None."""
 
@@ -303,8 +303,8 @@ def compare_paired(
     images_n, subjects_n : ndarray, [n]
         Image and subject of each trial.
     same_people : bool
-        True if the result is claimed only for the people in the data; the bootstrap of the interval that decides then
-        draws no people.
+        True if the result is claimed only for the people in the data. The bootstrap of `interval` then keeps these
+        people and draws only images.
     resamples : int
         Number of bootstrap resamples, and of random permutations.
     seed : int
@@ -313,8 +313,8 @@ def compare_paired(
     Returns
     -------
     list of PairedDifference
-        One result for each set. With at least `FEWEST_SUBJECTS` people and `FEWEST_IMAGES` images, the bootstrap of the
-        interval that decides draws people and images. With fewer people, the bootstrap draws only images, and the
+        One result for each set. With at least `FEWEST_SUBJECTS` people and `FEWEST_IMAGES` images, `interval` comes
+        from a bootstrap that draws people and images. With fewer people, the bootstrap draws only images, and the
         result holds only for these people. With fewer images, the bootstrap draws only people, and the result holds
         only for these images.
 
@@ -387,7 +387,7 @@ def permute_labels(
     if np.unique(np.stack([image_n, label_n]), axis=1).shape[1] > image_n.max() + 1:
         raise RequestError("trials of one image have different labels; give each image one label")
     _, first, unit_n = np.unique(block_n * (image_n.max() + 1) + image_n, return_index=True, return_inverse=True)
-    # `first` is sorted by block, so the images of a block are neighbours in the arrays of units.
+    # `np.unique` sorts `first` by block, so the images of a block are neighbours in `label_U` and `block_U`.
     label_U, block_U = np.asarray(labels_n)[first], block_n[first]
     rng = np.random.default_rng(seed)
     shuffled = [label_U[np.lexsort((rng.random(len(first)), block_U))][unit_n] for _ in range(permutations)]

@@ -1,13 +1,13 @@
 """When each trial happened, and permutations that move EEG only between neighbouring trials.
 
 EEG drifts over minutes: electrodes dry, and people get tired. If pictures of one category are shown one after the
-other, a model can read the category from the drift. The shuffle within neighbourhoods finds a model that reads the
+other, a model can read the category from the drift. The shuffle within neighbourhoods shows whether a model reads the
 drift. A neighbourhood is a short run of consecutive trials of one recording, whatever the labels of the trials. The
 drift is nearly equal in all trials of a neighbourhood, so a model that reads the drift gives nearly the same answer
 after the shuffle within neighbourhoods.
 
-- In a block design, the trials of a neighbourhood have the same label. The shuffle within neighbourhoods does not
-  change the score, so the score looks like a score that comes from the drift.
+- In a block design, the trials of a neighbourhood have the same label. The shuffle within neighbourhoods therefore does
+  not change any score, so a score that comes from the response looks like a score that comes from the drift.
 - In a random order, the trials of a neighbourhood have different labels. The shuffle within neighbourhoods gives each
   trial a response to another picture, so a score that comes from the response falls to chance.
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from data_sharding.dataset.dataset import EEGDataset
 
 NEIGHBOURS = 8
-"""Number of consecutive trials in a neighbourhood, by default. Of two trials in a neighbourhood of eight, the later
-trial follows on average three trials after the earlier trial."""
+"""Number of consecutive trials in a neighbourhood, by default. In a neighbourhood of eight trials, two trials are on
+average three places apart."""
 BY_CHANCE = 0.01
 """The label counts as constant in recordings only if a random order of the trials would give every recording a single
 label with at most this probability."""
@@ -44,8 +44,9 @@ label with at most this probability."""
 class TrialTable:
     """Label, image, person and time of each trial of a split.
 
-    `data_sharding.dataset.trials.TrialTable` is another class, which has all metadata as the dataset stores them. The
-    class in this file has only what an evaluation may know about a trial without its EEG.
+    `data_sharding.dataset.trials.TrialTable` is another class: it holds all metadata of the trials, as stored in the
+    dataset. The `TrialTable` in this file holds only those properties of a trial that an evaluation may use without
+    reading the EEG.
     """
 
     labels_n: NDArray[np.int64]
@@ -80,7 +81,7 @@ class TrialTable:
         return len(self.labels_n)
 
     def select(self, chosen_n: ArrayLike) -> TrialTable:
-        """Return the table of some trials.
+        """Return a table with only the chosen trials.
 
         Parameters
         ----------
@@ -328,7 +329,7 @@ def label_is_constant_in_recordings(table: TrialTable) -> bool:
     bool
         True if all trials of each recording have the same label, and if a random order would give such recordings with
         a probability of at most `BY_CHANCE`. If the table has only one label, or if each recording has only one trial,
-        every order gives such recordings, and the result is False.
+        then each recording has a single label in every order of the trials, and the result is False.
     """
     if not len(table):
         return False
@@ -345,7 +346,7 @@ def label_is_constant_in_recordings(table: TrialTable) -> bool:
 
 
 def derange_within(groups_n: ArrayLike, images_n: ArrayLike, seed: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Give each trial the EEG of another trial of its group, with another image as often as the group allows.
+    """Give each trial the EEG of another trial of its group; if possible, the two trials show different images.
 
     Parameters
     ----------
@@ -371,8 +372,9 @@ def derange_within(groups_n: ArrayLike, images_n: ArrayLike, seed: int) -> tuple
     rng = np.random.default_rng([seed, len(group_n)])
     order_n = np.arange(len(group_n))
     alone_n = np.bincount(group_n, minlength=len(groups))[group_n] == 1
-    # Sort the trials by group, then by image in random order, then in random order. After this sort, a shift by s
-    # places leads to another image if no image has more than s trials and no image has more than size - s trials.
+    # Sort the trials by group, within a group by image with the images in random order, and within an image in random
+    # order. After this sort, a shift by s places leads to another image if no image has more than s trials and no image
+    # has more than size - s trials.
     rank = rng.permutation(int(image_n.max(initial=-1)) + 1)
     rows_n = np.lexsort((rng.permutation(len(group_n)), rank[image_n], group_n))
     for start, stop in _runs(group_n[rows_n]):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class SignalEncoder(nn.Module):
-    """Encoder with the temporal tokenizer, which turns a window of EEG into a sequence of tokens over time.
+    """Encoder with the temporal tokenizer: it turns a window of EEG into a sequence of tokens over time.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ class SignalEncoder(nn.Module):
 
 
 class SignalDecoder(nn.Module):
-    """Decoder with the temporal tokenizer, which predicts the signal of all tokens from the visible tokens.
+    """Decoder with the temporal tokenizer: it predicts the signal of all tokens from the visible tokens.
 
     Parameters
     ----------
@@ -221,7 +221,7 @@ class MaskedAutoencoder(nn.Module):
         return spec.scale_for_model(batch.padded(device, torch.float32), self.channels_for_scale(batch))
 
     def channels_for_scale(self, batch: Samples) -> list[int] | None:
-        """Return the number of rows over which the scale of each window is computed.
+        """Return how many rows (channels) of each window are used to compute the window's scale.
 
         Parameters
         ----------
@@ -232,7 +232,7 @@ class MaskedAutoencoder(nn.Module):
         -------
         list of int, [B], or None
             The argument `channels` of `data_sharding.processing.preprocess.PreprocessSpec.divisor`. None means that all
-            rows of the padded window are used.
+            rows of the padded window are used to compute the scale.
         """
         return self.encoder.channels_for_scale(batch.channels)
 
@@ -246,7 +246,8 @@ class MaskedAutoencoder(nn.Module):
         seed : int
             Seed for the masks.
         training : bool
-            True drops channels with the probability `channel_dropout` of the config; False drops no channel.
+            If True, channels are dropped with the probability `channel_dropout` of the config; if False, no channel is
+            dropped.
 
         Returns
         -------

@@ -2,7 +2,7 @@
 
 The choice depends only on the seed, the epoch and the number of the sample. A sample therefore gets the same mask for
 any number of processes and workers, also if the run was interrupted and resumed. The random numbers come from a hash of
-(seed, epoch, sample, counter), which is cheaper than a separate random generator for each sample.
+(seed, epoch, sample, counter), because a separate random generator for each sample would be slower.
 
 The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """

@@ -140,7 +140,7 @@ class ElectrodePlace(nn.Module):
 
 
 class MontageEncoder(nn.Module):
-    """Encoder with the montage tokenizer, which turns a window of EEG with any montage into tokens.
+    """Encoder with the montage tokenizer: it turns a window of EEG, recorded with any montage, into tokens.
 
     Parameters
     ----------
@@ -261,7 +261,7 @@ class MontageEncoder(nn.Module):
 
 
 class MontageDecoder(nn.Module):
-    """Decoder with the montage tokenizer, which predicts the signal of all tokens from the visible tokens.
+    """Decoder with the montage tokenizer: it predicts the signal of all tokens from the visible tokens.
 
     Parameters
     ----------
@@ -373,7 +373,8 @@ class MontageAutoencoder(MaskedAutoencoder):
         seed : int
             Seed for the masks.
         training : bool
-            True drops channels with the probability `channel_dropout` of the config; False drops no channel.
+            If True, channels are dropped with the probability `channel_dropout` of the config; if False, no channel is
+            dropped.
 
         Returns
         -------

@@ -14,13 +14,13 @@ PRESETS: dict[str, MaskedAutoencoderConfig] = {
         mask_ratio=0.5,
         mimetic=3.0,
     ),
-    # The model in DreamDiffusion's released code, which hides one tenth of the tokens: 151.8M parameters in the
-    # encoder, 13.4M in the decoder.
+    # The model in DreamDiffusion's released code: 151.8M parameters in the encoder, 13.4M in the decoder, one tenth of
+    # the tokens hidden.
     "released": MaskedAutoencoderConfig(
         encoder=EncoderConfig(mlp_ratio=1.0), decoder=DecoderConfig(mlp_ratio=1.0), mask_ratio=0.1
     ),
-    # The model in DreamDiffusion's paper ("297M"), which hides three quarters of the tokens: 302.8M parameters in the
-    # encoder.
+    # The model in DreamDiffusion's paper ("297M"): 302.8M parameters in the encoder, three quarters of the tokens
+    # hidden.
     "paper": MaskedAutoencoderConfig(),
     # The model sizes of the ablation in DreamDiffusion's paper. The paper gives only the numbers of parameters; we
     # chose width and depth.

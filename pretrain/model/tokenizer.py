@@ -24,7 +24,7 @@ class TemporalTokenizer:
         return 1
 
     def signal_rows(self, channels: int, padded: int) -> int:
-        """Return the number of rows that the model reads.
+        """Return how many rows of a window the model reads.
 
         A window has `channels` recorded channels, and is padded to `padded` rows.
         """
@@ -58,7 +58,7 @@ class MontageTokenizer:
         return channels
 
     def signal_rows(self, channels: int, padded: int) -> int:
-        """Return the number of rows that the model reads, which is the number of recorded channels."""
+        """Return how many rows of a window the model reads: the recorded channels."""
         return channels
 
     def scale_rows(self, padded: int) -> str:

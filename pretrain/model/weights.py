@@ -77,7 +77,8 @@ def check_network(build: Callable[[], Any], size: WeightsSize, where: str | Path
     """Check that a network that a config describes is not larger than its weights file.
 
     The network is built without memory (on PyTorch's meta device), and the building ends at the first parameter that
-    the weights file cannot hold. A small config therefore cannot ask for a huge network.
+    the weights file cannot hold. A small file with a damaged or changed config therefore cannot make the code build a
+    huge network.
 
     Parameters
     ----------

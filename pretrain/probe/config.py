@@ -58,14 +58,14 @@ class ProbeConfig:
     finetune_epochs: int = 10
     """Number of epochs of fine-tuning."""
     finetune_rates: list[float] = dataclasses.field(default_factory=lambda: [3e-4, 1e-3])
-    """Learning rates to try in fine-tuning. The rate with the best accuracy on the val split is used. If there are no
-    val trials, some training trials are held out to find the best rate."""
+    """Learning rates to try in fine-tuning. The learning rate with the best accuracy on the val split is used. If there
+    are no val trials, some training trials are held out to find the best learning rate."""
     design_evidence: str = ""
     """Published evidence that the categories were shown in random order, for files that have lost the order of the
-    trials, such as the preprocessed THINGS-EEG2. The evidence is printed with the verdict."""
+    trials, such as the preprocessed THINGS-EEG2. This published evidence is printed with the verdict."""
     require: Literal["", "signal"] = ""
-    """Verdict that is required for exit code 0. signal: the exit code is 1 if the verdict is not "signal". Empty: the
-    exit code does not depend on the verdict."""
+    """Verdict that is required for exit code 0. signal: the exit code is 1 if the verdict on the encoder is not
+    "signal". If require is empty, the exit code does not depend on the verdict."""
     batch_size: int = 64
     """Number of trials that are encoded in one forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

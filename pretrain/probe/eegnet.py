@@ -154,7 +154,8 @@ def train_eegnet(
     EEGNet
         The trained network, in evaluation mode, on the device.
     int
-        Number of the epoch with the lowest validation loss, counted from 1, from which the network's weights are.
+        Number of the epoch with the lowest validation loss, counted from 1. The returned network has the weights of
+        this epoch.
     """
     x, y = torch.from_numpy(x_nCT).float(), torch.from_numpy(labels_n).long()
     val_x, val_y = torch.from_numpy(val_x_nCT).float(), torch.from_numpy(val_labels_n).long()

@@ -39,7 +39,7 @@ class Trials:
     """[n] name of each trial's split."""
     table: TrialTable
     """Label, image, person, recording and time of each trial. `pretrain.evidence.trials.tabulate_trials` describes the
-    names of missing images. Copies of an image have one name (`pretrain.evidence.copies.find_copies`)."""
+    names of missing images. All copies of an image have the same name (`pretrain.evidence.copies.find_copies`)."""
     channels: list[str]
     """Channels that all trials have in common, in the order of the first trial."""
     eeg_nCT: np.ndarray

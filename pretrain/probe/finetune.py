@@ -56,7 +56,7 @@ def finetune_and_predict(
     epochs : int
         Number of passes over the training trials.
     rates : sequence of float
-        Learning rates of AdamW to choose from. A single learning rate is used without a choice.
+        Learning rates of AdamW to choose from. If only one learning rate is given, this rate is used.
     seed : int
         Seed of the random numbers for the order of the trials.
     device : torch.device

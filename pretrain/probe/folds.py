@@ -1,13 +1,13 @@
-"""Divide trials into folds: training trials, trials for choices such as the ridge penalty, and test trials.
+"""Divide trials into folds: training trials, trials for choosing settings such as the ridge penalty, and test trials.
 
 Trials of one subject resemble each other, and so do trials of one image. If a classifier has seen the subject or the
 image of a trial in training, its accuracy on this trial is too high. Three rules prevent accuracies that are too high:
 
 - No image is in both the training trials and the test trials of a fold.
 - With ``folds: subjects``, no subject is in both the training trials and the test trials. With ``folds: split``, the
-  dataset's splits are used, and the report names the subjects that are in both.
-- Choices, such as the ridge penalty, are made without the test trials: on the val split, and on inner folds, which
-  divide the training trials by subject and image.
+  dataset's splits are used, and the report names the subjects that are in both the training and the test trials.
+- Settings, such as the ridge penalty, are chosen without the test trials: on the val split, and on inner folds. The
+  inner folds divide the training trials by subject and image.
 
 The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
@@ -109,7 +109,8 @@ def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], d
 def _fold_of_splits(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
     every, none = np.arange(len(trials)), np.array([], int)
     train = every[trials.splits_n == "train"]
-    # Test trials must not be used for choices, so the val split is not used for choices if it is the test split.
+    # Test trials must not be used to choose settings such as the ridge penalty, so the val split is not used for this
+    # purpose if it is the test split.
     val = none if config.split == "val" else every[trials.splits_n == "val"]
     test = every[trials.splits_n == config.split]
     kept = test[~np.isin(trials.images_n[test], trials.images_n[np.concatenate([train, val])])]
@@ -146,10 +147,11 @@ def _fold_by_subjects(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], 
 
 
 def make_inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Divide the training trials of a fold into inner folds, which are used for choices such as the ridge penalty.
+    """Divide the training trials of a fold into inner folds, on which settings such as the ridge penalty are chosen.
 
     The held-out trials and the training trials of an inner fold have different subjects and different images. If all
-    training trials are from one subject, only the images are different.
+    training trials are from one subject, the held-out trials and the training trials of an inner fold differ only in
+    their images.
 
     Parameters
     ----------
@@ -162,8 +164,8 @@ def make_inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.nd
     -------
     list of (ndarray, ndarray)
         Indices of the training trials and of the held-out trials of each inner fold. If the fold has val trials, the
-        last pair is (train, val), whose subjects and images are not checked. The list is empty if no inner folds can be
-        made.
+        last pair is (train, val); the two parts of this pair may have subjects and images in common. The list is empty
+        if no inner folds can be made.
     """
     train = fold.train
     subjects, subject = np.unique(trials.subjects_n[train], return_inverse=True)

@@ -26,8 +26,8 @@ def choose_and_predict(
     fold : Fold
         The training and test trials.
     inner : list of (ndarray, ndarray)
-        Inner folds: training trials, and held-out trials. The penalty with the best accuracy on held-out trials is
-        chosen.
+        Indices of the training trials and of the held-out trials of each inner fold. The penalty with the best accuracy
+        on held-out trials is chosen.
     classes : int
         Number of labels.
 

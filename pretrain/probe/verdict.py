@@ -18,7 +18,7 @@ from pretrain.probe.features import Trials
 from pretrain.probe.folds import Fold
 
 MEASURE = "the encoder's linear probe predicts the right label"
-"""What the score of a trial is."""
+"""Description of what the score of a trial measures, for the verdict."""
 NOT_MADE = {
     "noise": "the probe makes no features of noise",
     "no_eeg": "a linear classifier needs the features of an EEG",
@@ -70,7 +70,8 @@ def collect_evidence(setting: Setting, predicted_s: Labels) -> Evidence:
     table, folds = setting.trials.table, setting.folds
     tested = table.select(setting.scored)
     share = float(np.unique(tested.labels_n, return_counts=True)[1].max() / len(tested))
-    # With only one label among the scored trials, the share is 1, and no score could be larger.
+    # If all scored trials have the same label, the share of this label is 1, and no score could be larger than this
+    # chance.
     chance = max(1 / setting.classes, share if share < 1 else 0.0)
     # The training trials of a fold can be test trials of other folds, so several folds together have no set of training
     # trials that can be compared with all test trials.

@@ -95,7 +95,7 @@ def find_damage(checkpoint: Path, *, read_bytes: bool) -> str | None:
     checkpoint : Path
         Path of the checkpoint's folder.
     read_bytes : bool
-        True reads every byte and compares checksums; False compares only the sizes of files.
+        If True, every byte is read and checksums are compared; if False, only the sizes of files are compared.
 
     Returns
     -------

@@ -23,9 +23,9 @@ class CheckpointWriter:
     """Writes the checkpoints of one run.
 
     A background thread that writes a checkpoint never communicates with other processes. The training loop sums the
-    numbers from `progress` over the processes and passes the sums to `settle`. The training loop sums other numbers in
-    every step anyway, so the progress needs no extra communication. A checkpoint is complete when every process has
-    written its share.
+    numbers from `progress` over the processes and passes the sums to `settle`. The training loop sums other numbers
+    over the processes in every step anyway, so the numbers from `progress` need no extra communication. A checkpoint is
+    complete when every process has written its share.
 
     Parameters
     ----------
@@ -84,7 +84,8 @@ class CheckpointWriter:
             Further values that are needed to resume the run. The values must be equal on every process, and JSON must
             be able to store the values.
         asynchronous : bool
-            True writes the checkpoint in a background thread, and the method returns before the checkpoint is complete.
+            If True, a background thread writes the checkpoint, and the method returns before the checkpoint is
+            complete.
         """
         assert self._step is None
         # Make a deep copy of the manifest, because training may change lists in it while a thread still writes the

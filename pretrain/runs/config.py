@@ -79,11 +79,11 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep."""
     milestones: int | None = None
     """Checkpoints whose step is a multiple of `milestones` are never deleted; `milestones` must be a multiple of
-    `every`. None: only the newest checkpoints are kept."""
+    `every`. If milestones is not set, only the newest checkpoints are kept."""
     asynchronous: bool = False
-    """True copies the training state to the CPU's memory, and writes this copy to disk in a background thread. Training
-    waits only until the state is copied. In pretraining, the copy needs twelve bytes of CPU memory for each parameter,
-    divided among the processes."""
+    """If true, the training state is copied to the CPU's memory, and a background thread writes this copy to disk.
+    Training waits only until the state is copied. In pretraining, the copy needs twelve bytes of CPU memory for each
+    parameter, divided among the processes."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "every", "keep", "milestones", prefix="checkpoint.")

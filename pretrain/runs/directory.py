@@ -54,7 +54,7 @@ class RunDirectory:
     Attributes
     ----------
     finished : bool
-        True if the run was complete before this process started. No files are written in a complete run.
+        True if the run was complete before this process started. Nothing is written to the directory of a complete run.
 
     Raises
     ------
@@ -129,7 +129,7 @@ class RunDirectory:
         state : str
             One of running, done, stopped (a stop was requested and a checkpoint was written) and failed.
         any_rank : bool
-            True writes the file on every rank; False only on rank 0.
+            If True, every rank writes the file; if False, only rank 0 writes the file.
         **extra
             Further entries for status.json, e.g. the step.
         """

@@ -162,8 +162,9 @@ def import_deepspeed(device: torch.device) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
-        # Switch off DeepSpeed's extension for communication in shared memory, because DeepSpeed would compile it, which
-        # takes a minute and fails if there is no compiler. The backend gloo communicates without this extension.
+        # Switch off DeepSpeed's extension for communication in shared memory. DeepSpeed would compile this extension,
+        # and the compilation takes a minute and fails if there is no compiler. The backend gloo communicates without
+        # this extension.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

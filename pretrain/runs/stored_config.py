@@ -20,7 +20,7 @@ T = TypeVar("T")
 def read_stored_config(
     path: Path, config_class: type, upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """Read the config.yaml of a run, which an older version may have written.
+    """Read the config.yaml of a run; an older version of Dreamscale may have written this file.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def read_stored_config(
 
 
 def load_stored_config(path: Path, config_class: type[T]) -> T:
-    """Read the config.yaml of a run, which an older version may have written, into its dataclass.
+    """Read the config.yaml of a run into its dataclass; an older version of Dreamscale may have written the file.
 
     Parameters
     ----------

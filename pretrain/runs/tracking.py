@@ -165,7 +165,7 @@ def live_table(
     total : int
         Number of optimiser steps in the whole run.
     enabled : bool
-        False shows no table and no lines. Only rank 0 should pass True.
+        If False, no table and no lines are shown. Only rank 0 should pass True.
     every_s : float
         Seconds between two lines of text, if stderr is not a terminal.
 

@@ -17,9 +17,9 @@ from pretrain.runs.checkpoint import read_values
 def find_run_versions(runs: Sequence[str | Path], paths: Iterable[str], command: str) -> dict[str, str]:
     """Return the dataset ids of the versions with which a run began, by the path of the dataset.
 
-    If recordings were added to a dataset after the run began, the dataset has a newer version, which the run does not
-    read. If the dataset does not have the version with which the run began, the id is empty, and the loader refuses to
-    resume. For a new run and for a complete run, the returned dictionary is empty.
+    If recordings were added to a dataset after the run began, the dataset has a newer version, but the run continues to
+    read the old version. If the dataset does not have the version with which the run began, the id is empty, and the
+    loader refuses to resume. For a new run and for a complete run, the returned dictionary is empty.
 
     Parameters
     ----------

@@ -22,13 +22,13 @@ class OptimizerConfig:
     lr: float = 2.5e-4
     """Peak learning rate for the given batch_size, or for base_batch if base_batch is set."""
     base_batch: int | None = None
-    """Batch size for which lr and min_lr are given. If batch_size is different, lr and min_lr are scaled. None: lr and
-    min_lr are not scaled."""
+    """Batch size for which lr and min_lr are given. If batch_size is not base_batch, lr and min_lr are scaled. If
+    base_batch is not set, lr and min_lr are not scaled."""
     batch_scaling: Literal["linear", "sqrt"] = "linear"
     """How lr and min_lr are scaled if base_batch is set. linear: multiply by batch_size / base_batch; sqrt: multiply by
     the square root of batch_size / base_batch, which suits Adam."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the schedule, where the cosine is lowest."""
     warmup: float = 0.08
     """Length of the learning rate's warm-up: a number of steps, or a fraction of all steps if the value is below 1. The
     default means 40 of 500 epochs, as in the released DreamDiffusion code."""
@@ -161,7 +161,7 @@ class PretrainConfig:
     """Which state is kept in the CPU's memory instead of the GPU's memory. optimizer: the optimiser state (needs
     zero_stage 1 to 3); all: also the weights (needs zero_stage 3)."""
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Further keys for DeepSpeed's config, which override the values that Dreamscale would set."""
+    """Further keys for DeepSpeed's config; they override the values that Dreamscale would set."""
     num_workers: int = 2
     """Number of processes that read data for each training process. 0: the training process itself reads the data."""
     log_every: int = 10

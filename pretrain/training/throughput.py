@@ -37,8 +37,8 @@ class Throughput:
         self._peak = peak_flops(world.device, config.precision, config.peak_tflops)
         if self._peak is not None:
             # The first call of `batch_flops` takes seconds, because it counts the model's operations. Call
-            # `batch_flops` here, so that its first call is not measured as training time. The window of one channel
-            # makes `batch_flops` also prepare the numbers for windows of any other number of channels.
+            # `batch_flops` here, so that its first call is not measured as training time. The list has a window with
+            # one channel, because `batch_flops` then also prepares its formula for any number of channels.
             batch_flops(self._model, [1, self._model.encoder.channels])
         self.reset()
 

@@ -254,8 +254,8 @@ class Trainer:
         Returns
         -------
         dict
-            The metrics of the evaluation. The dictionary is empty if a stop was requested during the evaluation, which
-            the resumed run then repeats.
+            The metrics of the evaluation. The dictionary is empty if a stop was requested during the evaluation; the
+            resumed run then repeats the evaluation.
         """
         result = evaluate(
             self.engine,
@@ -336,9 +336,9 @@ class Trainer:
             engine.backward(loss)
             losses.append(loss.detach())
             if start + config.micro < len(batch.numbers):
-                # DeepSpeed counts micro batches by calls of `engine.step`. After all but the last micro batch,
-                # `engine.step` only counts. After the last micro batch, `take_step` calls `engine.step` to update the
-                # weights.
+                # DeepSpeed counts micro batches by calls of `engine.step`. For all micro batches of a step except the
+                # last, `engine.step` only counts the call and does not change the weights. After the last micro batch,
+                # `take_step` calls `engine.step` to update the weights.
                 engine.step()
         return float(torch.stack(losses).mean())
 
@@ -406,7 +406,7 @@ class Trainer:
         Returns
         -------
         bool
-            True if everything was done. False if a stop was requested during the evaluation; then the resumed run
+            True if everything was done. False if a stop was requested during the evaluation; the resumed run then
             evaluates the model and draws the figures.
         """
         from pretrain.training.plots import plot_loss, plot_reconstruction
