@@ -38,11 +38,11 @@ ALIKE = 0.95
 """If the median correlation between the channels of a recording is above this value, the recording may be a calibration
 signal."""
 BANDS = ((0, 32), (16, 48), (32, 64))
-"""Ranges of points of a channel, each of which is hashed separately. So a change of the sign of one point changes at
-most two hashes."""
+"""Ranges of points of a channel, each of which is hashed separately. Each point is in at most two ranges, so a changed
+sign of one point changes at most two hashes."""
 FIRST = BANDS[-1][1]
-"""Number of points of a fingerprint from the beginning of the recording. Fingerprints of older datasets have no later
-points."""
+"""Number of points of a fingerprint from the beginning of the recording. Fingerprints that older versions of Dreamscale
+wrote contain only these points."""
 LATER = 32
 """Number of points of each later excerpt in a fingerprint."""
 DEAD = 1e-4
@@ -55,8 +55,9 @@ NEIGHBOURS = 64
 length."""
 
 MOST_RANK = 40
-"""Maximum rank of the channels. With a higher rank, 64 points cannot show that the channels of one recording are linear
-combinations of the channels of another recording."""
+"""Largest rank of a recording (number of linearly independent channels) for which linear combinations are searched. If
+the rank is higher, 64 points cannot show that the channels of one recording are linear combinations of the channels of
+another recording."""
 RANK = 2e-3
 """Singular values below this fraction of the largest singular value are treated as rounding errors and do not count for
 the rank."""
@@ -77,7 +78,7 @@ HOW: dict[Relation, str] = {
     "beginning": "same beginning",
     "remixed": "same signal under another reference",
 }
-"""Description of each relation, for messages."""
+"""Text that describes each relation of two recordings in messages."""
 
 
 @dataclass(kw_only=True)
@@ -317,7 +318,8 @@ def _pairs_by_hashes(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple
     numbers = np.fromiter((number for sketch in sketches for number in sketch), np.int64, total)
     who = np.repeat(np.arange(len(fingerprints)), sizes)
     seconds = np.array([p.seconds for p in fingerprints], float)
-    # Sort all hashes, so that equal hashes are neighbours. Recordings with the same hash are sorted by length.
+    # Sort all hashes, so that equal hashes are neighbours. Entries with the same hash are sorted by the length of their
+    # recordings.
     order = np.lexsort((who, seconds[who], numbers))
     numbers, who = numbers[order], who[order]
     pairs = []
@@ -375,7 +377,8 @@ def find_matches(
     Returns
     -------
     list of (int, int, str)
-        Index into `ours`, index into `theirs`, and the result of `compare`.
+        For each pair of recordings with the same signal: index into `ours`, index into `theirs`, and the result of
+        `compare`.
     """
     found = []
     first, second = lru_cache(maxsize=512)(load_ours), lru_cache(maxsize=512)(load_theirs)
@@ -453,7 +456,7 @@ def find_duplicates(
 
 
 def preference(row: LedgerRow, *, trials: bool) -> tuple:
-    """Make a sort key for a recording. The recording with the smallest key of all recordings of a signal is kept.
+    """Make a sort key for a recording. Of recordings with the same signal, the one with the smallest key is kept.
 
     Parameters
     ----------

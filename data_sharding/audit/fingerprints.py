@@ -27,7 +27,8 @@ from data_sharding.dataset.rows import Rows
 
 NAME = "fingerprints.parquet"
 ROWS_A_GROUP = 256
-"""Number of recordings in one row group of the Parquet file. To read one fingerprint, a whole row group is read."""
+"""Number of recordings in one row group of the Parquet file. To read the fingerprint of one recording, the whole row
+group of the recording is read."""
 
 NEAR_BITS = 10
 """Two images count as similar only if at most this number of the 64 bits of their perceptual hashes differ."""
@@ -202,7 +203,8 @@ class Fingerprints:
         points = row["points"] or b""
         n_points = check_count(row["n_points"], where, "n_points", most=len(points) // 2)
         if len(points) % (2 * max(n_points, 1)):
-            raise RequestError(f"{where}: damaged (points do not fill their channels); shard the corpus again")
+            fault = "the number of values does not fit the number of points of a channel"
+            raise RequestError(f"{where}: damaged ({fault}); shard the corpus again")
         return np.frombuffer(points, np.float16).reshape(-1, max(n_points, 1)).astype(np.float32)
 
 

@@ -3,10 +3,10 @@
 Subjects, recordings, windows and images are recognised as the same by the following rules:
 
 - **Subject**: same corpus and same name. A recording with an unknown subject counts as a separate subject. Equal
-  subject names in two corpora are only a question for a person, because "sub-01" is usually a different person in
-  each corpus.
+  subject names in two corpora are no proof of leakage, but a question for the user, because "sub-01" is usually a
+  different person in each corpus.
 - **Recording**: equal bytes (checksum over all files), the same signal (`data_sharding.audit.duplicates`), or the same
-  key. Two recordings with the same key but different checksums are only a question for a person.
+  key. Two recordings with the same key but different checksums are no proof of leakage, but a question for the user.
 - **Window**: equal values, or overlapping times within a shared recording. The times of windows are compared, too,
   because different preprocessing gives different values for the same second of a recording.
 - **Image**: equal bytes, similar pixels (`find_similar_images` in `data_sharding.audit.fingerprints`), or the same name
@@ -547,8 +547,8 @@ def compare_splits(contents: Contents) -> Findings:
     Findings
         Proofs of leakage, and questions for a person to answer. Two windows of different splits always prove leakage if
         they are equal, or if the parts that models read by default overlap in time. If the config does not hold out
-        subjects, a subject in several splits is only a question. If the config does not hold out images, an image in
-        several splits is only a question.
+        subjects, a subject in several splits is no proof of leakage, but a question for the user. The same is true for
+        images if the config does not hold out images.
     """
     out = Findings()
     free_subjects, free_images = _allowed_crossings(contents.manifest)

@@ -166,7 +166,10 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
 
 
 def _intact_entries(index: AnyPath, shard: Shard) -> list[dict[str, Any]]:
-    """Return the entries of an index; none if the index is missing or damaged, which `shard_faults` reports."""
+    """Return the entries of an index; an empty list if the index is missing or damaged.
+
+    The function `shard_faults` reports a missing or damaged index.
+    """
     with contextlib.suppress(RequestError):
         return read_entries(index, shard.bytes) if index.is_file() else []
     return []

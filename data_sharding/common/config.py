@@ -43,7 +43,8 @@ def parse_config(
     prog : str
         The command as the user types it, for help and messages.
     positionals : sequence of str
-        Meaning of each argument without a key: the name of a field, or ``"config"`` for a YAML file.
+        Meaning of each positional argument (an argument without a key): the name of a field, or ``"config"`` for a YAML
+        file.
     aliases : mapping, optional
         Field name for each short flag, e.g. ``{"-o": "output"}``.
 

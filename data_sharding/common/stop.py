@@ -133,7 +133,8 @@ def raise_on_stop_signals() -> Iterator[None]:
     Raises
     ------
     StopRequested
-        During the block, or at the end of the block if the exception of the signal was lost.
+        During the block when a signal arrives, or at the end of the block if this first exception was lost in a
+        library.
     """
     global _stop, _was_stopped
     if threading.current_thread() is not threading.main_thread():

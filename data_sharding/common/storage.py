@@ -25,8 +25,8 @@ AnyPath: TypeAlias = Path | UPath
 
 
 _held: list[list[Any]] = []
-"""Clients of object stores that are held while a process forks. In the forked process, the clients stay in this list,
-so that they are never deleted."""
+"""Clients of object stores that are kept alive while a process forks. In the forked process, the clients stay in this
+list, so that they are never deleted."""
 
 
 def _hold_clients() -> None:

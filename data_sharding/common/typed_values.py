@@ -62,7 +62,7 @@ def _hints(kind: type) -> Mapping[str, Any]:
 
 
 def check_typed(hint: Any, value: Any, where: str, what: str, *, least: float = -MAX_INTEGER) -> Any:
-    """Check that a value has the type of a type hint; the arguments are those of `check_fields`, and the value's name.
+    """Check that a value has the type of a type hint. `where` and `what` name the file and the value in messages.
 
     Returns
     -------
@@ -98,7 +98,7 @@ def check_typed(hint: Any, value: Any, where: str, what: str, *, least: float = 
             check_typed(parts[0], one, where, f"an entry of {what}", least=least) for one in _list(value, where, what)
         ]
         if origin is tuple and Ellipsis not in parts and len(checked) != len(parts):
-            raise RequestError(f"{where}: {what} has {len(checked)} entries in place of {len(parts)}")
+            raise RequestError(f"{where}: {what} must have {len(parts)} entries, not {len(checked)}")
         return tuple(checked) if origin is tuple else checked
     if hint is bool:
         if not isinstance(value, bool):

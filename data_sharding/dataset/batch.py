@@ -107,7 +107,7 @@ class Batch:
         if device.type == "cuda":
             rows = rows.pin_memory()
         x = self.packed.to(device, non_blocking=True)
-        # Convert before replicating, because replication increases the number of rows.
+        # Convert the data type before replicating the channels, because replication increases the number of rows.
         x = x if dtype is None else x.to(dtype)
         return x.index_select(0, rows.to(device, non_blocking=True)).view(len(self), N_PADDED, -1)
 

@@ -133,7 +133,7 @@ class ShardCache:
             try:
                 expected = _size_of(url)
                 if size is not None and expected != size:
-                    found = f"{expected} bytes in place of {size}"
+                    found = f"the file has {expected} bytes, the manifest says {size}"
                     continue
                 self._reserve(temporary, expected, url)
                 got, digest = _download(url, temporary, expected)

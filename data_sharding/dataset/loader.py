@@ -59,7 +59,7 @@ class _ShardPrefetcher:
                 threading.Thread(target=self._run, args=(part, stream, window, shards), daemon=True).start()
 
     def _run(self, part: EEGDataset, stream: int, window: tuple[int, int], shards: list[int]) -> None:
-        # Other processes download the same shards, so let each process start with another shard if possible.
+        # Other processes download the same shards, so let each process start with a different shard if possible.
         turn = os.getpid() % len(shards)
         for shard in shards[turn:] + shards[:turn]:
             if self.windows.get(stream) != window:
@@ -269,8 +269,8 @@ class Loader:
         Returns
         -------
         list of int
-            A place in the order of each dataset. In a mixture, the places are those at the beginning of the block in
-            which the step begins (see `DatasetInterleaver`).
+            For each dataset, a place in the order of its samples. In a mixture, these are the places at the beginning
+            of the block of 4096 places that contains the step's first sample (see `DatasetInterleaver`).
         """
         place = step * self.global_batch
         return [place] if self._interleaver is None else self._interleaver.dealt_before(place)

@@ -37,7 +37,7 @@ class Shard:
     sha256: str
     """Checksum of the tar."""
     index_sha256: str
-    """Checksum of the index next to the tar."""
+    """Checksum of the shard's index, a file with the suffix ``.idx`` in the folder of the tar."""
     bytes: int
     """Size of the tar in bytes."""
     samples: int
@@ -104,7 +104,7 @@ class Manifest:
         """Write the manifest to the directory of a dataset. An interrupted write leaves no partial file."""
         values = {"schema": SCHEMA, **dataclasses.asdict(self)}
         for shard in (shard for shards in values["splits"].values() for shard in shards):
-            if not shard["withdrawn"]:  # Older versions of Dreamscale cannot read the key withdrawn.
+            if not shard["withdrawn"]:  # Older versions of Dreamscale cannot read the key `withdrawn`.
                 del shard["withdrawn"]
         write_json(as_path(directory) / NAME, values)
 
@@ -167,9 +167,9 @@ def version_folder(dataset: str | AnyPath, number: int) -> AnyPath:
 def current_file(dataset: str | AnyPath, name: str) -> AnyPath:
     """Return the path of a file that describes the current version of a dataset, such as the ledger.
 
-    In a dataset with several versions, the files outside the folder ``versions`` are copies for users. After the
-    manifest of a new version is written, the copies are replaced one after the other, so an interrupted job may leave
-    old copies behind.
+    In a dataset with several versions, the files outside the folder ``versions`` are copies for users. A job first
+    writes the manifest of a new version and then replaces the copies of the other files one by one, so an interrupted
+    job may leave copies of the old version.
     """
     root = as_path(dataset)
     if (root / VERSIONS).is_dir() and (root / NAME).is_file():

@@ -119,7 +119,7 @@ class Mixture:
 
     @property
     def n_times(self) -> int:
-        """Number of time points that are read of each sample."""
+        """Number of time points that are read from each sample."""
         return self.parts[0].n_times
 
     def __len__(self) -> int:

@@ -24,8 +24,8 @@ at a time."""
 
 _ROUNDS = 8
 _BLOCK = 4096
-"""Number of consecutive places in a block of a mixture. In each block, the fraction of places of each dataset is its
-weight, up to rounding."""
+"""A mixture assigns places to its datasets in blocks of this many consecutive places. In each block, each dataset gets
+a share of the places that equals its weight, up to rounding."""
 _UNIT = 1 << 40
 """Weights of datasets are stored as integers that add up to this number, so that their sum has no rounding error."""
 
@@ -156,13 +156,13 @@ class EpochOrder:
         self._shards: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def at(self, line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Compute which samples are at the given places.
+        """Compute which samples are at the given places in the endless order of samples.
 
         Parameters
         ----------
         line : ndarray of int, shape (b,)
-            Places, from 0 on without limit: place ``epoch * n + i`` is the sample at position `i` of an epoch with `n`
-            samples.
+            Places in the endless order, counted from 0: place ``epoch * n + i`` is the sample at position `i` of an
+            epoch with `n` samples.
 
         Returns
         -------
@@ -187,7 +187,7 @@ class EpochOrder:
         Parameters
         ----------
         place : int
-            A place in the order, from 0 on without limit.
+            A place in the endless order of samples, counted from 0.
 
         Returns
         -------
@@ -218,7 +218,7 @@ class EpochOrder:
         for w in np.unique(window).tolist():
             mine = window == w
             size = int(edges[w + 1] - edges[w])
-            # Key 1 is used for the order of the shards, so the keys of the windows begin at 2.
+            # The order of the shards uses 1 as its last seed in `permute`, so the last seeds of the windows begin at 2.
             moved[mine] = edges[w] + permute(places[mine] - edges[w], size, self.seed, self.stream, epoch, w + 2)
         which = np.searchsorted(shard_ends, moved, side="right")
         return self._first[shards[which]] + moved - (shard_ends[which] - self.samples[shards[which]])
@@ -251,13 +251,15 @@ class DatasetInterleaver:
     Notes
     -----
     Places are assigned to datasets in blocks of 4096 places. In each block, the number of places of a dataset is its
-    normalised weight times 4096, rounded, and a permutation chooses the places of each dataset. The rounding error of a
-    block (below two places) is corrected in the next blocks, so the weights are exact over many blocks.
+    normalised weight times 4096, rounded, and a permutation chooses the places of each dataset. The next blocks correct
+    the rounding error of a block (below two places), so over many blocks each dataset gets the share of places that its
+    weight states.
 
     Raises
     ------
     ValueError
-        If a weight is not positive, or if it is so small that its dataset would get less than two places of a block.
+        If a weight is not positive, or if a weight is so small that its dataset would get fewer than two of the 4096
+        places of a block.
     """
 
     def __init__(self, weights: list[float], seed: int) -> None:
@@ -277,35 +279,35 @@ class DatasetInterleaver:
         return np.array([block * _BLOCK * edge // _UNIT for edge in self._edges], np.int64)
 
     def dealt_before(self, place: int) -> list[int]:
-        """Count the places that each dataset got before the block in which a place lies.
+        """Count the places that were assigned to each dataset before the block that contains the given place.
 
         Parameters
         ----------
         place : int
-            A place of the mixture, from 0 on without limit.
+            A place in the endless order of the mixture, counted from 0.
 
         Returns
         -------
         list of int
-            Number of places of each dataset.
+            Number of places that each dataset got before the block.
         """
         return np.diff(self._cumulative_places(place // _BLOCK)).tolist()
 
     def at(self, line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Compute the dataset at each of the given places, and the place in the order of this dataset.
+        """Compute which dataset gives the sample at each place of a mixture, and the place in the dataset's own order.
 
         Parameters
         ----------
         line : ndarray of int, shape (b,)
-            Places of the mixture, from 0 on without limit.
+            Places in the endless order of the mixture, counted from 0.
 
         Returns
         -------
         which : ndarray of int, shape (b,)
             Dataset of each place.
         place : ndarray of int, shape (b,)
-            Place in the order of the chosen dataset. Over all places of the mixture, each place of a dataset occurs
-            exactly once.
+            For each given place, the place in the order of the chosen dataset. Over all places of the mixture, each
+            place of a dataset occurs exactly once.
         """
         blocks, places = np.divmod(np.asarray(line, np.int64), _BLOCK)
         which, place = np.empty_like(places), np.empty_like(places)
@@ -313,7 +315,7 @@ class DatasetInterleaver:
             mine = blocks == block
             before, after = self._cumulative_places(block), self._cumulative_places(block + 1)
             # Each block has a list of slots that is sorted by dataset: dataset `j` has the slots from `ends[j]` to
-            # `ends[j + 1] - 1`. A permutation assigns one slot to each place.
+            # `ends[j + 1] - 1`. A permutation assigns one slot to each place of the block.
             ends = after - before
             slot = permute(places[mine], _BLOCK, self.seed, block)
             which[mine] = np.searchsorted(ends, slot, side="right") - 1

@@ -69,7 +69,7 @@ class ShardSource(Protocol):
 
     @property
     def n_times(self) -> int:
-        """Number of time points that are read of each sample."""
+        """Number of time points that are read from each sample."""
         ...
 
     @property
@@ -113,7 +113,7 @@ class SampleLocation(NamedTuple):
     shard: int
     """Number of the shard."""
     start: int
-    """Offset of the sample's first tar header, which is the header of its EEG."""
+    """Offset of the sample's first tar header; this header belongs to the EEG of the sample."""
     eeg: int
     """Size of the compressed EEG."""
     image_at: int
@@ -127,9 +127,9 @@ class SampleLocation(NamedTuple):
     ext: int
     """File type of the image, as an index of IMAGE_EXTENSIONS."""
     n: int
-    """Number of recorded channels; 0 if the index comes from an older version, which did not store this number."""
+    """Number of recorded channels; 0 if an older version of Dreamscale wrote the index without this number."""
     samples: int
-    """Number of stored time points; 0 for a window of the usual length."""
+    """Number of stored time points of a trial; 0 for a window with the length that the preprocessing settings give."""
     begin: int
     """Index of the first stored time point to read."""
 
@@ -303,7 +303,7 @@ def crop_meta(meta: dict[str, Any], begin: int) -> dict[str, Any]:
     meta : dict
         Metadata of the stored trial.
     begin : int
-        First stored time point that was read.
+        Index of the first stored time point that was read.
 
     Returns
     -------
@@ -505,7 +505,7 @@ def pack(
     samples : sequence of (EEGDataset.reader, SampleLocation)
         Reader and location of each sample to read.
     n_times : int
-        Number of time points `T` that are read of a sample; the number must be equal in all datasets.
+        Number of time points `T` that are read from each sample; the number must be equal in all datasets.
     out : ndarray of float16, shape (rows, n_times), optional
         Memory for the signals. If `out` is too small, new memory is allocated.
 

@@ -82,8 +82,8 @@ def _describe_recognised(label: str, items: Sequence[Item]) -> list[str]:
     pattern = confirming_pattern(schemes, {item.path: item.subject for item in items})
     wrong = "if they are wrong, set another subject_pattern, or a table in the key 'subjects'"
     if pattern is not None:
-        # Single quotes around a pattern have the same meaning in YAML and in the shell. The patterns contain no single
-        # quote.
+        # Put the regular expression in single quotes, which have the same meaning in YAML and in the shell. The regular
+        # expression itself contains no single quote.
         lines.append(f"  if these names are right, confirm them in the config: subject_pattern: '{pattern}'; {wrong}")
     else:
         lines.append(f"  if these names are right, confirm them with a table in the key 'subjects'; {wrong}")

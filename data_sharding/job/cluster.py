@@ -25,7 +25,8 @@ INFRASTRUCTURE_RETRIES = 5
 NODE_S = 60.0
 """Time limit in seconds for each machine to report which folders it can access."""
 STORAGE_TRIES = 3
-"""Number of attempts for a task if a disk or an object store fails. If the disk is full, there is only one attempt."""
+"""Number of attempts for a task if a disk or an object store fails. If the disk is full, the task is tried only
+once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         except ClusterFailed:
             if folder:
                 say(f"ray: the logs of Ray are in {folder}")
-                (folder / KEEP).touch()  # A folder with this file is not removed.
+                (folder / KEEP).touch()  # A temporary folder with this file is not removed.
             raise
 
 
@@ -309,8 +310,8 @@ def run_tasks(
             if lost[key] < often:
                 waiting.append((key, argument))
                 continue
-            # If a worker was lost because its machine ran out of memory, the task may be the cause. A worker that was
-            # lost for another reason is a problem of the cluster.
+            # If a worker was lost because its machine ran out of memory, the task may be the cause. If a worker was
+            # lost for any reason but a lack of memory, the cluster has a problem.
             is_clusters_fault = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
             if is_clusters_fault and not isinstance(failure, OutOfMemoryError):
                 raise ClusterFailed(

@@ -34,12 +34,13 @@ FLOAT16_MAX_UV = 65504.0
 
 @dataclass(kw_only=True)
 class Clean:
-    """Instructions for the second pass over the scratch file."""
+    """Settings for filtering a recording and cutting its windows, chosen by the first pass over the recording."""
 
     channels: Channels
     """Channels that the windows contain."""
     rows: list[int]
-    """Rows of the scratch file to filter. The rows of `channels` come first, extra rows for the reference come last."""
+    """Rows of the scratch file that are read and filtered. The rows of `channels` come first; rows that only the
+    reference needs come last."""
     reference: list[int]
     """Positions in `rows` of the channels whose mean is the reference."""
     bads: list[int]
@@ -171,7 +172,7 @@ def plan_windows(clean: Clean, info: SignalInfo, spec: PreprocessSpec, split: st
     Parameters
     ----------
     clean : Clean
-        Instructions for the second pass, from the first pass.
+        Settings for filtering and for cutting windows, chosen by the first pass over the recording.
     info : SignalInfo
         Description of the recording.
     spec : PreprocessSpec
@@ -184,8 +185,8 @@ def plan_windows(clean: Clean, info: SignalInfo, spec: PreprocessSpec, split: st
     dict
         Windows of each segment in order of time, by the number of the segment. No window contains a gap. If
         `spec.quality.leave_out_edges` is set, no window is next to a gap or to an end of a segment, because the filters
-        have a transient there. But epochs, and short recordings that would otherwise have no window, have windows next
-        to gaps and ends, too.
+        have a transient there. But epochs, and short recordings that would otherwise have no window, also have windows
+        next to gaps and to the ends of segments.
     """
     margins = [clean.faults.reach] if spec.quality.leave_out_edges and not info.epoched else []
     for margin in [*margins, 0]:
@@ -216,7 +217,7 @@ def clean_windows(
     Parameters
     ----------
     clean : Clean
-        Instructions for the second pass, from the first pass.
+        Settings for filtering and for cutting windows, chosen by the first pass over the recording.
     scratch : Scratch
         The signal at the target sampling rate.
     info : SignalInfo
@@ -226,7 +227,7 @@ def clean_windows(
     cuts : dict
         Windows of each segment in order of time, by the number of the segment.
     account : Account
-        Counts of the windows, to which this function adds the windows that it leaves out.
+        Counts of the recording's windows. This function adds the windows that it leaves out.
 
     Yields
     ------
@@ -295,7 +296,7 @@ def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWin
         Number of samples of the window that models read.
     decide : callable
         Function that takes the first sample of a part of the cut and the last sample plus one, counted from the start
-        of the cut. `decide` returns the part, or the reason why the part cannot be used.
+        of the cut. `decide` returns this part of the cut as a window, or the reason why the part cannot be used.
 
     Returns
     -------
@@ -348,7 +349,7 @@ def detect_image_type(data: bytes) -> str | None:
 
 
 def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut], first: int) -> Iterator[tuple[Cut, np.ndarray]]:
-    """Cut windows out of a signal that arrives in blocks and begins with sample `first`.
+    """Cut windows out of blocks of a segment; the first block begins with sample `first` of the segment.
 
     The windows in `cuts` must be sorted by time.
     """
@@ -379,7 +380,7 @@ def write_windows(
     folder : Path
         Folder for the files ``train.tar``, ``val.tar`` and ``test.tar``.
     clean : Clean
-        Instructions for the second pass, from the first pass.
+        Settings for filtering and for cutting windows, chosen by the first pass over the recording.
     scratch : Scratch
         The signal at the target sampling rate.
     info : SignalInfo

@@ -42,7 +42,8 @@ LOOK_S = 0.1
 """Seconds between two checks of the child process's memory."""
 PR_SET_PDEATHSIG = 1
 KEEP = "keep"
-"""Name of the file in a temporary folder which says that the folder is not removed, because a user needs its logs."""
+"""Name of a file that protects a temporary folder: a folder with this file is not removed, because a user needs the
+logs in the folder."""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Each child process uses one thread, because it is faster to read several recordings at once than to use several
 threads for one recording."""
@@ -94,7 +95,8 @@ def _remove_if_dead(folder: Path) -> None:
     # Folders of other users may have the same kind of name, or be links to folders of this user.
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or (folder / KEEP).exists():
         return
-    # The removal of a folder may have been interrupted after its lock was deleted, so the file is made if necessary.
+    # The removal of a folder may have been interrupted after its lock was deleted, so the lock file is made again if
+    # necessary.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(folder / "lock", flags, 0o600)
     try:

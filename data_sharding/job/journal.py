@@ -35,7 +35,7 @@ class Journal:
     Parameters
     ----------
     folder : Path or UPath
-        Folder of the journal's files. Each run adds at least one file.
+        Folder of the journal's files. Each run of the job adds at least one file to this folder.
     """
 
     def __init__(self, folder: AnyPath) -> None:
@@ -143,7 +143,7 @@ def lock_output(work: AnyPath) -> Iterator[None]:
         return
     # The operating system releases a file lock when the process ends, also on network disks. On disks without file
     # locks, the library filelock would use the existence of a file as lock, which would remain after a crash. With
-    # `fallback_to_soft=False`, the library does not use such a lock.
+    # `fallback_to_soft=False`, the library never uses the existence of a file as lock.
     lock = FileLock(work / "lock", fallback_to_soft=False)
     try:
         work.mkdir(parents=True, exist_ok=True)

@@ -36,11 +36,12 @@ class Piece:
     split: str
     """Name of the split. The file ``<split>.tar`` in the part holds the samples of the split."""
     start: int
-    """Number of the first sample in the tar file that is the source."""
+    """Index of the first copied sample in the tar file that `source` returns."""
     stop: int
-    """Number of the last sample in the tar file that is the source, plus one."""
+    """Index of the last copied sample in the tar file that `source` returns, plus one."""
     shard: str = ""
-    """Path of the shard from which the samples are copied; empty if they are copied from the part."""
+    """Path of the shard from which the samples are copied; empty if the samples are copied from the recording's
+    part."""
 
     def source(self, root: AnyPath) -> AnyPath:
         """Return the path of the tar file with the samples; `root` is the folder of the dataset."""

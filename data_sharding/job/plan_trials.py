@@ -200,10 +200,11 @@ class _Places:
     def _assign_epochs(self, trials: Sequence[Trial]) -> list[int] | None:
         """Return the epoch of each trial of a table; None if the table does not describe the epochs.
 
-        If the table has as many trials as there are epochs, trial `i` belongs to epoch `i`. In a table with another
-        number of trials, each onset must equal the time of an epoch's event, to half a sample. If an onset differs from
-        the times of all events, no trial is used, because a table with other onsets may contain rejected epochs, or
-        times of the original continuous recording, and trials would get the signal of another image.
+        If the table has as many trials as there are epochs, trial `i` belongs to epoch `i`. If the table has more or
+        fewer trials than there are epochs, each onset must equal the time of an epoch's event, with an error of at most
+        half a sample. If an onset differs from the times of all events, no trial is used, because a table with other
+        onsets may contain rejected epochs, or times of the original continuous recording, and trials would get the
+        signal of another image.
         """
         places = [trial.place or (0, 0) for trial in trials]
         if all(count == len(self.begins) for _, count in places):

@@ -113,7 +113,7 @@ def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
 
 
 def process_recording(task: Task) -> PartResult:
-    """Read a recording, check the signal, and write the windows to a part.
+    """Read a recording, check its signal, and write its windows to a part (a folder for this recording).
 
     Parameters
     ----------

@@ -255,10 +255,10 @@ def mark_duplicates(
     plan : Plan
         The job's plan.
     prints : dict of str to RecordingFingerprint
-        Data for the comparison of the recordings, by key.
+        For the key of each recording, the data that is compared with other recordings.
     load_points : FingerprintLoader
-        Loads the full fingerprint of a recording. The loader is called only for pairs of recordings with similar
-        signatures.
+        Function that loads the full fingerprint of a recording. The function is called only for pairs of recordings
+        with similar signatures.
     former : Former, optional
         Former version of the dataset. Recordings in the former shards are kept, and new recordings with the same signal
         are duplicates.
@@ -408,7 +408,7 @@ def run(config: ShardConfig) -> int:
             say(line)
         with lock_output(work), ray_session(config.ray) as in_flight:
             _check_nodes(plan, work, decoded)
-            remove_tree(work / "new")  # The folder new holds unfinished shards of an earlier run.
+            remove_tree(work / "new")  # The folder `new` holds unfinished shards of an earlier run.
             say(f"reading recordings, up to {in_flight} tasks at a time")
             state, rows, kept, points = _collect(config, plan, work, in_flight, former)
             suggestions = suggest_unit_factors(config.corpora, plan.corpus_of, rows)

@@ -42,8 +42,8 @@ def suggest_unit_factors(
     Returns
     -------
     list of str
-        One line for each corpus that needs a factor, with a suggested line for the config. The job itself does not
-        apply the factor.
+        One line for each corpus that needs a unit factor, with a suggested line for the config. The job itself does not
+        apply the suggested factor.
     """
     out = []
     for number, corpus in enumerate(corpora):

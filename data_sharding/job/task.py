@@ -54,8 +54,8 @@ class PartResult:
     may_pass: bool = False
     """Whether the next run should try the recording again, because the cause of the failure may have disappeared."""
     limits: tuple[float, float] | None = None
-    """Time limit in seconds and memory limit in GB with which a recording without a part failed. A run with other
-    limits tries the recording again."""
+    """Limits of time (seconds) and memory (GB) under which reading the recording failed before a part was written. A
+    run with other limits than these tries the recording again."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a dictionary of JSON types."""

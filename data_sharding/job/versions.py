@@ -109,8 +109,8 @@ class Former:
         identity : str
             Checksum of everything that the result depends on.
         source : str
-            Checksum like `identity`, but without the versions of libraries, so that recordings in the shards are not
-            read again after an upgrade of a library.
+            Checksum of the same values as `identity`, except the versions of libraries. So recordings in the shards are
+            not read again after an upgrade of a library.
         """
         known = self.stored.get(key)
         if known is None:
@@ -135,7 +135,7 @@ class Former:
             self.reused.discard(key)
 
     def needs_samples(self, kept: Iterable[PartResult]) -> list[str]:
-        """Return the keys of reused recordings in `kept` that have no samples in the former shards."""
+        """Return the keys of recordings in `kept` with a reused result but without samples in the former shards."""
         return [r.row.key for r in kept if r.row.key in self.reused and r.row.key not in self.pieces]
 
     def find_changed_files(self, plan: Plan) -> set[str]:

@@ -35,14 +35,14 @@ class Fault:
     """A part of a segment in which a channel is bad. Sample numbers are at the target sampling rate."""
 
     start: int
-    """First sample, counted from the start of the segment."""
+    """First sample of the fault, counted from the start of the segment."""
     stop: int
-    """Last sample plus one, counted from the start of the segment."""
+    """Last sample of the fault plus one, counted from the start of the segment."""
     kind: str
     """Kind of the fault, such as flat."""
     rings: bool = True
     """Whether filters process the samples of the fault, so that a filter transient reaches the samples around the
-    fault. False for a fault next to a gap."""
+    fault. `rings` is False for a fault next to a gap (a part in which no good channel has a signal)."""
 
 
 @dataclass
@@ -62,19 +62,19 @@ class WindowFaults:
 class Faults:
     """Faults of a recording.
 
-    Row numbers are those of the filtered signal (see `data_sharding.job.cut_windows.Clean.rows`).
+    A row number is the index of a channel in the filtered signal (see `data_sharding.job.cut_windows.Clean.rows`).
     """
 
     reach: int = 0
     """Length of a filter transient in samples."""
     pieces: list[list[Interval]]
-    """Start and stop of the pieces of each segment. A segment without a gap is one piece."""
+    """Start and stop of the pieces into which gaps divide each segment. A segment without a gap is a single piece."""
     gaps: dict[int, list[Fault]] = field(default_factory=dict)
-    """Gaps, by the number of the segment."""
+    """Gaps of each segment, by the number of the segment."""
     dead: dict[int, dict[int, list[Fault]]] = field(default_factory=dict)
-    """Parts without a signal, by the number of the segment and by row."""
+    """Parts of each row without a signal, by the number of the segment and by row."""
     busy: dict[int, dict[int, list[Fault]]] = field(default_factory=dict)
-    """Parts with muscle activity or mains noise, by the number of the segment and by row."""
+    """Parts of each row with muscle activity or mains noise, by the number of the segment and by row."""
 
     def judge(self, segment: int, start: int, stop: int) -> WindowFaults:
         """Find the bad rows of a window; `start` and `stop` are samples counted from the start of the segment."""
@@ -105,8 +105,8 @@ class Faults:
 class Bridge:
     """Reads a piece of a segment. Each part in which a row has no signal is replaced by a straight line.
 
-    The straight line avoids large filter transients. The straight line is not stored in the windows, which contain
-    zeros where a row has no signal.
+    Without the straight line, the edges of such a part would cause large filter transients. The windows in the dataset
+    do not contain the straight line: they contain zeros where a row has no signal.
 
     Parameters
     ----------
@@ -268,7 +268,7 @@ def _join(faults: list[Fault]) -> list[Fault]:
 
 
 def _cut_out(faults: list[Fault], gaps: list[Interval]) -> list[Fault]:
-    """Return the parts of a row's faults outside the gaps."""
+    """Return the faults of a row without the parts of the faults that are inside gaps."""
     out = []
     for fault in faults:
         whole = (fault.start, fault.stop)

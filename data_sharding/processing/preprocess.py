@@ -31,8 +31,8 @@ BEFORE: dict[str, Any] = {
 }
 """Fields of `PreprocessSpec` that did not exist in older versions, with the value that means the older behaviour."""
 MIN_HIGHPASS = 0.001
-"""Lowest edge of the pass band in Hz. With a lower edge, the response of the high-pass filter lasts longer, and it must
-fit into memory."""
+"""Lowest value of `highpass` in Hz that is accepted. With a value below this limit, the response of the high-pass
+filter may be too long for the memory."""
 LINE_FREQS = (10.0, 1000.0)
 """Lowest and highest mains frequency in Hz that is accepted. Every harmonic inside the band needs a notch filter, so a
 frequency near zero would need too many filters."""
@@ -95,7 +95,8 @@ class PreprocessSpec:
     highpass: float = 5.0
     """Lower edge of the pass band in Hz."""
     lowpass: float = 95.0
-    """Upper edge of the pass band in Hz. For a recording with a low sampling rate, the edge is 0.45 of that rate."""
+    """Upper edge of the pass band in Hz. For a recording with a low sampling rate, the upper edge is 0.45 of that
+    rate."""
     notch: Literal["auto", "off"] | float | bool = "auto"
     """Notch filter. auto: remove the recording's mains frequency and its harmonics inside the band. off (or no): use no
     notch filter. A number in Hz: remove this frequency and its harmonics from every recording."""
@@ -287,8 +288,8 @@ def filters(sfreq: float, spec: PreprocessSpec, line_freq: float | None) -> np.n
     spec : PreprocessSpec
         Preprocessing settings.
     line_freq : float or None
-        Mains frequency of the recording in Hz, or None if the frequency is unknown or no mains noise is present. With
-        None, notch filters are made only if `spec.notch` is a number.
+        Mains frequency of the recording in Hz, or None if the frequency is unknown or no mains noise is present. If
+        this value is None, notch filters are made only if `spec.notch` is a number.
 
     Returns
     -------
@@ -331,7 +332,7 @@ def transient_length(sfreq: float, spec: PreprocessSpec, line_freq: float | None
     spec : PreprocessSpec
         Preprocessing settings.
     line_freq : float or None
-        Mains frequency in Hz; `filters` explains this value.
+        Mains frequency in Hz, or None (see the function `filters`).
 
     Returns
     -------
@@ -358,7 +359,7 @@ def _response_length(sections: bytes, highpass: float, sfreq: float) -> int:
         n = lookahead(sos)
         response = np.asarray(sosfilt(sos, np.eye(1, n)[0]))
         # The response of a filter that runs forward and backward is the autocorrelation of its impulse response. The
-        # peak of the autocorrelation passes the signal; all its other values are the transient.
+        # peak of the autocorrelation stands for the signal itself; all other values are the filter's transient.
         spectrum = np.asarray(rfft(response, 2 * n))
         energy = np.asarray(irfft(np.abs(spectrum) ** 2))[1:n] ** 2
         left = energy[::-1].cumsum()[::-1]
@@ -390,7 +391,7 @@ def clean_blocks(
     spec : PreprocessSpec
         Preprocessing settings.
     line_freq : float or None
-        Mains frequency in Hz; `filters` explains this value.
+        Mains frequency in Hz, or None (see the function `filters`).
     reference : sequence of int
         Rows of the reference channels, whose mean is subtracted. Without reference rows, nothing is subtracted.
     block : int, optional
@@ -402,8 +403,8 @@ def clean_blocks(
         The next block of the filtered signal, in microvolts.
     """
     sos = filters(sfreq, spec, line_freq)
-    # Extend both ends of the segment by two periods of the lowest frequency of the pass band. A short segment is
-    # extended by less.
+    # Extend both ends of the segment by two periods of the lowest frequency of the pass band. A segment shorter than
+    # these two periods is extended by less than two periods.
     pad = int(2 * spec.sfreq / spec.highpass)
     if block is None:
         block = FILTER_BYTES // (8 * max(1, read(0, 1).shape[0]))
@@ -478,7 +479,7 @@ def preprocess(
     spec : PreprocessSpec
         Preprocessing settings.
     line_freq : float, optional
-        Mains frequency in Hz; `filters` explains this value.
+        Mains frequency in Hz, or None (see the function `filters`).
     bads : list of int, optional
         Rows of the bad channels. The average reference is computed without the bad channels, but is also subtracted
         from them.

@@ -30,14 +30,16 @@ muscle activity or mains noise. LARGE: the signal is too large."""
 MISSING_UV = 1e12
 """A value above this limit (in microvolts) is treated as missing, because no amplifier can measure it."""
 RAIL_SHARE = 0.1
-"""A cell is at the rail if more than this share of its samples, and at least 3, equal the channel's largest or smallest
-value."""
+"""A cell is at the rail if more than this share of its samples, and at least 3 samples, equal the channel's largest or
+smallest value."""
 MOST_HARMONICS_HZ = 1000.0
 """Harmonics of mains noise above this frequency are not removed from the measure of muscle activity."""
 TONAL = 4.0
-"""If the energy at the harmonics of mains noise is denser than the other energy by this factor, it is mains noise."""
+"""The energy of a cell at the harmonics of mains noise counts as mains noise if it exceeds this factor times the energy
+that the same number of other frequencies have on average."""
 LEAST_FREE = 4
-"""The harmonics are removed only if at least this many samples of a cell remain."""
+"""The harmonics of mains noise are removed only if the number of samples of a cell exceeds the number of removed
+signals (basis and harmonics) by at least this number."""
 SHORTEST = {"missing values": 1, "flat": 2, "clipped": 2, "too small": 3, "too large": 1, "muscle": 1, "mains noise": 1}
 """Smallest number of cells (tenths of a second) in a span, for each kind of fault. (One cell with a small signal can be
 normal EEG.)"""
@@ -96,9 +98,9 @@ class Span:
     kind: str
     """Kind of the fault, such as flat."""
     start: int
-    """First sample at the recorded rate, counted from the start of the segment."""
+    """First sample of the span at the recorded rate, counted from the start of the segment."""
     stop: int
-    """Last sample plus one, counted from the start of the segment."""
+    """Last sample of the span plus one, counted from the start of the segment."""
 
 
 @dataclass
@@ -106,10 +108,11 @@ class _Rail:
     """Largest (or smallest) value of each channel, and how often the channel has this value."""
 
     value: np.ndarray
-    """[n], largest value so far. The smallest value is stored with the opposite sign."""
+    """[n], largest value of each channel so far. A `_Rail` for smallest values stores these values with the opposite
+    sign."""
     since: np.ndarray
-    """[n], number of the cell in which this value occurred first. HIGH or LOW flags of earlier cells are invalid,
-    because they mark a value that was later exceeded."""
+    """[n], number of the cell in which this value occurred first. A HIGH or LOW flag of an earlier cell is invalid,
+    because the flag was set for a value that a later cell exceeded."""
     samples: np.ndarray = field(init=False)
     """[n], number of samples with the largest (or smallest) value in cells that are not at the rail."""
 
@@ -126,7 +129,7 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
     basis : ndarray, shape (L, K)
         Orthonormal columns. The energy of a cell without the components in `basis` is muscle activity and noise.
     mains : dict
-        Columns of `basis` for mains noise, by flag.
+        For each flag of mains noise (MAINS_50 or MAINS_60), the columns of `basis` that represent this noise.
     n_free : int
         Number of samples of a cell minus number of basis signals: L - K.
     """
@@ -146,7 +149,10 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
 
 @functools.lru_cache(maxsize=16)
 def _harmonics(length: int, sfreq: float) -> np.ndarray:
-    """Return orthonormal signals [L, K] for the harmonics of mains noise, without their parts inside `_basis`."""
+    """Return orthonormal signals [L, K] for the harmonics of mains noise.
+
+    All returned signals are orthogonal to the signals of `_basis`.
+    """
     basis = _basis(length, sfreq)[0]
     t = (np.arange(length) - (length - 1) / 2) / sfreq
     top = min(0.45 * sfreq, MOST_HARMONICS_HZ)
@@ -159,8 +165,8 @@ def _harmonics(length: int, sfreq: float) -> np.ndarray:
 def _without_harmonics(x: np.ndarray, rest: np.ndarray, sfreq: float) -> np.ndarray:
     """Remove the harmonics of mains noise from the energy of cells, because the harmonics are no muscle activity.
 
-    Muscle activity has energy at all frequencies. So the energy at the harmonics is removed only where it is much
-    denser than the energy at other frequencies.
+    Muscle activity has energy at all frequencies. So the energy at the harmonics is removed only from cells in which
+    the harmonics have much more energy than the same number of other frequencies.
 
     Parameters
     ----------
@@ -186,7 +192,7 @@ def _without_harmonics(x: np.ndarray, rest: np.ndarray, sfreq: float) -> np.ndar
 
 
 class Cells:
-    """Measures cells (tenths of a second) while a signal is read, and merges them into spans when it is complete.
+    """Measures a signal in cells (tenths of a second) while the signal is read, and then merges cells into spans.
 
     Parameters
     ----------
@@ -214,8 +220,8 @@ class Cells:
         self.constant, self.missing, self.dead = (np.zeros(n_channels, int) for _ in range(3))
         """[n], number of cells with the flags CONSTANT, MISSING and DEAD."""
         self.repeated, self.compared = np.zeros(n_channels, int), np.zeros(n_channels, int)
-        """[n], number of samples that equal the previous sample, and number of all compared samples. Only every fourth
-        cell is compared (see `SAMPLED`), and constant cells are left out."""
+        """[n], number of samples that equal the previous sample, and number of samples that were compared with the
+        previous sample. Samples are compared only in every fourth cell (see `SAMPLED`), and not in constant cells."""
         self._flags: list[tuple[int, int, bytes]] = []
         self._firsts: list[int] = []
         self._segment, self._done = 0, 0
@@ -275,7 +281,7 @@ class Cells:
         self._recent = self._recent[:, :0]
 
     def _measure(self, x: np.ndarray) -> None:
-        """Set the flags of the cells `x`, [n, k, L], of all channels."""
+        """Set the flags of `k` cells of all channels; `x` holds the samples of the cells, [n, k, L]."""
         flags = np.zeros(x.shape[:2], np.uint16)
         # Process a few rows (2 MB) at a time, so that the rows stay in the CPU's cache.
         portion = max(1, 2**18 // (x.shape[1] * x.shape[2]))
@@ -289,7 +295,7 @@ class Cells:
         self.n_cells += x.shape[1]
 
     def _measure_rows(self, rows: slice, x: np.ndarray, flags: np.ndarray) -> None:
-        """Set the flags of the cells of a few rows, [r, k, L].
+        """Set the flags of `k` cells of `r` rows; `x` holds the samples of the cells, [r, k, L].
 
         In most blocks, most rows have no fault. To save time, the minimum and maximum of a row and a few samples of
         each cell show whether the row can have a fault. Only rows that can have a fault are measured cell by cell.
@@ -309,8 +315,9 @@ class Cells:
                 value = rail.value[rows]
                 found = np.flatnonzero(plain & (ends >= value))
                 if len(found):
-                    # The row reaches the channel's largest or smallest value. If a sample of `thin` also equals the
-                    # channel's largest or smallest value, the row may be clipped, and is measured cell by cell.
+                    # The row reaches the channel's largest or smallest value. If one of the few samples in `thin` also
+                    # equals the channel's largest or smallest value, the row may be clipped, and is measured cell by
+                    # cell.
                     at = (thin[found] == (ends if rail is self.high else low)[found][:, None, None]).any(axis=(1, 2))
                     plain[found[at]] = False
             thin = thin - thin[:, :, :1]
@@ -386,7 +393,7 @@ class Cells:
         flags: np.ndarray,
         flag: int,
     ) -> None:
-        """Flag cells at the rail. In other cells, count the samples that have their channel's extreme value so far."""
+        """Flag the cells at the rail, and count the samples at the largest or smallest value in all other cells."""
         if not finite.any():
             return
         signed = np.where(finite, sign * ends, -np.inf)
@@ -456,7 +463,8 @@ class Cells:
             Larger of two fractions of the samples: those with the channel's largest value, and those with its smallest
             value. Cells at the rail, constant cells and cells with missing values are left out.
         cells : ndarray, shape (n,)
-            Fraction of cells at the rail. Constant cells and cells with missing values are left out.
+            Fraction of each channel's cells that are at the rail (many samples equal the channel's largest or smallest
+            value). Constant cells and cells with missing values are left out.
         dead : ndarray, shape (stretches, n)
             Fraction of the cells in each stretch that have no signal: dead, missing, too large or at the rail.
         """
@@ -511,14 +519,14 @@ class Cells:
         rows : sequence of int
             Rows of the channels.
         line_freq : float, optional
-            Mains frequency in Hz. If the mains frequency is None, both noise at 50 Hz and noise at 60 Hz are mains
+            Mains frequency in Hz. If the mains frequency is None, both noise at 50 Hz and noise at 60 Hz count as mains
             noise.
 
         Returns
         -------
         dict
-            Maps the number of a segment to its spans, in which a channel is bad. Segments without spans are not in the
-            dictionary.
+            For the number of each segment, the spans of the segment in which a channel is bad. Segments without spans
+            are not in the dictionary.
         """
         if not self.spec.check:
             return {}
@@ -568,7 +576,8 @@ class _Runs:
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, int, str], list[_Run]] = {}
-        """Runs in order of time, by the number of the segment, the position of the channel, and the group of faults."""
+        """Lists of runs in order of time. The key of a list is the number of the segment, the position of the channel,
+        and the name of the group of faults."""
 
     def add(
         self, segment: int, first: int, group: str, mask: np.ndarray, counts: dict[str, np.ndarray] | None = None

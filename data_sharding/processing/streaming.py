@@ -27,8 +27,8 @@ BLOCK_BYTES = 24 * 2**20
 """Largest size of a block in bytes, with 8 bytes (float64) for each value. A reader may need several times this size to
 decode a block."""
 STOP_DB = 80.0
-"""Attenuation of aliased frequencies in dB. A larger value is useless, because samples are stored as float16, and the
-rounding error of float16 is only 66 dB below the value."""
+"""Attenuation of aliased frequencies in dB. A larger attenuation is useless, because samples are stored as float16, and
+the rounding error of float16 is only 66 dB below the stored sample."""
 TRUNCATION = 1e-7
 """The lookahead of a filter is the number of samples after which its response has decayed to this fraction and is
 ignored."""
@@ -129,7 +129,8 @@ class Scratch:
         Parameters
         ----------
         start, stop : int
-            Range of samples, in the order in which they were written.
+            First sample to read, and last sample plus one. Samples are numbered in the order in which they were
+            written.
 
         Returns
         -------
@@ -222,8 +223,8 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     Resampling by ``up / down`` means: insert ``up - 1`` zeros after each input sample, apply the low-pass filter ``h``,
     and keep every ``down``-th sample. In the signal with the inserted zeros, output ``j`` is at position ``j * down``,
     and input ``i`` is at position ``i * up``. So output ``j`` is the sum of ``h[half + j * down - i * up] * x[i]`` over
-    ``i``, where ``half`` is the index of the middle of ``h``. Only inputs ``i`` at most `reach` samples from ``j * down
-    / up`` have a weight.
+    ``i``, where ``half`` is the index of the middle of ``h``. Only the inputs ``i`` within `reach` samples of ``j *
+    down / up`` contribute to output ``j``.
 
     The weights of a group of `count` neighbouring outputs form a matrix. One matrix product computes the outputs of a
     group in all frames. The matrices contain many zeros; still, the matrix products take a third of the time of SciPy's
@@ -241,14 +242,14 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     half = taps // 2 + 1
     h = up * np.asarray(firwin(2 * half + 1, 0.5 * lower, window=("kaiser", beta), fs=up * sfreq))  # type: ignore[arg-type]
     for phase in range(up):
-        # Scale the weights of each phase to a sum of exactly one. Without the scaling to a sum of one, the phases would
-        # change a constant signal by different factors, and the constant would become a tone.
+        # Scale the filter weights of each phase to a sum of exactly one. Without this scaling, the phases would change
+        # a constant signal by different factors, and the constant would become a tone.
         h[phase::up] /= h[phase::up].sum()
     reach = half // up + 1
     count = max(4, min(64, round(2 * reach * up / down)))
     width = math.ceil(count * down / up) + 2 * reach + 1
-    # Make a frame at least as long as the inputs of a group, so that the inputs of a group do not overlap with its
-    # inputs in the next frame, and BLAS reads the inputs in place, without a copy.
+    # Make a frame at least as long as the inputs of a group. Then the group's inputs in one frame do not overlap with
+    # the group's inputs in the next frame, and BLAS can read all of these inputs in place, without a copy.
     times = max(math.ceil(width / down), math.ceil(4 * count / up))
     inputs, outputs = times * down, times * up
     groups = []
@@ -289,8 +290,8 @@ class Resampler:
     Notes
     -----
     The filter is a Kaiser-windowed sinc. At both ends, the segment is extended by its own samples, rotated by 180
-    degrees about the end point. (Some libraries do not extend the segment but remove a linear trend. With the removal
-    of a trend, each sample depends on the length of the signal.)
+    degrees about the end point. (Some libraries do not extend the segment but remove a linear trend. If a trend is
+    removed, every output sample depends on the length of the signal.)
 
     Between two calls of `push`, `_held` contains the input samples that later outputs still need. The first sample in
     `_held` is `reach` samples before the next frame. When `_held` contains a whole frame and `reach` samples after the
@@ -391,7 +392,7 @@ class Resampler:
         extension = _odd(context, 0, plan.reach + 1)[:, context.shape[1] :]
         data = np.concatenate([data, extension], axis=1)
         if data.shape[1] < need:
-            # Fill the last frame with zeros. The outputs that depend on the added zeros are removed below.
+            # Fill the last frame with zeros. The outputs that depend on the added zeros are cut off from the result.
             data = np.pad(data, ((0, 0), (0, need - data.shape[1])))
         return self._frames(data)[:, :missing]
 
@@ -462,8 +463,8 @@ def zero_phase(
     sos : ndarray, shape (n_sections, 6)
         Second-order sections of the filter.
     pad : int
-        Number of samples by which the segment is extended at each end (see `Resampler`). A short segment is extended by
-        fewer samples.
+        Number of samples by which the segment is extended at each end (see `Resampler`). A segment of `pad` or fewer
+        samples is extended by fewer than `pad` samples.
     block : int
         Number of samples that are read at a time. If `block` is less than four times the filter's lookahead, four times
         the lookahead is used, except for a signal that is kept on disk.

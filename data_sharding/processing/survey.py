@@ -44,8 +44,8 @@ stretch's cells (tenths of a second)."""
 TRIGGER_LEVELS = 32
 """Largest number of distinct values of a trigger channel. A trigger channel changes rarely between a few values."""
 TRIGGER_UV = 200.0
-"""Smallest peak-to-peak value of a trigger channel, in microvolts if the unit of the file is right. A dead channel with
-one noisy bit has a smaller peak-to-peak value."""
+"""Smallest peak-to-peak value of a trigger channel, in microvolts if the unit of the file is right. The peak-to-peak
+value of a dead channel with one noisy bit is below this limit."""
 TONE_SHARE = 0.5
 """A channel is a test tone if a single frequency has more than this fraction of the channel's power above 1 Hz. The
 frequency must be above `TONE_ABOVE_HZ` and must not be a harmonic of the mains frequency."""
@@ -184,7 +184,7 @@ def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, i
 
 
 class _StretchBuffer:
-    """Resamples and collects the blocks of a stretch in microvolts, with its first sample subtracted as an offset."""
+    """Collects the blocks of a stretch, resampled and in microvolts; the first sample of the stretch is subtracted."""
 
     def __init__(self, sfreq: float, rate: float, scale: float) -> None:
         self._resampler, self._scale = Resampler(sfreq, rate, 0.45 * rate), scale
