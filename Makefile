@@ -1,6 +1,6 @@
 # Dreamscale: `make demo` and `make test` on a fresh machine; each makes .venv and installs what it needs.
 
-# `make` uses the first of these programs that runs and is Python 3.11, 3.12 or 3.13. To use another program, run
+# `make` uses the first program in this list that runs and is Python 3.11, 3.12 or 3.13. To use another program, run
 # `make PYTHON=/path/to/python`.
 PYTHONS := python3.11 python3.12 python3.13 python3 python
 SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))

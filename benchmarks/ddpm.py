@@ -6,7 +6,7 @@ Three programs take steps in turn, so that a change of the machine's load affect
 U-Net of the paper, EG-DDPM with UNet2DModel, and a plain loop that is written after the tutorial of diffusers, with the
 same UNet2DModel. A training step is the forward and backward pass, the limit of the gradient's norm, and AdamW. A
 training step of EG-DDPM also averages the weights (EMA). A step of sampling is one evaluation of the network and one
-step of the ancestral sampler. Images and EEG vectors are noise.
+step of the ancestral sampler. Images and EEG vectors of this benchmark are random noise.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ def ours(backbone: Any, options: argparse.Namespace, device: torch.device) -> tu
 
 
 def plain(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, float, Step, Step]:
-    """Return network, GiB of state, training step and sampling steps of a plain loop over diffusers' UNet2DModel.
+    """Return the functions to measure of a plain loop over diffusers' UNet2DModel.
 
+    The result is the network, the GiB of its training state, its training step, and a few steps of sampling.
     The network has the sizes of the backbone `unet2d`.
     """
     stage = EGDDPMStage(image_size=options.size, base_channels=options.base, backbone="unet2d", drop=0.0)

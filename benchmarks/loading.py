@@ -163,7 +163,7 @@ class Memory(threading.Thread):
         self.peak, self.done = 0, threading.Event()
 
     def run(self) -> None:
-        """Measure the memory four times a second."""
+        """Measure the memory of this process and of its children four times a second."""
         import psutil
 
         me = psutil.Process()
@@ -186,7 +186,7 @@ def cpu_seconds() -> float:
     me = psutil.Process()
     own = me.cpu_times()
     each = [own, *(process.cpu_times() for process in me.children(recursive=True))]
-    # Count ended children as well, because the workers of webdataset end after each epoch.
+    # Add the CPU time of child processes that have ended, because the workers of webdataset end after each epoch.
     return sum(times.user + times.system for times in each) + own.children_user + own.children_system
 
 

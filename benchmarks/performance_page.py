@@ -44,7 +44,8 @@ def sharding(found: dict[str, Any]) -> str:
     ]
     return f"""## Sharding a recording
 
-The command is `python benchmarks/sharding.py --seconds 3600`. Each program used one thread. The size of the
+This measurement was made with the command
+`python benchmarks/sharding.py --seconds 3600`. Each program used one thread. The size of the
 input and the sampling rate of the result are: {found["data"]}. The windows last 2 s.
 
 {table(["program", "CPU time (s)", "wall time (s)", "peak memory (MB)", "windows"], rows)}
@@ -61,9 +62,11 @@ def sharding_minute(found: dict[str, Any]) -> str:
     ours, mne = (found["ways"][way]["cpu_s"] for way in ("ours", "mne"))
     return f"""### A recording of one minute
 
-The command is `python benchmarks/sharding.py --seconds 60 --repeats {found["repeats"]}`. The two programs ran in turn.
-Dreamscale needs {ours:.3f} s of CPU time and MNE's path {mne:.3f} s (medians). The median over the pairs of
-Dreamscale's time divided by MNE's is **{found["paired_ratio"]:.2f}** (aim: at most 1).
+This measurement was made with the command
+`python benchmarks/sharding.py --seconds 60 --repeats {found["repeats"]}`. The two programs ran in turn.
+Dreamscale needs {ours:.3f} s of CPU time and MNE's path {mne:.3f} s (medians). In each pair of runs,
+Dreamscale's CPU time is divided by MNE's CPU time; the median of these ratios is **{found["paired_ratio"]:.2f}**
+(aim: at most 1).
 Dreamscale's process keeps freed memory, like the child processes of a sharding job
 (`KEPT_MEMORY` in `data_sharding/job/isolation.py`); MNE's process has the default settings.
 {origin(found)}
@@ -84,7 +87,8 @@ def workers(found: dict[str, Any]) -> str:
     ]
     return f"""## The sharding job on one and two workers
 
-The command is `python benchmarks/sharding.py --seconds 7200 --recordings 24 --ways ours --workers 1 2`. The job has
+This measurement was made with the command
+`python benchmarks/sharding.py --seconds 7200 --recordings 24 --ways ours --workers 1 2`. The job has
 {job["data"]}. The job ran on Ray with two CPU cores.
 {origin(found)}
 
@@ -107,7 +111,8 @@ def planning(found: dict[str, Any]) -> str:
     names = [f"{name} (s)" for name in found["results"][0]["seconds"]]
     return f"""## Planning many recordings
 
-The command is `python benchmarks/planning.py --sizes 1000 10000 100000`. The benchmark creates EDF files, finds these
+This measurement was made with the command
+`python benchmarks/planning.py --sizes 1000 10000 100000`. The benchmark creates EDF files, finds these
 files, recognises their format by the headers, and plans the job. Then the benchmark finds duplicates through simulated
 signatures, and distributes the recordings over shards.
 
@@ -132,14 +137,15 @@ def loading(found: dict[str, Any]) -> str:
     index = found["index"]
     return f"""## Loading
 
-The command is `python benchmarks/loading.py --samples 1500 --repeats 3`. The data are
+This measurement was made with the command
+`python benchmarks/loading.py --samples 1500 --repeats 3`. The data are
 {found["data"]}. Every program makes float32 batches, which are padded to 128 channels.
 "ours" is the loader of Dreamscale.
 
 {table(["program", "samples/s (lowest to highest)", "CPU time of a sample (µs)", "peak memory (MB)"], rows)}
 
 Dreamscale's loader is compared with `wds.WebDataset` on the same shards. The loader is
-**{over["webdataset, 0 workers"]:.1f} times** as fast without workers, and
+**{over["webdataset, 0 workers"]:.1f} times** as fast as WebDataset without workers, and
 **{over["webdataset, 2 workers"]:.1f} times** as fast with two workers (aim: 3). Without workers, the loader reaches
 **{over["memory map"]:.2f}** of the speed of a memory map of the decoded data (aim: 0.5). Opening a dataset of
 {index["samples"]:,} samples takes {index["open_s"]:.1f} s. The open dataset needs
@@ -186,7 +192,8 @@ def pretraining(found: dict[str, Any]) -> str:
     products, released = profiles["ours"]["matrix products"], sum(profiles["released"].values())
     return f"""## A pretraining step
 
-The command is `python benchmarks/pretraining.py --presets ... --precisions ... --stages ... --compile 0,1 --batch N
+This measurement was made with the command
+`python benchmarks/pretraining.py --presets ... --precisions ... --stages ... --compile 0,1 --batch N
 --steps 4 --profile --reference PATH`, and it ran on the CPU. PATH is a checkout of the code that the authors of
 DreamDiffusion released. The released code was timed in a separate process, with `--presets ''`, because the released
 code is slower if other models ran before in the same process. In the table, `released` is Dreamscale's model with the
@@ -196,7 +203,8 @@ matrix product that was measured in the same run, in TFLOP/s: {peak}.
 {table(["model", "mode", "precision", "batch", "step (s)", "windows/s", "TFLOP/s", "utilisation", "GiB"], rows)}
 
 The speed of Dreamscale in windows/s, relative to the released code, is
-{", ".join(ratios)}. The aim of twice as many windows/s is not reached.
+{", ".join(ratios)}. The aim of twice as many windows/s as the
+released code is not reached.
 
 The next table shows the milliseconds that each kind of operation takes in one step under PyTorch's profiler, at batch
 {batch} in bf16:
@@ -206,8 +214,8 @@ The next table shows the milliseconds that each kind of operation takes in one s
 To process twice as many windows/s, a step of Dreamscale would have to take 50% of the time of a step of the released
 code. The matrix products of Dreamscale alone take {products / released:.0%} of the released code's time. A third of the
 matrix products compute gradients of the weights, with a transposed first matrix. The machine of this measurement
-computes products with a transposed first matrix at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s
-instead of {best["bf16"]["plain"]:.1f} TFLOP/s.
+computes products with a transposed first matrix at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s, and other
+matrix products at {best["bf16"]["plain"]:.1f} TFLOP/s.
 """
 
 
@@ -233,7 +241,8 @@ def ddpm(found: dict[str, Any]) -> str:
     size = settings["size"]
     return f"""## EG-DDPM: training and sampling
 
-The command is `{command}`, and it ran on
+This measurement was made with the command
+`{command}`, and it ran on
 one thread of the CPU (OMP_NUM_THREADS=1), in float32, with diffusers {found["versions"]["diffusers"]}. The images have
 {size} x {size} pixels, and a step has {settings["batch"]} images. These sizes are small: the preset of the paper has
 64 x 64 pixels and 57.7M parameters. The three programs take steps in turn. "plain loop" is a loop after the tutorial of
@@ -245,9 +254,9 @@ plus the largest growth within a step.
 {table(["program", "parameters", "part", "steps/s", "images/s", "CPU time of a step (s)", "GiB"], rows)}
 
 The machine was busy with other programs during this run (load average {found["machine"]["load"]:.0f} on
-{found["machine"]["cores"]} cores), so steps/s and images/s are lower than on an idle machine. The CPU time depends less
-on the load. EG-DDPM with `UNet2DModel` needs {1 / ratios[0]:.2f} times the CPU time of the plain loop in
-training, and {1 / ratios[1]:.2f} times in sampling.
+{found["machine"]["cores"]} cores), so steps/s and images/s are lower than on an idle machine. The load changes the
+CPU time less than these speeds. EG-DDPM with `UNet2DModel` needs {1 / ratios[0]:.2f} times the CPU time of the
+plain loop over `UNet2DModel` in training, and {1 / ratios[1]:.2f} times in sampling.
 """
 
 

@@ -273,7 +273,11 @@ def reference(path: Path, precision: str, device: torch.device, options: argpars
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", default="tiny", help="names of presets; '' measures only the released code")
+    parser.add_argument(
+        "--presets",
+        default="tiny",
+        help="names of presets; an empty text ('') measures only the released code, and no preset",
+    )
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--stages", default="1")
     parser.add_argument("--compile", default="0")

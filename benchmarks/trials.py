@@ -164,7 +164,12 @@ def result(process: subprocess.Popen[str]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=661_600)
-    parser.add_argument("--windows", type=int, default=11_466, help="number of trials of 128 x 440 for the features")
+    parser.add_argument(
+        "--windows",
+        type=int,
+        default=11_466,
+        help="number of trials (128 channels, 440 samples each) from which features are computed",
+    )
     parser.add_argument("--folder", help="folder for the datasets; about 7 GB are needed")
     parser.add_argument("--out", default="trials.json")
     parser.add_argument("--program", help=argparse.SUPPRESS)

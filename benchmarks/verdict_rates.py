@@ -35,7 +35,7 @@ def count_words(name: str, seeds: int, resamples: int) -> dict[str, Any]:
     name : str
         Name of the set in `verdict_sets.SETS`.
     seeds : int
-        Number of seeds: 0, 1, 2 and so on.
+        Number of seeds; the seeds are 0, 1, 2 and so on.
     resamples : int
         Number of bootstrap resamples of each verdict.
 

@@ -38,7 +38,7 @@ class Design:
     exemplar: float = 1.0
     """Strength of the response to the image within its category."""
     strong_people: int | None = None
-    """Number of people who have a response; all by default."""
+    """Number of people who have a response; by default, all people have a response."""
     drift: float = 0.0
     """Standard deviation of the step of the drift from one trial to the next; the drift is a random walk."""
     blocks: bool = False
@@ -52,8 +52,8 @@ class Design:
     and every person has images of their own. trials: a quarter of the trials. people: the last half of the people, and
     a quarter of the images. labels: half of the labels."""
     labels_of_person: int | None = None
-    """Number of labels that a person sees; all by default. If this number is set, the EEG also has a different offset
-    for each person."""
+    """Number of labels that a person sees; all by default. If people see only some of the labels, the EEG also has a
+    different offset for each person."""
     skewed: bool = False
     """Whether seven of ten images have the first label."""
     generator: str = "ridge"
@@ -64,7 +64,8 @@ class Design:
     in a retrieval. By default, the score is 1 for the right category; for new concepts, the score is the share of
     images of other concepts that are less similar."""
     copies: int = 1
-    """Number of names under which each image is stored. The names are merged as after a search for copies."""
+    """Number of names under which each image is stored. The names of equal images are merged, as after a search for
+    copies."""
     forged: bool = False
     """Whether the shuffled control has the EEG of the trial itself."""
 
@@ -346,7 +347,11 @@ class _Measure:
         self.chance = 0.5 if self.by_image else 1 / design.labels
 
     def hits(self, shown_nD: np.ndarray, seen_n: np.ndarray | None = None) -> np.ndarray:
-        """Return 1 for the right category, or the share of images farther than the seen image; see `Design.search`."""
+        """Return the score of each trial, as `Design.search` says.
+
+        The score is 1 for the right category, or the share of images that are farther from the shown image than the
+        seen image is.
+        """
         seen_n = self.seen_n if seen_n is None else seen_n
         if self.by_image:
             return self._rank(shown_nD, seen_n, same_label=None if self.search else False)

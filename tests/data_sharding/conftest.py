@@ -121,8 +121,9 @@ def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, st
 
     A recording is a dict with the keys `key`, `subject` and `raw`, and optionally `corpus`, `split` and `sha256`.
     The windows are given by one of two more keys: `starts` lists the first sample of each window at 100 Hz, and
-    `trials` lists a pair (start, split) for each window. Without these keys, the windows follow each other every
-    `stride` samples. `images` (id, bytes) and `concepts` belong to the windows in order.
+    `trials` lists a pair (start, split) for each window. Without the keys `starts` and `trials`, the windows follow
+    each other every `stride` samples. `images` (id, bytes) and `concepts` have one entry for each window, in the order
+    of the windows.
     """
     import dataclasses
 

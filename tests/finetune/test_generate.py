@@ -201,7 +201,7 @@ def test_floor_and_ceiling_do_not_use_the_eeg(model: Path, paired_dataset: Path,
     eeg = torch.randn(2, 128, 128)
     images = generator.generate(eeg, **options)
     np.testing.assert_array_equal(images, generator.generate(eeg + 1, **options))
-    assert (images[0] != images[1]).any()  # The noise is equal, but the captions differ.
+    assert (images[0] != images[1]).any()  # The noise of the two images is equal, but their captions differ.
 
 
 def test_the_ancestral_sampler_of_stable_diffusion_keeps_each_trials_noise(model: Path) -> None:

@@ -28,7 +28,8 @@ ONSET = 32
 
 @pytest.fixture(scope="module")
 def repeated(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write each trial of `paired_dataset` three times, with different noise and a baseline; the first one only once.
+    """Write each trial of `paired_dataset` three times, with different noise and a baseline; write the first trial only
+    once.
 
     The baseline of a trial consists of the last 32 values of the trial's window with the opposite sign.
     """

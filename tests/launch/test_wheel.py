@@ -99,7 +99,8 @@ def _documented() -> list[tuple[str, str]]:
     texts = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))]
     pattern = r"(?:dreamscale|-m) ([\w.]+)(?: [\w/]+)?(?: --config)? (configs/[\w/]+\.yaml)"
     modules = {"pretrain.train": "pretrain", "data_sharding": "shard", "finetune.align": "align"}
-    modules["finetune.dm_re2i.classification.compare"] = "ddpm"  # The module reads a config of 'ddpm'.
+    # The module classification.compare reads a config of 'ddpm'.
+    modules["finetune.dm_re2i.classification.compare"] = "ddpm"
     found = {
         (modules.get(command, command), path)
         for text in texts

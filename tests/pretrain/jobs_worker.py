@@ -20,7 +20,7 @@ from pretrain.training.config import PretrainConfig
 
 
 class StopAfter(StopSignal):
-    """Requests a stop after a number of steps. The config must write a line of metrics in each step."""
+    """Requests a stop after a number of steps. The config of the training must write a line of metrics in each step."""
 
     def __init__(self, run: RunDirectory, steps: int | None) -> None:
         self.run, self.steps = run, steps

@@ -69,8 +69,8 @@ def test_activations_are_what_autograd_keeps(mask_ratio: float) -> None:
     measured = kept_bytes(config, 8) / 8
     planned = activation_bytes(config, precision="fp32", checkpointing=False)
     assert 0.9 < measured / planned < 1.1
-    # With recomputation, the plan is a little larger than the measurement, because it also counts the activations of
-    # the block that is being recomputed, which `kept_bytes` does not see.
+    # With recomputation, the plan is a little larger than the measurement. The plan also counts the activations of the
+    # block that is being recomputed, but `kept_bytes` does not see them.
     spared = dataclasses.replace(config, compute=ComputeConfig(attention="sdpa", checkpointing=True))
     measured_spared = kept_bytes(spared, 8) / 8
     planned_spared = activation_bytes(spared, precision="fp32", checkpointing=True)

@@ -151,7 +151,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 HUGE = 10**9
-# Kind of package, file, key in the file, and value. The values are far too large or too small, unknown, or of a
+# Kind of package, file, key in the file, and value. The changed values are far too large or too small, unknown, or of a
 # wrong type.
 CASES: list[tuple[str, str, str, Any]] = [
     *(("encoder", "config.json", f"encoder.{key}", HUGE) for key in ("dim", "depth", "heads", "samples", "patch")),

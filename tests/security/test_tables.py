@@ -198,7 +198,8 @@ def test_changed_fingerprints_are_refused(values: dict[str, Any], tmp_path: Path
     def read() -> None:
         found = Fingerprints(tmp_path)
         if "n_points" in values and not values["n_points"] and values["n_points"] is not None:
-            assert found.load("b").shape == (64, 1)  # Row 'b' has no points, so it matches no recording.
+            # Row 'b' of the fingerprints has no points, so it matches no recording.
+            assert found.load("b").shape == (64, 1)
             raise RequestError(f"{path}: no points")
         found.load("b")
 

@@ -171,7 +171,7 @@ TABLE: tuple[Mark, ...] = (
         name="rejected epoch",
         formats=("eeglab",),
         sign="epoch marked in `EEG.reject` (`rejmanual`, `rejthresh`, `icarejkurt` ...). If only a table of channels "
-        "(`rejmanualE` ...) marks the epoch, only these channels are bad in it",
+        "(`rejmanualE` ...) marks the epoch, only these channels are bad in this epoch",
         effect=Effect.BAD,
     ),
     Mark(

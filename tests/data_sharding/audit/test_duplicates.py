@@ -120,8 +120,8 @@ def test_different_recordings_are_different(seeds: list[int], n: int, seconds: f
 
 
 def test_switch_on_transient_is_not_a_match() -> None:
-    """When an amplifier is switched on, the signal makes a step of some millivolts. After filtering, the step has the
-    same shape in every recording."""
+    """When an amplifier is switched on, the signal makes a step of some millivolts. After filtering, the step of an
+    amplifier that is switched on has the same shape in every recording."""
     step = np.where(np.arange(2500) < 20, -5e3, 0.0)
     prints = [make_fingerprint(str(i), make_eeg(i) + step) for i in range(12)]
     corr = [np.corrcoef(prints[0].points[0], p.points[0])[0, 1] for p in prints[1:]]  # type: ignore[index]

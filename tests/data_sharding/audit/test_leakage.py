@@ -227,7 +227,8 @@ class TestImages:
         assert "image lab/b (train) is lab/c (test): the same image, encoded again" in out
 
     def test_sharing_that_the_config_allows_is_only_a_question(self, publish, make_raw, tmp_path, capsys) -> None:
-        """The test first holds out only subjects. After that, the test splits the same trials by concept."""
+        """At first, the config of the dataset holds out only subjects. Then the config splits the same trials by
+        concept."""
         both = self.make_trials(make_raw, [("a", encode_image(make_image(0)))], concepts=["cat"])
         more = {"key": "u", "subject": "other", "raw": make_raw(4, 200, 8, seed=8), "split": "test"}
         publish(

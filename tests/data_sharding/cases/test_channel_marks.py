@@ -115,7 +115,7 @@ def write_set(
 ) -> Path:
     """Write EEGLAB with a bad-span mark for each entry of `channels`.
 
-    `more` is added to the structure EEG; ``urchan`` is the field of the channels.
+    `more` is added to the structure EEG of the EEGLAB file; ``urchan`` is the field `urchan` of its channels.
     """
     from scipy.io import savemat
 
@@ -263,7 +263,8 @@ class TestEEGLAB:
         assert "the channels of 1 bad-span marks are not known" in info.notes[0]
 
     def test_numbers_after_channels_were_removed(self, tmp_path: Path, signal: np.ndarray) -> None:
-        """The first channels keep their numbers. The number 6 means one channel before, another after the removal."""
+        """Channels before the first removed channel keep their numbers. Channel number 6 means one channel before
+        channels were removed, and another channel after that."""
         path = write_set(tmp_path, signal, [3, 6, 10], urchan=[1, 2, 3, 4, 6, 7, 9, 10])
         info = info_of(path)
         assert info.bad_channel_spans == [(20.5, 22.5, "F3")] and len(info.bad_spans) == 2

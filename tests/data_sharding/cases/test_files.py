@@ -37,7 +37,8 @@ def write_fif(path: Path, uv: np.ndarray, **options) -> None:
 
 
 def write_set(path: Path, uv: np.ndarray, named: str, fdt: str | None = None, *, compress: bool = False) -> None:
-    """Write an EEGLAB .set file that names the signal file `named`. Write the signal to `fdt` (default: `named`)."""
+    """Write an EEGLAB .set file that names the signal file `named`. Write the signal to the file `fdt`, by default to
+    the file `named`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     locations = np.array([(name,) for name in NAMES], dtype=[("labels", object)])
     eeg = {"setname": "a", "nbchan": 8, "pnts": uv.shape[1], "trials": 1, "srate": float(RATE), "xmin": 0.0}

@@ -48,7 +48,8 @@ def test_no_peak_is_left_at_the_mains_frequency_and_its_harmonics(line: float, d
     phase = 2 * np.pi * np.cumsum(line + offset) / 300.0
     frequency, power = filter_spectrum(x + 200 * np.sin(phase) + 40 * np.sin(2 * phase), spec, line)
     assert measure_peak(frequency, power, line) < 1.0
-    # The harmonic at twice the mains frequency is above the pass band. The signal has no higher harmonics.
+    # The harmonic at twice the mains frequency is above the pass band. The mains noise of this signal has no higher
+    # harmonics.
     assert measure_peak(frequency, power, 2 * line) < 1.5
     # The filter keeps the frequencies next to the mains frequency.
     _, without = filter_spectrum(x, PreprocessSpec(sfreq=300.0, notch="off"), line)

@@ -203,7 +203,8 @@ def test_a_table_of_other_times_gives_no_epoch_a_wrong_image(
     write_table(root / "a-epo_events.tsv", onsets)
     (sharded,) = shard_all(root, **events(root, tmp_path)).values()
     assert sharded.row.windows_left_out == {"the table does not describe the epochs": 4}
-    # Write the times that events had in the file before one epoch was rejected. Three times now match other epochs.
+    # Write the times that events had in the file before one epoch was rejected. In the file, three of these times now
+    # belong to other epochs.
     write_table(root / "a-epo_events.tsv", [1.0, 6.0, 11.0, 16.0])
     (sharded,) = shard_all(root, **events(root, tmp_path)).values()
     assert sharded.row.reason == "no window left: 4 the table does not describe the epochs"

@@ -248,7 +248,8 @@ def test_other_faults_of_stamps_are_mended(
 
 
 def test_clock_set_anew_is_corrected_by_the_offsets(tmp_path: Path, shard_all, assert_true, true_uv) -> None:
-    """The computer of the amplifier is restarted after 20 s, with a pause of 30 s, which the clock offsets show."""
+    """The computer of the amplifier is restarted after 20 s. The pause takes 30 s, and the clock offsets in the file
+    show it."""
     index = np.concatenate([np.arange(5000), np.arange(12500, 17500)])
     stamps = BEGIN + index / 250
     stamps[5000:] -= 990.0

@@ -1,4 +1,4 @@
-"""Preprocessing, padding of channels, and writing and reading of shards."""
+"""Tests of preprocessing, padding of channels, and writing and reading of shards."""
 
 from __future__ import annotations
 

@@ -133,7 +133,8 @@ def test_loader_resumes_in_mid_epoch_with_another_world_size(unpaired_dataset: P
     first = Loader(data, 8, 3, num_workers=workers, order=order, window=2)  # type: ignore[arg-type]
     for _, step in zip(first, range(5), strict=False):
         assert first.step == step + 1
-    # `zip` has read a sixth batch before it noticed the end of the range. So set `step` of the state from 6 to 5.
+    # `zip` has read a sixth batch before it noticed the end of the range. So set `step` of the loader's state from 6 to
+    # 5.
     state = json.loads(json.dumps(first.state_dict() | {"step": 5}))
     ranks = [Loader(data, 8, 3, rank=r, world_size=2, order=order, window=2) for r in (0, 1)]  # type: ignore[arg-type]
     for loader in ranks:

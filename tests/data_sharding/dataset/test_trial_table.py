@@ -97,7 +97,8 @@ def test_the_file_is_made_once_and_mapped(tmp_path: Path, cache: Path) -> None:
     assert [path.stat().st_ino for path in cache.glob("*.arrow")] == [before]
     if sys.platform == "linux":
         assert str(file) in Path("/proc/self/maps").read_text()
-    # A dataset is pickled without its table. The process that receives the dataset opens the table's file itself.
+    # A dataset is pickled without its table of trials. The process that receives the dataset opens the table's file
+    # itself.
     check(pickle.loads(pickle.dumps(data)), metas)
 
 
@@ -158,7 +159,8 @@ def test_a_changed_dataset_gets_another_table(tmp_path: Path, cache: Path) -> No
     for more in ({}, {"caption": "another"}):
         metas = write(tmp_path / "d", **more)
         check(EEGDataset(tmp_path / "d"), metas)
-    # Replace the shards but not the manifest, as another person may do. The sizes are equal, so the dataset opens.
+    # Replace the shards but not the manifest, as another person may do. The old and new shards have equal sizes, so the
+    # dataset opens.
     write(tmp_path / "e", caption="ANOTHER")
     for name in ("000000.tar", "000000.idx"):
         (tmp_path / "d" / "train" / name).write_bytes((tmp_path / "e" / "train" / name).read_bytes())

@@ -31,8 +31,8 @@ def pick(names: Sequence[str], types: Sequence[str] = (), positions: Places = ()
     return pick_channels(make_info(names, types, positions))
 
 
-# Name in the file, canonical name, and whether the canonical name is a position (or a bipolar pair) of the 10-05
-# system.
+# For each channel: its name in the file, its canonical name, and whether the canonical name is a position (or a bipolar
+# pair) of the 10-05 system.
 NAMES = [
     ("Fc5.", "FC5", True),  # BCI2000
     ("Cz..", "Cz", True),

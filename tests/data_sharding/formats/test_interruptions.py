@@ -1,5 +1,5 @@
 """Every row of the table of interruptions in docs/formats.md is tested with small files of the row's formats. The
-results must be exact to the sample."""
+segments and bad spans must be exact to the sample."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def memory(format_: str, marks: list[tuple[float, float, str]]) -> Callable[[Pat
 
 
 def brainvision(*markers: str, samples: int = 600, more: str = "") -> Callable[[Path], Path]:
-    """Return a function that writes BrainVision. A marker is a text "type,description,position,size,channel"."""
+    """Return a function that writes a BrainVision file. A marker is a text "type,description,position,size,channel"."""
 
     def write(folder: Path) -> Path:
         (folder / "a.eeg").write_bytes((noise(samples) * 10).T.astype("<i2").tobytes())
@@ -78,9 +78,9 @@ def brainvision(*markers: str, samples: int = 600, more: str = "") -> Callable[[
 
 
 def eeglab(events: list[tuple[object, float, float]], trials: int = 1, **fields: object) -> Callable[[Path], Path]:
-    """Return a function that writes EEGLAB. An event is (type, latency, duration); latency 1 is the first sample.
+    """Return a function that writes an EEGLAB file. An event is (type, latency, duration); sample 1 has latency 1.
 
-    `fields` replaces fields of the structure EEG.
+    `fields` replaces fields of the structure EEG in the EEGLAB file.
     """
 
     def write(folder: Path) -> Path:
@@ -179,7 +179,8 @@ def edf(
 
 
 def biosemi(changes: dict[int, int], seconds: int = 6) -> Callable[[Path], Path]:
-    """Return a function that writes BDF. `changes` maps a sample to the value that Status has from this sample on."""
+    """Return a function that writes a BDF file. `changes` maps a sample to the value that Status has from this sample
+    on."""
     status = np.zeros(HZ * seconds, int)
     for at, value in changes.items():
         status[at:] = value
@@ -292,7 +293,7 @@ def ant(triggers: list[tuple[int, str]], segments: str = "") -> Callable[[Path],
 
 
 def neuroscan(events: list[tuple[int, int]], kind: int = 1) -> Callable[[Path], Path]:
-    """Return a function that writes Neuroscan. An event is (sample, code of acceptance); 0xe is a discontinuity."""
+    """Return a function that writes a Neuroscan file. An event is (sample, code); code 0xe is a discontinuity."""
 
     def write(folder: Path) -> Path:
         head = bytearray(900 + 75 * 4)
@@ -386,7 +387,7 @@ def fif_epochs(folder: Path) -> Path:
 def fif_marked_epochs(folder: Path) -> Path:
     """Write epochs of 2 s from 0.5, 3.0 and 5.5 s on, with marks from 1.0 to 1.5 s and from 4.5 to 5.75 s.
 
-    The rate of the epochs is half of the rate of the recording, whose first sample has the number 1000.
+    The rate of the epochs is half of the rate of the recording. The first sample of the recording has the number 1000.
     """
     import mne
 

@@ -56,7 +56,9 @@ def test_identities_change_with_the_files(corpus: Path) -> None:
     before = make_plan(config(corpus))
     changed, *_ = sorted(corpus.rglob("*.edf"))
     content = changed.read_bytes()
-    changed.unlink()  # The file is a hard link. The content of the file belongs to other recordings too.
+    # This file is a hard link to a real file. Other recordings are links to the same real file, so its content must not
+    # be changed.
+    changed.unlink()
     changed.write_bytes(content)
     os.utime(changed, ns=(1, 1))
     after = make_plan(config(corpus))

@@ -178,7 +178,8 @@ def test_a_run_reads_the_version_of_the_dataset_it_began_with(
     more = {"evrnet__training__log_every": 1, "evrnet__training__steps": 20, "ddpm__training__steps": 20}
     straight, grown = (_args(dataset, tmp_path / name, **more) for name in ("straight", "grown"))
     assert run_main(main, straight) == 0
-    # The dataset grows between the two stages, and again a version of it is read while the second stage is stopped.
+    # The dataset grows between the two stages. The second stage is stopped and resumed, and reads the old version both
+    # times.
     assert run_main(main, [*grown, "--stages", "evrnet"]) == 0
     grow(dataset)
     _stop_when(tmp_path / "grown" / "metrics.jsonl")
@@ -198,7 +199,7 @@ def test_a_run_reads_the_version_of_the_dataset_it_began_with(
     shutil.rmtree(version)
     assert run_main(main, grown) == 0
     assert "nothing to do" in capsys.readouterr().out
-    # A new run uses the new version.
+    # A new run uses the new version of the dataset.
     assert run_main(main, [*_args(dataset, tmp_path / "new", **more), "--stages", "evrnet"]) == 0
     assert "began with version" not in capsys.readouterr().err
 
@@ -247,8 +248,8 @@ def test_a_frozen_guide_keeps_its_weights_and_a_trained_guide_changes(
         return {key for key in before if not torch.equal(before[key], found[case][key])}
 
     weights = {key for key in before if "running" not in key and "batches" not in key and key != "whitening_CC"}
-    # A guide that uses EVRNet's feature does not train the last layer (`fc`). No guide changes the statistics of the
-    # batch norms.
+    # A guide that uses EVRNet's feature does not train the last layer (`fc`). No guide changes the running statistics
+    # of its own batch norms.
     assert changed("trained") == {key for key in weights if not key.startswith("fc.")}
     assert changed("logits") == weights
     unet = EGDDPM.from_pretrained(tmp_path / "logits" / "model" / "unet")

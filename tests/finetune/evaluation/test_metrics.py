@@ -16,7 +16,7 @@ def test_frechet_distance_against_the_formula() -> None:
     assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
     # With fewer rows than columns the covariance matrices are singular, but the Fréchet distance must be a real number.
     assert metrics.frechet_distance(x[:3], y[:3]) > 0
-    # If there are fewer rows than columns, another formula computes the distance. Both formulas must agree.
+    # If there are fewer rows than columns, another formula computes the Fréchet distance. Both formulas must agree.
     few, other = rng.normal(size=(5, 9)), rng.normal(size=(7, 9)) * 2 + 1
     gaussians = metrics.RunningGaussian(), metrics.RunningGaussian()
     for gaussian, rows in zip(gaussians, (few, other), strict=True):
@@ -39,7 +39,7 @@ def test_features_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = (metrics.frechet_distance(x, y), metrics.kernel_distance(x, y), metrics.kernel_distance(x, y, **words))
     assert blocks == pytest.approx(whole, rel=1e-10)
     assert max(rows for rows, _ in sizes) == 7
-    # 60 and 50 rows give 9 and 8 blocks for the mean and the covariance.
+    # The 60 and 50 rows of the two sets give 9 and 8 blocks for the mean and the covariance.
     assert len(sizes) > 17
 
 

@@ -117,7 +117,7 @@ def test_memory_does_not_grow_with_the_number_of_images(name: str) -> None:
     many = ImageRows(few, np.arange(300) % 2), ImageRows(few, np.arange(1, 301) % 2)
     peaks = []
     for a, b in (few, few[::-1]), many:
-        pixel_metrics.PAIRED_METRICS[name](a, b)  # The first call imports libraries.
+        pixel_metrics.PAIRED_METRICS[name](a, b)  # The first call is not measured, because it imports libraries.
         tracemalloc.start()
         pixel_metrics.PAIRED_METRICS[name](a, b)
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -26,7 +26,7 @@ def _compute(sharing: Sharing, files: list[Path]) -> None:
     expected_B = [48 * number for number in range(7)]
     found = list(sharing.compute("sum", add_up, images, block=2))
     assert [len(part) for part in found] == [2, 2, 2, 1] and np.concatenate(found).tolist() == expected_B
-    # The caller may stop before the last block.
+    # A caller of `compute` may stop before the last block.
     assert next(iter(sharing.compute("sum", add_up, images, block=1))).tolist() == [0]
     chosen = ImageRows(images, np.array([6, 0, 6]))
     assert np.concatenate(list(sharing.compute("sum", add_up, chosen, block=1))).tolist() == [288, 0, 288]

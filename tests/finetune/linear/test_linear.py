@@ -67,8 +67,8 @@ def test_the_most_similar_image_of_the_predicted_category_is_shown() -> None:
         channels=1,
         bins=3,
         mean_F=np.zeros(3, np.float32),
-        # The three features are the scores of three categories, and the first one is also the component. No training
-        # image has the third category.
+        # The three features are the scores of three categories, and the first feature is also the predicted principal
+        # component of the image. No training image has the third category.
         weight_FL=np.array([[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]], np.float32),
         bias_L=np.zeros(4, np.float32),
         labels_M=np.array([0, 0, 1]),

@@ -34,7 +34,7 @@ def test_equal_embeddings_are_at_chance() -> None:
 def test_top_k_equals_the_count_over_all_choices_of_other_images() -> None:
     rng = np.random.default_rng(1)
     images, n = 7, 4
-    # Use few different values, so that there are ties.
+    # Use scores with few different values, so that there are ties.
     similarity = rng.integers(0, 4, images).astype(float)
     own, others = similarity[0], similarity[1:]
     better, tied = np.array([(others > own).sum()]), np.array([(others == own).sum()])

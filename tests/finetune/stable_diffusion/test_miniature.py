@@ -93,8 +93,9 @@ def test_two_processes_train_the_same_models_as_one(
     for file in files:
         one, two = load_file(miniature / file), load_file(tmp_path / "two" / file)
         gaps = torch.cat([(two[name] - weights).abs().flatten() for name, weights in one.items()])
-        # Compare the mean difference, because a few gradients are zero except for rounding errors, and Adam divides
-        # each gradient by its own size. If each process trained on its own share alone, the mean would be about 1e-3.
+        # Compare the mean difference between the weights, because a few gradients are zero except for rounding errors,
+        # and Adam divides each gradient by its own size. If each process trained on its own share alone, the mean would
+        # be about 1e-3.
         assert gaps.mean() < 5e-5, f"{file}: {gaps.mean()}"
     # The number of processes is not a setting of the models.
     assert main([*words[:-1], "1"]) == 0

@@ -31,7 +31,7 @@ def make_table(people: int = PEOPLE, images: int = IMAGES, prefix: str = "test",
 
 
 def draw(share: float, n: int, seed: int) -> np.ndarray:
-    """Draw hits with nearly the given share in each person."""
+    """Draw one score for each trial: a 1 with the probability `share`, and otherwise a 0."""
     return (np.random.default_rng(seed).random(n) < share).astype(float)
 
 
@@ -87,7 +87,8 @@ class TestWords:
         assert word(make_evidence(design=design, design_evidence="")) == "confounded"
 
     def test_a_constant_label_in_each_recording_is_confounded(self) -> None:
-        # As in a set of recordings of mental arithmetic and of rest: one recording of each person for each label.
+        # There is one recording of each person for each label, as in a set of recordings of mental arithmetic and of
+        # rest.
         labels = np.tile(np.repeat([0, 1], 20), 8)
         trials = make_table(labels_n=labels, recordings_n=[f"r{label}" for label in labels])
         verdict = judge(make_evidence(1.0, trials=trials, train=ABSENT), resamples=500)
@@ -218,7 +219,7 @@ class TestWhatCanBeJudged:
 
     def test_trials_without_a_control_are_left_out_and_counted(self) -> None:
         left_out = np.arange(320) < 40
-        # The control has the model's own score in these trials, which must not count.
+        # In these trials, the score of the control is as high as the model's; these trials must not count.
         hits = np.where(left_out, draw(0.6, 320, 1), draw(0.25, 320, 4))
         control = Control(hits_n=hits, checked=True, left_out_n=left_out)
         verdict = judge(make_evidence(shuffle_within=control), resamples=500)

@@ -53,7 +53,8 @@ def plain_loss(
 
     def position(index: int, dim: int) -> torch.Tensor:
         angles = [index / 10000 ** (i / (dim // 2)) for i in range(dim // 2)]
-        # Round positions to float32, because the model keeps them in float32. All other values are float64.
+        # Round positions to float32, because the model keeps them in float32. All other values in this test are
+        # float64.
         return torch.tensor([np.sin(a) for a in angles] + [np.cos(a) for a in angles]).float().double()
 
     losses = []

@@ -36,7 +36,7 @@ SPEC = PreprocessSpec(sfreq=128.0, lowpass=50.0, window=32, stride=32)
 
 
 def metas(*counts: int) -> list[dict[str, Any]]:
-    """Return metadata of samples with random electrode positions on a sphere; the third one is always unknown."""
+    """Return metadata of samples with random electrode positions on a sphere; the third position is always unknown."""
     out = []
     for count in counts:
         places = np.random.default_rng(count).normal(size=(count, 3))

@@ -197,8 +197,8 @@ def test_steps_with_a_gradient_that_is_not_finite_are_skipped_and_end_the_run(
     def poisoned(self: PreprocessSpec, x_uv: Any, channels: Any = None) -> Any:
         calls.append(len(x_uv))
         x = scale(self, x_uv, channels)
-        # The first two calls of `scale_for_model` belong to the evaluation before training. In training, return NaN in
-        # step 2, and later in steps 4 and 5.
+        # The first two calls of `scale_for_model` belong to the evaluation before training. In training, return windows
+        # of NaN in step 2, and later in steps 4 and 5.
         return x * float("nan") if len(calls) - 2 in (2, 4, 5) else x
 
     monkeypatch.setattr(PreprocessSpec, "scale_for_model", poisoned)
