@@ -31,7 +31,7 @@ class Step:
 
     name: str
     title: str
-    """Title of the step, which says in plain words what the step does."""
+    """Title of the step; it says in plain words what the step does."""
     words: list[str]
     """Arguments of the command that the step runs."""
     outputs: list[str]
@@ -39,7 +39,7 @@ class Step:
     proofs: list[str] = field(default_factory=list)
     """Files, relative to the folder of the chain, that must exist when the step is complete."""
     needs: list[str] = field(default_factory=list)
-    """Names of the steps that write the inputs of this step."""
+    """Names of the earlier steps of the chain that write the inputs of this step."""
     config: dict[str, Any] | None = None
     """Config of the step, written to ``configs/NAME.yaml`` in the folder of the chain before the step runs."""
     resumes: bool = False

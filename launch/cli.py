@@ -1,4 +1,4 @@
-"""The ``dreamscale`` command: the first argument names a subcommand, which this module finds and runs."""
+"""The ``dreamscale`` command. The first argument names a subcommand; this module finds and runs it."""
 
 from __future__ import annotations
 

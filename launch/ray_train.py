@@ -29,7 +29,8 @@ def _train(job: dict[str, Any]) -> None:
     from pretrain.runs.stop import STOP_FILE
     from pretrain.train import main
 
-    # Ray starts workers in another folder, so return to the folder of the command, which relative paths refer to.
+    # Ray starts workers in another folder, so return to the folder in which the command was started: relative paths
+    # refer to this folder.
     os.chdir(job["cwd"])
     folder = Path(job["folder"])
     os.environ[STOP_FILE] = str(folder / _STOP)

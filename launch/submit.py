@@ -81,7 +81,8 @@ class SubmitConfig:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?", self.name):
             raise ValueError(f"name '{self.name}': use only lower-case letters, digits and '-', at most 52 characters")
         for key in ("time", "partition", "account", "logs", "address", "image", "namespace", "claim", "mount"):
-            # Slurm reads its options from comments, where no quoting is possible: a blank or '#' would end the value.
+            # Slurm reads its options from comments. In a comment no quoting is possible, so a blank or '#' would end
+            # the value.
             if not re.fullmatch(r"([\w./:@%+=,~\[\]][\w./:@%+=,~\[\]-]*)?", getattr(self, key)):
                 raise ValueError(
                     f"{key} '{getattr(self, key)}': use only letters, digits and . / : @ % + = , ~ [ ] _ - in this "
@@ -97,7 +98,7 @@ class SubmitConfig:
 
 
 def check_printable(key: str, value: str) -> None:
-    """Refuse a value with a line break or another control character, which could begin a line of the job file.
+    """Refuse a value with a line break or another control character: it could begin a new line of the job file.
 
     Raises
     ------
@@ -286,7 +287,7 @@ def submit(config: SubmitConfig, text: str) -> int:
         If the cluster's command-line tool is not installed on this machine.
     """
     tool = TOOLS[config.scheduler]
-    # Also search the folder of this Python, which holds Ray's tool even if the environment is not activated.
+    # Also search the folder of this Python for the tool: Ray's tool is there even if the environment is not activated.
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
     if shutil.which(tool, path=path) is None:
         raise RequestError(

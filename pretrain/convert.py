@@ -148,7 +148,7 @@ class Converted:
     encoder_weights: dict[str, Tensor]
     """float32 weights of `pretrain.model.autoencoder.SignalEncoder`."""
     decoder: DecoderConfig | None
-    """Architecture of the decoder; None for a fine-tuned checkpoint, which has no decoder."""
+    """Architecture of the decoder; None for a fine-tuned checkpoint, because it has no decoder."""
     decoder_weights: dict[str, Tensor]
     """float32 weights of `pretrain.model.autoencoder.SignalDecoder`; empty if there is no decoder."""
 
@@ -163,7 +163,7 @@ def convert_weights(
     weights : dict of str to Tensor
         Weights by their names in DreamDiffusion's code.
     heads, decoder_heads : int, optional
-        Numbers of attention heads, which cannot be found from the weights.
+        Numbers of attention heads; they cannot be found from the weights.
     class_token : bool, optional
         Whether the encoder uses its class token. By default, the class token is used if the checkpoint has a decoder,
         as in DreamDiffusion's code.
@@ -338,7 +338,7 @@ def _find_shape(weights: dict[str, Tensor], blocks: str, width: int, heads: int 
 
 
 def _get_positions(weights: dict[str, Tensor], name: str, width: int) -> Tensor:
-    """Return the position embeddings [1 + N, D], whose first row belongs to the class token."""
+    """Return the position embeddings [1 + N, D]; the first row belongs to the class token."""
     table = _get_weight(weights, name, 3)
     if table.shape[0] != 1 or table.shape[1] < 2 or table.shape[2] != width:
         raise RequestError(f"{name} has the shape {list(table.shape)}; it must be [1, 1 + tokens, {width}]")

@@ -26,7 +26,7 @@ def read_curves(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
     Parameters
     ----------
     folder : Path
-        The run directory, which may hold other run directories.
+        The run directory, possibly with other run directories inside.
 
     Returns
     -------
@@ -104,7 +104,7 @@ def draw_overview(
     rows : list of (str, list of Path)
         Heading and pictures of each row of the overview; every list has one picture for each trial.
     reconstruction : Path
-        PNG file with reconstructed EEG, which pretraining wrote.
+        PNG file with reconstructed EEG, written by the pretraining.
     path : Path
         PNG file to write.
     title, footer : str

@@ -25,7 +25,7 @@ PIXELS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """Attributes of one picture, which determine every pixel."""
+    """The attributes of one picture; they determine every pixel."""
 
     image_id: str
     category: int

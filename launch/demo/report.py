@@ -258,7 +258,7 @@ def write_report(
     Parameters
     ----------
     out : Path
-        The demo's folder, in which every step is complete.
+        The demo's folder, after all steps are complete.
     steps : list of Step
         All steps of the demo.
     seconds : dict

@@ -75,8 +75,8 @@ def run_demo(config: DemoConfig) -> int:
     Returns
     -------
     int
-        0 if the pictures show what people saw, 1 if this is not shown, or the exit code of the step that failed. A
-        smoke run that completes has the exit code 0.
+        0 if the generated pictures show what people saw, 1 if the scores do not show this, or the exit code of the step
+        that failed. A smoke run that completes has the exit code 0.
 
     Raises
     ------

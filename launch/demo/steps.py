@@ -14,8 +14,8 @@ from data_sharding.common.shipped import shipped_configs
 from launch.chain import Step
 
 DEFAULT_OUT = "runs/demo"
-"""Default output folder of the demo, with which paths in ``configs/demo`` begin. If the demo writes to another folder,
-the path of that folder replaces the default folder in the configs."""
+"""Default output folder of the demo; paths in ``configs/demo`` begin with this folder. If the demo writes to another
+folder, the path of that folder replaces the default folder in the configs."""
 MODELS = {"stable_diffusion": "stable_diffusion", "eg_ddpm": "dm_re2i"}
 """Folder of the training run for each kind of generator."""
 CONTROLS = {

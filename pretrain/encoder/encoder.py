@@ -38,7 +38,7 @@ class EEGEncoder(nn.Module):
     Parameters
     ----------
     config : EncoderConfig, optional
-        Architecture of the encoder. By default, the architecture is made from the other arguments, which have the same
+        Architecture of the encoder. By default, the architecture is made from the other arguments; they have the same
         names as in Braindecode.
     spec : PreprocessSpec, optional
         Preprocessing that the weights were trained with.
@@ -50,10 +50,10 @@ class EEGEncoder(nn.Module):
     sfreq : float, optional
         Sampling rate in Hz.
     n_outputs : int, optional
-        Number of classes of a linear head, which classifies the mean of the tokens. Without `n_outputs`, there is no
+        Number of classes of a linear head; the head classifies the mean of the tokens. Without `n_outputs`, there is no
         head, and `forward` returns tokens.
     chs_info : list of dict, optional
-        MNE's channel descriptions, which give the number of channels and the positions of the electrodes (``loc``).
+        MNE's channel descriptions; they give the number of channels and the positions of the electrodes (``loc``).
     input_window_seconds : float, optional
         Length of a window in seconds; give this length or `n_times`.
     **shape
@@ -377,7 +377,7 @@ class EEGEncoder(nn.Module):
         path_or_hub_id : str or Path
             Directory of the package, or its name on the Hugging Face hub (``user/name``).
         n_outputs : int, optional
-            Add a new classification head with this many classes.
+            Number of classes of a new classification head for the encoder.
 
         Returns
         -------

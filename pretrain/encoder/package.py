@@ -55,7 +55,7 @@ _EXAMPLE_INPUTS = ("x", "positions", "count")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackageContents:
-    """The content of an encoder package except the weights, which are read separately."""
+    """The content of an encoder package except the weights; the weights are read separately."""
 
     folder: Path
     """Directory of the package."""
@@ -317,7 +317,8 @@ def _find_folder(path_or_hub_id: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        # Only the files in this list are read. Other files, such as the program `encoder.pt2`, are not downloaded.
+        # Only the files of an encoder package that are in this list are read. Other files, such as the program
+        # `encoder.pt2`, are not downloaded.
         wanted = [CONFIG, SPEC, EXAMPLE, CARD, "*.safetensors"]
         return Path(huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
     except Exception as error:

@@ -177,7 +177,7 @@ def open_recording(path: str | Path) -> Signal:
     Returns
     -------
     data_sharding.formats.signal.Signal
-        The opened recording, whose samples are read later.
+        The opened recording; its samples are read later.
 
     Raises
     ------

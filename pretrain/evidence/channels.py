@@ -72,7 +72,7 @@ def _is_same_place(one: Place, other: Place) -> bool:
 
 
 def make_row_finder(dataset: EEGDataset, channels: Sequence[str]) -> Callable[[int], NDArray[np.int64]]:
-    """Make a function that finds the rows of some channels in the EEG of a trial.
+    """Make a function that finds the rows of given channels in the EEG of a trial.
 
     Parameters
     ----------

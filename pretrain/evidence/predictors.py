@@ -1,7 +1,7 @@
 """Predictors of the label that must fail if an experiment is clean.
 
-None of the predictors sees the response to the picture. If a predictor is better than chance, no response is needed to
-predict the label, and the score of a model does not show that the model reads a response. The docstring of
+None of the predictors in this file sees the response to the picture. If a predictor is better than chance, no response
+is needed to predict the label, and the score of a model does not show that the model reads a response. The docstring of
 `pretrain.model` explains letters such as BCT in `x_BCT`. L counts labels, F features, k neighbours.
 """
 
@@ -150,8 +150,8 @@ def _median_gap(fit: _Places, new: _Places) -> float:
 def _distances(fit: _Places, new: _Places) -> Iterator[tuple[Labels, Labels, NDArray[np.float64]]]:
     """Compute the distances in time between test trials and training trials, recording by recording.
 
-    Each result has the indices of the recording's test trials, the indices of its training trials, and the distances
-    between these trials. The distance between two trials is infinite if the time of one trial is unknown.
+    Each result has the indices of a recording's test trials, the indices of its training trials, and the distances in
+    time between these trials. The distance between two trials is infinite if the time of one trial is unknown.
     """
     for recording in np.unique(new.recording_n):
         rows, columns = np.flatnonzero(new.recording_n == recording), np.flatnonzero(fit.recording_n == recording)
@@ -337,7 +337,7 @@ def predict_from_features(
 
 
 def _find_labels(fitted: RidgeFit, number: int, x_nF: NDArray[np.floating], rows: Labels) -> Labels:
-    """Return the label with the largest score for some rows of the features, with the penalty ``STRENGTHS[number]``."""
+    """Return the label with the largest score for each of some trials, with the penalty ``STRENGTHS[number]``."""
     weights_FL = fitted.compute_weights(number)
     parts = (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
     found = [((x_nF[part] - fitted.mean_F) @ weights_FL + fitted.mean_L).argmax(axis=1) for part in parts]

@@ -96,7 +96,7 @@ class RidgeSums:
         return self.x_F / self.n + self.shift_F
 
     def compute_scale(self, least: float | np.ndarray = 1e-6) -> np.ndarray:
-        """Return the standard deviation [F] of each feature; infinity for a constant feature, which becomes 0."""
+        """Return the standard deviation [F] of each feature; infinity for a constant feature, to make it 0."""
         variance_F = np.diag(self.xx_FF) / self.n - (self.x_F / self.n) ** 2
         std_F = np.sqrt(np.maximum(variance_F, 0))
         return np.where(std_F > least, std_F, np.inf)
@@ -104,14 +104,14 @@ class RidgeSums:
     def fit(self, scale_F: np.ndarray) -> RidgeFit:
         """Fit ridge regressions to the features divided by `scale_F`, with each penalty of `STRENGTHS`.
 
-        The results are those of `ridge_scores` for the divided features.
+        The results are those of `ridge_scores` for features that are divided by `scale_F`.
         """
         mean_F, mean_L = self.x_F / self.n, self.y_L / self.n
         xx_FF = (self.xx_FF - self.n * np.outer(mean_F, mean_F)) / scale_F / scale_F[:, None]
         xy_FL = (self.xy_FL - np.outer(self.x_F, mean_L)) / scale_F[:, None]
         value_F, vector_FF = np.linalg.eigh(xx_FF)
         value_F = np.maximum(value_F, 0)
-        # With fewer trials than features, `ridge_scores` takes the mean over the trials.
+        # With fewer trials than features, `ridge_scores` divides the sum of the eigenvalues by the number of trials.
         unit = value_F.sum() / min(len(value_F), self.n) or 1.0
         return RidgeFit(
             mean_F=self.mean_F,

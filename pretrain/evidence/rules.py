@@ -1,6 +1,6 @@
 """Written rules that turn scores and controls into a verdict in words.
 
-`judge` applies `RULES` in their order, and the first rule that holds gives the verdict, which is one of five words:
+`judge` applies `RULES` in their order. The first rule that holds gives the verdict, one of five words:
 
 =============  =====================================================================================
 confounded     the label can be predicted without a response to the picture
@@ -106,7 +106,7 @@ class Evidence:
     trials: TrialTable
     """The test trials."""
     train: TrialTable | NotApplicable
-    """The training trials of the model, which show whether the model was trained on test images."""
+    """The training trials of the model; they show whether the model was trained on test images."""
     design: Design
     """Order in which the categories were shown."""
     design_evidence: str
@@ -146,7 +146,7 @@ class Comparison:
     """One row of the table of comparisons."""
 
     name: str
-    """The two things that are compared, such as ``own - shuffle``."""
+    """The two scores that are compared, such as ``own - shuffle``."""
     question: Literal["leak", "signal", "content"]
     """Question that the comparison helps to answer. The p-values of one question are corrected together."""
     n: int
@@ -192,7 +192,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """Evidence together with the comparisons, which are made once for all rules."""
+    """The evidence and the comparisons that are computed from it; the comparisons are made once for all rules."""
 
     evidence: Evidence
     rows: dict[str, Comparison] = field(default_factory=dict)
@@ -376,9 +376,9 @@ def decide_by_design(case: _Case) -> _Found | None:
     The verdict is *confounded* if the design is block or unknown. In a block design, the time of a trial reveals its
     label, and no score can distinguish the response to the picture from the drift of the EEG. The verdict is also
     *confounded* if the label is constant within each recording, because then every property of the recording reveals
-    the label. The rule of the design comes first, because no score can change the result of this rule. A control that
-    cannot be made from the data does not change the verdict: in a random design, the verdict only names the control and
-    the reason.
+    the label. The rule of the design is applied first, because no score can change its verdict. A control that cannot
+    be made from the data does not change the verdict: in a random design, the verdict only names the control and the
+    reason.
     """
     evidence = case.evidence
     known = [table for table in (evidence.trials, evidence.train) if isinstance(table, TrialTable)]

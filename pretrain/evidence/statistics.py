@@ -168,8 +168,8 @@ def resample_crossed(
         drawn_RS = rng.multinomial(people, np.full(people, 1 / people), size=size).astype(float)
         drawn_RI = rng.multinomial(pictures, np.full(pictures, 1 / pictures), size=size).astype(float)
         total_R = ((drawn_RS @ counts_SI) * drawn_RI).sum(axis=1)
-        # With few subjects and images, the weights of all trials can be 0. A resample without any weight is drawn
-        # again.
+        # With few subjects and images, a bootstrap resample can give every trial the weight 0. A resample without any
+        # weight is drawn again.
         good_R = total_R > 0
         sums_VR = np.stack([((drawn_RS @ sums_SI) * drawn_RI).sum(axis=1) for sums_SI in sums_VSI])
         parts.append(sums_VR[:, good_R] / total_R[good_R])

@@ -36,8 +36,8 @@ NEIGHBOURS = 8
 """Number of consecutive trials in a neighbourhood, by default. In a neighbourhood of eight trials, two trials are on
 average three places apart."""
 BY_CHANCE = 0.01
-"""The label counts as constant in recordings only if a random order of the trials would give every recording a single
-label with at most this probability."""
+"""The label counts as constant within recordings only if a random order of the trials would give every recording a
+single label with at most the probability `BY_CHANCE`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -360,8 +360,8 @@ def derange_within(groups_n: ArrayLike, images_n: ArrayLike, seed: int) -> tuple
     Returns
     -------
     order_n : ndarray of int, shape (n,)
-        A permutation: trial i gets the EEG of trial ``order_n[i]``, which is in the same group. The number of trials
-        that get the EEG of another image is as large as the group allows.
+        A permutation of the trials: trial i gets the EEG of trial ``order_n[i]`` of the same group. The number of
+        trials that get the EEG of another image is as large as the group allows.
     alone_n : ndarray of bool, shape (n,)
         True for a trial that is alone in its group and keeps its own EEG. Leave trials that are alone out of the
         control, and report their number. If ``images_n[order_n] == images_n``, a trial got the EEG of another trial

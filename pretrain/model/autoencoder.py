@@ -81,7 +81,7 @@ class SignalEncoder(nn.Module):
         return self.norm(self.blocks(x_BND))
 
     def over_time(self, x_BCT: Tensor, positions_BC3: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
-        """Encode windows, which may have fewer channels than the encoder.
+        """Encode windows; a window may have fewer channels than the encoder.
 
         Parameters
         ----------
@@ -106,7 +106,7 @@ class SignalEncoder(nn.Module):
         return None
 
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
-        """Return None, which means that the scale of a window is computed over all rows of the padded window."""
+        """Return None: the scale of a window is computed over all rows of the padded window."""
         return None
 
 
@@ -209,7 +209,7 @@ class MaskedAutoencoder(nn.Module):
         batch : Samples
             The samples of a batch.
         spec : PreprocessSpec
-            Preprocessing of the samples' dataset, which defines how the signal is scaled.
+            Preprocessing of the samples' dataset; it defines how the signal is scaled.
         device : torch.device
             Device of the result.
 
@@ -390,8 +390,8 @@ class MaskedAutoencoder(nn.Module):
         keep_BK : Tensor, [B, K], int64
             Indices of the visible tokens.
         **inputs : Tensor
-            The other results of `prepare`. ``dropped_BC`` (bool) marks the dropped channels, which are set to zero for
-            the encoder.
+            The other results of `prepare`. ``dropped_BC`` (bool) marks the dropped channels; their signal is set to
+            zero for the encoder.
 
         Returns
         -------

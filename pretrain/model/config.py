@@ -40,7 +40,7 @@ class EncoderConfig:
     """Add a learned class token to the tokens of the signal. Pretraining needs the class token. DreamDiffusion's code
     fine-tunes the encoder without a class token."""
     learned_positions: bool = False
-    """Temporal tokenizer only: train the position embeddings, which are initialised with sines and cosines.
+    """Temporal tokenizer only: train the position embeddings. They are initialised with sines and cosines.
     DreamDiffusion's code trains the position embeddings in fine-tuning, but not in pretraining."""
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class EncoderConfig:
         Returns
         -------
         int
-            Number of rows. Each row has `self.tokens` tokens; the class token is not counted.
+            Number of rows. Each row of a window has `self.tokens` tokens; the class token is not counted.
         """
         return TOKENIZERS[self.tokenizer].token_rows(channels or self.channels)
 
@@ -100,7 +100,7 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Architecture of the decoder, which is used in pretraining only."""
+    """Architecture of the decoder; the decoder is used in pretraining only."""
 
     dim: int = 512
     """Width of a token."""
@@ -137,9 +137,9 @@ class MaskedAutoencoderConfig:
     """Architecture and objective of the masked-signal autoencoder."""
 
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
-    """Architecture of the encoder, which is kept after pretraining."""
+    """Architecture of the encoder; only the encoder is kept after pretraining."""
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
-    """Architecture of the decoder, which is used in pretraining only."""
+    """Architecture of the decoder; the decoder is used in pretraining only."""
     mask_ratio: float = 0.75
     """Share of a window's tokens that is hidden from the encoder (DreamDiffusion: 0.75 in the paper, 0.1 in the
     code)."""

@@ -252,7 +252,7 @@ class MontageEncoder(nn.Module):
         return common_positions(dataset)
 
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
-        """Return the number of recorded channels of each window, over which the scale of the window is computed.
+        """Return the number of recorded channels of each window; the scale of a window is computed over these channels.
 
         The scale does not include the copies of channels in a padded window: channels with more copies would have a
         larger weight, and the scale would depend on the order of the channels.
@@ -307,7 +307,8 @@ class MontageDecoder(nn.Module):
         x_BKD = self.embed(x_BKD)
         B, _, D = x_BKD.shape
         N, C = self.positions_ND.shape[0], positions_BC3.shape[1]
-        # Padding has the index M, so `scatter` writes it into an extra token at the end, which is then removed.
+        # Padding has the index M, so `scatter` writes it into an extra token at the end. This extra token is then
+        # removed.
         x_BMD = (
             self.mask_token.to(x_BKD.dtype)
             .expand(B, C * N + 1, D)

@@ -35,7 +35,8 @@ def sincos_positions(length: int, dim: int) -> Tensor:
     Tensor, [length, dim], float32
         Position embeddings, with sines in the first half of the columns and cosines in the second half.
     """
-    # Always compute on the CPU, because the model may be built on the meta device, where tensors hold no numbers.
+    # Always compute on the CPU: the model may be built on the meta device, and tensors on the meta device hold no
+    # numbers.
     frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
     angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies[None]
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()

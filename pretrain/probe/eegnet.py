@@ -1,4 +1,4 @@
-"""EEGNet, a small convolutional network, which the probe uses as a baseline.
+"""EEGNet, a small convolutional network; the probe uses it as a baseline.
 
 The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 
@@ -7,8 +7,8 @@ References
 Lawhern et al., EEGNet, Journal of Neural Engineering 15 (2018), 056013.
 """
 
-# Braindecode's EEGNet is not used, because since version 1.0 Braindecode needs torchaudio, whose version must match the
-# installed PyTorch. Only the tests depend on Braindecode.
+# Braindecode's EEGNet is not used: since version 1.0 Braindecode needs torchaudio, and the version of torchaudio must
+# match the installed PyTorch. Only the tests depend on Braindecode.
 
 from __future__ import annotations
 
@@ -154,8 +154,8 @@ def train_eegnet(
     EEGNet
         The trained network, in evaluation mode, on the device.
     int
-        Number of the epoch with the lowest validation loss, counted from 1. The returned network has the weights of
-        this epoch.
+        Number of the epoch with the lowest validation loss, counted from 1. The returned network has the weights of the
+        epoch with the lowest validation loss.
     """
     x, y = torch.from_numpy(x_nCT).float(), torch.from_numpy(labels_n).long()
     val_x, val_y = torch.from_numpy(val_x_nCT).float(), torch.from_numpy(val_labels_n).long()

@@ -46,7 +46,7 @@ def finetune_and_predict(
     encoder : EEGEncoder
         Encoder with the initial weights. A copy of this encoder is trained; the encoder itself does not change.
     trials : Trials
-        All trials of the dataset, which must have the same channels.
+        All trials of the dataset; the trials must have the same channels.
     fold : Fold
         The model is trained on the fold's `train` trials, and predicts the labels of the fold's `test` trials.
     choose_by : (ndarray, ndarray)
@@ -56,7 +56,8 @@ def finetune_and_predict(
     epochs : int
         Number of passes over the training trials.
     rates : sequence of float
-        Learning rates of AdamW to choose from. If only one learning rate is given, this rate is used.
+        Learning rates of AdamW to choose from. If only one learning rate is given, fine-tuning uses this rate without a
+        search.
     seed : int
         Seed of the random numbers for the order of the trials.
     device : torch.device

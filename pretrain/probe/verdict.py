@@ -32,7 +32,7 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Setting:
-    """Trials, folds, design and baseline, which a verdict on a probe needs in addition to the predicted labels."""
+    """What a verdict on a probe needs in addition to the predicted labels: trials, folds, design and baseline."""
 
     trials: Trials
     folds: list[Fold]
@@ -107,7 +107,8 @@ def _exchange_eeg(setting: Setting, tested: TrialTable, predicted_s: Labels) -> 
     """Give each test trial the EEG of another trial.
 
     The label that a classifier predicts for a trial depends only on the EEG of the trial, so the function exchanges the
-    predicted labels in place of the EEG. Each fold has its own classifier, so labels are exchanged within a fold.
+    predicted labels in place of the EEG. Each fold has its own classifier, so labels are exchanged only between trials
+    of the same fold.
     """
     fold_s = np.repeat(np.arange(len(setting.folds)), [len(fold.test) for fold in setting.folds])
     near_s = np.zeros(len(tested), np.int64)

@@ -163,8 +163,8 @@ def import_deepspeed(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
         # Switch off DeepSpeed's extension for communication in shared memory. DeepSpeed would compile this extension,
-        # and the compilation takes a minute and fails if there is no compiler. The backend gloo communicates without
-        # this extension.
+        # and the compilation takes a minute and fails if there is no compiler. The communication backend gloo works
+        # without DeepSpeed's shared-memory extension.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

@@ -61,7 +61,7 @@ class SpikeDetector:
 
     @property
     def recent(self) -> list[float]:
-        """The last losses, which are stored in checkpoints."""
+        """The losses of the last steps; checkpoints store these losses."""
         return list(self._recent)
 
     def check(self, loss: float) -> str | None:
@@ -172,7 +172,7 @@ class Watchdog:
     def _end_late(self) -> None:
         diagnosis = self.diagnose()
         try:
-            # Only the process that makes the first diagnosis prints it.
+            # Only the process that first finds out which process hangs prints this diagnosis.
             first = self._store.add("diagnosed", 1) == 1
         except RuntimeError:
             first = True
@@ -185,8 +185,8 @@ class Watchdog:
             message = f"no progress for {self._timeout_s:g} s: {diagnosis}"
             print(f"dreamscale pretrain: {message}", file=sys.stderr, flush=True)
             self._run.failed(message)
-        # End the process with os._exit, because the main thread hangs in a system call or in a collective operation,
-        # where exceptions do not reach it.
+        # End the process with os._exit: the main thread hangs in a system call or in a collective operation, and an
+        # exception would not reach it.
         os._exit(EXIT_FAILED)
 
     def diagnose(self) -> str:

@@ -25,7 +25,7 @@ def hold_lock(path: Path) -> IO[str]:
     Parameters
     ----------
     path : Path
-        The lock file, which holds the name of the lock's owner. The file is created if it is missing.
+        The lock file; it holds the name of the lock's owner. The file is created if it is missing.
 
     Returns
     -------

@@ -18,7 +18,7 @@ def learning_rate(step: int, total: int, *, lr: float, min_lr: float, warmup: fl
     Parameters
     ----------
     step : int
-        Number of optimiser steps done before this step.
+        Number of optimiser steps that the run has done before the step whose learning rate is returned.
     total : int
         Number of optimiser steps in the whole run.
     lr : float

@@ -38,7 +38,7 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
-        """True after the first request to stop."""
+        """True after the first request to stop the training."""
         if self._file is not None and not self._signalled and time.monotonic() - self._checked_file > 1.0:
             self._checked_file = time.monotonic()
             self._signalled = self._file.exists()

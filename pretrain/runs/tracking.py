@@ -42,14 +42,14 @@ def open_tracker(
     path : Path
         The run directory.
     values : dict
-        Config of the run, which the tracker stores.
+        Config of the run; the tracker stores this config.
 
     Returns
     -------
     log : callable
-        Function ``log(step, metrics)``, which sends metrics to the tracker. Values that are not numbers are ignored.
+        Function ``log(step, metrics)`` that sends metrics to the tracker. Values that are not numbers are ignored.
     close : callable
-        Function ``close()``, which ends the connection to the tracker.
+        Function ``close()`` that ends the connection to the tracker.
     """
     if config.kind == "wandb":
         return _open_wandb(config, path, values)

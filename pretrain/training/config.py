@@ -64,7 +64,7 @@ class OptimizerConfig:
         Parameters
         ----------
         step : int
-            Number of optimiser steps done before this step.
+            Number of optimiser steps that the run has done before the step whose learning rate is returned.
         total : int
             Number of optimiser steps in the whole run.
         batch_size : int, optional

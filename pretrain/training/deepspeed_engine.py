@@ -45,7 +45,8 @@ class GuardedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take an optimiser step if the gradient is finite; `closure` is not supported."""
-        # The gradients were averaged over the processes before this call, so every process skips the same steps.
+        # The gradients were averaged over the processes before the call of this method, so every process skips the same
+        # steps.
         parameters = [p for group in self.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
         self._global_grad_norm = float(norm)
@@ -78,7 +79,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: int) -> torch.optim.Optimizer:
-    """Build PyTorch's AdamW optimiser, which ZeRO supports and which needs no compilation.
+    """Build PyTorch's AdamW optimiser: ZeRO supports this optimiser, and it needs no compilation.
 
     Parameters
     ----------

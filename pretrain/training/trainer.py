@@ -60,7 +60,7 @@ class Trainer:
     total_steps : int
         Number of optimiser steps in the whole run.
     stopping : bool
-        True once a stop was requested on any process.
+        True as soon as a stop of the training was requested on any process.
     """
 
     def __init__(
