@@ -50,7 +50,7 @@ class PlanConfig:
     """Estimate the memory, the computation and the duration of a pretraining run."""
 
     run_config: str | None = None
-    """Config file of 'dreamscale pretrain', which gives the default values of other keys, such as batch_size."""
+    """Config file of 'dreamscale pretrain'; it gives the default values of other keys, such as batch_size."""
     preset: str | None = None
     """Name of a model preset (see `pretrain.model.presets`). Give either a preset or a config."""
     gpus: int | None = None

@@ -15,7 +15,7 @@ from data_sharding.common.shipped import find_config
 from data_sharding.common.untrusted import check_key, read_limited
 
 MAIN = "ablation.yaml"
-"""Each other YAML file in the folder describes one variant. Every other YAML file in the folder is one row."""
+"""Name of the main file in an ablation's folder. Every other YAML file in the folder describes one variant (a row)."""
 PROG = "dreamscale ablate"
 
 

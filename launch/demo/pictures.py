@@ -51,7 +51,7 @@ class Picture:
         return f"a {self.colour} {CATEGORIES[self.category]} on {shade} background"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the attributes for `truth.json`."""
+        """Return the picture's attributes, to store them in `truth.json`."""
         return {**asdict(self), "label_name": CATEGORIES[self.category], "caption": self.caption}
 
 

@@ -178,7 +178,8 @@ def conclude(models: dict[str, dict[str, Any]], verdicts: dict[str, dict[str, An
     Returns
     -------
     dict
-        ``passed`` is true if the verdict of every generator is "signal". ``conclusion`` is the result in words.
+        ``passed`` is true if the verdict of every generator is "signal". ``conclusion`` says in words whether the
+        pictures show what people saw.
     """
     parts, passed = [], True
     for kind, found in models.items():
@@ -271,7 +272,7 @@ def write_report(
     Returns
     -------
     conclusion : str
-        The conclusion of the demo in words.
+        The conclusion of the demo in words: whether the pictures show what people saw.
     passed : bool
         Whether the pictures show what people saw.
     """

@@ -24,8 +24,8 @@ class DemoConfig:
     """Seed for people, pictures and training. If the folder has a demo with another seed, the subfolder seed-N is
     used."""
     profile: Literal["full", "smoke"] = "full"
-    """full or smoke. smoke runs the same steps with very little training, as a quick test. The images of smoke have no
-    meaning."""
+    """full or smoke. smoke runs the same steps with very little training, as a quick test. The images of a smoke run
+    have no meaning."""
 
 
 def choose_folder(config: DemoConfig) -> Path:

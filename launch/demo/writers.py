@@ -36,7 +36,7 @@ def write_recording(
     sfreq : float
         Sampling rate, Hz.
     format_ : str
-        EDF, BDF, BrainVision, EEGLAB or FIF.
+        Format of the file: EDF, BDF, BrainVision, EEGLAB or FIF.
     rng : numpy.random.Generator
         Random numbers for the constant offsets of the electrodes; a BioSemi amplifier also records these offsets.
     markers : list of dict, optional

@@ -277,8 +277,8 @@ def _make_example(model: Any) -> tuple[Tensor, ...]:
     waves_CT = torch.sin(2 * math.pi * (3 + channel_C1 % 17) * time_T + channel_C1) + 0.5 * torch.cos(
         2 * math.pi * (1 + channel_C1 % 5) * time_T
     )
-    # The artificial electrodes lie on a spiral on a sphere as large as a head. Every fifth electrode has an unknown
-    # position.
+    # The artificial electrodes lie on a spiral on a sphere as large as a head. In this artificial input, every fifth
+    # electrode has an unknown position.
     turns = torch.arange(config.channels, dtype=torch.float64)
     height = 1 - turns / config.channels
     around = (1 - height**2).sqrt()

@@ -33,7 +33,7 @@ def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float32]
     Parameters
     ----------
     parts : sequence of (EEGDataset, sequence of int)
-        Splits, and the numbers of their trials.
+        Splits, each with the numbers of the trials that are used.
 
     Returns
     -------

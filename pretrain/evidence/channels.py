@@ -1,7 +1,7 @@
 """Find the channels that all trials have, so that features of trials are compared channel by channel.
 
 Recordings with other caps, or with the same cap in another order, have other channels in the same row. Without a search
-for common channels, a feature of one row would belong to different electrodes in different recordings.
+for common channels, the same row of the EEG would belong to different electrodes in different recordings.
 
 Array shapes: C common channels.
 """
@@ -46,7 +46,7 @@ def find_common_channels(parts: Sequence[Part]) -> list[str]:
     Parameters
     ----------
     parts : sequence of (EEGDataset, sequence of int)
-        Splits, and the numbers of their trials.
+        Splits, each with the numbers of the trials that are used.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def make_row_finder(dataset: EEGDataset, channels: Sequence[str]) -> Callable[[i
     Returns
     -------
     callable
-        Function that takes the number of a trial, and returns the row of each channel, [C].
+        Function that takes the number of a trial and returns, for each channel, its row in the trial's EEG, [C].
     """
     codes, texts = dataset.trials.codes("ch_names"), dataset.trials.values("ch_names")
     rows: dict[int, NDArray[np.int64]] = {}

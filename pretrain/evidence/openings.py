@@ -1,8 +1,8 @@
 """Record each use of a test split in a log, so that a reader of a result knows how often the test data were used.
 
 If many models are tested on the same data, and only the best result is published, the result is too good. The log
-``openings.jsonl`` is in the folder of the dataset. If the dataset cannot be written, the log is in a folder that the
-command chooses: the folder of the result, or the folder that contains the result.
+``openings.jsonl`` is in the folder of the dataset. If the folder of the dataset cannot be written, the log of openings
+is in the folder of the result, or in the folder that contains the result.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def record_opening(
     model_digest : str
         SHA-256 of the model; empty if the command uses no model.
     config : mapping
-        Config of the command. The log holds only a digest of the config, because a config names folders of the user.
+        Config of the command. The log of openings holds only a digest of the config, because a config names folders of
+        the user.
     fallback : str or Path
         Existing folder for the log if the dataset cannot be written.
 

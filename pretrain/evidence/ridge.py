@@ -31,8 +31,8 @@ def ridge_scores(x_nF: np.ndarray, y_nL: np.ndarray, new_mF: np.ndarray) -> Iter
     """
     mean_F, mean_L = x_nF.mean(axis=0), y_nL.mean(axis=0)
     x_nF, new_mF, y_nL = x_nF - mean_F, new_mF - mean_F, y_nL - mean_L
-    # For the matrix X of the features, X'X and XX' have the same eigenvalues above 0. Decompose the smaller of X'X and
-    # XX', once for all penalties.
+    # For the matrix X of the features, X'X and XX' have the same eigenvalues above 0. Decompose the smaller of the
+    # matrices X'X and XX' once, and use the result for all penalties.
     if x_nF.shape[1] < len(x_nF):
         value, vector = np.linalg.eigh(x_nF.T @ x_nF)
         weights, basis = vector.T @ (x_nF.T @ y_nL), new_mF @ vector
@@ -48,7 +48,8 @@ def ridge_scores(x_nF: np.ndarray, y_nL: np.ndarray, new_mF: np.ndarray) -> Iter
 class RidgeSums:
     """Sums over training trials, from which ridge regressions are computed without all features in memory.
 
-    The sums are kept in float64. The sums hold F x F and F x L numbers, whatever the number of trials.
+    The sums over the training trials are kept in float64. The sums hold F x F and F x L numbers, whatever the number of
+    trials.
 
     Parameters
     ----------

@@ -210,7 +210,7 @@ def merge_copies(images_n: ArrayLike, copies: Iterable[tuple[str, str]]) -> NDAr
 
 
 def group_by(*columns_n: ArrayLike) -> NDArray[np.int64]:
-    """Number the combinations of several columns.
+    """Give each combination of values of several columns a number.
 
     Parameters
     ----------
@@ -230,7 +230,7 @@ def group_by(*columns_n: ArrayLike) -> NDArray[np.int64]:
 
 
 def group_recordings(table: TrialTable) -> NDArray[np.int64]:
-    """Number the recordings of the trials.
+    """Give each recording a number, and return the number of each trial's recording.
 
     Parameters
     ----------
@@ -252,7 +252,7 @@ def sort_by_time(table: TrialTable) -> NDArray[np.int64]:
 
 
 def find_blocks(table: TrialTable) -> NDArray[np.int64]:
-    """Number the blocks: consecutive trials of one recording with the same label, until the label changes.
+    """Give each block of trials a number. A block is a run of consecutive trials of one recording with the same label.
 
     Parameters
     ----------

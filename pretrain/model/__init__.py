@@ -1,7 +1,7 @@
 """The masked autoencoder: configuration, tokenizers, transformer, masking, weights.
 
 The last part of a tensor's name gives the tensor's shape, with one letter for each dimension: ``x_BCT`` has shape [B,
-C, T]. Each letter has the same meaning in the whole project:
+C, T]. In the names of tensors, each letter has the same meaning in the whole project:
 
 ====  ==========================================================================
 B     samples of a batch: windows or trials

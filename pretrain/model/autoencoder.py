@@ -231,8 +231,8 @@ class MaskedAutoencoder(nn.Module):
         Returns
         -------
         list of int, [B], or None
-            The argument `channels` of `data_sharding.processing.preprocess.PreprocessSpec.divisor`. None means that all
-            rows of the padded window are used to compute the scale.
+            The value for the argument `channels` of `data_sharding.processing.preprocess.PreprocessSpec.divisor`. None
+            means that all rows of the padded window are used to compute the scale.
         """
         return self.encoder.channels_for_scale(batch.channels)
 
@@ -285,7 +285,7 @@ class MaskedAutoencoder(nn.Module):
         Returns
         -------
         Tensor, [B, N], bool
-            True for hidden tokens, on which the loss is computed.
+            True for the hidden tokens; the loss is computed on these tokens.
         """
         table_BN = torch.ones(len(keep_BK), self.config.encoder.tokens, dtype=torch.bool, device=keep_BK.device)
         return table_BN.scatter(1, keep_BK, False)
@@ -366,7 +366,7 @@ class MaskedAutoencoder(nn.Module):
         x_BCT : Tensor, [B, C, T]
             Scaled signal.
         **inputs : Tensor
-            The results of `prepare`; not used here.
+            The results of `prepare`; this model does not need them here.
 
         Returns
         -------

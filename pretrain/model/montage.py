@@ -131,8 +131,8 @@ class ElectrodePlace(nn.Module):
             Embeddings.
         """
         known_BC1 = positions_BC3.isfinite().all(dim=-1, keepdim=True)
-        # Replace NaN before the sines are computed. If NaN were replaced only at the end, the gradient would still be
-        # NaN.
+        # Replace NaN in the electrode positions before the sines are computed. If NaN were replaced only at the end,
+        # the gradient would still be NaN.
         places_BC3 = torch.where(known_BC1, positions_BC3, 0.0).to(self.waves_F.dtype)
         angles_BCW = (places_BC3.unsqueeze(-1) * self.waves_F).flatten(-2)
         waves_BCW = torch.cat([angles_BCW.sin(), angles_BCW.cos()], dim=-1)

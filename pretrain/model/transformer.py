@@ -143,7 +143,7 @@ class Blocks(nn.ModuleList):
         self.checkpointing = False
 
     def set_compute(self, config: ComputeConfig) -> None:
-        """Choose how the blocks are computed.
+        """Choose how the transformer blocks are computed.
 
         Parameters
         ----------

@@ -87,7 +87,7 @@ def check_network(build: Callable[[], Any], size: WeightsSize, where: str | Path
     size : WeightsSize
         Size of the weights file.
     where : str or Path
-        Path of the config, for the message.
+        Path of the config, for the error message.
 
     Raises
     ------

@@ -63,14 +63,15 @@ def divide_by_size(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
     Parameters
     ----------
     sizes : mapping of str to int
-        Number of values of each tensor, by the tensor's name. Every process must give the same mapping.
+        Number of values of each tensor, by the tensor's name. Every process must pass the same mapping of tensor names
+        to sizes.
     parts : int
         Number of processes.
 
     Returns
     -------
     list of list of str
-        Names of tensors for each rank. Every process gets the same result.
+        Names of tensors for each rank. Every process computes the same division of the tensors.
     """
     names: list[list[str]] = [[] for _ in range(parts)]
     # Go from the largest tensor to the smallest; give each tensor to the process with the smallest load so far.
@@ -182,8 +183,8 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
     """Find the newest undamaged checkpoint, by comparing the checksums of its files.
 
-    Damaged checkpoints are renamed, so that the run can write checkpoints of the same steps again. The damaged files
-    are kept for inspection.
+    Damaged checkpoints are renamed, so that the run can write checkpoints of the same steps again. The files of a
+    damaged checkpoint are kept for inspection.
 
     Parameters
     ----------
@@ -264,7 +265,7 @@ def commit_checkpoint(
     files : mapping
         Result of `file_record` for every file, by the file's name.
     manifest : mapping
-        Other values to store in the manifest.
+        Values to store in the checkpoint's manifest, in addition to the list of files.
     keep : int
         Number of newest checkpoints to keep.
     milestones : int, optional

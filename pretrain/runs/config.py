@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_at_least(config: Any, least: int, *names: str, prefix: str = "") -> None:
-    """Check that the values of config fields are not below a limit. Values of None are not checked.
+    """Check that the values of config fields are not below a limit. Config fields whose value is None are not checked.
 
     Parameters
     ----------

@@ -13,7 +13,8 @@ def warmup_steps(warmup: float, total: int) -> int:
 def learning_rate(step: int, total: int, *, lr: float, min_lr: float, warmup: float) -> float:
     """Return the learning rate of one optimiser step.
 
-    The rate rises linearly to `lr` over the warm-up. After the warm-up, the rate follows half a cosine to `min_lr`.
+    The learning rate rises linearly to `lr` over the warm-up. After the warm-up, the learning rate follows half a
+    cosine to `min_lr`.
 
     Parameters
     ----------

@@ -167,7 +167,7 @@ def live_table(
     enabled : bool
         If False, no table and no lines are shown. Only rank 0 should pass True.
     every_s : float
-        Seconds between two lines of text, if stderr is not a terminal.
+        Number of seconds between two lines of progress, if stderr is not a terminal.
 
     Yields
     ------

@@ -24,8 +24,8 @@ def find_run_versions(runs: Sequence[str | Path], paths: Iterable[str], command:
     Parameters
     ----------
     runs : sequence of str or Path
-        Run directories of the stages of the run, the last stage first. The versions are read from the checkpoint of the
-        first of these directories that has one.
+        Run directories of the stages of the run, the last stage first. The versions are read from the first of these
+        run directories that has a checkpoint.
     paths : iterable of str
         Paths of the datasets of the run.
     command : str

@@ -27,7 +27,8 @@ class Throughput:
     Attributes
     ----------
     steps : int
-        Number of steps since the last line of metrics. Steps before an interruption of the run are included.
+        Number of steps since the last line of metrics. Steps that were done before an interruption of the run are
+        counted too.
     losses : list of float or None
         Losses of the steps since the last line of metrics; None for a loss that was not finite.
     """
@@ -66,7 +67,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock during a ``with`` block."""
+        """Do not count the time of a ``with`` block as time of the training."""
         since = time.monotonic()
         yield
         self._started += time.monotonic() - since
@@ -102,7 +103,7 @@ class Throughput:
         return sum(float("nan") if loss is None else loss for loss in self.losses) / self.steps
 
     def rates(self) -> dict[str, Any]:
-        """Return the rates since the last line of metrics; every process must call this method.
+        """Return the training's speed and waiting time since the last metrics line; every process must call this.
 
         Returns
         -------
