@@ -105,7 +105,7 @@ def find_model_folder(model: str | Path, what: str) -> Path:
     model : str or Path
         Directory or hub id of the model.
     what : str
-        Kind of the model, for messages.
+        Kind of the model, such as "a DINOv2 model", for error messages.
 
     Returns
     -------

@@ -20,7 +20,8 @@ Condition = tuple[Tensor | None, ...]
 Denoiser = Callable[[Tensor, Tensor, Any], Tensor]
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
 DEFAULT_STEPS = 25
-"""Default number of denoising steps of the fast samplers. The default of the sampler ddpm is all steps of training."""
+"""Default number of denoising steps of the fast samplers. By default, the sampler ddpm uses all steps of the
+training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,11 @@ def choose_sampling(
     sampler : str
         Name of the sampler.
     steps : int or None
-        Number of denoising steps. None: all steps of the training for the sampler ddpm, 25 for the other samplers.
+        Number of denoising steps. None: all steps of the training with the sampler ddpm, 25 steps with the other
+        samplers.
     guidance_scale : float or None
-        Scale of the classifier-free guidance. None: 2 if the model was trained with dropped conditions, otherwise 1.
+        Scale of the classifier-free guidance. None: the scale is 2 if the model was trained with dropped conditions,
+        otherwise 1.
     dropped : bool
         Whether conditions were dropped in the training.
     has_null : bool
@@ -201,8 +204,9 @@ def sample(
     steps : int
         Number of denoising steps.
     guidance_scale : float
-        1: use only the prediction with the condition. Any other value: use classifier-free guidance. With values above
-        1, guidance moves the prediction with the condition away from the prediction with the null condition.
+        With the scale 1, only the prediction with the condition is used. With any other scale, classifier-free guidance
+        is used. With values above 1, guidance moves the prediction with the condition away from the prediction with the
+        null condition.
     generators : list of torch.Generator
         Generator of each trial. The sampler ddpm draws a trial's noise of each step from the trial's generator, so a
         trial's image does not depend on the other trials of the batch.
@@ -285,7 +289,7 @@ class DenoisingWatcher:
         Returns
         -------
         dict
-            ``loss``: loss with the trials' own EEG. ``shuffled``: loss with the EEG of other trials.
+            ``loss``: denoising loss with each trial's own EEG. ``shuffled``: loss with the EEG of other trials.
         """
         n, device = len(self.eeg), self.eeg.device
         features = torch.cat([task.features(part) for part in self.eeg.split(self.BATCH)])

@@ -39,7 +39,7 @@ class EEGConfig:
     """Start of the EEG in seconds from the onset of the image, such as -0.2 for a part with a baseline. Empty: the
     onset. Trials whose stored EEG does not reach from tmin to tmax are left out, and a message says how many."""
     tmax: float | None = None
-    """End of the EEG in seconds from the onset of the image. Empty: one window of the dataset after tmin."""
+    """End of the EEG in seconds from the onset of the image. Empty: the end is one window of the dataset after tmin."""
     average_repeats: int = 0
     """Number of presentations of the same image to the same subject that are averaged to one val trial. 0: average all
     presentations, as papers do with test images. 1: average nothing."""
@@ -61,7 +61,8 @@ class AugmentConfig:
     """Augmentation of EEG trials, which is used only in training."""
 
     shift: int = 0
-    """Largest shift in time to either side, in samples. Copies of a trial's first or last sample fill the gap."""
+    """Largest shift in time to either side, in samples. After a shift, copies of the trial's first or last sample fill
+    the gap."""
     noise: float = 0.0
     """Standard deviation of the white noise that is added to the scaled EEG."""
     drop_channels: float = 0.0
@@ -77,8 +78,8 @@ class ImageAugmentConfig(AugmentConfig):
     """Augmentation of EEG trials. Before the augmentation, a trial may be averaged with other trials of its image."""
 
     average: int = 1
-    """Largest number of trials in an average. A trial is averaged with a random number of other trials that have the
-    same image and the same channels. 1 switches averaging off."""
+    """Largest number of trials that are averaged to one training trial. A trial is averaged with a random number of
+    other trials that have the same image and the same channels. 1 switches averaging off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,8 +185,8 @@ def group_repeats(dataset: EEGDataset, average: int) -> list[list[int]]:
     Returns
     -------
     list of list of int
-        Numbers of the trials of each group, in the order of the dataset. Each trial is in one group. All trials of a
-        group have the same channels.
+        Numbers of the trials of each group, in the order of the dataset. Each trial belongs to exactly one group. All
+        trials of a group have the same channels.
     """
     if average == 1:
         return [[number] for number in range(len(dataset))]

@@ -76,7 +76,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 
 def check_diffusers_model(model_class: Any, folder: Path) -> dict[str, Any]:
-    """Check that a network of diffusers is not larger than its weights.
+    """Check that a diffusers network, as its config describes it, is not larger than its file of weights.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def check_diffusers_model(model_class: Any, folder: Path) -> dict[str, Any]:
 
 
 def check_transformers_model(model_class: Any, folder: Path) -> None:
-    """Check that a network of transformers is not larger than its weights (arguments: see `check_diffusers_model`)."""
+    """Check that a transformers network is not larger than its weights (arguments: see `check_diffusers_model`)."""
     read_model_config(folder / "config.json")
     size = measure_weights(_weights_of(folder))
     check_network(
@@ -133,7 +133,7 @@ def load_with_library(load: Any, name: str | Path, what: str) -> Any:
     Parameters
     ----------
     load : callable
-        The function, which takes no arguments.
+        Function that is called without arguments.
     name : str or Path
         Name of the model, for the message.
     what : str

@@ -142,7 +142,7 @@ class _Plan:
     trials: list[Trial]
     make: MakeImages
     extra: list[dict[str, Any]]
-    """Entries of each trial in generated.json that only this control has."""
+    """Keys that only the trials of this control have in generated.json."""
 
     def describe(self) -> list[dict[str, Any]]:
         return [trial.describe() | extra for trial, extra in zip(self.trials, self.extra, strict=True)]
@@ -269,7 +269,8 @@ def generate(config: GenerateConfig) -> int:
     parts = _divide(config)
     accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, timeout_s=WAIT_S)
     world = get_world(accelerator)
-    # Check the dataset before the model, because loading a model takes longer. All processes read the same version.
+    # Check the dataset before the model, because loading a model takes longer. All processes read the same version of
+    # the dataset.
     version = _compute_on_first(world, lambda: open_paired(config.dataset, config.split).manifest.dataset_id)
     generator = load_generator(config.model, str(world.device))
     part = generator.part
@@ -288,7 +289,7 @@ def generate(config: GenerateConfig) -> int:
 
 
 def _say_next(config: GenerateConfig) -> str:
-    """Return the next command for the user."""
+    """Return the command that the user should run next."""
     if config.control == "none":
         return f"dreamscale evaluate {config.output}"
     return (

@@ -60,8 +60,8 @@ class Generator(Protocol):
         steps : int, optional
             Number of denoising steps; by default, all steps of the training for ddpm, and 25 for other samplers.
         guidance_scale : float, optional
-            Scale of the classifier-free guidance; 1 switches guidance off. By default 2, or 1 if the model was trained
-            without dropped conditions.
+            Scale of the classifier-free guidance; 1 switches guidance off. By default, the scale is 2, or 1 if the
+            model was trained without dropped conditions.
 
         Returns
         -------
@@ -88,7 +88,7 @@ class Generator(Protocol):
         Returns
         -------
         str
-            Reason why the model cannot generate the images; empty if the model can.
+            Reason why the model cannot generate the images; empty if the model can generate them.
         """
         ...
 

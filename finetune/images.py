@@ -292,9 +292,10 @@ class ImageTable:
             Width and height in pixels to which images are resized. None does not resize images, so that a network's own
             resize starts from the original pixels.
         key : dict
-            What the features depend on in addition to the images and `size`, e.g. a digest of the model's weights.
+            Values on which the features depend in addition to the images and `size`, e.g. a digest of the model's
+            weights.
         cache : str or Path, optional
-            Directory in which the result is stored. If no directory is given, nothing is stored.
+            Directory in which the result is stored. If no directory is given, the features are not stored.
         batch_size : int
             Number of images in one call of `compute`.
         write : bool
@@ -311,7 +312,8 @@ class ImageTable:
         manifest = self.dataset.manifest
         own = {"dataset": manifest.dataset_id, "split": self.dataset.split, "size": size}
         if self.dataset.left_out:
-            # The table has no images whose trials are all left out, so the cache must depend on the ids in the table.
+            # Images whose trials are all left out are not in the table, so the cache must depend on the ids in the
+            # table.
             own["images"] = self.ids
         digest = digest_of({**key, **own})
         path = Path(cache) / f"{digest[:16]}.safetensors" if cache is not None else None
@@ -337,7 +339,7 @@ def find_components(train_MHW3: np.ndarray, val_MHW3: np.ndarray, components: in
     Parameters
     ----------
     train_MHW3, val_MHW3 : ndarray of uint8, shape (M, H, W, 3)
-        Images of the train split, which determine the components, and images of the val split.
+        Images of the train split, from which the principal components are computed, and images of the val split.
     components : int
         Largest number P of components.
 
@@ -350,7 +352,8 @@ def find_components(train_MHW3: np.ndarray, val_MHW3: np.ndarray, components: in
     mean_X = train_MX.mean(axis=0)
     _, _, basis = np.linalg.svd(train_MX - mean_X, full_matrices=False)
     basis_PX = basis[:components]
-    # The sign of a component is arbitrary, and can depend on the CPU. All processes must use the same sign.
+    # The sign of a principal component is arbitrary, and can depend on the CPU. Make the sign of each component the
+    # same on all processes.
     largest = np.take_along_axis(basis_PX, np.abs(basis_PX).argmax(axis=1)[:, None], axis=1)
     basis_PX = basis_PX * np.sign(largest)
     return (train_MX - mean_X) @ basis_PX.T, (val_MX - mean_X) @ basis_PX.T

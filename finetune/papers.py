@@ -4,7 +4,7 @@ This module imports no heavy library, because ``dreamscale --help`` lists the co
 
 The folder of a paper has three parts, and `finetune.linear` is the smallest example.
 
-- The file ``__init__.py`` defines ``PAPER``.
+- The file ``__init__.py`` of the folder defines ``PAPER``.
 - A training command writes the model to the folder ``RUN/model``, in which ``dreamscale.json`` contains the model's
   ``kind``. The training command uses `start_processes` and `use_run` of `finetune.training.accelerate`, and its last
   step is ``run.status("done")``. A command that is always one process, such as `finetune.linear`, needs only `use_run`.

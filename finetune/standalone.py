@@ -143,12 +143,12 @@ def write_standalone(
         Maps the name of a class to the names of its methods that are left out, e.g. because they need the rest of the
         project.
     foot : str
-        Code at the end of the file.
+        Python code that is written at the end of the file.
 
     Returns
     -------
     str
-        Source text, which imports nothing of this project.
+        Source text of a Python file that imports nothing of this project.
 
     Raises
     ------

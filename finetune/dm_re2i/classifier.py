@@ -42,8 +42,8 @@ def whitening_matrix(x_BCT: Tensor, shrinkage: float) -> Tensor:
     x_BCT : Tensor, shape (B, C, T)
         Scaled trials.
     shrinkage : float
-        Fraction of the mean variance that is added to the variance of every channel. Without shrinkage,
-        directions with almost no activity would be amplified too much.
+        Fraction of the mean variance that is added to the variance of every channel. Without shrinkage, the whitening
+        would amplify directions with almost no activity too much.
 
     Returns
     -------

@@ -32,15 +32,15 @@ class EVRNetStage:
     the channels of a trial with fewer channels are repeated."""
     widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
     """Numbers of EVRNet's feature maps after the two temporal, the two spatial, and the temporal-spatial (TS)
-    convolution. The last number is also the width of the feature."""
+    convolution. The last number of feature maps is also the width of the feature."""
     skip: Literal["input", "y0"] = "input"
     """Start of the second skip connection of EVRNet's multi-kernel residual blocks. input: the block's input, as in the
     paper; y0: the output of the block's first half, as an ablation."""
     mkrb: bool = True
     """False leaves out EVRNet's multi-kernel residual blocks, as an ablation."""
     dropout: float | None = None
-    """Dropout rate. None: the rate of the network's article (0 for evrnet, 0.25 for eegnet, 0.5 for tsconv), and 0 for
-    encoder. In evrnet and encoder, the dropout is before the linear layer."""
+    """Dropout rate. None: the dropout rate in the network's article (0 for evrnet, 0.25 for eegnet, 0.5 for tsconv),
+    and 0 for encoder. In evrnet and encoder, the dropout is before the linear layer."""
     label_smoothing: float = 0.0
     """Amount of label smoothing in the cross-entropy."""
     whiten: float = 0.0
@@ -56,17 +56,18 @@ class EVRNetStage:
     image_weight: float = 0.0
     """Weight of a second loss: a linear layer predicts the image from the feature, as principal components of its
     pixels. With the second loss, the feature contains not only the category, but also the colours and the positions in
-    the image. The second loss is 1 for the mean image and 0 for the right image. The linear layer is not part of the
-    model. With `image_weight` 0, as in the paper, there is no second loss."""
+    the image. The second loss is 1 for the mean image and 0 for the right image. The linear layer for the second loss
+    is used only in training, and is not part of the model. With `image_weight` 0, as in the paper, there is no second
+    loss."""
     image_components: int = 16
-    """Number of principal components for `image_weight`."""
+    """Number of principal components of the image that the linear layer of `image_weight` predicts."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Augmentation of the EEG in training, after the noise normalisation."""
     watch: Literal["accuracy", "loss"] = "accuracy"
     """Metric on the val split that decides which weights of the run are the best and are kept."""
     permute_labels: bool = False
     """Control: the categories of the train images are shuffled between the images. A network that is trained with
-    shuffled categories should have the accuracy of chance on other images."""
+    shuffled categories should be right only as often as chance on images that it was not trained on."""
     calibration_trials: int = 512
     """Number of train trials from which the statistics of the batch norms are computed, before each evaluation and at
     the end of training."""
@@ -141,21 +142,22 @@ class EGDDPMStage:
     """Side length in pixels of the squares that are folded into channels. With `patch` 2, the network needs a quarter
     of the computation. With `patch` 1, as in the paper, no pixels are folded."""
     join_first: bool = False
-    """For backbone paper: add a skip connection from the first level to the last block. Narrow networks need the skip
-    connection from the first level, which the paper does not have and backbone unet2d always has."""
+    """For backbone paper: add a skip connection from the U-Net's first level to its last block. Narrow networks need
+    the skip connection from the first level, which the paper does not have and backbone unet2d always has."""
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     """Quantity that the network predicts. epsilon: the noise, as in the paper. v_prediction: the velocity, with which
     images show shapes after fewer training steps."""
     loss: Literal["l1", "l2"] = "l2"
-    """Norm of the prediction error. The paper does not name a norm."""
+    """Norm of the prediction error. The paper does not say which norm it uses."""
     noise_steps: int = 1000
-    """Number of steps of the forward process. The noise schedule is the cosine schedule (squaredcos_cap_v2)."""
+    """Number of steps of the forward process (the process that adds noise). The noise schedule is the cosine schedule
+    (squaredcos_cap_v2)."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
     """Sampler that `dreamscale generate` uses for this model by default. ddpm: all steps of the forward process, as in
     the paper. ddim: 25 steps."""
     drop: float = 0.1
     """Fraction of trials whose EEG condition is dropped in training; 0 in the paper. Classifier-free guidance needs a
-    value above 0."""
+    model that was trained with a drop above 0."""
     standardise: bool = True
     """Standardise the EEG feature with its mean and standard deviation over the train trials. False: use the feature as
     it is, as in the paper."""

@@ -24,7 +24,7 @@ class EVRNetConfig:
     """Number of EEG channels, C."""
     widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
     """Numbers of feature maps after the two temporal, the two spatial, and the temporal-spatial (TS) convolution. The
-    last number is also the width of the semantic feature."""
+    last number of feature maps is also the width of the semantic feature."""
     multi_kernels: tuple[int, int] = (3, 5)
     """Kernel sizes of the two convolutions in each multi-kernel residual block."""
     skip: Literal["input", "y0"] = "input"

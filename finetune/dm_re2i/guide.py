@@ -64,7 +64,7 @@ class EEGGuide(nn.Module):
         return super().train(False)
 
     def choose_trainables(self, x_BCT: Tensor) -> None:
-        """Make the parameters that influence the vector trainable, and freeze the others.
+        """Make the parameters that influence the EEG vector trainable, and freeze the other parameters.
 
         Parameters
         ----------

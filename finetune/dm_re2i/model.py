@@ -91,12 +91,12 @@ class ClassMeans:
         return cls((sums_KD / count_K.clamp_min(1)[:, None]).float(), count_K)
 
     def save(self, folder: Path) -> None:
-        """Write the means to the package of a model."""
+        """Write the categories' mean features to the package of a model."""
         save_file({"mean": self.mean_KD, "count": self.count_K}, folder / self.FILE)
 
     @classmethod
     def load(cls, folder: Path, dim: int) -> ClassMeans:
-        """Read the means of a model's package.
+        """Read the categories' mean features from a model's package.
 
         Raises
         ------

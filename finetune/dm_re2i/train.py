@@ -56,7 +56,7 @@ class EGDDPMTask(nn.Module):
         Norm of the prediction error: l1 or l2.
     guide : EEGGuide, optional
         Network that computes the guiding vectors from EEG, if this network is trained together with the U-Net. Without
-        `guide`, the task's input is the vectors in place of EEG.
+        `guide`, the inputs of the task are guiding vectors in place of EEG.
     """
 
     def __init__(self, unet: GuidedUNet, noising: Any, norm: str, guide: EEGGuide | None = None) -> None:

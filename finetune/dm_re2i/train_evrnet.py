@@ -44,7 +44,7 @@ def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None
 
     The new statistics depend only on the weights and on the given trials. The statistics from training cannot be used,
     because training uses averaged and noisy trials. In addition, the statistics from training belong to the last
-    weights, and not to the moving average of the weights.
+    weights of the training, but the moving average of the weights is used.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ class EVRNetTask(nn.Module):
         Number P of principal components of the image that a linear layer predicts from the EEG feature; 0 for no
         such layer.
     image_weight : float
-        Weight that the error of the predicted components has in the loss.
+        Weight of the error of the predicted principal components in the loss.
     """
 
     def __init__(
@@ -223,8 +223,8 @@ def choose_targets(table: ImageTable, stage: EVRNetStage, seed: int) -> np.ndarr
     Returns
     -------
     array of int, shape (trials,)
-        Row of the target image in the table. If the images are shuffled, all trials of an image still have the same
-        target, and each category has as many images as before.
+        For each trial, the row of its target image in the table of images. If the images are shuffled, all trials of an
+        image still have the same target, and each category has as many images as before.
     """
     order_M = np.arange(len(table))
     if stage.permute_labels:
@@ -277,8 +277,8 @@ def train_evrnet(
     parts = stage.image_components if stage.image_weight else 0
     train_MP = val_MP = None
     if parts:
-        # CPUs round differently, which can change the components. So all processes use the components of the first
-        # process.
+        # Different CPUs round differently, which can change the principal components. Therefore, all processes use the
+        # principal components that the first process computed.
         world = get_world(accelerator)
         own = None
         if world.first:

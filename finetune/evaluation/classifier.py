@@ -124,7 +124,7 @@ class ImageClassifier(nn.Module):
         return np.concatenate(features), np.concatenate(probabilities)
 
     def save(self, path: str | Path, metadata: dict[str, str]) -> None:
-        """Write the classifier to one safetensors file. Equal weights and texts give equal bytes.
+        """Write the classifier to one safetensors file. Equal weights and texts give a file with equal bytes.
 
         Parameters
         ----------
@@ -156,7 +156,7 @@ class ImageClassifier(nn.Module):
         classifier : ImageClassifier
             The classifier in evaluation mode.
         metadata : dict of str to str
-            Texts that were stored with the weights.
+            Texts that were stored in the file of the weights, such as the id of the dataset.
 
         Raises
         ------
@@ -197,7 +197,8 @@ def _sort_header(content: bytes) -> bytes:
     """Sort the header of a safetensors file, because the library writes the metadata in a random order."""
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    # Sorting does not change the length of the text. The library fills the header with spaces.
+    # Sorting the keys of the header does not change the length of the header's text. The safetensors library pads the
+    # header with spaces.
     return content[:8] + header.encode().ljust(length) + content[8 + length :]
 
 

@@ -124,7 +124,7 @@ def compare(config: CompareConfig) -> int:
 
 
 def _check_trials(config: CompareConfig, a: TrialValues, b: TrialValues) -> None:
-    """Check that a trial of both folders has the same person and the same image in both."""
+    """Check that each trial has the same person and the same image in two folders of generated images."""
     facts = [
         dict(zip(x.keys, zip(x.subjects_B.tolist(), x.images_B.tolist(), strict=True), strict=True)) for x in (a, b)
     ]

@@ -91,7 +91,7 @@ class EvaluateConfig:
     number of bootstrap resamples, but at least 500 and at most 5000."""
     inception: str | None = None
     """File of the weights of Inception-V3: pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or a safetensors file
-    with the same names. Without this file, FID and KID are not computed."""
+    with the same names. Without the weights of Inception-V3, FID and KID are not computed."""
     clip: str | None = None
     """Directory or hub id of a CLIP model, such as openai/clip-vit-large-patch14. Without a CLIP model, the CLIP
     similarity is not computed."""
@@ -111,8 +111,8 @@ class EvaluateConfig:
     """Dataset on which the encoder was pretrained. The evaluation checks which data the pretraining dataset shares with
     the EEG-image dataset. Empty: no check."""
     real_images: str | None = None
-    """Folder of real images that nobody saw in the trials. The images are judged as if a model had generated them. The
-    name of a subfolder may be a label of the dataset. Empty: the images of the training split."""
+    """Folder of real images that nobody saw in the trials. These real images are judged as if a model had generated
+    them. The name of a subfolder may be a label of the dataset. Empty: use the images of the training split."""
     training_seeds: list[str] = field(default_factory=list)
     """Folders with the images of models that were trained with other seeds, evaluated with `dreamscale evaluate`. The
     result has the mean and the spread of each metric over all models."""
@@ -256,7 +256,7 @@ def _held_out(path: AnyPath, classifier: ImageClassifier, dataset_split: str) ->
         total += len(table)
         ids.append(split)
     if not total:
-        return {"accuracy": "not computed: no held-out images", "n": 0, "splits": []}
+        return {"accuracy": "not computed: there are no held-out images", "n": 0, "splits": []}
     return {
         "accuracy": correct / total,
         "n": total,
@@ -335,7 +335,7 @@ def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str
     dict
         Content of metrics.json. `finetune.evaluation.measure.measure` computes the values of ``generated``,
         ``shuffled`` and ``controls``, and `measure_real` computes the values of ``real``. ``metrics.schema.json``
-        describes all keys.
+        describes all keys of metrics.json.
 
     Raises
     ------
@@ -355,7 +355,7 @@ def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str
     control = None if isinstance(shuffle, NotApplicable) else shuffle
     path = as_path(config.dataset or own.about["dataset"])
     if config.dataset is None and is_remote(path):
-        # A folder of somebody else must not make this command read from a network.
+        # A folder of images may come from anybody, so it must not make this command read a dataset from a network.
         raise RequestError(f"{path}: the images are of a remote dataset; give the dataset as --dataset")
     train = open_paired(path, "train")
     if train.manifest.dataset_id != own.about["dataset_id"]:
@@ -422,7 +422,7 @@ def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str
         },
         "networks": judges.describe(),
         "generated": generated.metrics,
-        "shuffled": "not computed: no images of --control shuffle",
+        "shuffled": "not computed: there are no images that were generated with --control shuffle",
         "real": measure_real(real, judges, options),
         "random_pairs": compare_random_pairs(own.images_BHW3, own.real_BHW3, ids, judges, seed=config.seed),
         "other_real": measure_other_images(_find_other_images(config, own, table, data, copies), real, judges, options),
@@ -522,7 +522,7 @@ def evaluate_and_print(config: EvaluateConfig) -> int:
 
 
 def _print_result(config: EvaluateConfig, result: dict[str, Any]) -> int:
-    """Print the most important numbers, and return the exit code."""
+    """Print the most important numbers of an evaluation, and return the exit code."""
     found, real = (result[name][f"accuracy[{JUDGE}]"] for name in ("generated", "real"))
     line = f"accuracy {found['accuracy']:.3f} (chance {found['chance']:.3f}, p {found['p_value']:.2g}, n {found['n']})"
     following = ""

@@ -51,7 +51,7 @@ def make_predictors(
     Returns
     -------
     dict
-        Scores of each predictor, or the reason why the predictor cannot be made from the data.
+        Scores of each predictor, or a text that says why the predictor cannot be made from the data.
     """
     found: dict[str, Control | NotApplicable] = {}
     for name in PREDICTORS:
@@ -85,10 +85,10 @@ class Setting:
         *,
         copies: Iterable[tuple[str, str]] | None = None,
     ) -> Setting:
-        """Read the setting of some trials of the split `data`; `describe_design` explains `declared`.
+        """Read what a verdict needs in addition to scores, for trials of the split `data`.
 
-        Copies of an image under several names count as one image; `copies` are the pairs from `find_copies`, which is
-        called if no pairs are given.
+        `describe_design` explains `declared`. Copies of an image under several names count as one image; `copies` are
+        the pairs from `find_copies`, which is called if no pairs are given.
         """
         design, evidence = describe_design(data.manifest, declared, where=str(data.path / NAME))
         copies = find_copies(train, data) if copies is None else list(copies)

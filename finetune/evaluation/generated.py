@@ -28,8 +28,8 @@ from finetune.images import decode_image
 
 Images = NDArray[np.uint8]
 IN_MEMORY = 2**26
-"""Largest size in bytes of the pixels of a set of images that is kept in memory. The images of a larger set are decoded
-whenever they are read."""
+"""Largest size in bytes of the pixels of a set of images that is kept in memory. The images of a set with more bytes
+are decoded whenever they are read."""
 
 
 class ImageFiles:

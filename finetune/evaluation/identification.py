@@ -23,7 +23,7 @@ FLAT = 1e-10
 
 
 def _unit_rows(rows_BD: NDArray[np.float64], *, centre: bool) -> NDArray[np.float64]:
-    """Scale rows to length one. A row without direction becomes zero, so its similarity to every row is zero."""
+    """Scale rows to length one. A row without direction (see `FLAT`) becomes zero, and then has the similarity zero."""
     length_B1 = np.linalg.norm(rows_BD, axis=1, keepdims=True)
     least_B1 = FLAT * length_B1
     if centre:
@@ -72,9 +72,9 @@ def two_way_identification(
 
     Returns
     -------
-    ndarray, shape (B,) Fraction of comparisons that the trial's own image wins, from 0 to 1; chance is 0.5. The value
-    is NaN for a trial
-        without any other image for the comparison.
+    ndarray, shape (B,)
+        Fraction of comparisons that the trial's own image wins, from 0 to 1; chance is 0.5. The value is NaN for a
+        trial without any other image for the comparison.
 
     Raises
     ------

@@ -1,9 +1,9 @@
 """Judge generated images: turn the scores of the images and of the controls into a verdict.
 
 If the dataset's training images show the categories of the trials, the score of a trial is 1 if the classifier finds
-the right category in the generated image. If a category is new, the classifier cannot know the category. For a new
-category, the score of a trial is the share of other seen images that are less similar to the generated image than the
-seen image.
+the right category in the generated image. If a category does not occur in the training images, the classifier cannot
+know the category. For a new category, the score of a trial is the share of other seen images that are less similar to
+the generated image than the seen image.
 
 Array shapes: B trials, M images, D features.
 """
@@ -62,12 +62,12 @@ class Judge:
     features: Features
     """Function that computes features of images; similar images have correlated features."""
     features_name: str
-    """Name of the features for reports."""
+    """Name of the features in reports."""
     sharing: Sharing = field(default_factory=Sharing)
     """Processes among which the images are divided."""
 
     def list_tasks(self) -> dict[str, Compute]:
-        """Return the functions of images by name, for `Sharing.follow`."""
+        """Return the functions of images that the processes of an evaluation share, by name, for `Sharing.follow`."""
         return {"classify": self.classify, "features": self.features}
 
     def classify_chunks(self, images_BHW3: ImageSource) -> NDArray[np.int64]:
@@ -91,7 +91,7 @@ class Scores:
     """What the score of a trial is, as a phrase for reports."""
     chance: float
     score: Callable[[GeneratedSet], NDArray[np.float64]]
-    """Function that scores the trials of a folder."""
+    """Function that scores the trials of a folder of generated images."""
     predicted: Callable[[Prediction], NDArray[np.float64]]
     """Function that scores the predictions of a predictor, which needs no generator."""
     nearest: Callable[[NDArray[np.int64]], NDArray[np.float64]]
@@ -164,7 +164,7 @@ def find_nearest(images_BD: NDArray[np.float64], train_MD: NDArray[np.float64]) 
     train_MD /= np.maximum(train_MD.std(axis=1, keepdims=True), 1e-12)
     size = max(1, CELLS // len(train_MD))
     parts = (images_BD[start : start + size] for start in range(0, len(images_BD), size))
-    # The scale of an image does not change which training image is nearest to the image.
+    # Dividing an image by its standard deviation would not change which training image is the most similar.
     return np.concatenate([(part @ train_MD.T).argmax(axis=1) for part in parts])
 
 
@@ -181,7 +181,7 @@ def judge_images(
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Judge generated images by the written rules.
+    """Judge generated images by the rules of `pretrain.evidence.rules`.
 
     Parameters
     ----------
@@ -196,14 +196,15 @@ def judge_images(
     trials : list of Trial
         The trials of `own`.
     copies : sequence of (str, str), optional
-        Pairs of names of the same image, from `pretrain.evidence.copies.find_copies`. By default, the copies are
-        searched.
+        Pairs of names of the same image, from `pretrain.evidence.copies.find_copies`. By default, this function
+        searches for the copies.
     design_evidence : str
-        Published evidence of a random order; see `pretrain.evidence.design.describe_design`.
+        Publication that shows that the images were presented in random order; see
+        `pretrain.evidence.design.describe_design`.
     resamples : int
         Number of bootstrap resamples.
     seed : int
-        Seed of the resamples and predictors.
+        Seed for the resamples of the bootstrap, and for the predictors.
 
     Returns
     -------

@@ -27,7 +27,7 @@ category, so the matrix of many categories would be too large for a report."""
 PAIRS = 8
 """Number of pairs of images that are read at once; a multiple of the batch of LPIPS."""
 RANDOM_PAIRS = 10_000
-"""Largest number of random pairs, unless one other trial for each trial already gives more pairs."""
+"""Largest number of random pairs of trials. An evaluation of more trials forms one pair for each trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,12 +215,12 @@ def compare_random_pairs(
     image_ids : list of str
         Id of the image of each trial. A generated image is never compared with the image of its own trial.
     judges : Judges, optional
-        Networks with the variants of LPIPS. Because LPIPS is slow, it is computed for one other trial only.
+        Networks that compute the variants of LPIPS. Because LPIPS is slow, it is computed for one other trial only.
     seed : int
         Seed for the random choice of the other trials.
     draws : int, optional
-        Number of other trials with which each trial is compared. By default 10, but fewer if there would be more than
-        `RANDOM_PAIRS` pairs.
+        Number of other trials with which each trial is compared. By default 10, but fewer (at least 1) if 10 would give
+        more than `RANDOM_PAIRS` pairs in total.
 
     Returns
     -------

@@ -56,7 +56,7 @@ class RunningGaussian:
     count : int
         Number of rows so far.
     mean_D : ndarray
-        Mean of the rows so far.
+        Mean of all rows that were added so far.
 
     References
     ----------
@@ -129,7 +129,8 @@ def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
     Returns
     -------
     float
-        ``|mu_r - mu_g|^2 + Tr(S_r + S_g - 2 (S_r S_g)^(1/2))``. For few images, the distance is overestimated.
+        ``|mu_r - mu_g|^2 + Tr(S_r + S_g - 2 (S_r S_g)^(1/2))``. If there are few images, the Fréchet distance is
+        overestimated.
 
     Raises
     ------
@@ -310,7 +311,8 @@ def _hit_by_rank(classes: int, n: int, k: int) -> NDArray[np.float64]:
     """Return the probability of a correct trial for each number of classes that are better than the true class."""
     from scipy.stats import hypergeom
 
-    # Of the n - 1 other classes, which are drawn from K - 1, fewer than k may be better than the true class.
+    # A trial is correct if fewer than k of the n - 1 drawn classes are better than the true class. The draw is from the
+    # K - 1 other classes.
     return hypergeom.cdf(k - 1, classes - 1, np.arange(classes), n - 1)
 
 
@@ -381,7 +383,7 @@ def accuracy_with_p_value(
     """Compute the classification accuracy and a p-value from shuffled labels.
 
     Trials of the same image are not independent. Therefore labels are shuffled between images, and all trials of an
-    image get the same new label. If labels were shuffled between trials, the p-value would be too small.
+    image get the same new label. The p-value would be too small if each trial got a new label of its own.
 
     Parameters
     ----------
@@ -508,7 +510,7 @@ METRICS: dict[str, Callable[[JudgedImages], float | str]] = {
 }
 """Maps the name of a metric of a whole set of images to the function that computes the metric.
 
-Each function of the table returns a number, or a text that says why a metric was not computed.
+Each function of `METRICS` returns a number, or a text that says why the metric was not computed.
 `networks.judges.measure_sets` calls every function of `METRICS` for each network. `networks.judges.name_metrics` adds
 the name of the network in brackets to the name of the metric.
 """

@@ -195,8 +195,8 @@ def compare_models(
     dict
         For each model and each of its metrics: ``own`` (the mean), ``shuffled`` (the mean with shuffled EEG, or None),
         ``own_minus_shuffled`` and ``difference`` (to the base model; None for the base model, and for a metric that
-        the base model does not have). The four values are results of `summarise`. ``difference`` uses only the trials
-        that both models have.
+        the base model does not have). Each of these values is a result of `summarise`. ``difference`` uses only the
+        trials that both models have.
     """
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     number_in_base = {key: number for number, key in enumerate(models[base].keys)}

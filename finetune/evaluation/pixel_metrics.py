@@ -192,12 +192,12 @@ PairedMetric = Callable[[ImageSource, ImageSource], "Floats | str"]
 PAIRED_METRICS: dict[str, PairedMetric] = {"psnr": psnr, "ssim": _ssim_of_pairs, "pixel_correlation": pixel_correlation}
 """Maps the name of a paired metric to the function that compares each generated image with one other image.
 
-Each function of the table takes images twice and returns one number for each pair, or a text that says why the metric
-was not computed. Every metric of `PAIRED_METRICS` is also computed with the images of random other trials, as a
-control.
+Each function of `PAIRED_METRICS` takes two sets of images of equal length. It returns one number for each pair, or a
+text that says why the metric was not computed. Every metric of `PAIRED_METRICS` is also computed with the images of
+random other trials, as a control.
 """
 LEFT_OUT = {"psnr": "psnr_equal_pairs", "pixel_correlation": "pixel_correlation_constant_pairs"}
-"""Maps a paired metric to the name of the number of pairs that its mean leaves out.
+"""Maps the name of a paired metric to the key under which the results count the pairs that its mean leaves out.
 
 The PSNR of two equal images is infinite, and the correlation with an image of one single colour is undefined.
 """

@@ -44,11 +44,11 @@ class GenerateConfig:
     """Sampler. ddpm: the ancestral sampler, which adds noise at every step. ddim: a deterministic sampler that needs
     few steps. dpmsolver++: a deterministic solver of second order. Empty: the default sampler of the model."""
     steps: int | None = None
-    """Number of denoising steps for each image. Empty: all steps of the training for the sampler ddpm, and 25 for the
-    other samplers."""
+    """Number of denoising steps for each image. Empty: all steps of the training with the sampler ddpm, 25 steps with
+    the other samplers."""
     guidance_scale: float | None = None
-    """Scale of the classifier-free guidance; 1 switches guidance off. Empty: 2, or 1 for a model that was trained
-    without dropped conditions (drop 0)."""
+    """Scale of the classifier-free guidance; 1 switches guidance off. Empty: the scale is 2, or 1 for a model that was
+    trained without dropped conditions (drop 0)."""
     average_repeats: int = 0
     """Number of presentations of the same image to the same subject that are averaged to one trial. 0: average all
     presentations, as papers do with test images. 1: average nothing."""

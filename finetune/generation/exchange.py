@@ -32,7 +32,7 @@ def exchange_all(groups: list[list[int]], seed: int) -> list[list[int]]:
     Returns
     -------
     list of list of int
-        For each group, another group of `groups`.
+        For each group of presentations, another group, whose EEG is used in its place.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def randomise_phases(eeg_CT: np.ndarray, seed: int) -> np.ndarray:
     samples = eeg_CT.shape[-1]
     spectrum_CF = np.fft.rfft(eeg_CT.astype(np.float64), axis=-1)
     angle_F = np.random.default_rng(seed).uniform(0, 2 * np.pi, spectrum_CF.shape[-1])
-    # Angle 0 keeps the mean, and angle 0 or pi keeps the value at the Nyquist frequency real.
+    # At frequency 0, the angle 0 keeps the mean. At the Nyquist frequency, the angle 0 or pi keeps the value real.
     angle_F[0] = 0.0
     if samples % 2 == 0:
         angle_F[-1] = np.pi * (angle_F[-1] > np.pi)

@@ -36,8 +36,8 @@ BINS = 25
 """Number of time bins of a time course, as in the linear baseline."""
 FACE_Y, FACE_Z = 0.03, -0.015
 """An electrode more than 3 cm in front of the ears and more than 1.5 cm below the plane through the nasion and the ears
-is on the face (head coordinates in metres). The electrodes of the 10-05 system are not on the face by this rule; the
-electrodes 125 to 128 of a HydroCel net of 128 electrodes are."""
+is on the face (head coordinates in metres). By this rule, no electrode of the 10-05 system is on the face, but the
+electrodes 125 to 128 of a HydroCel net with 128 electrodes are on the face."""
 
 Floats = NDArray[np.float64]
 

@@ -23,7 +23,7 @@ class Trial:
     key: str
     """Key of the first presentation, which is also the name of the image file."""
     numbers: list[int]
-    """Numbers of the presentations in the dataset."""
+    """Numbers of the trial's presentations in the dataset."""
     source: list[int]
     """Numbers of the presentations whose EEG is used; empty if no EEG is used."""
     source_keys: list[str]

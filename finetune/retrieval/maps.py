@@ -1,4 +1,4 @@
-"""Maps from EEG to the embeddings of a frozen image model: an alignment run, or a ridge regression.
+"""Models that map EEG to the embeddings of a frozen image model: an aligned encoder, or a ridge regression.
 
 Tensor shapes: B trials, M images, F features, P width of the embeddings.
 """
@@ -46,7 +46,7 @@ class AlignmentRun:
     part: dict[str, float | None]
     """Part of each trial that the encoder reads (arguments `tmin` and `tmax` of `open_paired`)."""
     dataset_id: str
-    """Id of the dataset of the run."""
+    """Id of the dataset on which the encoder was aligned."""
 
     @classmethod
     def load(cls, run: str | Path) -> AlignmentRun:
@@ -94,7 +94,7 @@ def _unit(x: NDArray[Any]) -> NDArray[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Regression:
-    """Ridge regression of one person, or of all people."""
+    """Ridge regression that was fitted to the trials of one person, or of all people."""
 
     mean_F: Floats
     mean_P: Floats
@@ -158,7 +158,7 @@ def fit_ridge(train: EEGDataset, target_MP: Floats, test: EEGDataset, *, bins: i
     target_MP : ndarray, shape (M, P)
         Embeddings of the images of the train split, in the order of ``ImageTable(train)``.
     test : EEGDataset
-        Split whose images are searched. Only its people and the names of its channels are used.
+        Split whose images are searched. Only the people of this split and the names of its channels are used.
     bins : int
         Number of time bins of each channel.
     fit : str
@@ -209,7 +209,7 @@ def fit_ridge(train: EEGDataset, target_MP: Floats, test: EEGDataset, *, bins: i
                 sums[-1].add(x_BF, y_BP)
         total = sums[0] + sums[1]
         scale_F = total.compute_scale()
-        # Without kept images, there is nothing to choose from, so the middle penalty is used.
+        # If every image is held out, nothing can be fitted for the choice of the penalty, so use the middle penalty.
         chosen = _choose_penalty(sums[0].fit(scale_F), read(own[held])) if sums[0].n else len(STRENGTHS) // 2
         found = total.fit(scale_F)
         regressions[str(person)] = Regression(

@@ -42,7 +42,7 @@ from pretrain.evidence.trials import derange_within, find_neighbourhoods
 from pretrain.runs.distributed import choose_device
 
 NAME = "retrieval.json"
-"""Name of the file with the result, in the output folder."""
+"""Name of the file in the output folder that holds the result of the retrieval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class RetrieveConfig:
     split: str = "test"
     """Split whose images are searched."""
     target: str = ""
-    """Frozen image model: a directory, or a hub id. Empty: the CLIP model of the alignment run."""
+    """Frozen image model: a directory, or a hub id. Empty: use the CLIP model of the alignment run."""
     layer: int | None = None
     """Hidden layer of the image model. The class token of this layer is the embedding of an image; 0 is the input of
     the first layer, and -1 is the output of the last layer. Empty: the final embedding. Only for ridge."""
@@ -114,7 +114,7 @@ class Gallery:
 def measure_trials(
     gallery: Gallery, embeds_BP: NDArray[Any], rows_B: NDArray[np.integer], n_way: Sequence[int]
 ) -> dict[str, NDArray[np.float64]]:
-    """Compute the scores of each trial.
+    """Compute the retrieval scores of each trial: rank, identification and top-k.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def measure_trials(
     embeds_BP : ndarray
         EEG embeddings of the trials.
     rows_B : ndarray of int, shape (B,)
-        Row of each trial's own image in the gallery.
+        For each trial, the row of its own image in the gallery (the set of images that are searched).
     n_way : sequence of int
         Numbers of images among which the trial's own image is searched, in addition to all images.
 
@@ -189,17 +189,18 @@ class Question:
 
     gallery: Gallery
     rows_B: NDArray[np.integer]
-    """Row of each trial's own image in the gallery."""
+    """For each trial, the row of its own image in the gallery (the set of images that are searched)."""
     embeds_BP: NDArray[Any]
     """EEG embeddings of the trials."""
     neighbours_BP: NDArray[Any] | NotApplicable | None
-    """EEG embeddings from means over neighbours in time, for the control ``shuffle_within``. The neighbours of a mean
-    are the neighbours of each presentation. None if the trials are single presentations, whose embeddings can be
-    exchanged directly."""
+    """EEG embeddings from means over neighbours in time, for the control ``shuffle_within``. If a trial is a mean over
+    presentations, its neighbours are the neighbours of each presentation. None if the trials are single presentations,
+    whose embeddings can be exchanged directly."""
     setting: Setting
-    """The trials, the training trials, and the design."""
+    """The trials, the training trials, and the design of the experiment (the order of the images)."""
     predictors: Callable[[Callable[[Prediction], NDArray[np.float64]]], dict[str, Control | NotApplicable]]
-    """Function that scores the predictors without EEG response, for a given score of a prediction."""
+    """Function that scores the predictors that see no EEG response. Its argument is the function that scores one
+    prediction."""
     train_MP: NDArray[Any]
     """Embeddings of the training images."""
     train_labels_M: NDArray[np.integer]
@@ -222,7 +223,7 @@ class Question:
         return identify(*self.gallery.rank(embeds_BP, self.rows_B), len(self.gallery.table))
 
     def score_prediction(self, prediction: Prediction) -> NDArray[np.float64]:
-        """Score a predictor of labels: search with the mean embedding of the training images of the predicted label."""
+        """Score a predictor of labels: search with the mean embedding of the predicted label's training images."""
         labels = np.unique(self.train_labels_M)
         means_LP = np.stack([self.train_MP[self.train_labels_M == label].mean(axis=0) for label in labels])
         return self.identify(means_LP[np.searchsorted(labels, prediction.labels_B)])
@@ -435,7 +436,7 @@ def retrieve(config: RetrieveConfig) -> int:
 def _check_output(output: Path) -> None:
     """Check that the output folder is empty, or holds an earlier retrieval."""
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    # A retrieval that failed may have left the log of openings in the folder.
+    # A retrieval that failed may have left one file in the folder: the log that `pretrain.evidence.openings` writes.
     if output.is_file() or not (NAME in names or names <= {LOG}):
         raise RequestError(f"{output}: exists but does not hold a retrieval; choose another output")
 

@@ -43,7 +43,7 @@ def top_k(
     n : int, optional
         Number of compared images, including the trial's own image; by default, all images.
     k : int
-        Number of images that are counted as found.
+        The search counts as successful if the trial's own image is among the `k` most similar images.
 
     Returns
     -------

@@ -30,7 +30,7 @@ class ConditionerConfig:
     """Number of tokens between the two convolutions of the conditioner."""
     time_dim: int = 0
     """Width of the time embedding, E. If E is above 0, a vector from the EEG is also added to the time embedding, as in
-    DreamDiffusion's code. With 0, nothing is added to the time embedding, as in DreamDiffusion's paper."""
+    DreamDiffusion's code. If E is 0, nothing is added to the time embedding, as in DreamDiffusion's paper."""
 
 
 class Conditioner(nn.Module):

@@ -310,7 +310,10 @@ def _train_unet(
     config: MiniatureConfig,
     world: World,
 ) -> tuple[UNet2DConditionModel, Any]:
-    """Train a small U-Net with the block types of Stable Diffusion 1.5. A tenth of the captions is replaced by ""."""
+    """Train a small U-Net with the block types of Stable Diffusion 1.5.
+
+    A tenth of the captions is replaced by the empty text, so that guidance can be used.
+    """
     from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig
 

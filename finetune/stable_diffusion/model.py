@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 KIND = "stable_diffusion"
 Tune = Literal["E+A", "E", "A"]
 _WHAT = "Stable Diffusion"
-# Libraries and classes that each part of a pipeline may have. No other class is loaded, because a class could be any
-# code.
+# Libraries and classes that each part of a pipeline may have. No other class is loaded, because the code of a class
+# could do anything.
 _PARTS = {
     "unet": {("diffusers", "UNet2DConditionModel")},
     "vae": {("diffusers", "AutoencoderKL")},

@@ -73,7 +73,8 @@ class StableDiffusionConfig:
     hidden: int = 64
     """Number of tokens between the two convolutions of the projector."""
     drop: float = 0.1
-    """Fraction of trials whose EEG condition is dropped in training. Classifier-free guidance needs a value above 0."""
+    """Fraction of trials whose EEG condition is dropped in training. Classifier-free guidance needs a model that was
+    trained with a drop above 0."""
     encoder_lr: float = 1.0
     """The encoder's learning rate is this factor times training.lr."""
     attention_lr: float = 1.0

@@ -132,11 +132,12 @@ def open_run(
     config : dataclass instance
         Config of the stage, with the key ``output`` and possibly the key ``tracker``.
     accelerator : Accelerator or None
-        The accelerator that `make_accelerator` returned; None for a stage that is always one process.
+        The accelerator that `make_accelerator` returned; None for a stage that always runs in one process.
     free : tuple of str
         Config keys that may change when the run is resumed, as returned by `free_keys`.
     output : str or Path, optional
-        Directory that is used in place of the config's ``output``. A stage with several runs needs `output`.
+        Directory that is used in place of the config's ``output``. A stage that trains several networks, each in its
+        own run directory, needs `output`.
 
     Returns
     -------
@@ -204,7 +205,7 @@ def report_finished(run: RunDirectory, result: str = "model/dreamscale.json") ->
     run : RunDirectory
         The run directory.
     result : str
-        Path of a file of the result, relative to the run directory.
+        Path, relative to the run directory, of a file that a complete run has.
 
     Returns
     -------

@@ -42,7 +42,8 @@ class TrainingConfig:
     """Number of samples in one optimiser step, over all processes; a multiple of num_processes."""
     micro_batch_size: int | None = None
     """Number of samples that a process uses in one forward pass; a divisor of the process's part of the batch. A
-    smaller `micro_batch_size` needs less memory. None: one forward pass for the process's part of the batch."""
+    smaller `micro_batch_size` needs less memory. None: a process computes its whole part of the batch in one forward
+    pass."""
     lr: float = 1e-4
     """Highest learning rate during the training."""
     min_lr: float = 0.0
@@ -61,7 +62,8 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the computation. With bf16 (autocast), the weights are still stored in fp32."""
     num_workers: int = 0
-    """Number of worker processes that read data, for each training process. With 0, the training process reads data."""
+    """Number of worker processes that read data, for each training process. With 0 workers, the training process itself
+    reads the data."""
     log_every: int = 10
     """Number of steps between two lines in the file of metrics."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -111,7 +113,8 @@ def free_keys(*prefixes: str, independent_samples: bool) -> tuple[str, ...]:
         Dotted names of the `TrainingConfig` inside the stage's config, e.g. ``training``.
     independent_samples : bool
         True if the loss is a mean over samples, and the output for a sample does not depend on other samples, so that
-        ``micro_batch_size`` may change. False, for example, for a contrastive loss or a network with batch norm.
+        ``micro_batch_size`` may change. The value is False, for example, for a contrastive loss or for a network with
+        batch norm.
 
     Returns
     -------

@@ -121,7 +121,7 @@ def fit(
     Raises
     ------
     StopRequested
-        If a stop was requested. The error is raised only after a checkpoint was written.
+        If a stop was requested. This error is raised only after a checkpoint was written.
     RequestError
         If the batch cannot be divided among the processes, or the newest checkpoint is of another model or version.
     RuntimeError

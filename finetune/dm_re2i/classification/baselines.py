@@ -107,7 +107,7 @@ class TSConv(EEGClassifier):
 
     def __init__(self, config: ConvolutionConfig) -> None:
         super().__init__(config)
-        # At 250 Hz: filters of 25 samples, and means of 51 samples at every 5th sample.
+        # At 250 Hz, each filter has 25 samples, and the pooling computes means of 51 samples at every 5th sample.
         kernel, pool, stride = (max(1, round(samples / 250 * config.sfreq)) for samples in (25, 51, 5))
         if (shortest := kernel + pool - 1) > config.n_times:
             raise ValueError(
@@ -158,7 +158,7 @@ class EncoderClassifierConfig:
     train_encoder: bool = False
     """True: the encoder is trained together with the head. False: the encoder is frozen."""
     noise_normalisation: bool = False
-    """Always false, because the encoder was pretrained on EEG that was not whitened."""
+    """Noise normalisation is always off, because the encoder was pretrained on EEG that was not whitened."""
 
 
 class EncoderClassifier(EEGClassifier):

@@ -130,8 +130,8 @@ def summarise_runs(
     -------
     dict
         For each network: ``accuracy``, its intervals over people and over images, and ``people`` (accuracy of each
-        person). ``shuffled`` holds the same values for the control. The differences are ``minus_shuffled`` (from the
-        control) and ``minus_first`` (from the first network).
+        person). ``shuffled`` holds the same values for the network that was trained with shuffled categories. The
+        differences are ``minus_shuffled`` (from the control) and ``minus_first`` (from the first network).
     """
     people_n, images_n = np.asarray(people), np.asarray(images)
 

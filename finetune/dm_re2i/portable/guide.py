@@ -1,7 +1,7 @@
 """The part of a DM-RE2I model that turns EEG into the guiding vector, in a form that runs without this project.
 
 `finetune.dm_re2i.portable.write` writes the classes of this module, with all that they need, into the packages of
-models. In a package, the written classes read the same files as `finetune.dm_re2i.model`.
+models. In a package, these classes read the same files as the classes of `finetune.dm_re2i.model`.
 
 Tensor shapes: B trials, C channels (up to 128), T samples, D width of the vector.
 """
@@ -53,7 +53,8 @@ class PortableGuide(ModelMixin, ConfigMixin):
 
     config_name = "config.json"
     NETWORK: ClassVar[Any] = None
-    """Class of the network, which the last line of the written file sets."""
+    """Class of the network that the guide runs; the last line of the Python file in a model's package sets this
+    class."""
 
     def __init__(self, network: nn.Module, about: dict[str, Any]) -> None:
         super().__init__()

@@ -120,7 +120,7 @@ class EEGToImagePipeline(DiffusionPipeline):
         seeds : list of int, optional
             One seed for each trial; by default 0 to B - 1. The noise of a trial depends only on the trial's seed.
         sampler : str, optional
-            ddpm or ddim; by default the sampler of the model.
+            Name of the sampler, ddpm or ddim; by default the sampler of the model.
         num_inference_steps : int, optional
             Number of denoising steps; by default all steps of the training for ddpm, and 25 for ddim.
         guidance_scale : float, optional

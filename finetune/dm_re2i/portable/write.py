@@ -40,7 +40,7 @@ def can_run_alone(guide: EEGGuide) -> bool:
 def write_portable_files(
     folder: Path, guide: EEGGuide, unet: GuidedUNet, spec: PreprocessSpec, *, sampler: str, card: dict[str, Any]
 ) -> None:
-    """Add to the package of a model the files with which diffusers loads it, and the model card.
+    """Add to the package of a model the code with which diffusers loads the package, and the model card.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def make_card(
     license : str
         Identifier of the licence of the weights.
     data, settings, results : dict
-        Rows of the tables of the card.
+        Rows of the tables in the model card.
 
     Returns
     -------

@@ -1,1 +1,1 @@
-"""What generated images could reach: real images that nobody saw, repeats of trials, and models of other seeds."""
+"""How good the scores of generated images could be, measured with real images, repeated trials and other seeds."""

@@ -2,7 +2,7 @@
 
 By default, the other images are the images of the training split. If there are other images of every category of the
 trials, each seen image gets one other image of its category, and all metrics are computed as for generated images.
-Otherwise only the metrics of sets, such as the FID, are computed.
+If a category has no other images, only the metrics of sets, such as the FID, are computed.
 
 Array shapes: B trials, M different seen images.
 """
@@ -99,7 +99,7 @@ def take_training_images(
     Returns
     -------
     OtherImages or NotApplicable
-        The images, or the reason why there are none.
+        The images, or a text that says why there are no images.
     """
     left_out = set(seen_ids).union(*copies)
     rows_M = np.array([row for row, name in enumerate(table.ids) if name not in left_out], np.int64)
@@ -204,7 +204,7 @@ def measure_other_images(
     Parameters
     ----------
     other : OtherImages or NotApplicable
-        The other images, or the reason why there are none.
+        The other images, or a text that says why there are no other images.
     real, judges, options
         The arguments of `finetune.evaluation.measure.measure`.
 
@@ -212,8 +212,9 @@ def measure_other_images(
     -------
     dict or str
         ``source``, ``images`` (number of different other images that were used), ``paired`` (whether each seen image
-        has another image of its category) and ``metrics``; or a text that says why there is no result. Without pairs,
-        ``metrics`` has only the metrics of sets, for as many other images as there are different seen images.
+        has another image of its category) and ``metrics``; or a text that says why there is no result. If a seen image
+        has no other image of its category, ``metrics`` has only the metrics of sets, for as many other images as there
+        are different seen images.
 
     Raises
     ------

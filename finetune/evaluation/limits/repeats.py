@@ -79,7 +79,7 @@ def measure_eeg_reliability(
         (`read_time_courses`), whose mean over each recording is removed first; ``ceiling``: the square root of the
         reliability, which is the largest correlation that a model of the noise-free response can reach with the mean of
         all presentations; ``by_person``: reliability of each person; ``images``: number of pairs of person and image
-        with repeats. Or a text that says why there is no ceiling.
+        with repeats. If there is no ceiling, the result is a text that says why.
     """
     chosen = table.select(numbers_n)
     pairs_n = np.array(
@@ -122,7 +122,7 @@ def measure_eeg_reliability(
 
 
 def _name_pairs(trials: TrialTable) -> NDArray[np.int64]:
-    """Return the number of the pair of person and image of each trial."""
+    """Return, for each trial, the number of its pair of person and image."""
     return group_by(trials.subjects_n, trials.images_n)
 
 
@@ -141,8 +141,8 @@ def measure_agreement(predicted_B: NDArray[np.integer], trials: TrialTable) -> d
     dict or str
         ``agreement``: see `repeat_agreement`; ``chance``: agreement of trials of different images, which is the sum of
         the squared shares of the categories; ``ceiling``: the square root of the agreement, which is the largest
-        accuracy that is possible with this agreement; ``images``: number of pairs of person and image with repeats. Or
-        a text that says why there is no agreement.
+        accuracy that is possible with this agreement; ``images``: number of pairs of person and image with repeats. If
+        there is no agreement, the result is a text that says why.
     """
     pairs_B = _name_pairs(trials)
     _, count = np.unique(pairs_B, return_counts=True)

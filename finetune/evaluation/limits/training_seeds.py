@@ -28,15 +28,16 @@ def measure_training_seeds(
     own : GeneratedSet
         The evaluated images.
     result : mapping
-        Result of the evaluation of `own`, with ``generated`` and ``classifier``.
+        Result of the evaluation of `own`, with the keys ``generated`` and ``classifier``.
     folders : sequence of str or Path
         Folders with the images of other training runs, which `dreamscale evaluate` has evaluated.
 
     Returns
     -------
     dict or str
-        ``runs``: number of runs, with `own`; ``metrics``: ``values`` (`own` first), ``mean``, ``std`` (with the divisor
-        runs - 1), ``least`` and ``most`` of each metric that all runs have. Or a text that says that there is one run.
+        ``runs``: number of runs, with `own`; ``metrics``: for each metric that all runs have, ``values`` (`own` first),
+        ``mean``, ``std`` (with the divisor runs - 1), ``least`` (the smallest value) and ``most`` (the largest value).
+        If there is only one run, the result is a text that says so.
 
     Raises
     ------

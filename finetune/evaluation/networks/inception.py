@@ -59,7 +59,7 @@ class Mixed(nn.Module):
         ``average`` or ``maximum`` (followed by a convolution), or ``reduce``: a maximum pooling with stride 2 and no
         convolution. With ``reduce``, the last convolution of each chain has stride 2 and no padding.
     pool_features : int
-        Output channels of the convolution after the pooling.
+        Number of output channels of the convolution that follows the pooling.
     """
 
     def __init__(self, inputs: int, chains: list[list[Step]], pool: str, pool_features: int = 0) -> None:
@@ -186,8 +186,8 @@ class InceptionV3(nn.Module):
 def resize_as_tensorflow(x_BCHW: Tensor, side: int) -> Tensor:
     """Resize images to a square by the bilinear interpolation of TensorFlow 1, without antialiasing.
 
-    Row i of the output is read at row i x (input rows) / (output rows) of the input, and columns in the same way. No
-    mode of `torch.nn.functional.interpolate` reads the input at these positions.
+    Row i of the output is read at row i x (input rows) / (output rows) of the input, and columns in the same way.
+    `torch.nn.functional.interpolate` has no mode that reads the input at the same positions as TensorFlow 1.
     """
     for dimension in (2, 3):
         length = x_BCHW.shape[dimension]

@@ -50,14 +50,14 @@ class Judges:
     """The networks that judge images."""
 
     networks: list[FrozenNetwork]
-    """Networks that compute embeddings; the dataset's own classifier is the first."""
+    """Networks that compute embeddings; the dataset's own classifier is the first network."""
     lpips: list[lpips.LoadedLPIPS] = field(default_factory=list)
     """Variants of LPIPS."""
     sharing: Sharing = field(default_factory=Sharing)
     """Processes among which the images are divided."""
     missing: dict[str, str] = field(default_factory=dict)
-    """Maps metrics to texts that say how to get a missing network. Each missing network has one or two of its metrics
-    in this mapping."""
+    """Maps metrics to texts that say how to get a missing network. If the weights of a network are missing, this
+    mapping has an entry for one or two of the network's metrics."""
 
     def describe(self) -> list[dict[str, str]]:
         """Return name, file and checksum of every network, for the results."""
@@ -87,7 +87,7 @@ def resize_images(images_BHW3: ImageSource, size: int) -> Images:
 
 
 def make_classifier_network(classifier: ImageClassifier, path: str | Path) -> FrozenNetwork:
-    """Return the dataset's own classifier as a judge.
+    """Return the dataset's own image classifier as a network that judges images.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def find_judges(
     Returns
     -------
     Judges
-        The networks, and what is missing.
+        The networks, and for each network without weights a text that says how to get the weights.
 
     Raises
     ------
@@ -187,7 +187,7 @@ def find_judges(
 
 
 class RealImages:
-    """The images that the person saw in the trials, and the outputs of networks for them.
+    """The images that the person saw in the trials, and the outputs of networks for these images.
 
     Each different image is judged once by each network, also if several trials show the image.
 
@@ -203,9 +203,9 @@ class RealImages:
     Attributes
     ----------
     first_M : ndarray of int
-        First trial of each different image.
+        For each different image, the number of the first trial that shows the image.
     row_B : ndarray of int
-        Number of the different image that each trial shows.
+        For each trial, the number of its image among the different images.
     """
 
     def __init__(self, images_BHW3: ImageSource, ids: Sequence[str], labels_B: NDArray[np.integer]) -> None:
@@ -321,7 +321,7 @@ def _score_trials(
 
 def _average(values_B: NDArray[np.float64]) -> float | str:
     finite_B = np.isfinite(values_B)
-    return float(values_B[finite_B].mean()) if finite_B.any() else "not computed: no trial has a value"
+    return float(values_B[finite_B].mean()) if finite_B.any() else "not computed: no trial has a finite value"
 
 
 def measure_sets(
@@ -374,7 +374,7 @@ def measure_halves(network: FrozenNetwork, real: RealImages, seed: int) -> dict[
 
 
 def measure_other_set(network: FrozenNetwork, images_BHW3: ImageSource, real: RealImages) -> dict[str, Any]:
-    """Compute the metrics of sets between any images, each different, and the different real images.
+    """Compute the metrics that compare a set of images that belong to no trial with the set of different real images.
 
     Parameters
     ----------

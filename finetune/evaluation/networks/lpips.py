@@ -164,7 +164,7 @@ class LoadedLPIPS:
         return f"lpips_{self.network.variant}"
 
     def describe(self) -> dict[str, str]:
-        """Return name, file and checksum, for the results."""
+        """Return the network's name, file and checksum, which the results of an evaluation contain."""
         return {"name": self.name, "file": self.file, "sha256": self.sha256}
 
     def compare(self, a_BHW3: ImageSource, b_BHW3: ImageSource, batch: int = 8) -> Floats | str:

@@ -19,7 +19,8 @@ from finetune.evaluation.networks.sharing import Sharing
 from finetune.evaluation.pixel_metrics import Images, ImageSource
 
 MAX_EMBEDDINGS = 2**29
-"""Largest size in bytes of the embeddings of one set of images. A set that needs more memory is not embedded."""
+"""Largest size in bytes of the embeddings of one set of images. A set whose embeddings need more memory is not
+embedded."""
 MOST_FOR_SETS = 4096
 """Widest embedding whose Fréchet distance is computed, because the distance needs matrices of this width."""
 

@@ -58,7 +58,7 @@ class Sharing:
         compute : callable
             The function.
         *sources : ImageSource
-            Images of equal number. The function gets one block of images of each source.
+            Images of equal number. The function is called with one block of images from each source.
         block : int
             Number of images in a block.
 
@@ -76,7 +76,8 @@ class Sharing:
         if self.world.size > 1:
             self.world.broadcast(task)
         for first in range(0, -(-len(sources[0]) // block), self.world.size):
-            # The other processes wait for the number of each round, so that rank 0 may stop after any round.
+            # Before each round of blocks, rank 0 sends the round's number to the other processes, so that rank 0 may
+            # stop after any round.
             self.world.broadcast(first)
             for value, fault in self._run_round(task, compute, first)[: -(-len(sources[0]) // block) - first]:
                 if fault is not None:
@@ -102,7 +103,10 @@ class Sharing:
             self.world.broadcast(None)
 
     def announce(self, value: Any) -> None:
-        """Send a value from rank 0 to the other processes, which wait in `wait`. The value must not be None."""
+        """Send a value from rank 0 to the other processes, which wait in `wait`.
+
+        The sent value must not be None, because None tells the other processes that rank 0 has ended.
+        """
         self.world.broadcast(value)
 
     def wait(self) -> Any:

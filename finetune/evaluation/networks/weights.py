@@ -91,9 +91,10 @@ def fill_network(network: nn.Module, arrays: Mapping[str, np.ndarray], path: str
     network : Module
         The network to fill.
     arrays : mapping of str to ndarray
-        Values of each entry of the network's state. Counters of batch norms may be missing.
+        Maps the name of each tensor in the network's state to its values. The arrays may lack the counters of batch
+        norms.
     path : str or Path
-        File of the arrays, for messages.
+        File of the arrays, which error messages name.
 
     Returns
     -------
@@ -130,7 +131,7 @@ def check_digest(path: str | Path, sha256: str, package: str) -> None:
     Raises
     ------
     RequestError
-        If the file has another checksum.
+        If the checksum of the file is not the checksum of the published file.
     """
     found = sha256_file(path)
     if found != sha256:

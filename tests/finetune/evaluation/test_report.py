@@ -113,8 +113,11 @@ def test_numbers_and_names(page: Path) -> None:
 
 def test_a_dataset_without_held_out_images(page: Path, tmp_path: Path) -> None:
     assert "On 16 real held-out images, the classifier's accuracy is\n0.900." in page.read_text()
-    without = {"accuracy": "not computed: no held-out images", "n": 0, "splits": []}
-    assert "The classifier's accuracy is not computed: no held-out images." in write_page(tmp_path, without).read_text()
+    without = {"accuracy": "not computed: there are no held-out images", "n": 0, "splits": []}
+    assert (
+        "The classifier's accuracy is not computed: there are no held-out images."
+        in write_page(tmp_path, without).read_text()
+    )
 
 
 def test_in_a_browser(page: Path, open_in_browser) -> None:
