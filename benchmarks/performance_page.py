@@ -139,7 +139,7 @@ def loading(found: dict[str, Any]) -> str:
 
 This measurement was made with the command
 `python benchmarks/loading.py --samples 1500 --repeats 3`. The data are
-{found["data"]}. Every program makes float32 batches, which are padded to 128 channels.
+{found["data"]}. Every program makes float32 batches and pads them to 128 channels.
 "ours" is the loader of Dreamscale.
 
 {table(["program", "samples/s (lowest to highest)", "CPU time of a sample (µs)", "peak memory (MB)"], rows)}

@@ -172,7 +172,7 @@ def load_reference(path: Path) -> Any:
     if not file.is_file():
         raise SystemExit(f"{file}: no such file; --reference must be a checkout of bbaaii/DreamDiffusion")
     sys.path.insert(0, str(code))
-    # The released code uses np.float, which newer versions of NumPy do not have.
+    # The released code uses np.float, but newer versions of NumPy do not have np.float.
     np.float = float  # type: ignore[attr-defined]
     if importlib.util.find_spec("timm") is None:
         sys.modules.update(_stand_in_for_timm())
@@ -182,7 +182,10 @@ def load_reference(path: Path) -> Any:
 
 
 def _stand_in_for_timm() -> dict[str, types.ModuleType]:
-    """Make a stand-in for timm with its plain transformer block, as in timm 0.5.4, which the released code requires."""
+    """Make a stand-in for timm with the plain transformer block of timm 0.5.4.
+
+    The released code requires this version of timm.
+    """
     from torch import nn
 
     class Attention(nn.Module):

@@ -4,10 +4,10 @@
 people and 63 channels. Only the windows are short (8 samples), so that the dataset fits on a small disk; the JSON of a
 trial has its true size. Each program runs in a process of its own: "one JSON a trial" is a plain loop that parses the
 JSON of every trial, without a table of the trials; "first process" makes the table; "next process" finds the table.
-Then two processes open the split at the same time, without a finished table. A small feature (the mean over time) is
-computed for trials of 128 x 440, the size of EEG-ImageNet (11,466 trials): at once, and part by part. "cpu_s" are
-seconds of the CPU, which other programs of the machine hardly change. Memory is the largest resident set of the process
-minus its resident set after the imports, including pages of the mapped file.
+After these programs, two processes open the split at the same time, without a finished table of trials. A small feature
+(the mean over time) is computed for trials of 128 x 440, the size of EEG-ImageNet (11,466 trials): at once, and part by
+part. "cpu_s" are seconds of CPU time; other programs of the machine hardly change this time. Memory is the largest
+resident set of the process minus its resident set after the imports, including pages of the mapped file.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def plain(root: Path) -> dict[str, int]:
 
 
 def tables(root: Path) -> dict[str, int]:
-    """Group the trials and list the images with the functions of fine-tuning, which use the table of the trials."""
+    """Group the trials and list the images with functions of fine-tuning that use the table of trials."""
     from finetune.eeg import group_repeats
     from finetune.images import ImageTable, open_paired
 

@@ -52,8 +52,8 @@ class Design:
     and every person has images of their own. trials: a quarter of the trials. people: the last half of the people, and
     a quarter of the images. labels: half of the labels."""
     labels_of_person: int | None = None
-    """Number of labels that a person sees; all by default. If people see only some of the labels, the EEG also has a
-    different offset for each person."""
+    """Number of labels that a person sees; by default, a person sees all labels. If people see only some of the labels,
+    the EEG also has a different offset for each person."""
     skewed: bool = False
     """Whether seven of ten images have the first label."""
     generator: str = "ridge"

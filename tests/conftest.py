@@ -120,7 +120,7 @@ def _make_paired(split: str, count: int, seed: int) -> list[Sample]:
 
 @pytest.fixture(scope="session")
 def grow() -> Callable[[Path], None]:
-    """Return a function that writes version 2 of a dataset, which withdraws samples of the first training shard."""
+    """Return a function that writes version 2 of a dataset; version 2 withdraws samples of the first training shard."""
     import dataclasses
 
     from data_sharding.dataset.manifest import Manifest, version_folder

@@ -47,7 +47,8 @@ def main() -> None:
             run = RunDirectory(config.output, config, rank=rank, free=FREE)
             train_in(world, deepspeed, config, run, train, held_out, StopAfter(run, job.get("stop_after")))
             run.close()
-            # Let the other ranks wait for rank 0, which still writes files after the last collective operation.
+            # Let the other ranks wait for rank 0, because rank 0 still writes files after the last collective
+            # operation.
             world.barrier()
 
 

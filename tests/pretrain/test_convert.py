@@ -26,7 +26,7 @@ CHANNELS, PATCH, TOKENS, WIDTH, NARROW, HEADS, NARROW_HEADS = 128, 4, 16, 32, 24
 
 
 class Layer(nn.Module):
-    """A transformer block with DreamDiffusion's names of weights, in which each step of attention is written out."""
+    """A transformer block with DreamDiffusion's names of weights; its code writes out each step of attention."""
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ from data_sharding.formats.open_signal import ReadError
 from launch.cli import main
 
 MARK, TUPLE2, DUP, EMPTY_DICT, SETITEM, STOP = b"(", b"\x86", b"2", b"}", b"s", b"."
-# 40 levels of tuples that each contain the next tuple twice, which makes 2^40 empty tuples.
+# 40 levels of tuples that each contain the next tuple twice. This makes 2^40 empty tuples.
 NESTED = b")" + (DUP + TUPLE2) * 40
 # 45 levels of lists that each contain the next list twice.
 LISTS = b"]q\x00" + b"".join(b"0](h%ch%ceq%c" % (i, i, i + 1) for i in range(45))

@@ -105,7 +105,7 @@ def test_texts_and_negative_onsets_are_read_as_before(tmp_path: Path) -> None:
 
 
 def repeat(value: Any, times: int, kind: Any) -> Any:
-    """Return an array that repeats one value, which Parquet stores once."""
+    """Return an array that repeats one value; Parquet stores this value once."""
     one = pa.array([value], kind)
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(times, np.int32)), one)
 

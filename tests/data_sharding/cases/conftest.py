@@ -1,4 +1,4 @@
-"""Compares sharded samples with the true signal of synthetic recordings, which is known at any time.
+"""Compares sharded samples with the true signal of synthetic recordings; this signal is known at any time.
 
 The true signals are sums of sinusoids. The file ``truth.py`` in the folder that `DREAMSCALE_CASES` names has computed
 the true signals of the recordings in this folder. `true_uv` computes the same signals, so that tests can write other

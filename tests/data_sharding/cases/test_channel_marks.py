@@ -27,7 +27,8 @@ BAD = ["F4"]
 
 @pytest.fixture
 def signal(true_uv) -> np.ndarray:
-    """Return the true signal with an artefact in F4, which is so small that only a mark makes the channel bad."""
+    """Return the true signal with an artefact in F4; the artefact is so small that only a mark makes the channel
+    bad."""
     t = np.arange(RATE * SECONDS) / RATE
     uv = true_uv(SEED, 8, t)
     marked = (t >= BEGIN) & (t < BEGIN + LENGTH)

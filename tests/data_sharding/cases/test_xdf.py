@@ -1,7 +1,7 @@
 """XDF files with lost packets, jitter and faulty clocks are read with the right sampling rate, segments and times.
 
-The true signal is a function of the amplifier's time, which is sample number / rate. The time stamps of the recording
-computer have jitter, drift and faults.
+The true signal is a function of the amplifier's time; this time is the sample number divided by the rate. The time
+stamps of the recording computer have jitter, drift and faults.
 """
 
 from __future__ import annotations

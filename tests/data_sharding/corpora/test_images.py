@@ -156,7 +156,7 @@ class TestEEGImageNet:
         assert shard(items[0], tmp_path / "work", spec, BY_CORPUS)[0].row.sha256 != row.sha256
 
     def test_a_short_trial_is_left_out_alone(self, tmp_path: Path) -> None:
-        """Trials of 450 to 459 samples are left out, because they end before the window, which ends at sample 460."""
+        """Trials of 450 to 459 samples are left out, because they end before sample 460, where the window ends."""
         data = released({0: 450, 1: 459, 2: 460, 3: 461, 4: 455})
         items = list_items(write_imagenet(tmp_path, data, splits()))
         spec = PreprocessSpec(sfreq=1000, highpass=5, lowpass=95, window=440, stride=440, notch="off", reference="keep")

@@ -126,7 +126,7 @@ def list_open_files() -> list[str]:
 def test_remote_dataset_reads_like_a_local_one(tmp_path: Path, own_cache: Path) -> None:
     write_dataset(tmp_path / "here", {"train": make_samples(40), "val": make_samples(8)}, SPEC, samples_per_shard=10)
     write_dataset("memory://lab/d", {"train": make_samples(3)}, SPEC)
-    # Write the remote dataset a second time, which replaces the first dataset.
+    # Write the remote dataset a second time, in place of the first dataset.
     write_dataset("memory://lab/d", {"train": make_samples(40), "val": make_samples(8)}, SPEC, samples_per_shard=10)
     here, there = EEGDataset(tmp_path / "here"), EEGDataset("memory://lab/d")
     assert here.manifest == there.manifest and (here.index == there.index).all()

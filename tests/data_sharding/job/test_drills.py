@@ -374,10 +374,10 @@ class TestCluster:
 
 
 class Line:
-    """A network line to a server, which a test can interrupt.
+    """A network line to a server; a test can interrupt this line.
 
-    Clients connect to a local port, which forwards their connections to the server. If a test interrupts the line, open
-    connections end, and the port refuses new connections.
+    Clients connect to a local port. This port forwards their connections to the server. If a test interrupts the line,
+    open connections end, and the port refuses new connections.
     """
 
     def __init__(self, target: int) -> None:

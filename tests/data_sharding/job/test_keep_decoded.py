@@ -126,7 +126,7 @@ def test_other_settings_give_the_same_parts_without_reading_the_files(
     monkeypatch.setitem(process.__globals__, "list_items", lambda _: items)
     assert process("other", OTHER) == fresh
     assert parts(tmp_path / "other") == parts(tmp_path / "fresh")
-    # Without the kept signals, the job must read the recordings, which are damaged now.
+    # Without the kept signals, the job must read the recordings, and these recordings are damaged now.
     shutil.rmtree(tmp_path / "decoded")
     assert {result.row.status for result in process("gone", OTHER)} != {"sharded"}
 

@@ -65,7 +65,7 @@ def test_windows_do_not_reach_over_gaps(tmp_path: Path, make_raw, write_raw, pro
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
     result = process(tmp_path / "eeg")
     row = result.row
-    # The gaps divide the signal into segments of 2.5 s, 1.7 s and 1.5 s, which contain 2 + 1 + 1 windows of 1 s.
+    # The gaps divide the signal into segments of 2.5, 1.7 and 1.5 s. These segments contain 2 + 1 + 1 windows of 1 s.
     assert row.windows == 4 and row.seconds_written == 4.0
 
 

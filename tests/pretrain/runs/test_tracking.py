@@ -74,7 +74,7 @@ class TestTracking:
         )
         assert main([str(config)]) == 0
         (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
-        # wandb writes the file in another process, which may still be writing when the run has ended.
+        # wandb writes the file in another process. This process may still be writing when the run has ended.
         logged: list[float] = []
         until = time.monotonic() + 30
         while len(logged) < 3 and time.monotonic() < until:
