@@ -206,8 +206,8 @@ def resolve(config: PlanConfig) -> Request:
     windows, windows_from = config.windows, "--windows"
     if windows is None and run is not None:
         datasets = [as_path(path) for path in run.datasets or [run.dataset]]
-        # Count the windows only if all datasets are on this machine. A dataset may exist only on another machine, or
-        # not exist yet.
+        # Count the windows only if all datasets are on this machine. A dataset of the config may exist only on another
+        # machine, or not exist yet.
         if all((path / MANIFEST).is_file() for path in datasets):
             windows = sum(read_manifest(path).samples("train") for path in datasets)
             windows_from = ", ".join(map(str, datasets))

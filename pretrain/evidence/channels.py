@@ -1,7 +1,8 @@
 """Find the channels that all trials have, so that features of trials are compared channel by channel.
 
-Recordings with other caps, or with the same cap in another order, have other channels in the same row. Without a search
-for common channels, the same row of the EEG would belong to different electrodes in different recordings.
+If two recordings use different caps, or the same cap with the channels in another order, the same row holds different
+channels. Without a search for common channels, the same row of the EEG would belong to different electrodes in
+different recordings.
 
 Array shapes: C common channels.
 """

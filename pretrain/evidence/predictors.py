@@ -45,7 +45,7 @@ class _Places:
     subject_n: Labels
     time_n: NDArray[np.float64]
     relative_n: NDArray[np.float64]
-    """[n] time divided by the time of the recording's last trial."""
+    """[n] time of each trial, divided by the time of the last trial of its recording."""
     label_n: Labels
     """[n] number of the label; 0 for all test trials, so that no rule can use a test label."""
 
@@ -90,7 +90,7 @@ def predict_from_time(train: TrialTable, test: TrialTable) -> Labels:
     The best rule is chosen separately for test trials whose recording is in the training trials, for other test trials
     whose person is in the training trials, and for the remaining test trials. When the rules compete on the training
     trials, a rule may not use trials that are nearer in time than a test trial usually is to its nearest training trial
-    (the median distance).
+    (the median distance over the test trials).
     """
     if not len(train):
         raise RequestError("there are no training trials, so nothing can be predicted from time; give a train split")

@@ -136,9 +136,9 @@ class Evidence:
     judge_chance: float | None = None
     """Chance level of the judge's score; by default the value of `chance`."""
     new_people: bool
-    """Whether no test person is in the training trials."""
+    """True if no test person is in the training trials."""
     new_concepts: bool
-    """Whether no test label is among the training labels."""
+    """True if no test label is among the training labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class Comparison:
     right: float
     """Mean of the second score."""
     difference: PairedDifference
-    """Mean difference with intervals and p-values."""
+    """Mean difference between the two scores, with intervals and p-values."""
     p_corrected: float
     """The p-value after Holm's correction over the comparisons of the same question."""
     holds: bool
@@ -180,7 +180,7 @@ class Verdict:
     """Reason for each control that cannot be made from the data."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the verdict as plain texts, numbers and lists, which JSON can store."""
+        """Return the verdict as plain texts, numbers and lists that JSON can store."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, dict):

@@ -363,9 +363,9 @@ def derange_within(groups_n: ArrayLike, images_n: ArrayLike, seed: int) -> tuple
         A permutation of the trials: trial i gets the EEG of trial ``order_n[i]`` of the same group. The number of
         trials that get the EEG of another image is as large as the group allows.
     alone_n : ndarray of bool, shape (n,)
-        True for a trial that is alone in its group and keeps its own EEG. Leave trials that are alone out of the
-        control, and report their number. If ``images_n[order_n] == images_n``, a trial got the EEG of another trial
-        with the same image.
+        True for a trial that is alone in its group and keeps its own EEG. Leave trials that are alone in their group
+        out of the control, and report their number. If ``images_n[order_n] == images_n``, a trial got the EEG of
+        another trial with the same image.
     """
     groups, group_n = np.unique(np.asarray(groups_n), return_inverse=True)
     _, image_n = np.unique(np.asarray(images_n), return_inverse=True)

@@ -38,7 +38,7 @@ def summarize(
     Returns
     -------
     dict
-        The result as plain numbers, lists and strings, which JSON can store.
+        The result as plain numbers, lists and strings, so that JSON can store the result.
     """
     images_n, subjects_n = trials.images_n[scored], trials.subjects_n[scored]
     subjects = np.unique(subjects_n)
