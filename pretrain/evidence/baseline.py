@@ -17,7 +17,8 @@ from pretrain.evidence.predictors import noise_features
 from pretrain.evidence.rules import NotApplicable
 
 LEAST_BASELINE_S = 0.05
-"""Smallest duration of the baseline in seconds. The lowest frequency above 0 in the spectrum of 0.05 s is 20 Hz."""
+"""Smallest duration of the baseline in seconds. The lowest frequency above 0 in the spectrum of 0.05 s of signal is 20
+Hz."""
 PART = 256
 """Number of trials whose EEG is in memory at once."""
 

@@ -173,7 +173,7 @@ def _count_votes(labels_nk: Labels, valid_nk: NDArray[np.bool_]) -> Labels:
 
 
 def _vote_of_nearest(k: int) -> Rule:
-    """Make the rule: the most common label of the k nearest trials in the same recording."""
+    """Make the rule that predicts the most common label of the k nearest trials in the same recording."""
 
     def rule(fit: _Places, new: _Places, gap: float | None) -> Labels:
         found = np.full(len(new.time_n), UNKNOWN)
@@ -199,7 +199,7 @@ def _find_nearest(distance: NDArray[np.float64], k: int) -> Labels:
 
 
 def _hide_near(distance: NDArray[np.float64], rows: Labels, columns: Labels, gap: float) -> NDArray[np.float64]:
-    """Make the distance infinite for the trial itself, and for trials nearer than the gap."""
+    """Make the distance infinite for the trial itself, and for trials nearer in time than the gap."""
     return np.where((distance < gap) | (rows[:, None] == columns[None]), np.inf, distance)
 
 
@@ -239,7 +239,7 @@ def _commonest_of_person(fit: _Places, new: _Places, gap: float | None) -> Label
 
 
 def _vote_of_pooled(k: int, name: str) -> Rule:
-    """Make the rule: the most common label of all recordings at the same time, or fraction of the duration."""
+    """Make the rule: predict the most common label of all recordings at the same time, or fraction of the duration."""
 
     def rule(fit: _Places, new: _Places, gap: float | None) -> Labels:
         found = np.full(len(new.time_n), UNKNOWN)

@@ -96,9 +96,9 @@ def common_positions(dataset: EEGDataset) -> Tensor:
 class ElectrodePlace(nn.Module):
     """Embedding of the position of an electrode.
 
-    The position is encoded by sines and cosines of several wavelengths along x, y and z (Fourier features [1]_). A
-    linear layer maps the sines and cosines to the embedding. All electrodes with an unknown position share one learned
-    embedding.
+    The electrode's position is encoded by sines and cosines of several wavelengths along x, y and z (Fourier features
+    [1]_). A linear layer maps the sines and cosines to the embedding. All electrodes with an unknown position share one
+    learned embedding.
 
     Parameters
     ----------

@@ -85,8 +85,9 @@ def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], d
     list of Fold
         The folds. Each trial is a test trial in at most one fold.
     dict of str to int
-        Number of trials that were left out because of shared images. ``test``: test trials whose image is also in the
-        training trials. ``train``: training trials whose image is also in the test trials, summed over all folds.
+        Number of trials that were left out because their image is in both the training and the test trials. ``test``:
+        test trials whose image is also in the training trials. ``train``: training trials whose image is also in the
+        test trials, summed over all folds.
 
     Raises
     ------

@@ -45,8 +45,8 @@ class RunDirectory:
     tracker : TrackerConfig, optional
         Where metrics are sent, in addition to metrics.jsonl. By default metrics are written to metrics.jsonl only.
     free : tuple of str
-        Dotted config keys that may change when the run is resumed. The name of a nested config stands for all of its
-        keys.
+        Dotted config keys that may change when the run is resumed. In this list, the name of a nested config stands for
+        all keys of the nested config.
     upgrade : callable, optional
         Function that converts the stored config of an older version, so that it can be compared with `config`. Old keys
         that ``RENAMED`` of a config class lists are always renamed.
