@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,6 +41,21 @@ def test_encoded_window_decodes_to_the_same_values(n: int, seed: int) -> None:
     x = np.random.default_rng(seed).normal(0, 50, (n, 32))
     assert (decode_eeg(encode_eeg(x), n) == x.astype(np.float16)).all()
     assert decode_eeg(encode_eeg(x)).shape == (128, 32)
+
+
+@pytest.mark.parametrize("length", [1, 10, 128, 440, 70_000])
+def test_headers_of_all_window_lengths_are_read(length: int) -> None:
+    assert decode_eeg(encode_eeg(np.zeros((1, length))), samples=length).shape == (128, length)
+    with pytest.raises(ValueError, match="not a .npy file of version 1.0 with float16"):
+        decode_eeg(encode_eeg(np.zeros((1, length + 1))), samples=length)
+
+
+def test_other_headers_of_windows_are_refused() -> None:
+    for array, version in ((np.zeros((128, 4), np.float32), (1, 0)), (np.zeros((128, 4), np.float16), (2, 0))):
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, array, version=version)
+        with pytest.raises(ValueError, match="not a .npy file of version 1.0 with float16"):
+            decode_eeg(zstandard.compress(buffer.getvalue()))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 7e4])
