@@ -46,7 +46,7 @@ def test_encoded_window_decodes_to_the_same_values(n: int, seed: int) -> None:
 @pytest.mark.parametrize("length", [1, 10, 128, 440, 70_000])
 def test_headers_of_all_window_lengths_are_read(length: int) -> None:
     assert decode_eeg(encode_eeg(np.zeros((1, length))), samples=length).shape == (128, length)
-    with pytest.raises(ValueError, match="not a .npy file of version 1.0 with float16"):
+    with pytest.raises(ValueError, match=r"not a \.npy file of version"):
         decode_eeg(encode_eeg(np.zeros((1, length + 1))), samples=length)
 
 
@@ -54,7 +54,7 @@ def test_other_headers_of_windows_are_refused() -> None:
     for array, version in ((np.zeros((128, 4), np.float32), (1, 0)), (np.zeros((128, 4), np.float16), (2, 0))):
         buffer = io.BytesIO()
         np.lib.format.write_array(buffer, array, version=version)
-        with pytest.raises(ValueError, match="not a .npy file of version 1.0 with float16"):
+        with pytest.raises(ValueError, match=r"not a \.npy file of version"):
             decode_eeg(zstandard.compress(buffer.getvalue()))
 
 
