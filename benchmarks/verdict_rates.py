@@ -87,8 +87,8 @@ def render(results: dict[str, dict[str, Any]]) -> str:
 def main() -> int:
     """Count the verdicts, and write the results and the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=20, help="seeds of each set")
-    parser.add_argument("--null_seeds", type=int, default=400, help="seeds of each set whose name begins with 'null'")
+    parser.add_argument("--seeds", type=int, default=20, help="number of seeds of each set")
+    parser.add_argument("--null_seeds", type=int, default=400, help="number of seeds of each null set")
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--only", choices=list(SETS), help="measure only this set")
     words = parser.parse_args()

@@ -152,7 +152,7 @@ def make_evidence(design: Design, seed: int) -> Evidence:
     Returns
     -------
     Evidence
-        The evidence for `pretrain.evidence.rules.judge`.
+        The evidence that `pretrain.evidence.rules.judge` turns into a verdict.
     """
     rng = np.random.default_rng([seed, 7])
     images = _make_images(design, rng)

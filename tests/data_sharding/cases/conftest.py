@@ -239,7 +239,7 @@ def write_gdf(
     scale: Iterable[float] = (),
     flat: Iterable[str] = (),
 ) -> Path:
-    """Write GDF with 16-bit samples and records of 1 s.
+    """Write a GDF file with 16-bit samples and records of 1 s.
 
     Parameters
     ----------

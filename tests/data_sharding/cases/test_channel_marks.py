@@ -114,7 +114,7 @@ def write_eeglab(folder: Path, uv: np.ndarray, names: list[str]) -> Path:
 def write_set(
     folder: Path, uv: np.ndarray, channels: list[Any], *, field: str = "channel", text: str = "BAD_pop", **more: Any
 ) -> Path:
-    """Write EEGLAB with a bad-span mark for each entry of `channels`.
+    """Write an EEGLAB file with a bad-span mark for each entry of `channels`.
 
     `more` is added to the structure EEG of the EEGLAB file; ``urchan`` is the field `urchan` of its channels.
     """

@@ -50,7 +50,7 @@ def test_a_link_or_a_damaged_log_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "victim"
     target.write_text("keep")
     (dataset / NAME).symlink_to(target)
-    # The link is not followed, so the log goes to the folder of the result.
+    # The log is not written through a symbolic link, so it goes to the folder of the result.
     assert _record(dataset, out).log == str(out / NAME) and target.read_text() == "keep"
     (out / NAME).write_text("{broken\n")
     with pytest.raises(RequestError, match="line 1 is not JSON"):
