@@ -16,7 +16,7 @@ from data_sharding.formats.signal import Segment, SignalInfo
 NOMINAL_V = 1e-5
 """Volts that represent the value 1 of a standardised signal (a signal without a unit): 10 microvolts, which is about
 the standard deviation of EEG."""
-STANDARDISED = "standardised: no physical unit; 1 is stored as 10 microvolts"
+STANDARDISED = "the values are standardised and have no physical unit; the value 1 is stored as 10 microvolts"
 
 
 class ArraySignal:

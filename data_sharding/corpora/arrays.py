@@ -52,11 +52,12 @@ class Sidecar:
     data: str = ""
     """Name of the variable to use, if an .npz or .mat file contains several variables."""
     axes: str = ""
-    """Order of the dimensions: C for channels, T for time, N for epochs. If empty: CT, or NCT for three dimensions."""
+    """Order of the dimensions: C for channels, T for time, N for epochs. If empty, the order is CT, or NCT for an array
+    of three dimensions."""
     ch_types: list[str] = field(default_factory=list)
-    """Type of each channel, by its name in MNE. If empty, the types are guessed from the channel names."""
+    """Type of each channel, by its name in MNE. If empty, the types of the channels are guessed from their names."""
     subject: str = ""
-    """Name of the subject. If empty, the name is taken from the path."""
+    """Name of the subject. If empty, the name of the subject is taken from the path of the array."""
     session: str = ""
     """Name of the session; may be empty."""
     line_freq: float | None = None
@@ -294,7 +295,7 @@ def _variable(path: AnyPath, name: str) -> np.ndarray:
     if path.suffix.lower() != ".npz":
         raise _Fault(
             "sidecar broken",
-            text="labels names a variable, which is read from .npz files only; write the list into the sidecar",
+            text="the key labels names a variable of an array file that is not .npz; write the list into the sidecar",
         )
     with localised([path]) as (local,):
         try:

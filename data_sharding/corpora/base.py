@@ -42,26 +42,27 @@ class CorpusConfig:
     images: str = ""
     """Folder of the images, for corpora of EEG and images. Paths of images are relative to the folder of the images."""
     tmin: float | None = None
-    """Start of each stored trial, in seconds from the onset of its image. If empty: -0.2, or for epochs the start of
-    the epoch. Models read a trial from its onset, or from tmin if tmin is later."""
+    """Start of each stored trial, in seconds from the onset of its image. If empty, a stored trial begins 0.2 s before
+    the onset, and a trial of an epoched recording at the start of its epoch. Models read a trial from its onset, or
+    from tmin if tmin is later."""
     tmax: float | None = None
-    """End of each stored trial, in seconds from the onset of its image. If empty: the end of the window that models
-    read, or for epochs the end of the epoch."""
+    """End of each stored trial, in seconds from the onset of its image. If empty, a stored trial ends at the end of the
+    window that models read, and a trial of an epoched recording at the end of its epoch."""
     stimulus_delay_ms: float = 0.0
     """Delay in milliseconds from the trigger (the onset in the events) to the appearance of the image on the screen.
     The delay is added to every onset."""
     exclude: list[str] = field(default_factory=list)
     """Glob patterns of files to ignore, relative to root."""
     unit_factors: dict[str, float] = field(default_factory=dict)
-    """Maps glob patterns, relative to root, to factors. The values of matching recordings, read as volts, are
-    multiplied by the factor to get true volts. Use this key for recordings that were quarantined because of an unknown
-    unit."""
+    """Maps glob patterns of recordings, relative to root, to factors. The values of a recording that matches a pattern
+    are multiplied by the factor of this pattern to get volts. Use this key for recordings that were quarantined because
+    of an unknown unit."""
     line_freq: float | None = None
     """Mains frequency in Hz. If empty, the frequency is read from the recording's file, or found in the spectrum."""
     subject_pattern: str = ""
     """Regular expression that finds the subject in the path below root. The expression must have the named group
     'subject', and may have the named group 'session'. If empty, subjects are recognised from the paths and the headers,
-    and the job prints them. If no subject is found, the recording is treated as a separate subject."""
+    and the job prints these subjects. A recording for which no subject is found is treated as a separate subject."""
     subjects: str = ""
     """Table (.tsv or .csv) of the subjects. The column 'path' (a path below root, or a glob pattern) or 'patient' (the
     patient code in EDF headers) finds the recordings of a row; the column 'subject' names the subject. The columns age,
@@ -73,8 +74,9 @@ class CorpusConfig:
     """Licence of the corpus, such as CC-BY-4.0. If empty, the licence in dataset_description.json of a BIDS dataset is
     used."""
     intracranial: bool = False
-    """Also use intracranial EEG: recordings with ECoG, iEEG or SEEG in the path, and channels of the types SEEG, ECOG
-    and DBS. By default, intracranial recordings are excluded, and intracranial channels are left out."""
+    """If true, intracranial EEG is used as well: recordings with ECoG, iEEG or SEEG in the path, and channels of the
+    types SEEG, ECOG and DBS. By default, intracranial recordings are excluded, and intracranial channels are left
+    out."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options that are valid only for this kind of corpus. The file docs/corpora.md lists all options."""
 

@@ -304,7 +304,7 @@ def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
 
 
 def _channels(sidecars: _Sidecars, path: AnyPath, notes: list[str]) -> dict[str, Any]:
-    """Return types, units and bad channels from channels.tsv. Faults of the table are added to `notes`."""
+    """Return types, units and bad channels from channels.tsv. Faults of channels.tsv are added to `notes`."""
     try:
         rows = sidecars.tsv(path, notes, "name")
     except _Broken as error:
@@ -338,13 +338,14 @@ def _positions(sidecars: _Sidecars, recording: AnyPath, notes: list[str]) -> dic
         return {}
     frame = sidecars.nearest(recording, "coordsystem", ".json")
     if frame is None:
-        notes.append("electrodes.tsv without a coordsystem.json: positions not used")
+        notes.append("electrodes.tsv has no coordsystem.json, so its positions are not used")
         return {}
     about = sidecars.json(frame)
     system = str(about.get("EEGCoordinateSystem", about.get("iEEGCoordinateSystem", ""))).lower()
     unit = str(about.get("EEGCoordinateUnits", about.get("iEEGCoordinateUnits", "")))
     if system not in SYSTEMS or unit not in METRES:
-        notes.append(f"positions in '{system or 'no system'}' and '{unit or 'no unit'}' not used")
+        named = f"the coordinate system '{system or 'none'}' with the unit '{unit or 'none'}'"
+        notes.append(f"positions are not used, because {named} cannot be read")
         return {}
     out: dict[str, list[float]] = {}
     for row in sidecars.tsv(table, notes, "name", "x", "y", "z"):
@@ -359,7 +360,8 @@ def _positions(sidecars: _Sidecars, recording: AnyPath, notes: list[str]) -> dic
         place = [own[axis] for axis in SYSTEMS[system]]
         place[0] *= -1 if system == "eeglab" else 1
         if not math.dist(place, (0, 0, 0)) <= FARTHEST_M:
-            notes.append(f"positions beyond {FARTHEST_M:g} m from the middle of the head not used; is '{unit}' right?")
+            far = f"one is more than {FARTHEST_M:g} m from the middle of the head"
+            notes.append(f"the positions are not used, because {far}; check the unit '{unit}'")
             return {}
         out[row["name"]] = place
     return out
@@ -451,7 +453,7 @@ def _describe_participants(root: AnyPath, folders: Folders) -> tuple[dict[str, d
 
 
 def _age_unit(root: AnyPath, folders: Folders) -> float | None:
-    """Return the factor from the ages in participants.tsv to years; None if participants.json has an unknown unit."""
+    """Return the factor that converts ages in participants.tsv to years; None if their unit is unknown."""
     path = folders(root).get("participants.json")
     if path is None:
         return 1.0

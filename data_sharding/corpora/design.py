@@ -46,9 +46,9 @@ def measure_order(items: Sequence[Item]) -> tuple[str, str]:
     Notes
     -----
     A repeat is a trial with the same category as the previous trial. If :math:`n_k` of :math:`n` trials have category
-    k, a random order has :math:`\sum n_k (n_k - 1) / n` repeats on average. The formula of the variance assumes
-    independent draws. A run is a sequence of trials with the same category. The mean length of a run is :math:`n / (n -
-    repeats)`.
+    k, a random order has :math:`\sum n_k (n_k - 1) / n` repeats on average. The formula for the variance of the number
+    of repeats assumes that each category is drawn independently. A run is a sequence of trials with the same category.
+    The mean length of a run is :math:`n / (n - repeats)`.
     """
     repeats, expected, variance, trials, recordings = 0, 0.0, 0.0, 0, 0
     labels: set[str] = set()

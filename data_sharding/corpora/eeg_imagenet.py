@@ -153,7 +153,7 @@ class EEGImageNetCorpus(Adapter):
         )
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
-        """Return the published design, which is a block design; the order of the trials in the file does not matter."""
+        """Return the published design, a block design. The file's own order of trials does not change this."""
         return "block", f"each category was shown as one block (Li et al., TPAMI 2021); in this file {measured[1]}"
 
 

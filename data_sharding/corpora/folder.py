@@ -34,7 +34,7 @@ TRIAL_KEYS = frozenset({"images", "tmin", "tmax", "stimulus_delay_ms"})
 
 
 def trial_values(config: CorpusConfig) -> dict[str, Any]:
-    """Return the fields of `Item` for the stored part of each trial."""
+    """Return the fields of `Item` that say which part of each trial is stored."""
     return {"tmin": config.tmin, "tmax": config.tmax, "stimulus_delay_ms": config.stimulus_delay_ms}
 
 

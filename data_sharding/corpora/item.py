@@ -31,7 +31,8 @@ class Trial:
     """Index, from 0, of the epoch that contains this trial, if the signal consists of epochs. None if the trial is
     found by its onset. `SignalInfo.tmin` is the time from the onset to the first sample of the epoch."""
     place: tuple[int, int] | None = None
-    """Index of the trial in its events table, and number of trials in the table; None without a table."""
+    """Index of the trial in its events table, and number of trials in the table; None if the trial has no events
+    table."""
     block: str = ""
     """Name of the block in which this trial was shown. Empty if the block is not known."""
     concept: str = ""

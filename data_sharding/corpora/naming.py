@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 LEFT, RIGHT = "(?<![A-Za-z0-9])", "(?![A-Za-z0-9])"
-"""Patterns for the left and right border of a name: look-arounds, which match no characters themselves, require that no
-letter and no digit is next to the name."""
+"""Patterns for the left and right border of a name: no letter and no digit may be next to the name. These patterns are
+look-arounds, so they match no characters themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class Scheme:
     name: str
     """Name of the scheme for messages, with an example."""
     body: str
-    """Regular expression that matches only the name of the subject. The text around the name is checked with
-    look-arounds."""
+    """Regular expression that matches only the name of the subject. Look-arounds in the expression
+    check the text around the name."""
     note: str = ""
     """Hint for users whose paths follow this scheme."""
 

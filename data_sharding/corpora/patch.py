@@ -27,13 +27,21 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
     signal : Signal
         Signal that a reader returned. The function replaces the attribute `info` of the signal.
     patch : dict
-        May contain these keys: ``types`` (channel to MNE channel type), ``positions`` (channel to x, y, z in metres),
-        ``units`` (channel to unit; used only for channels without a known unit in the file), ``bads`` (more bad
-        channels), ``line_freq`` (Hz), ``reference``, ``notes``, ``intracranial`` (true: electrodes inside the skull are
-        used), ``inside`` (seeg or ecog for a recording made inside the skull: the type of those channels that are EEG
-        by their header, and that ``types`` does not contain), ``marks`` (interruptions and bad spans: onset and
-        duration in seconds, text, and names of channels; without names, all channels are meant). A channel is found by
-        its exact name or by its canonical name. For example, the name Fp1 also finds the channel ``EEG Fp1-REF``.
+        The metadata from the sidecar files. A channel is found by its exact name or by its canonical name. For example,
+        the name Fp1 also finds the channel ``EEG Fp1-REF``. All keys are optional:
+
+        - ``types`` maps channels to MNE channel types.
+        - ``positions`` maps channels to x, y and z in metres.
+        - ``units`` maps channels to units. A unit is used only if the file gives no known unit for the channel.
+        - ``bads`` lists more bad channels.
+        - ``line_freq`` is the mains frequency in Hz.
+        - ``reference`` is the reference of the recording.
+        - ``notes`` lists notes for the ledger.
+        - ``intracranial`` is true if electrodes inside the skull are used.
+        - ``inside`` is seeg or ecog for a recording made inside the skull. Channels that are EEG by their header, and
+          that ``types`` does not contain, get this type.
+        - ``marks`` lists interruptions and bad spans: onset and duration in seconds, text, and names of channels. A
+          mark without names of channels belongs to all channels.
 
     Returns
     -------
@@ -60,8 +68,8 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
     if inside := patch.get("inside"):
         listed = {find(name) for name in given}
         for i, kind in enumerate(types):
-            # Most formats do not distinguish EEG from SEEG. With grid=True, the contacts A1 and A2 are electrodes and
-            # not ears.
+            # Most file formats do not distinguish EEG from SEEG. Because of grid=True, contacts with the names A1 and
+            # A2 are taken as electrodes and not as ears.
             if kind == "eeg" and i not in listed and kind_of(canonical_name(info.ch_names[i]), grid=True) is None:
                 types[i] = inside
     for name, place in patch.get("positions", {}).items():
@@ -117,7 +125,7 @@ def _read_units(info: SignalInfo, given: dict[int, str]) -> tuple[np.ndarray, di
     Parameters
     ----------
     info : SignalInfo
-        Information from the header.
+        Metadata from the header of the recording.
     given : dict of int to str
         Unit of each EEG channel in the sidecar.
 

@@ -108,7 +108,7 @@ def check_local_folder(config: CorpusConfig) -> Path:
     root = check_folder(config.root, "corpora: root")
     if is_remote(root):
         raise RequestError(
-            f"corpora: root '{root}': kind {config.kind} memory-maps its files, which works on a local disk only; "
+            f"corpora: root '{root}': kind {config.kind} memory-maps its files, and works on a local disk only; "
             "copy the folder there"
         )
     return Path(str(root))

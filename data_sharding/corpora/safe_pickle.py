@@ -32,13 +32,13 @@ MAP_BYTES = 1 << 16
 MAX_INSTRUCTIONS = 20_000_000
 """Limit on the number of instructions in a pickle, because an instruction of one byte can create a large object."""
 MAX_PARTS = 50_000_000
-"""Limit on the number of values in the result. Nested lists that each contain the next list twice need little memory,
-but the length of their text and of their copies doubles with each level."""
+"""Limit on the number of values in the object that a pickle creates. Nested lists that each contain the next list twice
+need little memory, but the length of their text and of their copies doubles with each level."""
 MAX_KEY_PARTS = 64
 """Limit on the number of values in a dictionary key, because computing the hash of deeply nested tuples takes long."""
 MAX_INT_KEY = 2**61 - 2
-"""Largest integer that may be a key. Larger integers can be chosen so that all have the same hash, which makes a
-dictionary slow."""
+"""Largest integer that may be a key of a dictionary. Larger integers can be chosen so that all have the same hash, and
+this would make the dictionary slow."""
 PLAIN_KEYS = (str, bytes, int, float, complex, np.generic, type(None))
 PLAIN_DTYPE = re.compile(r"[biufc]\d{1,2}|[US]\d{1,6}|O8?")
 TORCH_DTYPES = {
@@ -306,7 +306,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         """Execute the pickle instruction that sets the content of an object. The object must be an array or a dtype."""
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, OrderedDict) and isinstance(state, dict) and state.keys() == {"_metadata"}:
-            return  # `torch.save` stores the versions of a network's layers with its weights. They are no weights.
+            return  # `torch.save` stores version numbers of layers together with the weights; ignore these numbers.
         if not isinstance(target, _Array | _DType):
             raise RefusedPickle(f"refused: it sets the state of a {type(target).__name__}")
         if isinstance(target, _Array) and isinstance(state, tuple):

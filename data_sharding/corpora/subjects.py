@@ -180,8 +180,8 @@ def hash_identity(identity: str, secret: str) -> str:
     str
         ``id-`` and 12 hexadecimal digits.
     """
-    # Without a secret, somebody could try all patient numbers. Because the hash is slow, trying all patient numbers
-    # takes very long.
+    # If no secret is set, somebody could find a patient by hashing all possible patient numbers. Because the hash is
+    # slow, this search takes very long.
     salt = hashlib.sha256(f"dreamscale subject {secret}".encode()).digest()
     return f"id-{hashlib.scrypt(identity.encode(), salt=salt, n=2**11, r=8, p=1, dklen=6).hex()}"
 
@@ -194,7 +194,7 @@ class SubjectFinder:
     config : CorpusConfig
         Config of the corpus.
     found : sequence of (str, Recording or None)
-        Path below root of each recording, and its files. Without files, no header is read.
+        Path below root of each recording, and its files. If the files of a recording are None, its header is not read.
 
     Raises
     ------
@@ -278,7 +278,7 @@ class SubjectFinder:
                 )
 
     def _describe(self, table: AnyPath | None, rows: list[_Row], paths: list[str]) -> None:
-        """Add the rows without path and patient, which describe subjects whose names come from other sources."""
+        """Add rows without path and patient. They describe subjects whose names come from other sources."""
         named = {self(path, "").subject for path in paths} if rows else set()
         for row in rows:
             if row.subject in self._people:

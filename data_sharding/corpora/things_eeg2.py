@@ -186,18 +186,18 @@ def _content(path: Path, source: str) -> dict[str, Any]:
     if not isinstance(x, np.ndarray) or x.ndim != ndim or x.dtype.kind not in "fiu":
         raise _Unusable(f"{key} is not an array of numbers in {ndim} dimensions")
     if x.shape[-2] != len(names):
-        raise _Unusable(f"{x.shape[-2]} channels and {len(names)} names")
+        raise _Unusable(f"the array has {x.shape[-2]} channels, but ch_names has {len(names)} names")
     if source == "raw":
         sfreq = float(content.get("sfreq", 0))
         types = [str(kind) for kind in content.get("ch_types", [])]
         if not sfreq > 0 or len(types) != len(names) or "stim" not in types:
-            raise _Unusable("it needs the entries sfreq and ch_types, one of them stim")
+            raise _Unusable("the file needs the entries sfreq and ch_types, with the type stim for one channel")
         return {"x": x, "ch_names": names, "ch_types": types, "sfreq": sfreq}
     times = np.asarray(content.get("times", []), float)
     if times.ndim != 1 or len(times) < 2 or not np.median(np.diff(times)) > 0:
-        raise _Unusable("it needs the entry times, in seconds")
+        raise _Unusable("the file needs the entry times: the time of each sample of an epoch, in seconds")
     if len(times) != x.shape[-1]:
-        raise _Unusable(f"{x.shape[-1]} samples in an epoch and {len(times)} times")
+        raise _Unusable(f"an epoch has {x.shape[-1]} samples, but the entry times has {len(times)} times")
     # Round the sampling rate, because the times in the file have only a few digits.
     sfreq = float(np.round((len(times) - 1) / (times[-1] - times[0]), 2))
     return {"x": x, "ch_names": names, "sfreq": sfreq, "tmin": float(times[0])}

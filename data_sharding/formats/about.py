@@ -63,7 +63,7 @@ class Patient:
 def years_between(birth: datetime.date, day: datetime.date) -> int | None:
     """Return an age in whole years, at most `OLDEST`.
 
-    Return None if the dates contradict each other or are placeholders.
+    Return None if the date of birth and the day of the recording contradict each other, or if one is a placeholder.
     """
     new_year = (birth.month, birth.day) == (1, 1) and birth.year == day.year
     if birth in UNKNOWN_DATES or birth == day or new_year:
@@ -111,7 +111,7 @@ def _words(text: str) -> list[str]:
 
 
 def _fields(fixed: bytes) -> tuple[list[str], bool]:
-    """Return the words of the patient field of an EDF or BDF header, and whether the words have the order of EDF+."""
+    """Return the words of the patient field of an EDF or BDF header, and whether their order is that of EDF+."""
     words = fixed[8:88].decode("latin-1").replace("\0", " ").split()
     plus = fixed[192:196] in (b"EDF+", b"BDF+")
     like = len(words) > 3 and words[1] in ("M", "F", "X") and (words[2] == "X" or _parse_date(words[2]) is not None)

@@ -274,8 +274,8 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
         return nothing, "none"
     numbers = [int(m.group(1)) for m in map(NET_NAME.fullmatch, names) if m]
     if len(numbers) >= 25 and len(numbers) + sum(n.upper() in VERTEX for n in names) == len(names):
-        # The vertex has the number after the last electrode. If too many channels are missing, the net is not
-        # identified.
+        # The vertex electrode of a net has the number after the last other electrode. If too many electrodes of a net
+        # are missing, the net is not identified.
         size = next((s for s in NETS if max(numbers) <= s + 1), 0)
         if len(set(numbers)) < 0.8 * size or not size:
             return nothing, "none"
@@ -370,7 +370,7 @@ def pick_channels(info: SignalInfo) -> Channels:
 
 def _shorten(notes: list[str]) -> list[str]:
     """Shorten a list of notes about single channels to at most four notes."""
-    return notes if len(notes) <= 4 else [*notes[:3], f"the same for {len(notes) - 3} other channels"]
+    return notes if len(notes) <= 4 else [*notes[:3], f"the same holds for {len(notes) - 3} other channels"]
 
 
 def _natural(name: str) -> list[Any]:

@@ -82,7 +82,7 @@ def _end_of_gzip(path: AnyPath) -> bytes:
 
 
 def _next_name(data: bytes, own: str) -> str | None:
-    """Find the reference to the next part.
+    """Find the name of the next part of a split FIF file in the bytes of a part.
 
     A FIF tag consists of the integers kind, type, size and next, and of the value.
     """
@@ -175,7 +175,7 @@ def link_files(files: tuple[Path, ...], folder: Path, names: dict[Path, str]) ->
     folder : Path
         The folder.
     names : dict
-        Name of the link, for each file whose link has another name than the file.
+        Maps each file whose link must have another name to the name of its link.
     """
     for file in files:
         (folder / names.get(file, file.name)).symlink_to(file.absolute())

@@ -1,4 +1,4 @@
-"""Open EDF, BDF and GDF files, whose channels can have different sampling rates and units, and which can have gaps.
+"""Open EDF, BDF and GDF files, in which channels can have different sampling rates and units, and which can have gaps.
 
 In array shapes, n is the number of channels, and S the number of samples at the recording's rate.
 """
@@ -39,8 +39,8 @@ class RecordsSignal(RawSignal):
     raw : mne.io.BaseRaw
         Channels with the main sampling rate.
     others : list of (mne.io.BaseRaw, Fraction)
-        The channels with other rates, and the ratio of the main rate to their rate. Channels with other rates are
-        resampled to the main rate, as if each segment were resampled as a whole.
+        Channels with other sampling rates, each with the ratio of the main rate to its rate. These channels are
+        resampled to the main rate, with the same result as if each segment were resampled as a whole.
     **more : Any
         Further arguments of `RawSignal`.
     """
@@ -72,7 +72,8 @@ class RecordsSignal(RawSignal):
 
         raw, ratio, pick = self._others[number]
         up, down = ratio.numerator, ratio.denominator
-        # Half length of the filter of resample_poly in samples. Samples beyond this length do not change the result.
+        # `reach` covers half the length of the filter of resample_poly, in input samples. Input samples further away do
+        # not change an output sample.
         reach = 10 * max(up, down) // up + down + 1
         first, last = segment.start * down // up, segment.stop * down // up
         a = max(first, first + (start * down // up - reach - first) // down * down)
@@ -231,13 +232,13 @@ class _Opened:
     raw: BaseRaw
     """The channels."""
     numbers: list[int]
-    """Index in the header, for each channel."""
+    """Index of each channel in the header of the file."""
     factors: list[float]
     """Factor by which MNE multiplies the values of each channel."""
 
 
 def _separate(layout: headers.Layout, rates: dict[int, list[int]]) -> dict[str, str]:
-    """Remove the channels that MNE cannot open from `rates`, and return their names with the reason.
+    """Remove the channels that MNE cannot open from `rates`, and return the names of these channels with the reason.
 
     MNE selects channels by name. If two channels with different rates have the same name, MNE would resample the slower
     channel.
@@ -304,8 +305,8 @@ def _mend_selection(raw: BaseRaw, layout: headers.Layout, opened: list[int]) -> 
 def unique_names(labels: list[str]) -> tuple[list[str], list[str]]:
     """Return unique names for channels with equal labels, and a note for each label that exists several times.
 
-    Channels with equal labels get numbers as in MNE (``EEG-0``, ``EEG-1``). If the equal labels are an electrode, the
-    first channel keeps the label, and so the position of the electrode.
+    Channels with equal labels get numbers as in MNE (``EEG-0``, ``EEG-1``). If the label is the name of an electrode,
+    the first channel keeps this label, and with it the position of the electrode.
     """
     counts, seen, names, notes = Counter(labels), Counter(), [], []
     electrodes = is_electrode(labels)
@@ -324,14 +325,15 @@ def unique_names(labels: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _rate_of_eeg(layout: headers.Layout) -> int:
-    """Return the number of samples per record of the EEG channels; if they differ, the most frequent number."""
+    """Return the number of samples per record of the EEG channels; if EEG channels differ, the most frequent number."""
     counts: Counter[int] = Counter()
     electrodes = is_electrode(layout.labels)
     for i, (label, unit, count) in enumerate(zip(layout.labels, layout.units, layout.per_record, strict=True)):
         if label in headers.ANNOTATIONS or count < 1 or i in layout.unscaled:
             continue
         other = kind_of(canonical_name(label)) is not None or not (names_no_unit(unit) or to_volts(unit))
-        # Channels with electrode names have the most weight, then channels that may be EEG, then all others.
+        # Channels with electrode names have the most weight for the choice of the rate, then channels that may be EEG,
+        # then all other channels.
         counts[count] += 1 if other else 10**6 if electrodes[i] else 1000
     usable = [electrodes[i] for i in range(len(layout.labels)) if i not in layout.unscaled]
     if layout.unscaled and not (any(usable) if any(electrodes) else counts):

@@ -1,8 +1,8 @@
 """Compare the header of a recording with the size of its file.
 
-A damaged header can claim any size, and could waste memory or time. So each number in a header is compared with the
-file size before the number is used. The check of a header takes a path of pathlib or universal_pathlib, and reads only
-a few ranges of bytes.
+A damaged header can claim any size, and could waste memory or time. To prevent this, each number in a header is
+compared with the size of the file before the number is used. The check of a header takes a path of pathlib or
+universal_pathlib, and reads only a few ranges of bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GDF_BYTES = {0: 1, 1: 1, 2: 1, 3: 2, 4: 2, 5: 4, 6: 4, 7: 8, 8: 8, 16: 4, 17: 8,
 BRAINVISION_BYTES = {"INT_16": 2, "UINT_16": 2, "INT_32": 4, "IEEE_FLOAT_32": 4}
 NEDF_HEADER = 10240
 NIHON_BLOCKS = 1024
-"""At most this many data blocks of a Nihon Kohden file are checked."""
+"""Largest number of data blocks that are checked in a Nihon Kohden file."""
 ANNOTATIONS = ("EDF Annotations", "BDF Annotations")
 """Names of the annotation signals of EDF+ and BDF+. A file may have several annotation signals."""
 DAMAGED = (ValueError, ArithmeticError, LookupError, struct.error, SyntaxError, TypeError)
@@ -413,7 +413,7 @@ def check_ant(path: AnyPath, head: bytes = b"") -> Reason | None:
 
 
 def check_nedf(path: AnyPath, head: bytes = b"") -> Reason | None:
-    """Compare the header of a NEDF file with the file size. Only the layout that MNE can read is accepted."""
+    """Compare the header of a NEDF file with the file size. A header with a layout that MNE cannot read is refused."""
     import defusedxml.ElementTree
 
     xml = defusedxml.ElementTree.fromstring(read_range(path, 0, NEDF_HEADER, head).split(b"\0")[0])

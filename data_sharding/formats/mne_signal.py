@@ -168,7 +168,8 @@ def annotations_of_epochs(epochs: mne.BaseEpochs) -> list[Annotation]:
     if found is None or not len(found):
         return []
     length, sfreq = len(epochs.times), float(epochs.info["sfreq"])
-    # MNE measures onsets and the samples of events from the same zero, at the rate of the continuous recording.
+    # In MNE, onsets of annotations and sample numbers of events begin at the same zero. Sample numbers have the
+    # sampling rate of the continuous recording.
     starts = epochs.events[:, 0] / (epochs._raw_sfreq or sfreq) + epochs.times[0]
     out = []
     for onset, duration, text, names in zip(

@@ -1,4 +1,4 @@
-"""Open a recording of any format as a `Signal`. Samples are read on demand; gaps and metadata are kept.
+"""Open a recording of any format as a `Signal`, with its gaps and metadata. Samples are read only on demand.
 
 In array shapes, n is the number of channels, S the number of samples at the recorded rate, and E the number of epochs.
 """
@@ -80,7 +80,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 
 
 def neuroscan_data_format(path: str | Path) -> str:
-    """Determine whether a Neuroscan CNT file has 16-bit or 32-bit samples, which its header does not reliably say.
+    """Determine from the data whether a Neuroscan CNT file has 16-bit or 32-bit samples: the header is not reliable.
 
     Parameters
     ----------
@@ -99,10 +99,10 @@ def neuroscan_data_format(path: str | Path) -> str:
 
     Notes
     -----
-    The header gives the number of channels and the number of samples. If the size of the data block fits the numbers of
-    channels and samples with 16 or with 32 bits for each sample, that number of bits is used. If neither number of bits
-    fits, the data are decoded with both numbers of bits, and the number with the smoother signal is used, because
-    decoding with the wrong number of bits gives noise.
+    The header gives the number of channels and the number of samples. If samples of 16 or of 32 bits give exactly the
+    size of the data block, that number of bits is used. Otherwise, the data are decoded once as 16-bit and once as
+    32-bit samples, and the smoother signal is taken as right, because decoding with the wrong number of bits gives
+    noise.
     """
     with Path(path).open("rb") as stream:
         head = stream.read(900)
@@ -134,7 +134,8 @@ def _neuroscan(path: Path) -> Signal:
     try:
         raw = mne.io.read_raw_cnt(path, data_format=data_format)  # type: ignore[arg-type]
     except (IndexError, ValueError):
-        # MNE refuses a file whose last rejected span has no end. MNE can read the signal if the event table is skipped.
+        # MNE refuses a file whose last rejected span has no end. MNE can read the signal of such a file if the event
+        # table is skipped.
         at = struct.unpack("<I", headers.read_range(path, 886, 4))[0]
         source, keep = copy_with_patches(path, {at + 1: bytes(4)})
         raw = mne.io.read_raw_cnt(source, data_format=data_format)  # type: ignore[arg-type]
@@ -205,9 +206,9 @@ def _as_named(
 ) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
     """Prepare a text header so that MNE finds the files that the header names.
 
-    If the header names a file with a folder, or with different upper and lower case, MNE does not find the file. If MNE
-    would not find a file, this function writes a corrected copy of the header to a temporary folder, together with
-    links to the files. With `recode`, the copy is in UTF-8, because some readers accept only UTF-8.
+    If the header names a file together with a folder, or in other upper and lower case than on disk, MNE does not find
+    the file. For such a header, this function writes a corrected copy to a temporary folder, together with links to the
+    named files. With `recode`, the copy is in UTF-8, because some readers accept only UTF-8.
 
     Parameters
     ----------
@@ -216,11 +217,12 @@ def _as_named(
     *keys : str
         Keys of the header whose values are names of files.
     recode : bool
-        Whether the header must be in UTF-8.
+        Whether the header that MNE reads must be in UTF-8.
     text : str, optional
-        Repaired text of the header. By default, the text is read from the file.
+        Repaired text of the header. By default, the text of the header is read from `path`.
     contents : mapping of str to str, optional
-        Repaired content of the named files, by the key that names the file.
+        Repaired content of files that the header names. Each entry has the key of the header under which the file is
+        named.
 
     Returns
     -------
@@ -370,7 +372,8 @@ def _ant(path: Path) -> Signal:
     segments = read_ant_segments(path, int(raw.n_times), sfreq, start)
     if segments is None:
         return RawSignal(raw, format_="ant", **more)
-    # The table of segments has the true times; the times of annotations leave out the gaps between segments.
+    # Only the table of segments has the true times. MNE counts the times of annotations without the gaps between
+    # segments.
     triggers = [
         mark._replace(onset=time_of_sample(segments, sfreq, mark.onset * sfreq)) for mark in annotations_of(raw)
     ]
@@ -400,7 +403,7 @@ def _curry(path: Path) -> Any:
     if not isinstance(raw, mne.io.BaseRaw):
         return raw
     factors = [float(factor) for factor in raw._cals]  # MNE does not store the units in `raw.info`.
-    # MNE converts only the units uV and fT.
+    # MNE converts only values with the units uV and fT.
     units = [
         "uV" if factor == 1e-6 else raw._orig_units.get(name, "") if factor == 1 else ""
         for name, factor in zip(raw.ch_names, factors, strict=True)
@@ -420,7 +423,7 @@ def _nihon(path: Path) -> Signal:
 
 
 def _persyst(path: Path) -> Signal:
-    """Open a Persyst recording with its gaps. MNE ignores the header's table of sample times, which shows the gaps."""
+    """Open a Persyst recording with its gaps. The header lists the gaps in a table of sample times that MNE ignores."""
     import mne
 
     decoded = read_text(path.read_bytes()).text
@@ -563,8 +566,8 @@ def open_signal(recording: Recording) -> Signal:
 def _in_own_folder(recording: Recording) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
     """Return a path that the reader can open, in a temporary folder with links to only the files of the recording.
 
-    A reader may search the folder for further files. In the temporary folder, the reader finds only files that the job
-    has hashed. A link can also give a file the extension that its reader requires.
+    The reader of a format may search the folder of a recording for further files. In the temporary folder, the reader
+    finds only files that the job has hashed. A link can also give a file the extension that its reader requires.
     """
     path, files = Path(str(recording.path)), tuple(Path(str(file)) for file in recording.files)
     if path.is_dir():

@@ -30,7 +30,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """Metadata of a file about the person, the date and the device, which do not identify the person."""
+    """Metadata of a file about the person, the date and the device. These metadata do not identify the person."""
 
     age: float | None = None
     """Age of the person in years at the recording; 90 for all higher ages; None if unknown."""
@@ -53,7 +53,7 @@ class SignalInfo:
     ch_types: list[str]
     """Types of the channels in MNE's terms: eeg, eog, ecg, stim, misc ...; eeg if the file does not give a type."""
     positions: list[list[float] | None]
-    """Head coordinates in metres; None if the file does not give a position."""
+    """Position of each channel in head coordinates, in metres; None if the file does not give a position."""
     sfreq: float
     """Sampling rate in Hz."""
     n_samples: int
@@ -73,17 +73,19 @@ class SignalInfo:
     bads: list[str] = field(default_factory=list)
     """Names of the channels that the file or its sidecar marks as bad."""
     named_units: dict[str, float] = field(default_factory=dict)
-    """Channels whose unit the file names: name, and factor of this unit to volts."""
+    """For each channel whose unit the file names: name of the channel, and factor that converts this unit to volts."""
     assumed_units: dict[str, float] = field(default_factory=dict)
-    """Channels whose unit the file does not name: name, and factor to volts of the unit that the reader assumed."""
+    """For each channel without a unit in the file: name of the channel, and factor that converts its assumed unit to
+    volts."""
     unknown_units: dict[str, str] = field(default_factory=dict)
-    """Channels that may be electrodes, and whose unit is not known: name, and unit as the file writes it."""
+    """For each channel that may be an electrode and has an unknown unit: name of the channel, and unit as the file
+    writes it."""
     bad_spans: list[tuple[float, float, str]] = field(default_factory=list)
     """Bad time spans that the file or its sidecar marks: start and end in seconds from the recording's beginning, and
     text."""
     bad_channel_spans: list[tuple[float, float, str]] = field(default_factory=list)
     """Spans in which the file or its sidecar marks a single channel as bad: start and end in seconds from the
-    recording's beginning, and name of the channel. A span of one channel does not concern other channels."""
+    recording's beginning, and name of the channel. During such a span, the other channels are not bad."""
     epoched: bool = False
     """Whether the segments of the recording are epochs."""
     intracranial: bool = False
@@ -93,7 +95,7 @@ class SignalInfo:
     left_out: dict[str, str] = field(default_factory=dict)
     """Channels of the file that are not in `ch_names`, because they cannot be read; each with the reason."""
     about: About = field(default_factory=About)
-    """Person, year and device, as far as the file names them."""
+    """Data about person, year and device, as far as the file has them."""
     notes: list[str] = field(default_factory=list)
     """Notes for the ledger: corrections and unknown values that were found when the recording was opened."""
 

@@ -110,8 +110,8 @@ class File:
         """Check whether a file that this header names belongs to another recording; return the reason, or None.
 
         After a recording was renamed, its header can still name the files of another recording. A wrong name is
-        suspected if the named file and this header have different base names, and if one of two files exists: another
-        header with the base name of the named file, or a data file with the base name of this header.
+        suspected if the named file and this header have different base names, and if the folder contains another header
+        with the base name of the named file, or a data file with the base name of this header.
         """
         stem, _, ending = name.rpartition(".")
         if not stem or stem.lower() == self.stem.lower():
@@ -210,7 +210,7 @@ def _ant(file: File) -> Recording | None:
         return None
     if file.suffix != ".cnt" and not file.head[8:16].rstrip(b"\0 ").endswith(b"CNT"):
         return None
-    # The reader takes events from .evt or .trg, and the starts of segments from .seg.
+    # The reader of ANT files reads events from .evt or .trg files, and the starts of segments from .seg files.
     sidecars = [f"{file.stem}.{suffix}" for suffix in ("evt", "trg", "seg")]
     return file.recording("ant", *sidecars, problem=headers.run_check(headers.check_ant, "ANT", file.path, file.head))
 
@@ -409,7 +409,7 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
 
 
 def _walk_local(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield folders and the names of their files. A folder that cannot be listed raises an error."""
+    """Yield each folder below `root`, with the names of its files. A folder that cannot be listed raises an error."""
 
     def refuse(error: OSError) -> None:
         raise RequestError(

@@ -1,9 +1,9 @@
 """Find the sampling rate and the segments of a recording in which each sample has a time stamp.
 
 Time stamps are not exact: they have jitter, whole chunks arrive late, and some samples have no valid stamp. (A *chunk*
-is a group of samples that the recorder stored together.) First, this module finds lasting jumps of the stamps, which
-come from lost samples or from a clock that was set back. Then a line is fitted to the stamps between two jumps. All
-fitted lines have the same slope, which gives the sampling rate.
+is a group of samples that the recorder stored together.) First, this module finds lasting jumps of the time stamps:
+lost samples or a clock that was set back cause such jumps. Then a line is fitted to the time stamps between two jumps.
+All fitted lines have the same slope, and this slope gives the sampling rate.
 
 An *anchor* is a sample whose stamp was measured. The other samples of a chunk have stamps that repeat the anchor's
 stamp or were computed from it. In array shapes, S is the number of samples, and A the number of anchors.
@@ -23,13 +23,13 @@ from data_sharding.formats.signal import Segment
 SURE_S = 0.045
 """Every jump of the time stamps above this number of seconds is examined, even if the stamps have much jitter."""
 JUMP = 0.75
-"""If the stamps have no jitter, jumps above this number of sample intervals are examined. A lost sample makes a jump of
-one sample interval."""
+"""If the time stamps have no jitter, jumps of the time stamps above this number of sample intervals are examined. One
+lost sample makes a jump of one sample interval."""
 SIGMAS = 5.0
-"""If the stamps have jitter, jumps above this number of standard deviations are examined."""
+"""If the time stamps have jitter, jumps above this number of standard deviations of the jitter are examined."""
 WINDOW_S = 2.0
-"""Number of seconds before and after a jump in which the stamps are compared. The jump is lasting if the stamps after
-the jump are shifted against the stamps before the jump."""
+"""The time stamps of this number of seconds before a jump are compared with those of the same time after it. The jump
+is lasting if the time stamps after the jump are shifted against the time stamps before the jump."""
 FEWEST = 8
 """Smallest number of anchors that are compared on each side of a jump, if the recording has so many."""
 WHOLE = 0.15
@@ -42,14 +42,16 @@ IRREGULAR_S, IRREGULAR = 0.05, 0.05
 away from the fitted line."""
 MOVED, MOST_BLOCKS = 0.2, 2000
 """Chunks are sorted by time only if sorting moves at most the fraction `MOVED` of all samples, and at most
-`MOST_BLOCKS` groups of chunks. If sorting would move more, the clock is probably wrong, not the order."""
+`MOST_BLOCKS` groups of chunks. If sorting would move more samples or groups, the clock of the stream is probably wrong,
+and not the order of the chunks."""
 MOST_BACK = 10
 """A stream has no steady rate if its stamps jump back more often than this number of times, and more than once a
 minute."""
 NOTED_S = 0.01
-"""If two clocks differ by more than this number of seconds at the end of the recording, a note is written."""
+"""If the clock of the amplifier and the clock of the time stamps differ by more than this number of seconds at the end
+of the recording, a note is written."""
 EQUAL_S = 1e-6
-"""Two intervals between stamps are equal if they differ by less than this number of seconds."""
+"""Two intervals between time stamps are taken as equal if they differ by less than this number of seconds."""
 
 
 @dataclass(kw_only=True)
@@ -66,11 +68,11 @@ class Clock:
     begins: list[float]
     """Time stamp of the first sample of each segment, according to the line that was fitted to the segment."""
     period: float
-    """Seconds between two samples on the clock of the stamps."""
+    """Seconds between two samples, measured with the clock of the time stamps."""
     offset: float | None = None
-    """If the clock of the stream was reset: seconds to add to the corrected stamps, such as `begins`, to get the time
-    of the recording computer. None if the stamps were not corrected, so that the measured clock offsets are valid for
-    them."""
+    """Only set if the clock of the stream was reset: number of seconds to add to the corrected time stamps, such as
+    `begins`, to get the time of the recording computer. None if the stamps were not corrected, so that the measured
+    clock offsets are valid for them."""
     notes: list[str] = field(default_factory=list)
     """Notes for the ledger."""
 
@@ -106,13 +108,13 @@ class _Lines:
     period: float
     """Slope of all lines: the sample interval in seconds."""
     bases: np.ndarray
-    """Time of sample number 0 according to the line of each run."""
+    """Time that the line of each run gives for sample number 0."""
     error: float
     """Relative standard error of `period`."""
     deviation: float
-    """Standard deviation of the anchors from the lines, in seconds."""
+    """Standard deviation of the distances between the anchors and their lines, in seconds."""
     doubt: np.ndarray
-    """Standard error of the distance between neighbouring lines, in samples."""
+    """Standard error of the distance between the lines of two neighbouring runs, as a number of samples."""
 
 
 def fit_clock(
@@ -142,14 +144,14 @@ def fit_clock(
     -------
     Clock
         Sampling rate, segments and notes. Times are sample numbers of the amplifier divided by the sampling rate. The
-        length of a gap is a whole number of samples, if the stamps allow this.
+        length of a gap is rounded to a whole number of samples if rounding changes the length only a little.
 
     Raises
     ------
     NotContinuous
         If there are fewer than two samples.
     ReadError
-        If the stamps do not have a steady rate, or if most samples have no valid stamp.
+        If the time stamps do not have a steady rate, or if most samples have no valid time stamp.
     """
     stamps = np.asarray(stamps, float)
     if len(stamps) < 2:
@@ -203,7 +205,7 @@ def fit_clock(
 
 
 def _valid(stamps: np.ndarray) -> np.ndarray:
-    """Return which stamps are valid times. For an unknown time, some recorders write zero or NaN."""
+    """Return for each time stamp whether it is a valid time. Some recorders write zero or NaN for an unknown time."""
     valid = np.isfinite(stamps)
     zero = valid & (stamps == 0)
     others = stamps[valid & ~zero]
@@ -229,8 +231,8 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
     Returns
     -------
     _Anchors
-        The anchors. If a chunk has one measured stamp, this stamp can belong to the first or to the last sample of the
-        chunk. The function tries both the first and the last sample, and returns the anchors with fewer jumps.
+        The anchors. If a chunk has one measured time stamp, this time stamp can belong to the first or to the last
+        sample of the chunk. The function tries both, and returns the anchors that have fewer jumps between them.
     """
     step, gap = np.diff(stamps), np.diff(index)
     computed = np.abs(step) < EQUAL_S
@@ -239,8 +241,8 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
     begins = np.concatenate([[True], ~computed])
     begins |= np.isin(index, starts)
     if len(starts) < FEWEST:
-        # Without chunks, the computed stamps of the whole file can form one piece, so divide the file into half
-        # seconds.
+        # In a file without chunks, all time stamps may be computed from the first one. Divide such a file into half
+        # seconds, and use one anchor for each half second.
         pace = (stamps[-1] - stamps[0]) / max(1, index[-1] - index[0])
         piece = max(1, int(0.5 * nominal if nominal > 0 else 0.5 / pace if pace > 0 else len(stamps)))
         begins[::piece] |= nominal > 0
@@ -263,15 +265,15 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
 
 
 def _period(anchors: _Anchors, nominal: float) -> float:
-    """Estimate the sample interval in seconds from pairs of anchors. A few jumps do not change the estimate."""
+    """Estimate the sample interval in seconds from pairs of anchors. A few jumps of the time stamps do not matter."""
     k, t = anchors.k, anchors.t
     if len(k) < FEWEST and nominal > 0:
         return 1 / nominal
     best, least, lag = 0.0, np.inf, 1
     while lag < len(k) and (lag == 1 or lag <= len(k) // 4):
         slopes = (t[lag:] - t[:-lag]) / (k[lag:] - k[:-lag])
-        # Use the shortest interval that contains half of the slopes. Lost samples increase some slopes, so the median
-        # of all slopes would be too large.
+        # Use the median of that half of the slopes that has the smallest range. Lost samples increase some slopes, so
+        # the median of all slopes would be too large.
         slopes.sort()
         half = len(slopes) // 2
         widths = slopes[half:] - slopes[: len(slopes) - half]
@@ -285,17 +287,17 @@ def _period(anchors: _Anchors, nominal: float) -> float:
 
 
 def _excess(anchors: _Anchors, period: float) -> np.ndarray:
-    """Return how much longer each interval between anchors is than its number of samples, in seconds."""
+    """Return the time between neighbouring anchors minus the length of the samples between them, in seconds."""
     return np.diff(anchors.t) - np.diff(anchors.k) * period
 
 
 def _spread(x: np.ndarray) -> float:
-    """Estimate the standard deviation from the median of the absolute deviations."""
+    """Estimate the standard deviation of `x` from the median of the absolute deviations from the median of `x`."""
     return 1.4826 * float(np.median(np.abs(x - np.median(x)))) if len(x) else 0.0
 
 
 def _threshold(anchors: _Anchors, period: float) -> float:
-    """Return the smallest jump in seconds that is examined."""
+    """Return the smallest jump of the time stamps, in seconds, that is examined."""
     return min(max(SIGMAS * _spread(_excess(anchors, period)), JUMP * period), max(SURE_S, JUMP * period))
 
 
@@ -304,7 +306,7 @@ def _follow_resets(
 ) -> tuple[np.ndarray, float] | None:
     """Correct the stamps if the measured clock offsets show that the clock was reset. Otherwise return None.
 
-    The second returned value is the clock offset of the corrected stamps in seconds.
+    The second returned value is the offset in seconds between the corrected time stamps and the clock of the computer.
     """
     at, by = np.asarray(times, float), np.asarray(values, float)
     kept = np.isfinite(at) & np.isfinite(by)
@@ -350,7 +352,7 @@ def _in_order(
     order : ndarray of int
         Indices of the samples in the order of time.
     notes : list of str
-        Notes about the changes; empty if `order` does not change the order of the samples.
+        Notes about samples that are moved or dropped; empty if `order` leaves all samples as they are in the file.
     """
     threshold, noise = _threshold(anchors, period), _spread(_excess(anchors, period))
     index = np.flatnonzero(valid)
@@ -387,8 +389,8 @@ def _in_order(
     by_time = np.argsort(begins, kind="stable")
     gaps = begins[by_time][1:] - ends[by_time][:-1] - period
     jumped, left = (int((np.abs(x) > threshold / 2).sum()) for x in (jumps[breaks - 1], gaps))
-    # Sort the chunks only if sorting closes gaps. If the clock was set back, sorting closes no gap, and the order
-    # stays.
+    # Sort the chunks only if sorting closes gaps. If the clock was set back, sorting closes no gap, so the chunks are
+    # not sorted.
     if gaps.min() > -threshold and left < jumped and 0 < _moved(by_time, np.diff(edges)) <= MOVED * len(index):
         pieces = np.split(order, np.searchsorted(order, index[breaks]))
         order = np.concatenate([pieces[i] for i in by_time])
@@ -397,9 +399,9 @@ def _in_order(
 
 
 def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
-    """Return how many samples move when pieces (groups of chunks) are sorted.
+    """Return how many samples move when pieces (groups of chunks) are sorted by time.
 
-    The pieces of the heaviest increasing subsequence do not move.
+    The pieces that do not move are the increasing subsequence with the largest number of samples.
 
     Parameters
     ----------
@@ -420,11 +422,12 @@ def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
 
 
 def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
-    """Find the anchors before which the stamps make a lasting jump.
+    """Find the anchors before which the time stamps make a lasting jump.
 
-    Both a loss of samples and a late chunk make a jump. To distinguish them, the function compares the stamps of
-    `WINDOW_S` seconds before and after the jump. After a loss of samples, all later stamps are shifted, so their lower
-    quartile is shifted too. After a late chunk, the next chunks are punctual again.
+    Both a loss of samples and a late chunk make a jump of the time stamps. To distinguish a loss from a late chunk, the
+    function compares the time stamps of `WINDOW_S` seconds before and after the jump. After a loss of samples, all
+    later time stamps stay late, so the lower quartile of their delays grows too. After a late chunk, the next chunks
+    are punctual again.
     """
     k, t = anchors.k, anchors.t
     excess = _excess(anchors, period)
@@ -442,8 +445,8 @@ def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
         np.array([np.median(late[i : i + density]) - np.median(late[max(0, i - density) : i]) for i in some])
     )
     cuts: list[int] = []
-    # Examine the largest jumps first, and subtract each lasting jump from all later stamps, so that large jumps do not
-    # hide small jumps.
+    # Examine the largest jumps first, and subtract each lasting jump from all later time stamps, so that large jumps do
+    # not hide small jumps.
     for i in sorted(places.tolist(), key=lambda place: -abs(excess[place - 1])):
         jump = float(excess[i - 1])
         before, after = late[max(0, i - density) : i], late[i : i + density]
@@ -452,7 +455,7 @@ def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
             lasting = float(np.percentile(after, 25)) + 0.6745 * noise / np.sqrt(2) - level
         else:
             lasting = level - (float(np.percentile(after, 75)) - 0.6745 * noise / np.sqrt(2))
-        # Near the ends of the recording, fewer anchors can be compared, so the threshold must be larger.
+        # Near the ends of the recording, fewer anchors can be compared, so the smallest lasting jump must be larger.
         least = SIGMAS * usual * np.sqrt(density / min(len(before), len(after)))
         least = min(max(least, JUMP * period), max(SURE_S, JUMP * period))
         if lasting <= max(least, 0.5 * abs(jump)):
@@ -464,7 +467,7 @@ def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
 
 
 def _fit_lines(anchors: _Anchors, runs: list[slice], period: float, *, fixed: bool = False) -> _Lines:
-    """Fit one line to the anchors of each run. All lines have the same slope. Anchors far from the lines are ignored.
+    """Fit one line to the anchors of each run. All lines have the same slope. Anchors far from their line are ignored.
 
     Parameters
     ----------
@@ -509,7 +512,7 @@ def _fit_lines(anchors: _Anchors, runs: list[slice], period: float, *, fixed: bo
     away = np.abs(t - bases[number] - k * period) > max(IRREGULAR_S, 2 * period)
     if not period > 0 or away.mean() > IRREGULAR:
         raise ReadError(Reason("the stream has no steady rate", "its time stamps are irregular"))
-    # The distance of two lines has two errors: the deviation of the anchors from the lines, and the error of the slope.
+    # The distance between two lines has an error from the scatter of the anchors, and an error from the slope.
     doubt = np.hypot(
         deviation / period * np.sqrt(1 / np.maximum(counts[1:], 1) + 1 / np.maximum(counts[:-1], 1)),
         error * np.diff(centres),
@@ -519,7 +522,7 @@ def _fit_lines(anchors: _Anchors, runs: list[slice], period: float, *, fixed: bo
 
 
 def _choose_rate(nominal: float, measured: float, error: float, notes: list[str]) -> float:
-    """Return the sampling rate in Hz: the nominal rate if it fits the stamps, or else the measured rate."""
+    """Return the sampling rate in Hz: the nominal rate if it fits the time stamps, or else the measured rate."""
     tolerance = max(STEADY, min(3 * error, 2e-3))
     if nominal > 0 and abs(measured / nominal - 1) < tolerance:
         return nominal
@@ -535,28 +538,30 @@ def _place_segments(
 ) -> tuple[list[Segment], list[float]]:
     """Make one segment for each run.
 
-    The onsets are sample numbers since the first sample, divided by the sampling rate.
+    The onset of a segment is the number of samples that the amplifier took before it, divided by the sampling rate.
 
     The second returned value is the time stamp of each segment's first sample.
 
     Notes
     -----
-    The distance between two lines gives the number of samples that were lost between the runs. If the clock was set
-    back, the number of lost samples is unknown, so the segment begins at the end of the previous segment, and a note is
-    written. If the clock is set forward again later, the line from before the clock was set back is used again.
+    The distance between the lines of two runs gives the number of samples that were lost between these runs. If the
+    clock was set back, the number of lost samples is unknown, so the segment begins at the end of the previous segment,
+    and a note is written. If the clock is later set forward again, lost samples are counted from the line that was
+    valid before the clock was set back.
     """
     period, bases = lines.period, lines.bases
     lost = np.zeros(len(runs))
-    # Numbers of the runs with which a new time scale begins: run 0, and each run before which the clock was set back.
+    # Numbers of the runs at which a new time scale begins: run 0, and each run before which the clock was set back.
     timelines = [0]
     jumped: list[str] = []
     for j in range(1, len(runs)):
-        # Lost packets make a gap of a whole number of samples. A pause of the amplifier can have any length.
+        # If packets are lost, the gap is a whole number of samples. If the amplifier was paused, the gap can have any
+        # length.
         doubt = max(WHOLE, 3 * float(lines.doubt[j - 1]))
         gained = (bases[j] - bases[:j]) / period
         back = np.flatnonzero(np.abs(gained) < doubt)
         if gained[-1] < 0 and len(back):
-            # The stamps return to an earlier line, so the stamps since that line were late, and no sample was lost.
+            # The time stamps return to an earlier line, so they were late since that line, and no sample was lost.
             lost[back[-1] : j + 1] = lost[back[-1]]
             continue
         possible = [more for i in timelines if (more := lost[i] + gained[i] - lost[j - 1]) > -doubt]
@@ -576,7 +581,7 @@ def _place_segments(
     if count := int((np.diff(lost) > 0).sum()):
         gaps = f"{count} gap{'s' * (count > 1)} in the time stamps"
         notes.append(f"{gaps}; {lost[-1] / sfreq:.3f} s are missing in total")
-    # If each chunk has only one measured stamp, the loss can be anywhere between two measured stamps.
+    # If each chunk has only one measured time stamp, the samples can be lost anywhere between two measured time stamps.
     unsure = lines.deviation > EQUAL_S and float(np.median(anchors.last - anchors.first)) > 0
     segments, begins = [], []
     for j, run in enumerate(runs):

@@ -1,7 +1,8 @@
 """Parse the units of channels, to find the factor that converts the values of each channel to volts.
 
 Recording software writes the unit microvolt in many ways (``uV``, ``µV`` in several text encodings, ``muV``,
-``microvolts``). All readers of this package use this module, so that every spelling is understood in every file format.
+``microvolts``). All readers of this package use this module, so that every spelling of a unit is understood in every
+file format.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def to_volts(unit: str) -> float | None:
     """
     text = unit.removeprefix("\xff\xfe").translate(MARKUP).strip()
     text = OLD_PAGES.get(text, text)
-    # First replace single characters that mean a whole unit, as in Asian fonts. If the replaced text is not a unit, use
-    # the original text, because the replacement can change a damaged micro sign.
+    # First replace single characters that mean a whole unit, as in Asian fonts. If the text is not a unit after the
+    # replacement, use the original text, because the replacement can change a damaged micro sign.
     wide = unicodedata.normalize("NFKC", text).translate(CYRILLIC)
     return _to_volts(wide) if _to_volts(wide) is not None else _to_volts(text)
 
@@ -136,11 +137,11 @@ class Units:
     gains: np.ndarray
     """Factors [n] that convert the values of the reader to volts."""
     named: dict[str, float] = field(default_factory=dict)
-    """Channels with a known unit: name, and factor of the unit to volts."""
+    """For each channel with a known unit: name of the channel, and factor that converts the unit to volts."""
     assumed: dict[str, float] = field(default_factory=dict)
-    """Channels without a unit: name, and factor to volts of the unit that the reader assumed."""
+    """For each channel without a unit: name of the channel, and factor that converts its assumed unit to volts."""
     unknown: dict[str, str] = field(default_factory=dict)
-    """Channels that may be electrodes and have an unknown unit: name and unit."""
+    """For each channel that may be an electrode and has an unknown unit: name of the channel, and unit."""
     notes: list[str] = field(default_factory=list)
     """Notes for the ledger."""
 
@@ -159,7 +160,7 @@ class Units:
 def read_units(
     ch_names: Sequence[str], ch_types: Sequence[str], units: Sequence[str], applied: Sequence[float]
 ) -> Units:
-    """Find the factor of each channel to volts.
+    """Find the factor that converts the values of each channel to volts.
 
     Parameters
     ----------

@@ -63,8 +63,8 @@ def open_xdf(path: Path) -> Signal:
     -------
     Signal
         The stream, with the sampling rate from the time stamps. If samples are missing, a new segment begins after the
-        gap (see `data_sharding.formats.stamps`). The texts of marker streams divide the recording like the annotations
-        of other formats; numbers are event codes, which divide nothing.
+        gap (see `data_sharding.formats.stamps`). The texts of marker streams can divide the recording, like annotations
+        of other formats. Numbers in marker streams are event codes, and never divide the recording.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def _offsets(stream: Any) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def _offset_at(offsets: tuple[Sequence[float], Sequence[float]], stamps: np.ndarray) -> np.ndarray:
-    """Return the measured clock differences at given stamps, in seconds, which must be added to the stamps."""
+    """Return the measured clock differences (in seconds) at given time stamps, to be added to these time stamps."""
     at, by = (np.asarray(values, float) for values in offsets)
     kept = np.isfinite(at) & np.isfinite(by)
     if not kept.any():
@@ -184,7 +184,7 @@ def read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Seq
     Returns
     -------
     list of Annotation
-        Annotations without duration, on the amplifier's clock. An event code becomes a text.
+        Annotations without duration, on the amplifier's clock. An event code is converted to a text.
 
     Notes
     -----
@@ -197,7 +197,7 @@ def read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Seq
         common = stamps + _offset_at(_offsets(stream), stamps)
         if clock.offset is None:
             # The offset depends on the time of the event on the clock of the EEG stream, and this time is not known
-            # yet. Offsets change slowly, so two iterations are enough.
+            # yet. Clock offsets change slowly, so two iterations are enough.
             about = common - _offset_at(offsets, common)
             common -= _offset_at(offsets, about)
         else:

@@ -105,7 +105,7 @@ def _pack_channel(x: np.ndarray) -> tuple[int, int, bytes]:
 def _narrow(x: np.ndarray) -> tuple[np.ndarray | None, int]:
     """Return the values as float32, and the index of their factor in `_FACTORS`.
 
-    Return None if float32 would change any bit.
+    Return None if storing the values as float32 would change any bit of them.
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for i, factor in enumerate(_FACTORS):
@@ -130,14 +130,15 @@ def _find_steps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     if len(table) > _TABLE_LENGTH:
         return None
     numbers = (np.cumsum(used) - 1)[places]
-    # Decoding would change the values if two values have the same index, or for a negative zero or an unusual NaN.
+    # Use the table only if decoding returns the same bits. Decoding cannot restore two values with one index, a
+    # negative zero or an unusual NaN.
     return (table, numbers) if _same(table[numbers], x) else None
 
 
 def _find_values(x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Return a table of the distinct values and the table index of each sample.
 
-    Return None for too many distinct values.
+    Return None if there are too many distinct values for a table.
     """
     table = np.unique(x)
     if len(table) > _TABLE_LENGTH or 4 * len(table) >= 3 * len(x):

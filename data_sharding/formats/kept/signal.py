@@ -107,7 +107,7 @@ class KeepingSignal:
         Parameters
         ----------
         target : Path
-            Final path. The name of this path is the key of the signal.
+            Final path. The file name, without its ending, is the key of the signal.
 
         Returns
         -------

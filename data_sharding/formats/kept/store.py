@@ -1,4 +1,4 @@
-"""Paths of kept signals, and a table with the checksums of recordings' files that were read before."""
+"""Paths of kept signals (decoded signals on disk), and a table of checksums of files that were read before."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def signal_path(folder: Path, key: str) -> Path:
 
 
 def note_use(path: Path) -> None:
-    """Set the modification time of a kept signal to now, so that `limit_size` sees when it was used last."""
+    """Set the modification time of a kept signal to now, so that `limit_size` knows when the signal was used last."""
     with contextlib.suppress(OSError):  # Another job may have deleted the signal; the recording is then decoded again.
         os.utime(path)
 
@@ -55,7 +55,7 @@ def limit_size(folder: Path, most_bytes: float) -> tuple[int, int]:
     deleted : int
         Number of deleted signals.
     left : int
-        Number of bytes of the signals that are left.
+        Number of bytes of the kept signals that were not deleted.
     """
     found = []
     for path in (folder / "signals").glob("*/*.kept"):
@@ -91,7 +91,7 @@ def _table(folder: Path, files: Sequence[AnyPath]) -> Path:
 
 
 def find_checksums(folder: Path, files: Sequence[AnyPath]) -> tuple[list[State], list[str]] | None:
-    """Look up the checksums that `store_checksums` stored, without reading the files, if the files have not changed.
+    """Return the checksums that `store_checksums` stored for these files, if the files have not changed since then.
 
     Parameters
     ----------

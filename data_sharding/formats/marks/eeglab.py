@@ -12,14 +12,14 @@ from data_sharding.formats.marks.interruptions import Annotation, Effect, Found,
 
 CHANNEL_FIELDS = ("channel", "chanindex")
 """Fields of an event that name its channels. The import of BrainVision and BIDS into EEGLAB writes the field `channel`,
-and the import through BioSig writes `chanindex`. Both fields contain numbers of channels, counted from 1, or names of
-channels."""
+and the import through BioSig writes `chanindex`. The fields `channel` and `chanindex` contain numbers of channels,
+counted from 1, or names of channels."""
 NO_CHANNEL = ("", "n/a", "all", "none")
-"""Texts in the fields `CHANNEL_FIELDS` that mean all channels, in lower case."""
+"""Texts, in lower case, that mean all channels if an event has them in one of the fields `CHANNEL_FIELDS`."""
 REJECTIONS = ("manual", "thresh", "const", "jp", "kurt", "freq", "global")
 """Kinds of rejection in the structure EEG.reject. For each kind, the field ``rejKIND`` has one number for each epoch,
-and the field ``rejKINDE`` has one number for each channel and epoch. The fields ``icarejKIND`` are for epochs that were
-found in the independent components."""
+and the field ``rejKINDE`` has one number for each channel and epoch. The fields ``icarejKIND`` mark epochs that were
+rejected because of their independent components."""
 
 
 def list_entries(value: Any) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def read_number(value: Any) -> float | None:
     Returns
     -------
     float or None
-        The number. NaN for an empty entry and for an infinite number, and None for an entry that is not a number.
+        The number; NaN if the entry is empty or infinite; None if the entry is not a number.
     """
     array = np.asarray(value)
     if array.size == 0 and array.dtype.kind != "U":
@@ -164,8 +164,8 @@ def read_rejections(content: Any) -> tuple[list[Found], list[str]]:
 def _map_numbers(channels: list[dict[str, Any]], info: Any) -> dict[int, str | None]:
     """Return the name of the channel for each channel number, and None for a number that can mean two channels.
 
-    The number of a channel changes if channels before it are removed. EEGLAB keeps the first number in the field
-    `urchan`, and the removed channels in `chaninfo.removedchans`.
+    The number of a channel changes if channels before it are removed. EEGLAB stores the original number of a channel in
+    the field `urchan`, and removed channels in `chaninfo.removedchans`.
     """
     names = [str(channel.get("labels")) for channel in channels]
     now: dict[int, str | None] = dict(enumerate(names, start=1))
@@ -180,7 +180,8 @@ def _map_numbers(channels: list[dict[str, Any]], info: Any) -> dict[int, str | N
 def _read_channels(event: dict[str, Any], numbers: dict[int, str | None]) -> tuple[str, ...] | None:
     """Return the names of an event's channels, an empty tuple for all channels, and None if the channels are unclear.
 
-    A number that no channel has becomes a name, so that a later step writes a note about this number.
+    If no channel has a number that the event gives, the number is returned as a name, and a later step writes a note
+    about this name.
     """
     names: list[str] = []
     for field in CHANNEL_FIELDS:
@@ -192,7 +193,7 @@ def _read_channels(event: dict[str, Any], numbers: dict[int, str | None]) -> tup
                 continue
             number = read_number(value)
             if number is None or math.isnan(number) or (number < 1 and len(values) == 1):
-                continue  # For example, EEGLAB writes 0 for all channels.
+                continue  # For example, EEGLAB writes channel 0 if an event belongs to all channels.
             name = numbers.get(int(number), f"{number:g}") if number.is_integer() else f"{number:g}"
             if name is None or number < 1:
                 return None

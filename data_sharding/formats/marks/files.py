@@ -41,13 +41,13 @@ def read_ant_segments(path: Path, n_samples: int, sfreq: float, start: float | N
     Returns
     -------
     list of Segment or None
-        Segments. The onsets of the segments are the recorded times only if `start` is known. None if there is no table,
-        or if the numbers of samples in the table contradict `n_samples`.
+        Segments. If `start` is None, the gaps between segments are unknown, and each segment begins at the end of the
+        previous one. None if there is no table, or if the numbers of samples in the table contradict `n_samples`.
 
     Notes
     -----
-    The table has one line for each segment except the first. A line has three numbers: the start as a day number with a
-    precision of seconds, a fraction of a second, and the number of samples of the segment.
+    The table has one line for each segment except the first. A line has three numbers: the start of the segment in
+    days, exact to a second; the fraction of a second to add to the start; and the number of samples of the segment.
     """
     table = path.with_suffix(".seg")
     if not table.is_file():
@@ -81,8 +81,8 @@ def find_mff_pauses(path: Path, sfreq: float) -> list[Found]:
     Returns
     -------
     list of Found
-        Pauses with exact sample positions. (MNE fills a pause with zeros, and the annotation by MNE begins half a
-        sample too early.)
+        Pauses with exact sample positions. (MNE fills a pause with zeros, and the annotation that MNE adds for the
+        pause begins half a sample too early.)
     """
     from mffpy.xml_files import XML
 

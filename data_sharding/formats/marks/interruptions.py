@@ -40,7 +40,7 @@ class Mark:
     sign: str
     """Description of the mark in the file, for the user."""
     effect: Effect
-    """Effect of the mark. `divide` explains gaps and bad spans without a length."""
+    """Effect of the mark. The function `divide` explains what happens if a gap or a bad span has no length."""
     words: re.Pattern[str] | None = None
     """Pattern that the whole text of the annotation must match. None if the mark is not an annotation."""
     removed: bool = False
@@ -102,7 +102,8 @@ NEW_SEGMENT_WORDS = re.compile(PREFIX + r"new segment(/.*)?", re.IGNORECASE | re
 
 
 PAIR_WORDS = re.compile(r"(.*?)[\s_/:.-]+(?:(start|begin|onset|on)|(?:end|stop|offset|off))", re.IGNORECASE | re.DOTALL)
-"""Pattern for a mark without duration that marks the start of a span (with group 2) or its end (without group 2)."""
+"""Pattern for the two marks without duration at the start and at the end of a span. Group 2 matches only at the
+start."""
 
 
 def _codes(numbers: Iterable[int]) -> re.Pattern[str]:
@@ -341,8 +342,8 @@ def find_marks(format_: str, annotations: Iterable[Annotation]) -> list[Found]:
 def _join_pairs(found: list[Found]) -> list[Found]:
     """Join each bad-span mark that starts a span with the next bad-span mark that ends the span.
 
-    The two marks have the same text before the word `start` or `end`, the same channels and no length. Marks without a
-    partner are not changed.
+    The two marks have the same text before the word `start` or `end`, the same channels and no length. A start mark
+    without an end mark, or an end mark without a start mark, is not changed.
     """
     pairs: dict[int, tuple[int, Found]] = {}
     begun: dict[tuple[str, tuple[str, ...]], int] = {}
@@ -374,8 +375,8 @@ def match_channels(
     names : sequence of str
         Names of the channels that can be read.
     left_out : collection of str
-        Names of the channels of the file that are not read. A mark that names only channels that are not read is
-        dropped.
+        Names of the channels of the file that are not read. A mark is dropped if all channels that it names exist in
+        the file but are not read.
 
     Returns
     -------

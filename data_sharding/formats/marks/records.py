@@ -24,10 +24,12 @@ from data_sharding.formats.signal import Segment
 TAL = re.compile(rb"([+-]\d{1,15}(?:\.\d{1,15})?)(?:\x15(\d{1,15}(?:\.\d{1,15})?))?\x14([^\x00]*)\x14\x00")
 """Time-stamped annotations list (TAL) of EDF+: onset, duration, texts."""
 ROUNDING_S = 1.1e-3
-"""Smallest gap between records in seconds. Smaller differences come from onsets that were rounded to milliseconds."""
+"""Smallest gap between records in seconds. Smaller gaps are not real: they come from onsets of records that were
+rounded to milliseconds."""
 RECORDS_AT_ONCE = 4096
 NEW_EPOCH, CMS_IN_RANGE, MK2 = 1 << 16, 1 << 20, 1 << 23
-"""Bits of the Status channel of a BioSemi amplifier. Bit 22 means a low battery, which does not change the signal."""
+"""Bits of the Status channel of a BioSemi amplifier. Bit 22 is not used here: a low battery sets it, and does not
+change the signal."""
 STARTS_PER_S = 1.0
 """If bit 16 rises more often than this number of times per second, the channel named Status was not written by a
 BioSemi amplifier."""
@@ -132,12 +134,12 @@ def find_runs(onsets: np.ndarray, layout: Layout) -> tuple[list[tuple[int, int, 
 
 
 def segments_of_runs(runs: list[tuple[int, int, float]], per_record: int) -> list[Segment]:
-    """Convert runs of records to segments of a channel with this number of samples in a record."""
+    """Convert runs of records to segments of a channel that has `per_record` samples in each record."""
     return [Segment(start=a * per_record, stop=b * per_record, onset=onset) for a, b, onset in runs]
 
 
 def _blocks(path: Path, layout: Layout, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the number of the first record and the bytes [R, bytes of a record] of up to 4096 records at a time."""
+    """Yield blocks of at most 4096 records: number of the block's first record, and bytes [R, bytes of a record]."""
     if not count:
         return
     shape = (count, layout.record_bytes)
@@ -222,9 +224,9 @@ def find_missing(path: Path, layout: Layout, numbers: list[int]) -> tuple[list[F
 
     Notes
     -----
-    NaN and values outside the digital range are missing values. A value at the limit of the range can also be an
-    overflow of one channel, so it is taken as missing only if, at the same time, every channel has a missing value or a
-    value at its limit.
+    NaN and values outside the digital range are missing values. A value at the limit of the digital range is either
+    missing, or an overflow of one channel. Such a value is taken as missing only if every channel has a missing value
+    or a value at its limit at the same time.
     """
     spans: list[tuple[int, int]] = []
     some = False

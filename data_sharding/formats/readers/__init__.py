@@ -49,7 +49,7 @@ class Format:
     """Optional package that `open` needs. If the package is not installed, the ledger shows the command that installs
     the package."""
     unit_factor: float | None = None
-    """Factor that converts the values of `open` to volts; None if the values are volts."""
+    """Factor that converts the values that `open` returns to volts; None if these values are volts."""
 
 
 @functools.cache

@@ -34,10 +34,11 @@ class NeoSignal:
     Parameters
     ----------
     reader : neo.rawio.BaseRawIO
-        Reader of the recording; ``parse_header`` was not called yet.
+        Reader of the package neo for the recording. The method ``parse_header`` of the reader must not have been called
+        yet.
     only_electrodes : bool
         True if only channels with names of scalp electrodes are used as EEG. Use True for amplifiers that also record
-        intracranial electrodes, because their files do not mark the channels on the scalp.
+        intracranial electrodes: their files do not say which channels are on the scalp.
     """
 
     def __init__(self, reader: Any, *, only_electrodes: bool = False) -> None:

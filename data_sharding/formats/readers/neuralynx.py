@@ -21,8 +21,8 @@ HEADER_BYTES, RECORD_BYTES = 16384, 1044
 def _recognise(file: File) -> Recording | None:
     if file.suffix != ".ncs":
         return None
-    # A folder is one recording with one row in the ledger. The recording's path in the ledger is the path of its first
-    # file.
+    # All .ncs files of a folder are one recording, with one row in the ledger. The path of the recording in the ledger
+    # is the path of its first file.
     names = sorted(entry.name for entry in file.near.values() if entry.suffix.lower() == ".ncs")
     if file.path.name != names[0]:
         return None

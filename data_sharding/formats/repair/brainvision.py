@@ -132,7 +132,7 @@ def _replace(found: re.Match[str], lines: list[str | None]) -> str:
 
 
 def _repair_coordinates(out: Repaired, names: list[str]) -> Repaired:
-    """Give every channel a row of coordinates; list channels without a usable row in the file in `unplaced`."""
+    """Write a row of coordinates for every channel, and add channels without usable coordinates to `unplaced`."""
     begin, end = section(out.text, "Coordinates")
     if begin == len(out.text):
         return out
@@ -153,7 +153,7 @@ def _repair_coordinates(out: Repaired, names: list[str]) -> Repaired:
     if out.unplaced:
         out.text = f"{out.text[:begin]}\n" + "\n".join(lines) + f"\n\n{out.text[end:]}"
     if lost:
-        out.notes.append(f"the coordinates are not three numbers: {', '.join(lost[:5])} ({len(lost)})")
+        out.notes.append(f"the coordinates of some channels are not three numbers: {', '.join(lost[:5])} ({len(lost)})")
     return out
 
 

@@ -32,17 +32,17 @@ BLOCKS = (
     (313, "projections"),
     (107, "digitised positions"),
 )
-"""Blocks of FIF files without a recording, with the kind of the file. If a file has several of the listed blocks, the
-block that is listed first determines the kind."""
+"""Blocks of FIF files without a recording, with the kind of the file. If a file has several of these blocks, the block
+that comes first in this table determines the kind of the file."""
 TRANSFORMATION = 222
 BLOCK_START = 104
 MOST_TAGS = 20_000
-"""At most this many tags of a FIF file are read."""
+"""Largest number of tags that are read from a FIF file."""
 POSITIONS = (".elp", ".hsp", ".sfp", ".elc", ".pos", ".bvef", ".hpts", ".ced", ".locs", ".eloc", ".bvct", ".dig")
 """Extensions of files with the positions of electrodes."""
 MOST_POSITIONS_BYTES = 1 << 22
 MOST_PACKED_BYTES, MOST_UNPACKED_BYTES = 1 << 20, 1 << 23
-"""At most this many bytes of a compressed FIF file are read and unpacked."""
+"""Largest numbers of bytes that are read from a compressed FIF file, and that are unpacked."""
 
 
 def recognise_no_recording(file: Any) -> Finding | None:

@@ -160,7 +160,7 @@ def recognise_recorder(file: Any) -> Finding | None:
     Returns
     -------
     Finding or None
-        Kind of the file, and what the user can do; None for other files.
+        The format of the recording, and what the user can do with the file; None if the file has none of these formats.
     """
     name = file.path.name.lower()
     for recorder in RECORDERS:
@@ -185,7 +185,7 @@ def _describe(file: Any, recorder: Recorder) -> Finding | None:
     pattern = re.compile(recorder.sidecars.replace("{stem}", re.escape(stem)), re.IGNORECASE)
     files = tuple(entry.name for entry in file.near.values() if pattern.fullmatch(entry.name) and recorder.sidecars)
     if recorder.format == "natus" and stem != file.stem and f"{stem}.erd".lower() in file.near:
-        return None  # The file is a later part of a recording, and the `Finding` of the first part lists it.
+        return None  # A later part of a recording is listed by the `Finding` of its first part.
     if not file.head:
         return Finding(format=recorder.format, reason=Reason("unreadable", "an empty file"), files=files)
     return Finding(format=recorder.format, reason=_reason(recorder), excluded=recorder.excluded, files=files)
@@ -230,7 +230,7 @@ def _describe_archive(file: Any, name: str) -> Finding | None:
 def _recognise_arrays(file: Any) -> Finding | None:
     """Recognise arrays, HDF5 files and unknown binary files.
 
-    The files are only reported: they cannot be read, because they have no standard field for the sampling rate.
+    Such files are only reported and not read, because they have no standard field for the sampling rate.
     """
     if file.suffix not in (".npy", ".npz", ".h5", ".hdf5", ".hdf", ".dat", ".bin", ".raw"):
         return None
@@ -261,7 +261,7 @@ def _recognise_unknown(file: Any) -> Finding | None:
 
 
 def _is_table(head: bytes) -> bool:
-    """Return whether a .npy file has two or three dimensions of numbers, and 200 or more in one of the last two."""
+    """Return whether a .npy file has numbers in two or three dimensions, with 200 or more along one of the last two."""
     match = re.search(rb"'descr': '[<>|=]([fiu])\d+'.*'shape': \(([\d, ]+)\)", head[:512])
     if head[:6] != b"\x93NUMPY" or not match:
         return False

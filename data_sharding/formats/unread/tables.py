@@ -1,9 +1,9 @@
 """Recognise text tables that hold a signal, such as ``.csv`` files with one column for each electrode.
 
-Most text tables next to recordings are events, questionnaires or results, so a table is reported only if names of
-electrodes are at the top of at least four of its columns with numbers below, or at the beginning of at least four of
-its lines with numbers behind. Tables of electrode positions also have names of electrodes, but only a few numbers in
-each line. A large table of numbers alone is reported as well, because it is probably a signal.
+Most text tables next to recordings are events, questionnaires or results. A table is reported as a signal only if at
+least four columns of numbers have the name of an electrode at the top, or if at least four lines of numbers begin with
+the name of an electrode. (Tables of electrode positions have such lines too, but only a few numbers in each line.) A
+large table that consists of numbers alone is reported as well, because it is probably a signal.
 """
 
 from __future__ import annotations
