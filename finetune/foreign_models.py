@@ -135,9 +135,9 @@ def load_with_library(load: Any, name: str | Path, what: str) -> Any:
     load : callable
         Function that is called without arguments.
     name : str or Path
-        Name of the model, for the message.
+        Name of the model, which the error message contains.
     what : str
-        Kind of the model, for the message.
+        Kind of the model, which the error message names.
 
     Returns
     -------

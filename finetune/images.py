@@ -69,7 +69,7 @@ def open_train_val(
     part : mapping
         Arguments `tmin` and `tmax` of `open_paired`.
     command : str
-        Name of the command, for messages.
+        Name of the command, which messages contain.
     runs : sequence of str or Path
         Run directories of the stages of the run, the last stage first.
 
@@ -346,7 +346,8 @@ def find_components(train_MHW3: np.ndarray, val_MHW3: np.ndarray, components: in
     Returns
     -------
     train_MP, val_MP : ndarray of float32, shape (M, P)
-        Components of the images, for pixels with values from -1 to 1. Each component has mean 0 over the train images.
+        Principal components of the images, whose pixels are scaled to values from -1 to 1. Each component has mean 0
+        over the train images.
     """
     train_MX, val_MX = (x.reshape(len(x), -1).astype(np.float32) / 127.5 - 1 for x in (train_MHW3, val_MHW3))
     mean_X = train_MX.mean(axis=0)

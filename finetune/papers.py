@@ -23,7 +23,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """Description of a paper for other modules. Each paper's folder defines the description as ``PAPER``."""
+    """Description of a paper that this project reproduces. Each paper's folder defines the description ``PAPER``."""
 
     command: str
     """Name of the ``dreamscale`` command that trains the model."""

@@ -40,7 +40,7 @@ class EVRNetStage:
     """False leaves out EVRNet's multi-kernel residual blocks, as an ablation."""
     dropout: float | None = None
     """Dropout rate. None: the dropout rate in the network's article (0 for evrnet, 0.25 for eegnet, 0.5 for tsconv),
-    and 0 for encoder. In evrnet and encoder, the dropout is before the linear layer."""
+    and 0 for encoder. In the networks evrnet and encoder, the dropout is before the linear layer."""
     label_smoothing: float = 0.0
     """Amount of label smoothing in the cross-entropy."""
     whiten: float = 0.0

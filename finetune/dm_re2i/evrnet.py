@@ -73,7 +73,7 @@ class MKRB(nn.Module):
     kernels : tuple of int
         Sizes of the two kernels.
     skip : str
-        Start of the second skip connection: input or y0.
+        Start of the second skip connection of a block: input or y0.
     """
 
     def __init__(self, width: int, kernels: tuple[int, int] = (3, 5), skip: str = "input") -> None:

@@ -143,7 +143,7 @@ class EVRNetTask(nn.Module):
         target : Tensor, shape (B, K)
             Target probability of each category.
         image : Tensor, shape (B, P), optional
-            Components of the image of each trial.
+            Principal components of the image of each trial.
 
         Returns
         -------
@@ -172,7 +172,7 @@ def compute_image_error(predicted_BP: Tensor, image_BP: Tensor) -> Tensor:
 
 
 def scale_components(train_MP: np.ndarray, val_MP: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Scale image components so that the variances over the train images have the sum 1."""
+    """Scale principal components of images so that their variances over the train images have the sum 1."""
     size = max(float(np.sqrt(np.square(train_MP).sum(axis=1).mean())), 1e-6)
     return torch.from_numpy(train_MP / size), torch.from_numpy(val_MP / size)
 

@@ -69,7 +69,7 @@ class EvaluateConfig:
     """Folder that `dreamscale generate` wrote. The evaluation writes metrics.json, trials.json and
     report.html into this folder."""
     controls: list[str] | None = None
-    """Folders of control images, generated for the same trials with `--control NAME`. Empty: the folders next to
+    """Folders of control images, generated for the same trials with `--control NAME`. Empty: use the folders next to
     `directory` whose name is the name of `directory`, a hyphen and the name of a control, such as images-shuffle for
     images."""
     dataset: str | None = None

@@ -42,7 +42,7 @@ class GenerateConfig:
     same command keeps the results that are complete."""
     sampler: Literal["ddpm", "ddim", "dpmsolver++"] | None = None
     """Sampler. ddpm: the ancestral sampler, which adds noise at every step. ddim: a deterministic sampler that needs
-    few steps. dpmsolver++: a deterministic solver of second order. Empty: the default sampler of the model."""
+    few steps. dpmsolver++: a deterministic solver of second order. Empty: use the default sampler of the model."""
     steps: int | None = None
     """Number of denoising steps for each image. Empty: all steps of the training with the sampler ddpm, 25 steps with
     the other samplers."""

@@ -16,7 +16,7 @@ from data_sharding.common.untrusted import check_group
 from pretrain.runs.lock import hold_lock
 
 FOLDERS = ("images", "real")
-"""Folders of a result: generated images, and the images that the person saw."""
+"""Names of the folders in a result: generated images, and the images that the person saw."""
 _STATE, _LOCK = "partial.json", "lock"
 
 

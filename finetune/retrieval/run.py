@@ -229,7 +229,10 @@ class Question:
         return self.identify(means_LP[np.searchsorted(labels, prediction.labels_B)])
 
     def identify_within_label(self) -> NDArray[np.float64]:
-        """Return the share of other images of the same label that are less similar; NaN if there are no others."""
+        """Return the share of other images of the same label that are less similar than the trial's own image.
+
+        The share is NaN if the label has no other image.
+        """
         return two_way_identification(
             self.embeds_BP,
             self.gallery.target_MP[self.rows_B],

@@ -66,8 +66,8 @@ class StableDiffusionConfig:
     """True: start from the pretrained weights of the encoder. False: start from random weights, to measure the effect
     of pretraining."""
     tune: Literal["E+A", "E", "A"] = "E+A"
-    """Parts of the model that are trained. E: the encoder and its projector. A: the U-Net's cross-attentions and their
-    norms (attn2, norm2). E+A: the parts of both E and A."""
+    """Parts of the model that are trained. E: train the encoder and its projector. A: train the U-Net's
+    cross-attentions and their norms (attn2, norm2). E+A: train the parts of both E and A."""
     time_path: bool = True
     """Also add a projection of the EEG to the time embedding, as in DreamDiffusion's code but not in its paper."""
     hidden: int = 64

@@ -57,8 +57,8 @@ class TrainingConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient, to which gradients with a larger norm are scaled down. 0: no limit of the norm."""
     ema: float = 0.0
-    """Decay of the exponential moving average (EMA) of the weights, which is smaller in the first steps. The averaged
-    weights are evaluated and saved. 0 switches the average off."""
+    """Decay of the exponential moving average (EMA) of the weights; the decay is smaller in the first steps. The
+    averaged weights are evaluated and saved. 0 switches the average off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the computation. With bf16 (autocast), the weights are still stored in fp32."""
     num_workers: int = 0

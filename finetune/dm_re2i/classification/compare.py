@@ -53,7 +53,8 @@ class CompareConfig:
     encoder: str | None = None
     """Encoder package for the networks frozen and trained."""
     split: Literal["val", "test"] = "test"
-    """Split on which the networks are compared. Results on val are too good, because val was used to choose weights."""
+    """Split on which the networks are compared. Results on the val split are too good, because the val split was used
+    to choose the weights."""
     control: bool = True
     """True: also train every network with shuffled categories, which doubles the computing time."""
     seeds: tuple[int, ...] = (0,)

@@ -95,7 +95,7 @@ class PortableGuide(ModelMixin, ConfigMixin):
 
     @classmethod
     def build(cls, values: dict[str, Any], about: dict[str, Any]) -> Self:
-        """Build the guide with new weights. `values` is the network's config.json, and `about` is guide.json."""
+        """Build the guide with new weights, from the contents of the network's config.json and of guide.json."""
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name != "kind"}
         return cls(cls.NETWORK(cls.NETWORK.CONFIG(**options)), about)
 
