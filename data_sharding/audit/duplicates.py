@@ -104,7 +104,7 @@ class Copy:
     """A recording that is left out because another recording has the same signal."""
 
     kept: str
-    """Key of the recording that is kept."""
+    """Key of the recording that is kept in place of the duplicate."""
     difference: str = ""
     """Description of the difference, if the lengths or references of the two recordings differ."""
 

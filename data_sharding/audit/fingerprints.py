@@ -268,8 +268,8 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
         return ImageFingerprint(sha256=sha256)
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), float)
     low = np.asarray(dctn(grey, norm="ortho"))[:8, :8].ravel()
-    # In an image of one colour, the coefficients are only rounding errors, which must not change the hash, so set small
-    # coefficients to 0.
+    # In an image of one colour, all coefficients are rounding errors. Rounding errors must not change the hash, so set
+    # small coefficients to 0.
     low = np.where(np.abs(low) < 1.0, 0.0, low)
     bits = low > np.median(low[1:])
     thumb = image.resize((THUMB, THUMB), Image.Resampling.BOX)

@@ -226,7 +226,7 @@ class Contents:
         )
 
     def checksums(self) -> dict[str, str]:
-        """Return the key of the recording with each checksum.
+        """Return, for each checksum of a recording, the key of the recording.
 
         For the checksum of a duplicate, the key of the kept recording is returned.
         """

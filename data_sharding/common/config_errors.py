@@ -103,7 +103,7 @@ def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = Fals
     cls : type
         The config class, the class of a group of keys, or the class of the entries of a list.
     values : Any
-        Values that the user wrote for this class.
+        Values that the user wrote for this config class.
     where : str
         Place of the values in the config: empty at the top level, otherwise for example ``preprocess`` or ``corpora[0]
         (kind folder)``.

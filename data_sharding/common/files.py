@@ -130,8 +130,9 @@ def atomic_directory(path: str | AnyPath, last: str = "manifest.json") -> Iterat
     path : str, Path or UPath
         Final path. An existing directory is replaced only when the new directory is complete.
     last : str
-        File that marks a complete directory. On an object store, which cannot rename a directory, the file `last` of
-        the old directory is deleted first, and the file `last` of the new directory is written last.
+        File that marks a complete directory. An object store cannot rename a directory. On an object store, the file
+        `last` of the old directory is therefore deleted first, and the file `last` of the new directory is written
+        last.
 
     Yields
     ------

@@ -102,7 +102,9 @@ def fresh(path: AnyPath) -> AnyPath:
 
 
 def file_state(path: AnyPath) -> tuple[int, int, str]:
-    """Return the size, modification time and checksum of a file. On an object store, the function makes one request.
+    """Return the size, modification time and checksum of a file.
+
+    For a file on an object store, this function sends one request to the store.
 
     Parameters
     ----------
@@ -176,7 +178,7 @@ def fetch(fs: Any, wanted: Mapping[str, Path]) -> None:
     fs : fsspec.AbstractFileSystem
         The store.
     wanted : mapping of str to Path
-        Local path for each path in the store. Missing local folders are created.
+        For each path in the object store, the local path of the downloaded file. Missing local folders are created.
 
     Raises
     ------

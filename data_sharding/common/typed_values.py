@@ -27,7 +27,7 @@ def check_fields(kind: type, values: Any, where: str, *, least: float = -MAX_INT
     values : Any
         The values, by the names of the fields. Fields with a default value may be missing.
     where : str
-        Path of the file, and the place in the file, for the message.
+        Path of the file, and the place in the file, for the error message.
     least : int
         Smallest value of every number.
 

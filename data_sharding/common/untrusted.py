@@ -81,7 +81,7 @@ def check_key(value: Any, where: str) -> str:
     value : Any
         The key in the file.
     where : str
-        Path of the file, for the message.
+        Path of the file, for the error message.
 
     Returns
     -------
@@ -113,7 +113,7 @@ def check_path(value: Any, where: str) -> str:
     value : Any
         The path in the file.
     where : str
-        Path of the file that contains the value, for the message.
+        Path of the file that contains the value, for the error message.
 
     Returns
     -------
@@ -138,7 +138,7 @@ def check_count(value: Any, where: str, what: str, *, least: int = 0, most: floa
     value : Any
         The number in the file.
     where, what : str
-        Path of the file, and name of the number, for the message.
+        Path of the file, and name of the number, for the error message.
     least, most : int
         Smallest and largest possible number.
 
@@ -315,7 +315,7 @@ def check_entries(
     entries : Any
         Parsed content of the index.
     where : str
-        Path of the index, for the message.
+        Path of the index, for the error message.
     members : mapping of str to int
         Largest size in bytes of each member that a sample may have.
     tar_bytes : int
@@ -359,9 +359,9 @@ def check_preprocess(values: Any, where: str) -> dict[str, Any]:
     Parameters
     ----------
     values : Any
-        The spec as it is stored.
+        The preprocessing settings, as they are stored in a file.
     where : str
-        Path of the file, for the message.
+        Path of the file, for the error message.
 
     Returns
     -------
@@ -392,7 +392,7 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
     values : Any
         Parsed content of the manifest.
     where : str
-        Path of the manifest, for the message.
+        Path of the manifest, for the error message.
 
     Returns
     -------
@@ -480,7 +480,7 @@ def unpack_zstd(data: bytes, where: str) -> bytes:
     data : bytes
         The compressed data.
     where : str
-        Path of the file, for the message.
+        Path of the file, for the error message.
 
     Returns
     -------
@@ -515,7 +515,7 @@ def private_folder(path: Path) -> Path:
     Returns
     -------
     Path
-        The same folder, with the mode 0700.
+        The given folder. Its mode is 0700 now, so only its owner can use the folder.
 
     Raises
     ------
@@ -546,7 +546,7 @@ def check_unpacked(sizes: Iterable[int], packed: int, where: str) -> None:
     packed : int
         Size of the archive in bytes.
     where : str
-        Path of the archive, for the message.
+        Path of the archive, for the error message.
 
     Raises
     ------

@@ -209,7 +209,7 @@ class EEGDataset:
         spec : PreprocessSpec
             Preprocessing of the model.
         what : str
-            Name of the model, for the message.
+            Name of the model, for the error message.
 
         Returns
         -------

@@ -141,7 +141,7 @@ class EpochOrder:
         are shuffled within each `window` of consecutive shards. With the order "shards", a cache that holds two windows
         of shards is large enough.
     window : int
-        Number of shards in one window. For the order "global", this number has no effect.
+        Number of shards in one window. The order "global" does not use the number of shards in a window.
     stream : int
         Number of the dataset in a mixture; each dataset gets a different order.
     """

@@ -29,9 +29,9 @@ class Rows:
     size : int
         Size of the file in bytes.
     where : str
-        Path of the file, for messages.
+        Path of the file, for error messages.
     schema : pyarrow.Schema
-        Names and types of the columns that may be read. Other columns of the file are ignored.
+        Names and types of the columns that may be read. Columns of the file that are not in `schema` are ignored.
 
     Raises
     ------

@@ -78,7 +78,7 @@ class ShardSource(Protocol):
         ...
 
     def shard_name(self, shard: int) -> str:
-        """Return the path of a shard, for messages."""
+        """Return the path of a shard, for error messages."""
         ...
 
     def open_shard(self, shard: int) -> int:
@@ -181,7 +181,7 @@ def parse_index(data: bytes, name: str, samples: int, *, tar_bytes: int, window:
     data : bytes
         Content of the ``.idx`` file.
     name : str
-        Path of the file, for messages.
+        Path of the file, for error messages.
     samples : int
         Number of samples according to the manifest.
     tar_bytes : int
@@ -275,9 +275,9 @@ def parse_meta(text: bytes, shard: str, sample: str | int) -> dict[str, Any]:
     text : bytes
         The stored JSON.
     shard : str
-        Path of the shard, for the message.
+        Path of the shard, for the error message.
     sample : str or int
-        Key or number of the sample, for the message.
+        Key or number of the sample, for the error message.
 
     Returns
     -------

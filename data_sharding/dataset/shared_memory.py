@@ -1,7 +1,7 @@
 """Shared memory in which workers pass the signals of their batches to the training process.
 
 The shared memory of this module replaces torch's transfer of batches, which is slow. For each batch, torch allocates
-shared memory, sends its file descriptor through a socket and maps the memory, which takes longer than reading and
+shared memory, sends its file descriptor through a socket and maps the memory. These steps take longer than reading and
 decompressing the batch. The shared memory of this module is allocated only once, before the workers are forked. The
 shared memory is divided into slots for one batch each, and the slots are reused.
 """

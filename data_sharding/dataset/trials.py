@@ -62,7 +62,7 @@ class TrialSource(Protocol):
         ...
 
     def shard_name(self, shard: int) -> str:
-        """Return the path of a shard, for messages."""
+        """Return the path of a shard, for error messages."""
         ...
 
 
@@ -221,8 +221,9 @@ def digest_of_split(path: AnyPath, split: str, shards: list[Shard]) -> str:
     Returns
     -------
     str
-        Checksum over the checksums of all shards. For a local dataset, whose shards are read without verification, the
-        checksum also includes the path of the dataset, and the size and modification time of each file.
+        Checksum over the checksums of all shards. The shards of a local dataset are read without verification, so for a
+        local dataset the checksum also includes the path of the dataset, and the size and modification time of each
+        file.
     """
     files: list[Any] = []
     for shard in shards:
@@ -272,7 +273,10 @@ def build_table(source: TrialSource, digest: str) -> pa.Table:
 
 
 def _read_file(path: Path, digest: str, samples: int) -> pa.Table | None:
-    """Map a file into memory and check it. Return None if the file does not exist or is not the expected table."""
+    """Map the file of a table into memory and check the table.
+
+    The result is None if the file does not exist or is not the expected table.
+    """
     import pyarrow as pa
 
     if not path.is_file():

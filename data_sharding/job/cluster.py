@@ -42,10 +42,11 @@ class RayConfig:
     """Largest number of tasks that are submitted to Ray at the same time. The value 0 means twice the number of tasks
     that can run at the same time."""
     timeout_s: float = 3600.0
-    """Time limit in seconds for reading a recording. A recording that needs more time is quarantined."""
+    """Time limit in seconds for reading a recording. A recording that needs more time than this limit is
+    quarantined."""
     memory_gb: float = 2.0
-    """Memory limit in GB (1e9 bytes) for reading a recording. A recording that needs more memory is quarantined. Ray
-    reserves `memory_gb` for each recording."""
+    """Memory limit in GB (1e9 bytes) for reading a recording. A recording that needs more memory than this limit is
+    quarantined. Ray reserves `memory_gb` for each recording."""
     auth_mode: Literal["", "disabled", "token"] = ""
     """Authentication mode of Ray. If the key is empty, the environment variable RAY_AUTH_MODE is used. If the key is
     empty and RAY_AUTH_MODE is not set, a new cluster on this machine gets a random token, so that other users of the
@@ -194,7 +195,8 @@ def find_missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
     Returns
     -------
     dict of str to list of str
-        Missing paths for the address of each machine. Machines that can access all paths are not listed.
+        For the address of each machine, the paths that the machine cannot access. Machines that can access all paths
+        are not listed.
     """
     import ray
     from ray.exceptions import RayError
@@ -269,8 +271,8 @@ def run_tasks(
     ClusterFailed
         If the workers that ran one task failed too often.
     Exception
-        Any error of a task that was not given up. After an error of a disk or an object store, a task is retried before
-        the error is raised, unless the disk is full.
+        Any error that a task raised, unless `give_up` returned a reason. After an error of a disk or an object store, a
+        task is retried before the error is raised, unless the disk is full.
     """
     import ray
     from ray.exceptions import OutOfMemoryError, RayError, RayTaskError

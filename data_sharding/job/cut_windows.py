@@ -227,7 +227,7 @@ def clean_windows(
     cuts : dict
         Windows of each segment in order of time, by the number of the segment.
     account : Account
-        Counts of the recording's windows. This function adds the windows that it leaves out.
+        Counter of the recording's windows. This function adds the windows that cannot be used to the counter.
 
     Yields
     ------
@@ -374,7 +374,7 @@ def write_windows(
     Parameters
     ----------
     task : Task
-        The recording and the settings for it.
+        The recording to process, and the settings for this recording.
     result : PartResult
         Result of the recording. This function fills in `samples`, and the columns about windows in the ledger row.
     folder : Path

@@ -82,7 +82,8 @@ def plan_shards(
     Returns
     -------
     list of ShardPlan
-        Plans of the shards, sorted by split and number. Recordings are in the order of their keys.
+        Plans of the shards, sorted by split and number. The samples are packed in the order of the keys of their
+        recordings.
     """
     plans: list[ShardPlan] = []
     wanted = [

@@ -70,7 +70,7 @@ def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: 
     Parameters
     ----------
     task : Task
-        The recording, with its trials, and the settings for it.
+        The recording with its trials, and the settings for processing the recording.
     info : SignalInfo
         Description of the recording.
     lengths : sequence of int

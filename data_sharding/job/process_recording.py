@@ -118,7 +118,7 @@ def process_recording(task: Task) -> PartResult:
     Parameters
     ----------
     task : Task
-        The recording and the settings for it.
+        The recording to process, and the settings for this recording.
 
     Returns
     -------
@@ -129,8 +129,8 @@ def process_recording(task: Task) -> PartResult:
     Raises
     ------
     OSError
-        If the working folder or the scratch folder cannot be written, or if an object store fails, which is not a fault
-        of the recording.
+        If the working folder or the scratch folder cannot be written, or if an object store fails. These errors are not
+        faults of the recording.
     """
     files, notes = task.item.recording.files, list[str]()
     known = find_checksums(task.decoded, files) if task.decoded else None
@@ -329,7 +329,7 @@ def prepare(
     signal : Signal
         The open recording.
     item : Item
-        Description of the recording by its corpus.
+        Data of the recording that come from the corpus, such as its path, subject and trials.
     spec : PreprocessSpec
         Settings of the preprocessing.
     result : PartResult
@@ -340,7 +340,7 @@ def prepare(
     Yields
     ------
     clean : Clean
-        Instructions for the second pass.
+        Settings for filtering and for cutting windows.
     scratch : Scratch
         Scratch file with the signal at the target sampling rate. The scratch file is deleted after the ``with`` block.
 

@@ -48,7 +48,7 @@ def publish(
     points : callable
         Loads the fingerprint of a recording.
     version : NewVersion
-        Changes from the former version to this version.
+        Changes from the former version of the dataset to the new version.
     state : bytes
         Results of all recordings, which the next job reads.
 

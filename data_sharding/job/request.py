@@ -52,8 +52,8 @@ class ShardConfig:
     """Store the decoded signals on disk, without loss. A later job with another window, frequency band, sampling rate
     or output reads the stored signals instead of the recordings."""
     decoded: str = ""
-    """Folder of the decoded signals, on a disk. Jobs with different outputs can use the same folder. If the key is
-    empty, the folder 'decoded' next to the output is used."""
+    """Folder of the decoded signals, on a disk. Jobs with different outputs can use the same folder of decoded signals.
+    If the key is empty, the folder 'decoded' next to the output is used."""
     decoded_gb: float = 0.0
     """Largest size of the decoded signals in 10^9 bytes. At the end of a job, the signals that were not used for the
     longest time are deleted until the remaining signals fit. The value 0 means no limit."""

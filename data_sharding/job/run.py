@@ -113,7 +113,7 @@ def read_isolated(task: Task, memory_gb: float) -> PartResult:
     Parameters
     ----------
     task : Task
-        The recording and the settings for it.
+        The recording to process, and the settings for this recording.
     memory_gb : float
         Memory in GB that the child process may use.
 

@@ -351,7 +351,7 @@ def describe_changes(former: Manifest, manifest: Manifest, changes: Mapping[str,
 
 
 class FingerprintLoader:
-    """Loads fingerprints of recordings from their parts.
+    """Loads the fingerprints of recordings from the parts (one folder for each recording).
 
     Parameters
     ----------

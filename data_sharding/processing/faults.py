@@ -39,7 +39,7 @@ class Fault:
     stop: int
     """Last sample of the fault plus one, counted from the start of the segment."""
     kind: str
-    """Kind of the fault, such as flat."""
+    """Kind of the fault, for example "flat" (the values do not change)."""
     rings: bool = True
     """Whether filters process the samples of the fault, so that a filter transient reaches the samples around the
     fault. `rings` is False for a fault next to a gap (a part in which no good channel has a signal)."""

@@ -117,7 +117,7 @@ class PreprocessSpec:
     notch_width_hz: float = 4.0
     """Width in Hz of the notch filter around the mains frequency and around each harmonic. At the edges of the notch,
     the filter halves the amplitude. The width must be larger than the drift of the mains frequency. 0 means the narrow
-    filter of older versions, whose width is a thirtieth of the frequency that it removes."""
+    filter of older versions: the width of this filter is a thirtieth of the removed frequency."""
     reject_uv: float = 0.0
     """Leave a window out if the peak-to-peak amplitude of a good channel exceeds this value in microvolts. 0 keeps all
     windows."""

@@ -96,7 +96,7 @@ class Span:
     row: int
     """Index of the channel in the argument `rows` of `Cells.spans`."""
     kind: str
-    """Kind of the fault, such as flat."""
+    """Kind of the fault, for example "flat" (the values do not change)."""
     start: int
     """First sample of the span at the recorded rate, counted from the start of the segment."""
     stop: int

@@ -228,7 +228,7 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
 
     The weights of a group of `count` neighbouring outputs form a matrix. One matrix product computes the outputs of a
     group in all frames. The matrices contain many zeros; still, the matrix products take a third of the time of SciPy's
-    `upfirdn`, which computes one output at a time.
+    `upfirdn`, because `upfirdn` computes one output at a time.
     """
     from scipy.signal import firwin, kaiserord
 
