@@ -206,7 +206,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     Parameters
     ----------
     path : Path
-        Path of the lock file, which is created if necessary.
+        Path of the lock file. The file is created if necessary.
     wait : bool
         Whether to wait if another process holds the lock.
 

@@ -30,7 +30,7 @@ VERSIONS = "versions"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Manifest entry of one shard, which is a tar of samples."""
+    """Manifest entry of one shard (a tar file with samples)."""
 
     path: str
     """Path of the tar, relative to the directory of the dataset."""

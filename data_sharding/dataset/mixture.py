@@ -1,4 +1,4 @@
-"""Mixture of several datasets, which is read like one dataset. Each dataset of a mixture has a weight."""
+"""Several datasets that are mixed and read like one dataset. Each dataset of a mixture has a weight."""
 
 from __future__ import annotations
 

@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TEXTS = ("corpus", "subject", "session", "recording", "image_id", "label_name", "caption", "concept")
-"""Names of the metadata that are texts. A text that many trials share is stored only once."""
+"""Names of the metadata fields whose values are texts. A text that many trials share is stored only once."""
 LISTS = ("ch_names", "positions")
-"""Names of the metadata that are lists, stored as JSON texts. A list that many trials share is stored only once."""
+"""Names of the metadata fields whose values are lists. Lists are stored as JSON texts. A list that many trials share is
+stored only once."""
 NUMBERS = {"n": ("int64", 0), "label": ("int64", -1), "onset": ("int64", 0), "start": ("float64", 0.0)}
-"""Names of the metadata that are numbers, each with its data type and the value that stands for a missing number."""
+"""Names of the metadata fields whose values are numbers, each with its data type and the value that stands for a
+missing number."""
 FORMAT = 1
 """Version of the file format. The checksum in the name of a file depends on this version, so a new version uses new
 files."""

@@ -260,9 +260,10 @@ def clean_windows(
 def _by_piece(
     faults: Faults, segment: int, cuts: list[Cut], window: int, account: Account
 ) -> Iterator[tuple[Interval, list[Cut]]]:
-    """Yield each piece of a segment between gaps, with the windows inside. Windows that contain a gap are left out.
+    """Yield each piece of a segment between gaps, with the windows inside the piece.
 
-    If a trial is longer than the window that models read, only the part of the trial inside the piece is kept.
+    Windows that contain a gap are left out. If a trial is longer than the window that models read, only the part of the
+    trial inside the piece is kept.
     """
     pieces, gaps = faults.pieces[segment], faults.gaps.get(segment, [])
     if not gaps:

@@ -173,7 +173,7 @@ def process_recording(task: Task) -> PartResult:
 def _process(
     task: Task, hashes: dict[str, str], size: int, *, kept: bool = False, notes: Sequence[str] = ()
 ) -> PartResult:
-    """Write the part of a recording whose checksums are known.
+    """Write the part (a folder) of a recording after the checksums of its files were computed.
 
     If `kept` is True, read only the decoded signal that an earlier job stored, and no file of the recording.
 

@@ -50,7 +50,7 @@ def publish(
     version : NewVersion
         Changes from the former version of the dataset to the new version.
     state : bytes
-        Results of all recordings, which the next job reads.
+        Results of all recordings. The next job reads these results.
 
     Returns
     -------

@@ -58,8 +58,8 @@ class ShardConfig:
     """Largest size of the decoded signals in 10^9 bytes. At the end of a job, the signals that were not used for the
     longest time are deleted until the remaining signals fit. The value 0 means no limit."""
     allowed_set_aside: float = 0.05
-    """Largest fraction of the recordings that may be quarantined. If more recordings are quarantined, the job ends with
-    exit code 3."""
+    """Largest fraction of the recordings that may be quarantined. If a larger fraction than this is quarantined, the
+    job ends with exit code 3."""
     ray: RayConfig = field(default_factory=RayConfig)
     """The Ray cluster that runs the job, and limits for each recording."""
 
@@ -198,7 +198,7 @@ def resolve_output(output: str) -> AnyPath:
     Returns
     -------
     Path or UPath
-        An absolute path, because the workers run in other working directories.
+        The path is absolute, because the workers have other working directories than this process.
 
     Raises
     ------
@@ -287,7 +287,7 @@ def check_trial_span(where: str, corpus: CorpusConfig, spec: PreprocessSpec) -> 
 
 
 def make_plan(config: ShardConfig) -> Plan:
-    """Find the recordings, and make all checks that do not open them.
+    """Find the recordings, and make all checks that do not open any recording.
 
     Parameters
     ----------

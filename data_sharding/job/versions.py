@@ -425,7 +425,7 @@ def remove_stale(output: AnyPath, manifest: Manifest, files: Sequence[str]) -> N
         if number == manifest.version:
             continue
         names = {*files, f"{SET_ASIDE}/{FINGERPRINTS}"}
-        if number > manifest.version:  # A folder with a higher number is left over from an interrupted job.
+        if number > manifest.version:  # An interrupted job left a folder with a number above the current version.
             names |= {LEDGER, MANIFEST}
         elif not manifest.extra.get("rewritten"):
             names.discard(LEDGER)
