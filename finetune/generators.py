@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from data_sharding.common.errors import RequestError, one_line, show
 from data_sharding.common.files import digest_of, read_json, sha256_file
-from data_sharding.common.untrusted import check_group, check_number, check_preprocess
+from data_sharding.common.untrusted import MAX_JSON, check_group, check_number
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.papers import find_papers
 
@@ -151,7 +151,7 @@ def read_spec(folder: Path) -> PreprocessSpec:
     """
     path = folder / "preprocess.json"
     try:
-        return PreprocessSpec.from_dict(check_preprocess(read_json(path), str(path)))
+        return PreprocessSpec.from_dict(read_json(path), str(path))
     except (TypeError, ValueError) as error:
         raise RequestError(f"{path}: not a preprocessing spec ({one_line(error)}); train the model again") from None
 
@@ -221,12 +221,15 @@ def digest_folder(*folders: Path) -> str:
     Raises
     ------
     RequestError
-        If a file cannot be read.
+        If a file cannot be read, or a JSON file is too large.
     """
     found = []
     try:
         for folder in folders:
             files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
+            for path in files:
+                if path.suffix == ".json" and path.stat().st_size > MAX_JSON:
+                    raise RequestError(f"{path}: larger than {MAX_JSON} bytes, so it is no file of a model; remove it")
             found.append({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
     except OSError as error:
         raise RequestError(f"{error.filename}: cannot be read ({error.strerror}); copy the model again") from None

@@ -6,6 +6,7 @@ Array shapes: B trials, M different images, H rows, W columns.
 from __future__ import annotations
 
 import functools
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -307,7 +308,9 @@ class ImageTable:
             Features on the CPU, with one row for each image.
         """
         import torch
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import save_file
+
+        from pretrain.model.weights import read_tensors
 
         manifest = self.dataset.manifest
         own = {"dataset": manifest.dataset_id, "split": self.dataset.split, "size": size}
@@ -318,7 +321,10 @@ class ImageTable:
         digest = digest_of({**key, **own})
         path = Path(cache) / f"{digest[:16]}.safetensors" if cache is not None else None
         if path is not None and path.is_file():
-            return load_file(path)["features"]
+            found = read_tensors(path).get("features")
+            if found is None or len(found) != len(self) or not found.is_floating_point():
+                raise RequestError(f"{path}: holds no features of these images; delete this file")
+            return found
         parts = []
         for start in range(0, len(self), batch_size):
             rows = range(start, min(start + batch_size, len(self)))
@@ -327,7 +333,7 @@ class ImageTable:
         features = torch.cat(parts).contiguous()
         if path is not None and write:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
             save_file({"features": features}, temporary)
             temporary.replace(path)
         return features

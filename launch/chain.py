@@ -16,7 +16,8 @@ from types import FrameType
 from typing import Any
 
 from data_sharding.common.errors import EXIT_DONE, EXIT_STOPPED, RequestError, StopRequested, printable
-from data_sharding.common.files import atomic_write_text, digest_of, read_json, write_json
+from data_sharding.common.files import atomic_write_text, digest_of, open_to_append, read_json, write_json
+from data_sharding.common.untrusted import check_group, check_number
 from launch.worker import PARENT
 
 TAIL = 25
@@ -113,13 +114,13 @@ class Chain:
         self.keys[step.name] = key
         marker, begun = self._marker(step, "done"), self._marker(step, "begun")
         if self._matches(marker, key) and all((self.out / name).exists() for name in (*step.outputs, *step.proofs)):
-            self.seconds[step.name] = read_json(marker)["seconds"]
+            self.seconds[step.name] = _read_seconds(marker)
             self.say(f"{position} {step.title}: already complete ({_format_time(self.seconds[step.name])})")
             return
         marker.unlink(missing_ok=True)
         spent = 0.0
         if self._matches(begun, key):
-            spent = read_json(begun)["seconds"]
+            spent = _read_seconds(begun)
         elif not step.resumes:
             for folder in step.outputs:
                 shutil.rmtree(self.out / folder, ignore_errors=True)
@@ -167,7 +168,7 @@ class Chain:
         log = self.log(step)
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ) | {PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-        with log.open("ab") as stream:
+        with os.fdopen(open_to_append(log), "ab") as stream:
             stream.write(f"$ {step.command}\n".encode())
             stream.flush()
             self.child = subprocess.Popen(
@@ -219,6 +220,11 @@ class Chain:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _read_seconds(marker: Path) -> float:
+    """Return how long a step ran, from its marker file."""
+    return check_number(check_group(read_json(marker), str(marker)).get("seconds"), str(marker), "seconds")
 
 
 def _format_time(seconds: float) -> str:

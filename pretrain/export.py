@@ -9,8 +9,8 @@ from typing import Any
 
 from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError
-from data_sharding.common.files import read_json
 from pretrain.runs.checkpoint import MANIFEST, CheckpointReader, complete_checkpoints
+from pretrain.runs.metrics import read_metrics
 from pretrain.runs.stored_config import load_stored_config
 from pretrain.training.config import PretrainConfig
 from pretrain.training.data_summary import check_licenses, describe_people_in_words, describe_versions_in_words
@@ -60,7 +60,10 @@ def read_run(run: str | Path) -> tuple[PretrainConfig, Path, dict[str, Any]]:
     complete = complete_checkpoints(run / "checkpoints")
     if not complete:
         raise RequestError(f"{run}: no complete checkpoint yet; let 'dreamscale pretrain' write one first")
-    return config, complete[-1], read_json(complete[-1] / MANIFEST)
+    names = ("dataset_id", "preprocess", "windows", "hours_seen")
+    with CheckpointReader(complete[-1]) as saved:
+        needed = ("step", "epochs", "skipped", "zero_stage", "world_size", *(f"data.{name}" for name in names))
+        return config, complete[-1], saved.check_manifest(*needed)
 
 
 def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
@@ -115,7 +118,8 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
     """
     shape, data = config.model.encoder, saved["data"]
     spec = data["preprocess"]
-    held = [m for m in metrics if m.get("val_loss") is not None and m["step"] <= saved["step"]]
+    metrics = [m for m in metrics if m["step"] <= saved["step"]]
+    held = [m for m in metrics if None not in (m.get("val_loss"), m.get("val_explained"))]
     windows = data["windows"]
     unit = (
         f"{spec['scale_uv']:g}"
@@ -214,20 +218,25 @@ def export(config: ExportConfig) -> int:
     licenses = (saved["data"].get("people") or {}).get("license")
     check_licenses(allowed, licenses, config.run)
     output = check_output(config.output)
-    import json
-
     from data_sharding.processing.preprocess import PreprocessSpec
     from pretrain.encoder.encoder import EEGEncoder
     from pretrain.model.build import count_parameters
 
     model = load_model(run_config, checkpoint)
-    encoder = EEGEncoder(run_config.model.encoder, PreprocessSpec.from_dict(saved["data"]["preprocess"]))
+    try:
+        spec = PreprocessSpec.from_dict(saved["data"]["preprocess"], str(checkpoint / MANIFEST))
+        encoder = EEGEncoder(run_config.model.encoder, spec)
+    except RequestError:
+        raise
+    except ValueError as error:
+        raise RequestError(
+            f"{checkpoint / MANIFEST}: the preprocessing does not fit the run's config.yaml ({error}); copy the run "
+            "again"
+        ) from None
     encoder.backbone.load_state_dict(model.encoder.state_dict())
-    log = Path(config.run) / "metrics.jsonl"
-    metrics = [json.loads(line) for line in log.read_text().splitlines() if line] if log.is_file() else []
     encoder.save_pretrained(
         output,
-        card=model_card(run_config, saved, metrics, count_parameters(encoder)),
+        card=model_card(run_config, saved, read_metrics(Path(config.run) / "metrics.jsonl"), count_parameters(encoder)),
         program=config.program,
         extra={
             "step": saved["step"],

@@ -13,6 +13,8 @@ EXIT_BAD_REQUEST = 2
 EXIT_SET_ASIDE = 3
 EXIT_NOT_KNOWN = 3
 EXIT_STOPPED = 75
+LONGEST_LINE = 2000
+"""Largest number of characters of the line that a command prints for an error."""
 # C0 and C1 control characters, characters that change the direction of text, and single surrogates (halves of a
 # character).
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -73,6 +75,18 @@ def printable(text: object) -> str:
     return _UNPRINTABLE.sub(_code, str(text))
 
 
+def error_line(error: object) -> str:
+    """Return the message of an error as one line for a terminal; the middle of a very long message is left out.
+
+    A message can contain a text from a file, which may have millions of characters. The end of a message is kept,
+    because it says what to do.
+    """
+    text = one_line(error)
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE - 500]} ... {text[-490:]}"
+    return printable(text)
+
+
 def _code(match: re.Match[str]) -> str:
     number = ord(match.group())
     return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
@@ -128,12 +142,12 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
         rank = os.environ.get("RANK", "0")
         if os.environ.get("LOCAL_RANK", rank) == "0" or rank == "0" or isinstance(error, RankError):
             who = f"process {rank}: " if rank != "0" else ""
-            print(f"dreamscale: {who}{printable(one_line(error))}", file=sys.stderr)
+            print(f"dreamscale: {who}{error_line(error)}", file=sys.stderr)
         return EXIT_BAD_REQUEST
     except StopRequested as stop:
         if int(os.environ.get("RANK", "0")) == 0:
             print(
-                f"dreamscale: stopped on request; {printable(one_line(stop)) or 'run the same command to resume'}",
+                f"dreamscale: stopped on request; {error_line(stop) or 'run the same command to resume'}",
                 file=sys.stderr,
             )
         return EXIT_STOPPED

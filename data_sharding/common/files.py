@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +18,13 @@ from upath import UPath
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, as_path, commit_folder, describe, fresh, scratch_folder
-from data_sharding.common.untrusted import parse_json, read_limited
+from data_sharding.common.untrusted import open_regular, parse_json, read_limited
 
 
 def sha256_file(path: str | AnyPath) -> str:
-    """Return the SHA-256 of a file as hexadecimal text; the file is read in blocks."""
-    with as_path(path).open("rb") as stream:
+    """Return the SHA-256 of a file as hexadecimal text; the file is read in blocks. Named pipes are not read."""
+    path = as_path(path)
+    with path.open("rb") if isinstance(path, UPath) else os.fdopen(open_regular(path), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
@@ -68,6 +71,42 @@ def atomic_write_bytes(path: str | AnyPath, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_to_append(path: Path) -> int:
+    """Open a local file of a run for reading and appending; the file is created if it is missing.
+
+    A folder that somebody else made may contain a symbolic link in place of the file. The link is not followed, so that
+    no file outside the folder is changed.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    int
+        File descriptor; the caller must close it.
+
+    Raises
+    ------
+    RequestError
+        If the path is a symbolic link, a folder, a device, a socket or a named pipe.
+    OSError
+        If the file cannot be opened.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    raise RequestError(f"{path}: not a file, but a link, a folder, a device or a named pipe; remove it") from None
 
 
 def atomic_write_text(path: str | AnyPath, text: str) -> None:

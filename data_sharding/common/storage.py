@@ -18,8 +18,10 @@ import fsspec
 from fsspec.core import split_protocol
 from upath import UPath
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 
+LONGEST_PATH, LONGEST_NAME = 4095, 255
+"""Largest number of bytes of a path, and of a name in a path, that a local file system accepts."""
 AnyPath: TypeAlias = Path | UPath
 """Type of a path: a local path, or a remote path with the same methods."""
 
@@ -69,7 +71,8 @@ def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
     Raises
     ------
     RequestError
-        If the protocol is unknown, or if the library for the protocol is not installed.
+        If the protocol is unknown, if the library for the protocol is not installed, or if the path is too long or
+        names an unknown user.
     """
     if isinstance(text, UPath):
         return text if is_remote(text) else Path(text.path)
@@ -77,7 +80,13 @@ def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
         return text
     protocol, rest = split_protocol(os.fspath(text))
     if protocol in (None, "", "file", "local"):
-        return Path(rest if protocol else os.fspath(text)).expanduser()
+        path = rest if protocol else os.fspath(text)
+        if len(os.fsencode(path)) > LONGEST_PATH or max(map(len, os.fsencode(path).split(b"/"))) > LONGEST_NAME:
+            raise RequestError(f"'{show(path)}': too long for a path")
+        try:
+            return Path(path).expanduser()
+        except RuntimeError:
+            raise RequestError(f"'{show(path)}': there is no such user on this machine") from None
     try:
         fsspec.get_filesystem_class(protocol)
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -22,8 +23,8 @@ def check_fields(kind: type, values: Any, where: str, *, least: float = -MAX_INT
     Parameters
     ----------
     kind : type
-        The dataclass. The fields may be numbers, texts, bool, ``Literal``, ``X | None``, and lists, tuples and
-        dictionaries of these types.
+        The dataclass. The types of its fields may be numbers, texts, bool, ``Literal``, unions, other dataclasses, and
+        lists, tuples and dictionaries of these types.
     values : Any
         The values, by the names of the fields. Fields with a default value may be missing.
     where : str
@@ -83,8 +84,7 @@ def check_typed(hint: Any, value: Any, where: str, what: str, *, least: float = 
     if origin in (types.UnionType, typing.Union):
         if value is None and types.NoneType in parts:
             return None
-        (hint,) = (part for part in parts if part is not types.NoneType)
-        return check_typed(hint, value, where, what, least=least)
+        return _check_union([part for part in parts if part is not types.NoneType], value, where, what, least)
     if origin is Literal:
         if value not in parts or type(value) not in {type(part) for part in parts}:
             raise RequestError(f"{where}: {what} is '{show(value)}', not one of {', '.join(map(str, parts))}")
@@ -100,6 +100,8 @@ def check_typed(hint: Any, value: Any, where: str, what: str, *, least: float = 
         if origin is tuple and Ellipsis not in parts and len(checked) != len(parts):
             raise RequestError(f"{where}: {what} must have {len(parts)} entries, not {len(checked)}")
         return tuple(checked) if origin is tuple else checked
+    if dataclasses.is_dataclass(hint):
+        return value if type(value) is hint else check_fields(typing.cast(type, hint), value, f"{where}, {what}")
     if hint is bool:
         if not isinstance(value, bool):
             raise RequestError(f"{where}: {what} is '{show(value)}', not true or false")
@@ -113,6 +115,14 @@ def check_typed(hint: Any, value: Any, where: str, what: str, *, least: float = 
     if hint is str:
         return check_text(value, where, what)
     raise TypeError(f"{what}: no check for the type {hint}")
+
+
+def _check_union(parts: list[Any], value: Any, where: str, what: str, least: float) -> Any:
+    """Check that a value has one of several types. If it has none, the error is that of the last type."""
+    for part in parts[:-1]:
+        with contextlib.suppress(RequestError):
+            return check_typed(part, value, where, what, least=least)
+    return check_typed(parts[-1], value, where, what, least=least)
 
 
 @lru_cache(maxsize=256)

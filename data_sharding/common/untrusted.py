@@ -40,6 +40,8 @@ MAX_WINDOW = 2**20
 MAX_SFREQ = 100_000.0
 """Largest sampling rate of windows in Hz. Recordings are resampled to the rate of the windows, so a higher rate needs
 more memory."""
+MAX_POSITION = 1000.0
+"""Largest coordinate of an electrode in metres. Files that give positions in millimetres are still readable."""
 MAX_FILE = 2**50
 """Largest size of a file in bytes that a manifest may state."""
 LEAST_SAMPLE = 2048
@@ -433,6 +435,12 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
         check_number(hours, where, f"hours.{show(name)}")
     for name in ("config", "versions", "extra"):
         check_group(values.get(name, {}), where, name)
+    config = values.get("config", {})
+    for name in ("split", "preprocess", "hold_back"):
+        check_group(config.get(name) or {}, where, f"config.{name}")
+    for corpora in (config.get("corpora") or [], values.get("extra", {}).get("corpora") or []):
+        for corpus in check_list(corpora, where, "corpora"):
+            check_group(corpus, where, "a corpus")
     check_count(values.get("extra", {}).get("version", 1), where, "extra.version", least=1, most=999_999)
     return values
 
@@ -465,10 +473,16 @@ def check_meta(values: Any) -> dict[str, Any]:
             raise ValueError(f"{name} is {show(value)}")
     if not all(isinstance(name, str) for name in values.get("ch_names", ())):
         raise ValueError("a channel has no name")
-    for place in values.get("positions") or ():
+    check_positions(values.get("positions") or [], "the metadata")
+    return values
+
+
+def check_positions(values: Any, where: str) -> list[Any]:
+    """Check electrode positions, each of which is None or three numbers in metres; return the positions."""
+    for place in check_list(values, where, "positions"):
         is_point = isinstance(place, list) and len(place) == 3 and {*map(type, place)} <= {float, int}
-        if place is not None and not is_point:
-            raise ValueError("the position of an electrode is not three numbers")
+        if place is not None and not (is_point and max(map(abs, place)) < MAX_POSITION):
+            raise _refuse(where, "the position of an electrode is not three numbers, or is far outside a room")
     return values
 
 

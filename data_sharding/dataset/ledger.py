@@ -320,9 +320,13 @@ def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
     RequestError
         If the dataset has no ledger, or the ledger is damaged.
     """
+    return read_ledger_file(current_file(dataset, NAME))
+
+
+def read_ledger_file(path: AnyPath) -> list[LedgerRow]:
+    """Read the ledger at a path, such as that of an older version of a dataset; see `read_ledger`."""
     import pyarrow as pa
 
-    path = current_file(dataset, NAME)
     if not path.is_file():
         raise RequestError(f"{path}: no such file; only 'dreamscale shard' writes a ledger")
     try:

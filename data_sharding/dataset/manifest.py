@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 from data_sharding.common.files import read_json, write_json
 from data_sharding.common.storage import AnyPath, as_path, fresh
 from data_sharding.common.untrusted import check_manifest
@@ -139,11 +139,11 @@ class Manifest:
         try:
             if (schema := values.pop("schema")) != SCHEMA:
                 raise RequestError(
-                    f"{directory / NAME}: the file has schema {schema}, but this version reads only schema {SCHEMA}; "
-                    "make the dataset again with 'dreamscale shard CONFIG --output DIR'"
+                    f"{directory / NAME}: the file has schema {show(schema)}, but this version reads only schema "
+                    f"{SCHEMA}; make the dataset again with 'dreamscale shard CONFIG --output DIR'"
                 )
             check_manifest(values, where)
-            values["preprocess"] = PreprocessSpec.from_dict(values["preprocess"])
+            values["preprocess"] = PreprocessSpec.from_dict(values["preprocess"], where)
             values["splits"] = {
                 split: [Shard(**shard) for shard in shards] for split, shards in values["splits"].items()
             }
@@ -152,7 +152,8 @@ class Manifest:
             if isinstance(error, RequestError):
                 raise
             raise RequestError(
-                f"{directory / NAME}: damaged ({error}); copy the dataset again, or run 'dreamscale shard' again"
+                f"{directory / NAME}: damaged ({show(error, longest=300)}); copy the dataset again, or run "
+                "'dreamscale shard' again"
             ) from None
 
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from data_sharding.common.errors import one_line
 from data_sharding.common.files import digest_of
+from data_sharding.common.typed_values import check_fields
+from data_sharding.common.untrusted import check_preprocess
 from data_sharding.processing.quality import UNCHECKED, QualitySpec
 from data_sharding.processing.scaling import scale_windows, standard_deviation
 from data_sharding.processing.streaming import lookahead, resample, resampler_reach, zero_phase
@@ -196,9 +198,29 @@ class PreprocessSpec:
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PreprocessSpec:
-        """Make a spec from a dictionary that `to_dict` returned, in this version or in an older version."""
-        return cls(**{**BEFORE, **values})
+    def from_dict(cls, values: Any, where: str = "preprocess") -> PreprocessSpec:
+        """Make a spec from a dictionary that `to_dict` returned, in this version or in an older version.
+
+        Parameters
+        ----------
+        values : dict
+            The dictionary. It comes from a file, so the type and the range of every value are checked.
+        where : str
+            Path of the file, for the message.
+
+        Returns
+        -------
+        PreprocessSpec
+            The spec.
+
+        Raises
+        ------
+        RequestError
+            If a value has another type than its field, or `check_preprocess` refuses it.
+        ValueError
+            If the values do not fit together.
+        """
+        return cls(**check_fields(cls, {**BEFORE, **check_preprocess(values, where)}, where))
 
     def digest(self) -> str:
         """Return the checksum of the spec (hexadecimal SHA-256)."""

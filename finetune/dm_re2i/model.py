@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data_sharding.common.errors import RequestError, one_line, show
@@ -32,6 +31,7 @@ from finetune.eeg import scale_eeg
 from finetune.foreign_models import check_noise_schedule, load_with_library
 from finetune.generators import SCHEMA, Source, read_part, read_spec
 from finetune.images import to_pixels
+from pretrain.model.weights import read_tensors
 
 KIND = "eg_ddpm"
 
@@ -105,11 +105,11 @@ class ClassMeans:
         """
         path = folder / cls.FILE
         try:
-            values = load_file(path)
+            values = read_tensors(path)
             means = cls(values["mean"].float(), values["count"].long())
             if means.mean_KD.shape != (len(means.count_K), dim) or not means.mean_KD.isfinite().all():
                 raise ValueError("the means do not fit the model")
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise RequestError(
                 f"{path}: cannot be read ({one_line(error)[:200]}); train the model again for the control 'class'"
             ) from None

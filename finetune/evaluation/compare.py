@@ -13,6 +13,7 @@ from typing import Any
 from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError, show
 from data_sharding.common.files import read_json, write_json
+from data_sharding.common.storage import describe
 from data_sharding.common.untrusted import check_group
 from finetune.evaluation.per_trial import TrialValues, compare_models, read_trials_file
 from pretrain.evidence.statistics import holm
@@ -35,8 +36,8 @@ class CompareConfig:
     """Seed of the resamples."""
 
     def __post_init__(self) -> None:
-        if self.resamples < 99:
-            raise ValueError(f"resamples must be at least 99, got {self.resamples}")
+        if not 99 <= self.resamples <= 1_000_000:
+            raise ValueError(f"resamples must be from 99 to 1,000,000, got {self.resamples}")
 
 
 SAME = ("dataset_id", "split", "labels")
@@ -82,6 +83,7 @@ def compare(config: CompareConfig) -> int:
         Exit code of the command.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     notes = _check(config)
@@ -106,7 +108,7 @@ def compare(config: CompareConfig) -> int:
     for head in ("metric", "A", "B", "B - A, over images", "p", "B - A, over people", "p"):
         table.add_column(head, justify="left" if head == "metric" else "right")
     for name, entry in rows.items():
-        cells = [name, _number(found["a"][name]["own"]["mean"]), _number(entry["own"]["mean"])]
+        cells = [escape(name), _number(found["a"][name]["own"]["mean"]), _number(entry["own"]["mean"])]
         for over in ("images", "people"):
             entry["difference"][f"p_{over}_corrected"] = p = corrected.get(over, {}).get(name)
             cells += [_difference(entry["difference"], over), "-" if p is None else f"{p:.2g}"]
@@ -115,10 +117,13 @@ def compare(config: CompareConfig) -> int:
     console = console if console.is_terminal else Console(width=140)
     console.print(table)
     for note in [*notes, _explain(rows)]:
-        console.print(note)
+        console.print(note, markup=False)
     if config.output is not None:
         result = {"schema": 1, "a": config.a, "b": config.b, "trials": shared, "metrics": rows}
-        write_json(Path(config.output), result)
+        try:
+            write_json(Path(config.output), result)
+        except OSError as error:
+            raise RequestError(f"output {config.output}: cannot be written ({describe(error)})") from None
         print(f"-> {config.output}")
     return EXIT_DONE
 

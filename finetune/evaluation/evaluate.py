@@ -478,7 +478,7 @@ def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str
         **_check_protocol(config, path),
         "openings": None if openings is None else openings.describe(own.about["split"]),
     }
-    people_B = np.array([trial["subject"] for trial in own.trials])
+    people_B = np.array([trial["subject"] for trial in own.trials], dtype=object)
     result["by_person"] = {
         str(person): {
             "trials": int((people_B == person).sum()),

@@ -154,6 +154,7 @@ def read_generated(path: str | Path) -> GeneratedSet:
     for name in ("kind", "model_digest"):
         if about.get(name) is not None:
             check_text(about[name], str(record), name)
+    check_group(about.get("eeg") or {}, str(record), "eeg")
     if about.get("average_repeats") is not None:
         check_count(about["average_repeats"], str(record), "average_repeats", most=2**31)
     check_text(about["control"], str(record), "control")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 from data_sharding.common.files import read_json, write_json
 from data_sharding.common.untrusted import check_group, check_list, check_number, check_text
 from pretrain.evidence.statistics import FEWEST_SUBJECTS, difference_interval, flip_test
@@ -35,9 +35,9 @@ class TrialValues:
 
     keys: list[str]
     """Key of each trial."""
-    subjects_B: NDArray[np.str_]
+    subjects_B: NDArray[Any]
     """Subject of each trial."""
-    images_B: NDArray[np.str_]
+    images_B: NDArray[Any]
     """Id of the image that the person saw in each trial."""
     values: dict[str, NDArray[np.float64]]
     """Values [B] of each metric. NaN stands for a value that is not finite: the PSNR of two equal images is
@@ -117,14 +117,17 @@ def read_trials_file(folder: str | Path) -> TrialValues:
         if any(group.keys() != groups[0].keys() for group in groups):
             raise RequestError(f"{path}: the trials have different metrics; run 'dreamscale evaluate {folder}' again")
         return {
-            name: np.array([math.nan if g[name] is None else check_number(g[name], where, name) for g in groups])
+            show(name): np.array(
+                [math.nan if g[name] is None else check_number(g[name], where, show(name)) for g in groups], np.float64
+            )
             for name in groups[0]
         }
 
     return TrialValues(
         keys=texts["key"],
-        subjects_B=np.array(texts["subject"]),
-        images_B=np.array(texts["image_id"]),
+        # An array of type str would take the memory of the longest text for every trial.
+        subjects_B=np.array(texts["subject"], dtype=object),
+        images_B=np.array(texts["image_id"], dtype=object),
         values=columns("values"),
         shuffled=columns("shuffled"),
     )
@@ -132,8 +135,8 @@ def read_trials_file(folder: str | Path) -> TrialValues:
 
 def summarise(
     values_B: NDArray[np.float64],
-    images_B: NDArray[np.str_],
-    subjects_B: NDArray[np.str_],
+    images_B: NDArray[Any],
+    subjects_B: NDArray[Any],
     *,
     resamples: int,
     seed: int,

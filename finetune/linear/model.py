@@ -26,6 +26,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.diffusion import SamplerName, Sampling
 from finetune.eeg import scale_eeg
 from finetune.generators import SCHEMA, Source, read_part, read_spec
+from pretrain.model.weights import WEIGHTS, read_tensors
 from pretrain.probe.features import time_courses
 
 KIND = "linear"
@@ -164,23 +165,20 @@ class LinearGenerator:
     kind = KIND
 
     def __init__(self, folder: str | Path, values: dict[str, Any], device: str = "cpu") -> None:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         self.folder = Path(folder)
         where = str(self.folder / "dreamscale.json")
         self.part = read_part(values, where)
         again = "train it again with 'dreamscale linear CONFIG'"
         self.spec = read_spec(self.folder)
         try:
-            arrays = load_file(self.folder / "model.safetensors")
+            arrays = {name: value.numpy() for name, value in read_tensors(self.folder / WEIGHTS).items()}
             self.model = LinearModel(
                 channels=check_count(values["channels"], where, "channels", least=1, most=128),
                 bins=check_count(values["bins"], where, "bins", least=1, most=self.spec.window),
                 **{name: arrays[name] for name in _ARRAYS},
             )
             self._check(self.model)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise RequestError(f"{self.folder}: the model is damaged ({one_line(error)}); {again}") from None
 
     def _check(self, model: LinearModel) -> None:
@@ -193,10 +191,16 @@ class LinearGenerator:
             and model.bias_L.shape == (outputs,)
             and outputs > components
             and model.labels_M.shape == (images,)
+            and images > 0
+            and model.images_MHW3.ndim == 4
             and model.images_MHW3.shape[::3] == (images, 3)
+            and model.images_MHW3.shape[1] == model.images_MHW3.shape[2] > 0
             and model.images_MHW3.dtype == np.uint8
+            and model.labels_M.dtype == np.int64
+            and 0 <= model.labels_M.min() <= model.labels_M.max() < outputs - components
         )
-        if not fits:
+        floats = (model.mean_F, model.weight_FL, model.bias_L, model.components_MP)
+        if not fits or not all(values.dtype.kind == "f" and np.isfinite(values).all() for values in floats):
             raise ValueError("the arrays of model.safetensors do not fit each other")
 
     @property

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json, write_json
 from data_sharding.common.typed_values import check_fields
-from pretrain.model.weights import WEIGHTS, check_network, measure_weights
+from pretrain.model.weights import WEIGHTS, check_network, measure_weights, read_tensors, set_weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -66,9 +66,6 @@ def load_module(module_class: type[M], config_class: type, folder: str | Path, k
     RequestError
         If a file is missing or damaged, the module is of another kind, or config.json does not fit the weights.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     values = read_json(folder / "config.json")
     if not isinstance(values, dict) or values.pop("kind", None) != kind:
@@ -79,9 +76,9 @@ def load_module(module_class: type[M], config_class: type, folder: str | Path, k
     )
     try:
         module = module_class(config_class(**values))
-        module.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError) as error:
-        raise RequestError(f"{folder / WEIGHTS}: cannot be read ({one_line(error)}); train the model again") from None
+        set_weights(module, read_tensors(folder / WEIGHTS), folder / WEIGHTS, "config.json")
+    except RequestError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise RequestError(

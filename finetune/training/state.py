@@ -207,7 +207,9 @@ class TrainingState:
         RequestError
             If the checkpoint is of another model.
         """
-        manifest = reader.manifest
+        manifest = reader.check_manifest(
+            "step", "optimizer_step", "ema_updates", "best", "best_step", "evaluation_due", "loader.step"
+        )
         load_trainables(self.module, reader.group("weights/"))
         moments = {moment: reader.group(f"{moment}/") for moment in _MOMENTS}
         for name, parameter in trainables(self.module).items():

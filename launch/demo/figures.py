@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,10 @@ from typing import Any
 import numpy as np
 
 from data_sharding.common.untrusted import open_image
+from pretrain.runs.metrics import read_metrics
 
 INK, GREY = "#22303c", "#8d99a6"
 TRAINING, HELD_OUT = "#2a6f97", "#d1495b"
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the file metrics.jsonl of a training run."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
 def read_curves(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:

@@ -90,7 +90,7 @@ def score_folder(folder: Path, pictures: dict[str, dict[str, Any]], judge: Image
     colours = [measure_colour(image) for image in found.images_BHW3[:]]
     return Scores(
         keys=[trial["key"] for trial in found.trials],
-        subjects_B=np.array([trial["subject"] for trial in found.trials]),
+        subjects_B=np.array([trial["subject"] for trial in found.trials], dtype=object),
         images_B=np.array(ids),
         new_B=np.array([picture["new_combination"] for picture in seen]),
         values={

@@ -21,24 +21,21 @@ import importlib.metadata
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.errors import RequestError, one_line, show
 from data_sharding.common.files import atomic_directory, atomic_write_text, read_json, write_json
 from data_sharding.common.typed_values import check_fields
-from data_sharding.common.untrusted import MAX_WINDOW, check_count, check_group, check_preprocess, open_npz
+from data_sharding.common.untrusted import MAX_WINDOW, check_count, check_group, check_positions, open_npz
 from data_sharding.dataset.samples import N_PADDED
 from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.model.build import count_parameters
 from pretrain.model.config import EncoderConfig
 from pretrain.model.weights import MAX_TABLE, WEIGHTS, save_weights
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 KIND = "dreamscale_eeg_encoder"
 SCHEMA = 1
@@ -48,6 +45,8 @@ PROGRAM = "encoder.pt2"
 # 1, because of the last layer norm. The outputs of different CPUs differ by about 1e-5, so a difference above 2e-3
 # shows that the weights are wrong.
 TOLERANCE = 2e-3
+MAX_TOLERANCE = 0.1
+"""Largest tolerance that an encoder package may state."""
 MAX_TOKENS = 2**16
 """Largest number of tokens in a window. The work of attention grows with the square of the number of tokens."""
 _EXAMPLE_INPUTS = ("x", "positions", "count")
@@ -175,8 +174,8 @@ def read_package(path_or_hub_id: str | Path) -> PackageContents:
         raise RequestError(f"{folder / CONFIG}: not the config of a Dreamscale encoder package")
     if values.get("schema") != SCHEMA:
         raise RequestError(
-            f"{folder / CONFIG}: the package has schema {values.get('schema')}, but this version of Dreamscale reads "
-            f"schema {SCHEMA}; export the encoder again with this version"
+            f"{folder / CONFIG}: the package has schema {show(values.get('schema'))}, but this version of Dreamscale "
+            f"reads schema {SCHEMA}; export the encoder again with this version"
         )
     where = str(folder / CONFIG)
     try:
@@ -190,10 +189,10 @@ def read_package(path_or_hub_id: str | Path) -> PackageContents:
         return PackageContents(
             folder=folder,
             config=config,
-            spec=PreprocessSpec.from_dict(check_preprocess(read_json(folder / SPEC), str(folder / SPEC))),
+            spec=PreprocessSpec.from_dict(read_json(folder / SPEC), str(folder / SPEC)),
             n_chans=values.get("n_chans"),
             n_outputs=values.get("n_outputs"),
-            positions_C3=_from_lists(values["positions"]) if values.get("positions") else None,
+            positions_C3=_from_lists(values["positions"], where) if values.get("positions") else None,
             extra=check_group(values.get("extra") or {}, where, "extra"),
         )
     except RequestError:
@@ -230,6 +229,11 @@ def check_example(model: Any, folder: Path) -> None:
         with open_npz(path) as example:
             inputs = [torch.from_numpy(example[name]) for name in _EXAMPLE_INPUTS if name in example]
             y, tolerance = example["y"], float(example["tolerance"])
+        rows, times = inputs[0].shape[-2:]
+        if inputs[0].shape[0] != 1 or rows > model.config.channels or times != model.config.samples:
+            raise ValueError(f"its input has the shape {tuple(inputs[0].shape)}")
+        if not 0 < tolerance <= MAX_TOLERANCE:
+            raise ValueError(f"its tolerance is {tolerance}")
         with torch.no_grad():
             error = float(np.abs(model(*inputs).numpy() - y).max())
     except Exception as problem:
@@ -295,10 +299,12 @@ def _to_lists(positions_C3: Tensor) -> list[list[float] | None]:
     return [place if all(map(math.isfinite, place)) else None for place in positions_C3.tolist()]
 
 
-def _from_lists(lists: Sequence[list[float] | None]) -> Tensor:
+def _from_lists(lists: Any, where: str) -> Tensor:
     """Convert the lists that `_to_lists` returned back to a tensor."""
-    if not all(place is None or (isinstance(place, list) and len(place) == 3) for place in lists):
-        raise ValueError("positions must hold three numbers or null for each channel")
+    if len(check_positions(lists, where)) > N_PADDED:
+        raise RequestError(
+            f"{where}: has {len(lists)} electrode positions; an encoder takes at most {N_PADDED} channels"
+        )
     return torch.tensor([place or [math.nan] * 3 for place in lists])
 
 

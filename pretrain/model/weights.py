@@ -172,16 +172,40 @@ def load_strictly(model: nn.Module, path: Path, config: str = "config.json") -> 
     RequestError
         If the file is missing or damaged, or its names or shapes differ from the model's.
     """
+    set_weights(model, read_tensors(path), path, config)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    dict of str to Tensor
+        The tensors by name.
+
+    Raises
+    ------
+    RequestError
+        If the file is missing or damaged, or is not a file. (The library would wait for a named pipe.)
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise RequestError(f"{path}: no such file, so {path.parent} is not complete; write {path.parent} again")
     try:
-        weights = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise RequestError(f"{path}: damaged ({error}); write {path.parent} again") from None
-    set_weights(model, weights, path, config)
+        raise RequestError(f"{path}: damaged ({show(error)}); write {path.parent} again") from None
+
+
+def _kind_of(value: Tensor) -> str:
+    return "float" if value.is_floating_point() else "complex" if value.is_complex() else "integer"
 
 
 def set_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, config: str) -> None:
@@ -203,11 +227,18 @@ def set_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, config
     """
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    wrong = sorted(k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape)
-    if missing or unknown or wrong:
+    both = sorted(expected.keys() & weights.keys())
+    wrong = [name for name in both if expected[name].shape != weights[name].shape]
+    numbers = [name for name in both if _kind_of(expected[name]) != _kind_of(weights[name])]
+    if missing or unknown or wrong or numbers:
         parts = [
-            f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-            for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
+            f"{what} {', '.join(map(show, names[:3]))}{' ...' if len(names) > 3 else ''}"
+            for what, names in (
+                ("missing", missing),
+                ("unknown", unknown),
+                ("of another shape", wrong),
+                ("of another type", numbers),
+            )
             if names
         ]
         raise RequestError(f"{path}: the weights do not fit {config}: {'; '.join(parts)}")

@@ -102,7 +102,7 @@ def show(result: dict[str, Any]) -> None:
     console = console if console.is_terminal else Console(width=120)
     console.print(table)
     for note in _make_notes(result, by_subject):
-        console.print(note)
+        console.print(note, markup=False)
 
 
 def _make_notes(result: dict[str, Any], by_subject: bool) -> list[str]:

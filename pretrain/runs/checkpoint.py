@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import os
 import re
 import shutil
 import sys
@@ -27,7 +28,18 @@ from typing import TYPE_CHECKING, Any
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import atomic_write_text, read_json, sha256_file, write_json
-from data_sharding.common.untrusted import MAX_FILE, check_count, check_group, check_path, check_sha256
+from data_sharding.common.typed_values import MAX_INTEGER, check_typed
+from data_sharding.common.untrusted import (
+    MAX_FILE,
+    check_count,
+    check_group,
+    check_list,
+    check_number,
+    check_path,
+    check_preprocess,
+    check_sha256,
+    open_regular,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +95,85 @@ def divide_by_size(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
     return names
 
 
+MAX_LEFT_OUT = 100_000
+"""Largest number of batches that a run leaves out after a loss spike."""
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("step", "skipped", "skipped_in_a_row", "adam_steps", "optimizer_step", "ema_updates", "zero_stage"), int
+    ),
+    "world_size": int,
+    "epochs": float,
+    "evaluation_due": bool,
+}
+"""Types of values in a manifest; no number is negative."""
+_DATA_TYPES: dict[str, Any] = {
+    "dataset_id": str,
+    "versions": dict[str, int],
+    "windows": dict[str, int],
+    "hours_seen": float,
+    "subjects": int | None,
+}
+"""Types of values in the description of the training data that a manifest of pretraining holds."""
+_PEOPLE_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("subjects", "recordings", "unknown", "not_confirmed"), int | None),
+    **dict.fromkeys(("sex", "group", "age", "device", "device_filters", "task", "license"), dict[str, int] | None),
+    "recording_year": dict[str, int] | None,
+}
+"""Types of values in the description of the people, from `pretrain.training.data_summary.describe_people`."""
+
+
+def check_values(values: Any, where: str) -> dict[str, Any]:
+    """Check the values of a checkpoint's manifest, except its list of files.
+
+    Parameters
+    ----------
+    values : Any
+        Content of the manifest, which somebody may have changed.
+    where : str
+        Path of the manifest, for the message.
+
+    Returns
+    -------
+    dict
+        The values. Values of another stage of training may be missing.
+
+    Raises
+    ------
+    RequestError
+        If a value has another type than Dreamscale writes, or is not possible.
+    """
+
+    def check(group: Any, types: dict[str, Any], what: str) -> None:
+        for name, hint in types.items():
+            if name in check_group(group, where, what or "the content"):
+                check_typed(hint, group[name], where, f"{what}{'.' * bool(what)}{name}", least=0)
+
+    check(values, _TYPES, "")
+    for loss in check_list(values.get("recent_losses", []), where, "recent_losses"):
+        check_number(loss, where, "a loss")
+    check(values.get("data", {}), _DATA_TYPES, "data")
+    if "preprocess" in values.get("data", {}):
+        check_preprocess(values["data"]["preprocess"], where)
+    check(values.get("data", {}).get("people") or {}, _PEOPLE_TYPES, "data.people")
+    check_group(values.get("best") or {}, where, "best")
+    check_count(values.get("best_step", 0), where, "best_step", least=-1, most=MAX_INTEGER)
+    check(values.get("loader", {}), {"step": int, "dataset_id": str}, "loader")
+    check(values.get("interval", {}), {"steps": int, "losses": list[float | None]}, "interval")
+    check_ranges(values.get("left_out", []), where)
+    return values
+
+
+def check_ranges(entries: Any, where: str) -> list[dict[str, Any]]:
+    """Check the list of the ranges of batches on which a run does not train; see `newest_checkpoint`."""
+    for entry in check_list(entries, where, "left_out"):
+        batches = check_list(check_group(entry, where, "an entry of left_out").get("batches"), where, "batches")
+        if len(batches) != 2:
+            raise RequestError(f"{where}: a range of batches has {len(batches)} numbers in place of 2")
+        first = check_count(batches[0], where, "the first batch", most=MAX_INTEGER)
+        check_count(batches[1], where, "the end of a range of batches", least=first, most=first + MAX_LEFT_OUT)
+    return entries
+
+
 def file_record(path: Path) -> dict[str, Any]:
     """Return a file's size and SHA-256 for the manifest."""
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -105,7 +196,9 @@ def find_damage(checkpoint: Path, *, read_bytes: bool) -> str | None:
     """
     try:
         for name, record in read_manifest(checkpoint)["files"].items():
-            size = (checkpoint / name).stat().st_size
+            descriptor = open_regular(checkpoint / name)
+            size = os.fstat(descriptor).st_size
+            os.close(descriptor)
             if size != record["bytes"]:
                 return f"{name} has {size} bytes in place of {record['bytes']}"
             if read_bytes and sha256_file(checkpoint / name) != record["sha256"]:
@@ -131,10 +224,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     Raises
     ------
     RequestError
-        If the manifest is missing or damaged, or if it lists a file outside the checkpoint's folder.
+        If the manifest is missing or damaged, if it lists a file outside the checkpoint's folder, or if
+        `check_values` refuses a value.
     """
     where = str(checkpoint / MANIFEST)
-    values = check_group(read_json(checkpoint / MANIFEST), where)
+    values = check_values(read_json(checkpoint / MANIFEST), where)
     for name, record in check_group(values.get("files"), where, "files").items():
         check_path(name, where)
         check_count(check_group(record, where, name).get("bytes"), where, f"bytes of {name}", most=MAX_FILE)
@@ -152,7 +246,7 @@ def read_values(checkpoints: Path) -> dict[str, Any]:
     for folder in reversed(_find_steps(checkpoints)):
         if (folder / MANIFEST).is_file():
             with contextlib.suppress(RequestError):
-                return dict(read_json(folder / MANIFEST))
+                return check_values(read_json(folder / MANIFEST), str(folder / MANIFEST))
     return {}
 
 
@@ -319,6 +413,7 @@ class CheckpointReader:
 
         try:
             for file_name in sorted(self.manifest["files"]):
+                os.close(open_regular(self.folder / file_name))
                 file = self._stack.enter_context(safe_open(self.folder / file_name, framework="pt", device="cpu"))
                 for stored in file.keys():  # noqa: SIM118, not a dictionary
                     name = self._current_name(file_name, stored)
@@ -339,6 +434,33 @@ class CheckpointReader:
     def _current_name(self, file_name: str, stored: str) -> str:
         in_old_weights = self._version == _FORMAT_2 and file_name == _FORMAT_2_WEIGHTS
         return f"weights/{stored}" if in_old_weights else stored
+
+    def check_manifest(self, *names: str) -> dict[str, Any]:
+        """Return the manifest, if it has all values that are needed.
+
+        Parameters
+        ----------
+        *names : str
+            Names of the values; ``data.windows`` is the value ``windows`` in the value ``data``.
+
+        Returns
+        -------
+        dict
+            The manifest.
+
+        Raises
+        ------
+        RequestError
+            If a value is missing.
+        """
+        for name in names:
+            group, _, last = name.rpartition(".")
+            if last not in (self.manifest.get(group, {}) if group else self.manifest):
+                raise RequestError(
+                    f"{self.folder / MANIFEST}: the value {name} is missing, so the checkpoint is damaged or "
+                    "belongs to another kind of run; copy the run again"
+                )
+        return self.manifest
 
     @property
     def names(self) -> set[str]:

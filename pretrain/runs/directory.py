@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,9 +13,11 @@ from typing import Any, Literal
 
 from data_sharding.common.config import to_dict, to_yaml
 from data_sharding.common.errors import RequestError, one_line
-from data_sharding.common.files import atomic_write_text, read_json, write_json
+from data_sharding.common.files import atomic_write_text, open_to_append, read_json, write_json
+from data_sharding.common.untrusted import check_group, check_text, parse_json, read_limited
 from pretrain.runs.checkpoint import newest_checkpoint
 from pretrain.runs.lock import hold_lock
+from pretrain.runs.metrics import MAX_METRICS, read_metrics
 from pretrain.runs.stored_config import changed_keys, plain, read_stored_config, show
 from pretrain.runs.tracking import TrackerConfig, open_tracker
 
@@ -80,8 +83,9 @@ class RunDirectory:
         self._config = plain(to_dict(config))
         status = self.path / "status.json"
         # Read status.json only once, because the first process may write it at the same time.
-        old = read_json(status) if status.is_file() else None
+        old = check_group(read_json(status), str(status)) if status.is_file() else None
         if old is not None:
+            check_text(old.get("state"), str(status), "state")
             self._refuse_other_config(old, config, free, upgrade)
         self.finished = old is not None and old["state"] == "done"
         if rank or self.finished:
@@ -94,7 +98,7 @@ class RunDirectory:
             raise RequestError(f"{self.path}: cannot be written ({error.strerror})") from None
         self._lock = hold_lock(self.path / "lock")
         self.status("running")
-        self._stream = (self.path / "metrics.jsonl").open("a")
+        self._stream = os.fdopen(open_to_append(self.path / "metrics.jsonl"), "a")
         self._log, self._close = open_tracker(tracker or TrackerConfig(kind="none"), self.path, to_dict(config))
 
     def _refuse_other_config(
@@ -145,7 +149,7 @@ class RunDirectory:
             Description of the failure.
         """
         status = self.path / "status.json"
-        if not status.is_file() or read_json(status)["state"] != "failed":
+        if not status.is_file() or read_json(status).get("state") != "failed":
             self.status("failed", any_rank=True, reason=reason)
 
     def log(self, step: int, **metrics: Any) -> None:
@@ -198,14 +202,14 @@ class RunDirectory:
             at = _step_of(line)
             return at < step or (at == step and (evaluated or '"val_loss"' not in line))
 
-        kept = [line for line in path.read_text().splitlines() if line and stays(line)]
+        lines = read_limited(path, MAX_METRICS).decode(errors="replace").splitlines()
+        kept = [line for line in lines if line and stays(line)]
         atomic_write_text(path, "".join(f"{line}\n" for line in kept))
-        self._stream = path.open("a")
+        self._stream = os.fdopen(open_to_append(path), "a")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl written so far."""
-        path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return read_metrics(self.path / "metrics.jsonl")
 
     def latest(self, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
         """Return the newest undamaged checkpoint; see `pretrain.runs.checkpoint.newest_checkpoint`."""
@@ -229,6 +233,6 @@ class RunDirectory:
 def _step_of(line: str) -> int:
     """Return the step of a line of metrics; for a line that was only partly written, return a very large number."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return sys.maxsize

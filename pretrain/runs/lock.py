@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import IO
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
+from data_sharding.common.files import open_to_append
 
 # Seconds to wait for a lock whose owner is on the same host, or on another host. If the owner of a lock was killed, the
 # lock soon becomes free. If the owner ran on another host, the lock can stay taken for a minute or more, because the
@@ -35,12 +36,13 @@ def hold_lock(path: Path) -> IO[str]:
     Raises
     ------
     RequestError
-        If another process holds the lock and does not release the lock in time.
+        If another process holds the lock and does not release the lock in time, or if the path is a symbolic link or
+        not a file.
     """
     # The package filelock is not used, because it does not say which process holds a lock. With filelock, `hold_lock`
     # would still have to store the owner's name, wait, and write the message. A POSIX lock works between hosts that
     # share a network disk. A POSIX lock is released when its process ends, and forked processes do not inherit it.
-    stream = path.open("a+")
+    stream = os.fdopen(open_to_append(path), "a+")
     waited = 0
     while True:
         try:
@@ -52,7 +54,7 @@ def hold_lock(path: Path) -> IO[str]:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 break
         stream.seek(0)
-        owner = stream.read().strip()
+        owner = show(stream.read(200))
         if not waited:
             print(f"dreamscale: {path.parent} is in use by {owner}; waiting for it to end", file=sys.stderr)
         if waited >= (_SAME_HOST_S if owner.endswith(f" {socket.gethostname()}") else _OTHER_HOST_S):

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from data_sharding.common.errors import one_line
 from data_sharding.common.files import atomic_write_text
+from data_sharding.common.untrusted import check_key, read_limited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,8 @@ def _run_id(path: Path) -> str:
     if not known.is_file():
         known.parent.mkdir(exist_ok=True)
         atomic_write_text(known, secrets.token_hex(4) + "\n")
-    return known.read_text().strip()
+    text = read_limited(known, 1000).decode(errors="replace").strip()
+    return check_key(text, str(known))
 
 
 # Rows of the live table. Each row has the name of a metric, a title and a format.

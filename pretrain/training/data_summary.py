@@ -7,13 +7,13 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.ledger import NAME, read_ledger_file
 from data_sharding.dataset.manifest import version_folder
 from data_sharding.dataset.mixture import Mixture
 
 _MOST_SAMPLES = 20_000
-_COLUMNS = ("key", "corpus", "subject", "split", "status", "subject_from", "age", "sex", "group", "recording_year")
 _PER_RECORDING = ("device", "device_filters", "task", "license", "recording_year")
 _PER_SUBJECT = ("sex", "group", "age")
 
@@ -38,32 +38,26 @@ def describe_people(dataset: EEGDataset | Mixture) -> dict[str, Any]:
     """
     if isinstance(dataset, Mixture):
         return _merge([describe_people(part) for part in dataset.parts])
-    ledger = version_folder(dataset.path, dataset.manifest.version) / "ledger.parquet"
+    ledger = version_folder(dataset.path, dataset.manifest.version) / NAME
     if not ledger.is_file():
-        ledger = dataset.path / "ledger.parquet"
+        ledger = dataset.path / NAME
     if not ledger.is_file():
         return _describe_without_ledger(dataset)
-    import pyarrow.parquet
-
-    with ledger.open("rb") as stream:
-        file = pyarrow.parquet.ParquetFile(stream)
-        columns = [name for name in file.schema_arrow.names if name in {*_COLUMNS, *_PER_RECORDING}]
-        rows = file.read(columns=columns).to_pylist()
-    used = [r for r in rows if r["status"] == "sharded" and dataset.split in (r["split"] or "").split("+")]
+    used = [row for row in read_ledger_file(ledger) if row.status == "sharded" and dataset.split in row.splits]
     people: defaultdict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
     for row in used:
-        if row["subject"] not in ("", row["key"]):
-            values = {name: row.get(name) for name in _PER_SUBJECT}
-            people[row["corpus"], row["subject"]].update({k: v for k, v in values.items() if v not in (None, "")})
+        if row.has_subject:
+            values = {name: getattr(row, name) for name in _PER_SUBJECT}
+            people[row.corpus, row.subject].update({k: v for k, v in values.items() if v not in (None, "")})
     return {
         "subjects": len(people),
         "recordings": len(used),
-        "unknown": sum(row["subject"] in ("", row["key"]) for row in used),
-        "not_confirmed": sum(row.get("subject_from") == "recognised" for row in used),
+        "unknown": sum(not row.has_subject for row in used),
+        "not_confirmed": sum(row.subject_from == "recognised" for row in used),
         "sex": _count(person.get("sex") for person in people.values()),
         "group": _count(person.get("group") for person in people.values()),
         "age": _count(_decade(person.get("age")) for person in people.values()),
-        **{name: _count(row.get(name) for row in used) for name in _PER_RECORDING},
+        **{name: _count(getattr(row, name) for row in used) for name in _PER_RECORDING},
     }
 
 
@@ -226,7 +220,7 @@ def describe_people_in_words(people: Mapping[str, Any]) -> list[str]:
 def _list_values(values: Mapping[str, int], most: int = 8) -> str:
     known = [(name, number) for name, number in values.items() if name]
     known.sort(key=lambda pair: (-pair[1], pair[0]))
-    parts = [f"{name} {number:,}" for name, number in known[:most]]
+    parts = [f"{show(name)} {number:,}" for name, number in known[:most]]
     if rest := known[most:]:
         parts.append(f"{len(rest)} other values {sum(number for _, number in rest):,}")
     if unknown := values.get(""):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from data_sharding.common.files import read_json, write_json
+from pretrain.runs.checkpoint import check_ranges
 from pretrain.runs.directory import RunDirectory
 
 LEFT_OUT = "left_out.json"
@@ -15,7 +16,7 @@ number of the first batch after the range), ``step`` and ``loss`` (a description
 def read_left_out(run: RunDirectory) -> list[dict[str, Any]]:
     """Return the entries of the file `LEFT_OUT`; an empty list if there is no file."""
     path = run.path / LEFT_OUT
-    return read_json(path) if path.is_file() else []
+    return check_ranges(read_json(path), str(path)) if path.is_file() else []
 
 
 def write_left_out(run: RunDirectory, entries: list[dict[str, Any]]) -> None:

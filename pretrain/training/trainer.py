@@ -124,7 +124,10 @@ class Trainer:
                 write_left_out(self.run, [])
             return
         with CheckpointReader(folder) as reader:
-            saved = reader.manifest
+            saved = reader.check_manifest(
+                *("step", "skipped", "skipped_in_a_row", "recent_losses", "adam_steps", "loader.step"),
+                *("interval.steps", "interval.losses"),
+            )
             self.loader.load_state_dict(saved["loader"])
             load_state(self.engine, reader)
         self.global_step, self.skipped = saved["step"], saved["skipped"]

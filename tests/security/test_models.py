@@ -168,7 +168,16 @@ CASES: list[tuple[str, str, str, Any]] = [
     ("encoder", "config.json", "n_outputs", HUGE),
     ("encoder", "config.json", "n_chans", "x"),
     ("encoder", "config.json", "positions", [["a", "b", "c"]]),
+    ("encoder", "config.json", "positions", [[1e308, 0, 0]]),
+    ("encoder", "config.json", "positions", [[10**400, 0, 0]]),
+    ("encoder", "config.json", "positions", [[0, 0, 0]] * 1000),
+    ("encoder", "config.json", "schema", "\x1b[31m" * 10**5),
     ("encoder", "config.json", "extra", [[1, 2]]),
+    ("encoder", "preprocess.json", "quality", 5),
+    ("encoder", "preprocess.json", "quality", {"check": "x"}),
+    ("encoder", "preprocess.json", "scaling", "x"),
+    ("encoder", "preprocess.json", "reference", [5]),
+    ("encoder", "preprocess.json", "unknown", 5),
     ("encoder", "preprocess.json", "sfreq", 1e12),
     ("encoder", "preprocess.json", "highpass", 1e-12),
     ("encoder", "preprocess.json", "notch", 1e-9),
@@ -275,6 +284,103 @@ def test_a_changed_config_is_refused_in_one_line(outcomes: dict[str, list[str]],
 def test_a_changed_classifier_is_refused(outcomes: dict[str, list[str]], key: str) -> None:
     outcome, message = outcomes[f"classifier {key}"]
     assert outcome == "refused" and "classifier.safetensors" in message, message
+
+
+def test_a_changed_example_of_an_encoder_is_refused(packages: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    from data_sharding.common.errors import RequestError
+
+    shutil.copytree(packages / "encoder", tmp_path / "encoder")
+    arrays = dict(np.load(packages / "encoder" / "example.npz"))
+    huge = np.zeros((20_000, *arrays["x"].shape[1:]), np.float16)
+    for change in (
+        {"tolerance": np.inf},
+        {"tolerance": 1e9},
+        {"x": huge},
+        {"x": arrays["x"][:, :, :0]},
+        {"x": huge[0]},
+    ):
+        np.savez(tmp_path / "encoder" / "example.npz", **{**arrays, **change})
+        with pytest.raises(RequestError, match=r"example\.npz: damaged \(ValueError: its"):
+            load("encoder", tmp_path / "encoder")
+
+
+@pytest.mark.parametrize("kind", [torch.complex64, torch.int64, torch.bool])
+def test_weights_of_another_type_or_with_a_long_name_are_refused(kind: Any, packages: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from data_sharding.common.errors import RequestError
+
+    shutil.copytree(packages / "encoder", tmp_path / "encoder")
+    path = tmp_path / "encoder" / "model.safetensors"
+    weights = load_file(path)
+    save_file({name: value.to(kind) for name, value in weights.items()}, path)
+    with pytest.raises(RequestError, match="of another type"):
+        load("encoder", tmp_path / "encoder")
+    save_file({**weights, "x" * 10**6: torch.zeros(1)}, path)
+    with pytest.raises(RequestError, match="unknown xxx") as caught:
+        load("encoder", tmp_path / "encoder")
+    assert len(str(caught.value)) < 600
+
+
+def _change_linear(name: str) -> Callable[[dict[str, Any]], None]:
+    changes: dict[str, Callable[[Any], Any]] = {
+        "weight_FL": lambda value: value * float("nan"),
+        "mean_F": lambda value: value.astype("uint8"),
+        "labels_M": lambda value: value + 100,
+        "images_MHW3": lambda value: value[:, :, :0],
+    }
+    return lambda arrays: arrays.update({name: changes[name](arrays[name])})
+
+
+@pytest.mark.parametrize("name", ["weight_FL", "mean_F", "labels_M", "images_MHW3", "pipe"])
+def test_a_changed_linear_model_is_refused(name: str, tmp_path: Path) -> None:
+    import os
+
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    from data_sharding.common.errors import RequestError
+    from finetune.generators import load_generator
+    from finetune.linear.model import LinearModel, save_model
+
+    model = LinearModel(
+        channels=2,
+        bins=3,
+        mean_F=np.zeros(6, np.float32),
+        weight_FL=np.ones((6, 3), np.float32),
+        bias_L=np.zeros(3, np.float32),
+        labels_M=np.array([0, 1]),
+        components_MP=np.ones((2, 1), np.float32),
+        images_MHW3=np.zeros((2, 4, 4, 3), np.uint8),
+    )
+    folder = tmp_path / "model"
+    save_model(folder, model, SPEC, {})
+    assert load_generator(folder).image_size == 4
+    path = folder / "model.safetensors"
+    if name == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        arrays = load_file(path)
+        _change_linear(name)(arrays)
+        save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, path)
+    with pytest.raises(RequestError, match=r"model is damaged|no such file"):
+        load_generator(folder)
+
+
+def test_a_huge_json_file_beside_a_model_is_not_read(packages: Path, tmp_path: Path) -> None:
+    from data_sharding.common.errors import RequestError
+    from finetune.generators import digest_model
+
+    shutil.copytree(packages / "eg_ddpm", tmp_path / "eg_ddpm")
+    digest = digest_model(tmp_path / "eg_ddpm")
+    assert digest == digest_model(packages / "eg_ddpm")
+    with (tmp_path / "eg_ddpm" / "more.json").open("wb") as stream:
+        stream.truncate(10**12)  # a sparse file, which takes no space on the disk
+    with pytest.raises(RequestError, match=r"more\.json: larger than"):
+        digest_model(tmp_path / "eg_ddpm")
 
 
 def test_pickled_weights_are_not_read(packages: Path, tmp_path: Path) -> None:

@@ -151,6 +151,18 @@ def test_a_small_ledger_that_stands_for_gigabytes_is_refused(kind: str, tmp_path
     assert done.returncode == 2 and NAME in done.stderr and "unpack to" in done.stderr, done.stderr[-500:]
 
 
+@pytest.mark.parametrize("kind", ["key", "channels"])
+def test_pretraining_reads_the_ledger_with_the_same_checks(kind: str, dataset: Any, run_limited: Any) -> None:
+    write_bomb(dataset.root / NAME, kind)
+    code = (
+        "from data_sharding.common.errors import run_main\nfrom data_sharding.dataset.dataset import EEGDataset\n"
+        "from pretrain.training.data_summary import describe_people\n"
+        "sys.exit(run_main(lambda words: describe_people(EEGDataset(words[0], 'train'))))"
+    )
+    done = run_limited(code, dataset.root)
+    assert done.returncode == 2 and NAME in done.stderr and "unpack to" in done.stderr, done.stderr[-500:]
+
+
 @pytest.mark.parametrize("kind", ["key", "names", "numbers", "rows"])
 def test_small_fingerprints_that_stand_for_gigabytes_are_refused(kind: str, tmp_path: Path, run_limited: Any) -> None:
     write_bomb(tmp_path / FINGERPRINTS, kind)
