@@ -198,7 +198,7 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_the_way_out(paired_dat
     (folder / "state_00000.safetensors").unlink()
     (folder / "optimizer.pt").write_bytes(b"pickle")
     (folder / "complete.json").write_text(json.dumps({"step": 8, "files": {"optimizer.pt": _record(folder)}}))
-    with pytest.raises(RequestError, match=r"another version of Dreamscale.*another 'output' to train anew"):
+    with pytest.raises(RequestError, match=r"another version of Dreamscale.*another 'output' to train again"):
         _train(paired_dataset, tmp_path / "run", Regressor())
 
 
