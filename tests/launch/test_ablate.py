@@ -108,7 +108,7 @@ def test_two_rows_are_trained_stopped_resumed_and_compared(folder: Path, tmp_pat
         ("l1.yaml", "generate: {stepps: 3}", r"l1\.yaml: row 'l1': generate: .*stepps"),
         ("l1.yaml", "- a", r"l1\.yaml: holds no keys"),
         ("l1.yaml", "a: [", r"l1\.yaml: cannot be read as YAML"),
-        ("l 2.yaml", "ddpm: {loss: l1}", r"l 2\.yaml: rows: 'l 2' is no name of a row"),
+        ("l 2.yaml", "ddpm: {loss: l1}", r"l 2\.yaml: rows: 'l 2' is not the name of a row"),
         ("ablation.yaml", "output: x\nstages: {align: a.yaml}", r"stages: 'align' cannot stand at the end"),
         ("ablation.yaml", "output: x\nstages: {ddpm: none.yaml}", r"row 'base': none\.yaml: no such config file"),
         ("ablation.yaml", "output: x\nstages: {ddpm: none.yaml}\nstage: 3", r"ablation\.yaml.*stage"),

@@ -193,7 +193,7 @@ def test_a_wrong_mains_frequency_is_not_used(tmp_path: Path, wrong: Any) -> None
         ({"axes": "XY"}, "axes 'XY'"),
         ({"images": ["x.png"]}, "no key 'images'"),
         ({"labels": [1, 2], "splits": ["train"]}, "1 splits for 2 epochs"),
-        ({"labels": "y"}, r"read from .npz files only"),
+        ({"labels": "y"}, r"names a variable of an array file that is not .npz"),
         ({"events": "gone.tsv"}, "'gone.tsv' is not in the folder of the array"),
     ],
 )

@@ -145,7 +145,7 @@ def test_a_damaged_or_other_folder_is_refused(tmp_path: Path) -> None:
     EVRNet(SMALL).save_pretrained(tmp_path / "a")
     EVRNet(EVRNetConfig(n_classes=2, n_channels=16, widths=(4, 4, 8, 8, 12))).save_pretrained(tmp_path / "b")
     (tmp_path / "b" / "config.json").write_bytes((tmp_path / "a" / "config.json").read_bytes())
-    with pytest.raises(RequestError, match="does not fit the weights"):
+    with pytest.raises(RequestError, match="the weights do not fit config"):
         EVRNet.from_pretrained(tmp_path / "b")
     weights = tmp_path / "a" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
