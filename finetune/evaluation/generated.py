@@ -65,7 +65,9 @@ class ImageFiles:
         if isinstance(rows, slice):
             chosen = range(len(self))[rows]
             return np.stack([self[row] for row in chosen]) if chosen else np.empty((0, *self.size), np.uint8)
-        file = self.files[rows]
+        return self._read(self.files[rows])
+
+    def _read(self, file: Path) -> Images:
         try:
             image = decode_image(read_limited(file, MAX_IMAGE), name=str(file))
         except OSError as error:

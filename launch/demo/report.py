@@ -14,7 +14,7 @@ from finetune.evaluation.verdict import make_comparison_table
 from launch.chain import Step
 from launch.demo import figures
 from launch.demo.scores import MEASURES, Scores, compare, score_folder
-from launch.demo.steps import CONTROLS, MODELS
+from launch.demo.steps import CONTROLS, MODELS, name_images
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 EXAMPLES = 3
@@ -57,8 +57,8 @@ def score_pictures(out: Path, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in MODELS:
         scores = {
-            control: score_folder(out / "generated" / f"{kind}{ending}", pictures, judge)
-            for control, ending in CONTROLS.items()
+            control: score_folder(out / "generated" / name_images(kind, control), pictures, judge)
+            for control in CONTROLS
         }
         own = scores["none"]
         found[kind] = {
@@ -237,7 +237,7 @@ def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dic
 def _list_columns(out: Path, keys: list[str]) -> list[tuple[str, list[Path]]]:
     """List the pictures of some trials: seen pictures, then the pictures of each generator, and of the baseline."""
     sources = [
-        (f"{TITLES[kind]}{suffix}", f"{kind}{CONTROLS[control]}")
+        (f"{TITLES[kind]}{suffix}", name_images(kind, control))
         for kind in MODELS
         for control, suffix in (("none", ""), ("shuffle", ", shuffled EEG"))
     ]

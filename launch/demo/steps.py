@@ -18,15 +18,14 @@ DEFAULT_OUT = "runs/demo"
 folder, the path of that folder replaces the default folder in the configs."""
 MODELS = {"stable_diffusion": "stable_diffusion", "eg_ddpm": "dm_re2i"}
 """Folder of the training run for each kind of generator."""
-CONTROLS = {
-    "none": "",
-    "shuffle": "-shuffle",
-    "shuffle_within": "-shuffle_within",
-    "no_eeg": "-no_eeg",
-    "class": "-class",
-}
-"""Suffix of the folder with generated images, for each control of ``dreamscale generate``."""
+CONTROLS = ("none", "shuffle", "shuffle_within", "no_eeg", "class")
+"""Controls of ``dreamscale generate`` for which the demo generates images. The control ``none`` uses the right EEG."""
 Profile = Literal["full", "smoke"]
+
+
+def name_images(kind: str, control: str) -> str:
+    """Return the name of the folder with the images of a generator for a control."""
+    return kind if control == "none" else f"{kind}-{control}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -154,7 +153,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
             name=f"generate_{kind}",
             title=title,
             words=words + _flags(images["generate"].get(kind, {})),
-            outputs=[folder, *(f"{folder}-{control}" for control in controls)],
+            outputs=[folder, *(f"generated/{name_images(kind, control)}" for control in controls)],
             needs=[run],
             # After a stop, the command keeps finished images, and it replaces images of other settings.
             resumes=True,
@@ -163,14 +162,14 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
     judge: str | None = None
     for kind, run in MODELS.items():
         title = f"generate pictures with {kind.replace('_', ' ')} from the EEG of new people, and for the controls"
-        steps.append(generation(kind, run, title, [control for control in CONTROLS if control != "none"]))
+        steps.append(generation(kind, run, title, CONTROLS[1:]))
         own = out / "generated" / kind
         # All controls are named, so that a folder that is missing ends the step with an error.
         words = [
             "evaluate",
             str(own),
             "--controls",
-            json.dumps([f"{own}{ending}" for ending in CONTROLS.values() if ending]),
+            json.dumps([str(own.with_name(name_images(kind, control))) for control in CONTROLS[1:]]),
         ]
         # One classifier judges both generators: the first evaluation trains the classifier, and the second loads it.
         words += _flags(images["evaluate"]) if judge is None else ["--classifier", judge]

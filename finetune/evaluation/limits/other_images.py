@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.untrusted import MAX_IMAGE, read_limited
+from finetune.evaluation.generated import ImageFiles
 from finetune.evaluation.measure import MeasureOptions, measure
 from finetune.evaluation.networks.judges import Judges, RealImages, measure_other_set
 from finetune.evaluation.pixel_metrics import ImageRows, Images, ImageSource
@@ -30,35 +31,11 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 """Endings of the names of image files that are read from a folder."""
 
 
-class ResizedFiles:
-    """Images in files, which are decoded and resized whenever they are read.
+class ResizedFiles(ImageFiles):
+    """Images in files, which are decoded and resized to the same size whenever they are read."""
 
-    Parameters
-    ----------
-    files : list of Path
-        File of each image.
-    size : int
-        Width and height of the decoded images in pixels.
-    """
-
-    def __init__(self, files: list[Path], size: int) -> None:
-        self.files, self.size = files, size
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The numbers B, H, W and 3."""
-        return len(self.files), self.size, self.size, 3
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, rows: Any, /) -> Images:
-        """Return one image for a number, and several images for a slice."""
-        if isinstance(rows, slice):
-            chosen = range(len(self))[rows]
-            return np.stack([self[row] for row in chosen]) if chosen else np.empty((0, *self.shape[1:]), np.uint8)
-        file = self.files[rows]
-        return decode_image(_read(file), self.size, name=str(file))
+    def _read(self, file: Path) -> Images:
+        return decode_image(_read(file), self.size[0], name=str(file))
 
 
 def _read(file: Path) -> bytes:
@@ -160,7 +137,7 @@ def read_folder(folder: str | Path, labels: Sequence[str], seen: set[str], size:
         )
     return OtherImages(
         source=f"images of the folder {Path(folder).name}",
-        images_MHW3=ResizedFiles(files, size),
+        images_MHW3=ResizedFiles(files, (size, size, 3)),
         labels_M=np.array(found, np.int64),
     )
 

@@ -82,11 +82,8 @@ def measure_eeg_reliability(
         with repeats. If there is no ceiling, the result is a text that says why.
     """
     chosen = table.select(numbers_n)
-    pairs_n = np.array(
-        [f"{subject}\n{image}" for subject, image in zip(chosen.subjects_n, chosen.images_n, strict=True)]
-    )
-    _, pair_n, count = np.unique(pairs_n, return_inverse=True, return_counts=True)
-    repeated = count[pair_n] >= 2
+    pairs_n = _name_pairs(chosen)
+    repeated = np.bincount(pairs_n)[pairs_n] >= 2
     reason = "not applicable: no person saw three images twice or more often in these trials"
     if not repeated.any():
         return reason

@@ -7,6 +7,7 @@ of processes, so the number of processes does not change the values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,14 +73,13 @@ class Sharing:
         RequestError
             If the function, or the reading of images, raised this error on any process.
         """
-        task = _Task(name=name, sources=sources, block=block)
-        if self.world.size > 1:
-            self.world.broadcast(task)
-        for first in range(0, -(-len(sources[0]) // block), self.world.size):
+        task, blocks = _Task(name=name, sources=sources, block=block), math.ceil(len(sources[0]) / block)
+        self.world.broadcast(task)
+        for first in range(0, blocks, self.world.size):
             # Before each round of blocks, rank 0 sends the round's number to the other processes, so that rank 0 may
             # stop after any round.
             self.world.broadcast(first)
-            for value, fault in self._run_round(task, compute, first)[: -(-len(sources[0]) // block) - first]:
+            for value, fault in self._run_round(task, compute, first)[: blocks - first]:
                 if fault is not None:
                     raise fault
                 yield value
