@@ -42,8 +42,8 @@ def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float32]
         Features of the trials of each part, from `pretrain.evidence.predictors.noise_features`. `remove_line` first
         removes the mean and the linear trend of each channel. The baseline has the same duration in all trials: the
         shortest time that a trial stores before its picture. The features are those of the channels that all trials
-        have in common, found by name. `NotApplicable` if a trial is stored with less than `LEAST_BASELINE_S` before the
-        picture, or if the trials have no channel in common.
+        have in common, found by name. `NotApplicable` if a trial is stored with less than `LEAST_BASELINE_S` seconds
+        before the picture, or if the trials have no channel in common.
     """
     onsets_n = np.concatenate([dataset.trials.numbers("onset")[list(numbers)] for dataset, numbers in parts])
     spec = parts[0][0].spec
@@ -73,10 +73,10 @@ def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float32]
 def remove_line(x_CT: np.ndarray) -> np.ndarray:
     """Remove the mean and the linear trend of each channel, in the EEG that was recorded before a picture.
 
-    A high-pass filter without delay (zero phase) works forwards and backwards in time, so the filter carries a slow
-    wave of the response, of opposite sign, to the time before the picture. If the slow wave were kept, the EEG before
-    the picture would predict the category even in an experiment without any fault. The control ``shuffle_within`` finds
-    slow changes that the filter did not make.
+    A high-pass filter without delay (zero phase) works forwards and backwards in time. A slow wave of the response
+    therefore also appears, with opposite sign, before the picture. If the slow wave were kept, the EEG before the
+    picture would predict the category even in an experiment without any fault. The control ``shuffle_within`` finds
+    slow changes of the EEG that the filter did not cause.
 
     Parameters
     ----------

@@ -30,7 +30,7 @@ Place = Sequence[float] | None
 
 
 def iterate_layouts(parts: Sequence[Part]) -> Iterator[tuple[list[str], list[Place]]]:
-    """Yield the channel names and electrode positions of trials; each combination is yielded once for each split."""
+    """Yield the channel names and electrode positions of trials; each combination once for each split."""
     for dataset, numbers in parts:
         trials, wanted = dataset.trials, np.asarray(numbers, np.int64)
         codes = np.stack([trials.codes(name)[wanted] for name in ("ch_names", "positions")])

@@ -16,7 +16,7 @@ from data_sharding.dataset.dataset import EEGDataset
 
 
 def find_copies(*splits: EEGDataset) -> list[tuple[str, str]]:
-    """Find the images of splits that are copies of each other.
+    """Find images that are copies of each other, in one split or in different splits.
 
     Parameters
     ----------

@@ -10,11 +10,11 @@ from data_sharding.dataset.manifest import Manifest
 from pretrain.evidence.rules import DESIGNS, Design
 
 LONGEST = 2000
-"""Number of characters to which the evidence of one corpus is shortened."""
+"""Largest number of characters of the evidence of one corpus; longer evidence is shortened."""
 
 
 def describe_design(manifest: Manifest, declared: str = "", *, where: str = "manifest.json") -> tuple[Design, str]:
-    """Return the design of a dataset's corpora, and a sentence with the evidence.
+    """Return the design that the dataset's corpora have together, and a sentence with the evidence.
 
     Parameters
     ----------
@@ -31,8 +31,7 @@ def describe_design(manifest: Manifest, declared: str = "", *, where: str = "man
     Returns
     -------
     design : str
-        The design is block if any corpus has a block design, unknown if the design of any other corpus is unknown, and
-        random otherwise.
+        Block if a corpus has a block design; otherwise unknown if the design of a corpus is unknown; otherwise random.
     evidence : str
         What was measured or published about the order of the trials.
 

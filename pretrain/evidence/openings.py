@@ -25,7 +25,7 @@ NAME = "openings.jsonl"
 GUARDED = ("test",)
 """Splits whose openings are recorded."""
 FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-"""How the log is opened. A symbolic link is not followed, and a named pipe is not waited for."""
+"""How the log is opened. A symbolic link is not followed, and the command does not wait for a named pipe."""
 _KEYS = ("time", "command", "split", "dataset_id", "model_digest", "config_digest")
 
 
@@ -68,7 +68,7 @@ def record_opening(
     command : str
         Name of the command that opens the split.
     dataset_id : str
-        Id of the dataset's version.
+        Id of the version of the dataset.
     model_digest : str
         SHA-256 of the model; empty if the command uses no model.
     config : mapping

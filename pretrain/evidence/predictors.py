@@ -1,4 +1,4 @@
-"""Predictors of the label that must fail if an experiment is clean.
+"""Predictors of the label that are no better than chance if the experiment has no fault.
 
 None of the predictors in this file sees the response to the picture. If a predictor is better than chance, no response
 is needed to predict the label, and the score of a model does not show that the model reads a response. The docstring of
@@ -21,13 +21,15 @@ from pretrain.evidence.ridge import STRENGTHS, RidgeFit, RidgeSums
 from pretrain.evidence.trials import TrialTable, group_by, group_recordings, join_tables
 
 NEAREST = (1, 5)
-"""Numbers of training trials, nearest in time in the same recording, that vote for the label of a test trial."""
+"""The rules of nearest trials: how many training trials, the nearest in time in the same recording, vote for the
+label."""
 POOLED = (5, 25)
-"""Numbers of training trials, at the most similar time in any recording, that vote for the label of a test trial."""
+"""The rules of pooled trials: how many training trials, at the most similar time in any recording, vote for the
+label."""
 INNER_FOLDS = 5
 """Largest number of inner folds of the training trials."""
 _ROWS = 2000
-"""Largest number of rows of a matrix of distances in time, or of features in float64, to limit the memory."""
+"""Largest number of rows in a matrix of time distances, or of features in float64, to limit the memory."""
 
 Labels = NDArray[np.int64]
 UNKNOWN = -1
@@ -38,7 +40,7 @@ UNKNOWN = -1
 class _Places:
     """Recording, time and label of each trial.
 
-    A recording or a person has the same number in the training trials and in the test trials.
+    The training trials and the test trials use the same numbers for the same recordings and people.
     """
 
     recording_n: Labels
@@ -84,13 +86,18 @@ def predict_from_time(train: TrialTable, test: TrialTable) -> Labels:
 
     Notes
     -----
-    Several rules compete: the labels of the nearest trials in the recording, the most common label of the recording,
-    the labels at the same time, or at the same fraction of the duration, of all recordings, the most common label of
-    the person, and the most common label of all training trials. The rule that is best on the training trials is used.
-    The best rule is chosen separately for test trials whose recording is in the training trials, for other test trials
-    whose person is in the training trials, and for the remaining test trials. When the rules compete on the training
-    trials, a rule may not use trials that are nearer in time than a test trial usually is to its nearest training trial
-    (the median distance over the test trials).
+    Several rules compete. A rule predicts the most common label of one of these groups of training trials:
+
+    - the nearest trials in the same recording;
+    - all trials of the same recording;
+    - trials of any recording at the same time, or at the same fraction of the duration;
+    - all trials of the same person;
+    - all training trials.
+
+    The rule that is best on the training trials is used. The best rule is chosen separately for test trials whose
+    recording is in the training trials, for other test trials whose person is in the training trials, and for the
+    remaining test trials. When the rules compete on the training trials, a rule may not use trials that are too near in
+    time: nearer than the median distance from a test trial to its nearest training trial.
     """
     if not len(train):
         raise RequestError("there are no training trials, so nothing can be predicted from time; give a train split")
@@ -128,7 +135,7 @@ def _find_places(train: TrialTable, test: TrialTable, number_n: NDArray[np.integ
 
 
 def _predict_by_best(rules: list[Rule], fit: _Places, new: _Places) -> Labels:
-    """Predict each trial by the best rule on the training trials, or by the next best rule if that rule cannot."""
+    """Predict each trial with the rule that is best on the training trials and can predict the trial."""
     gap = _median_gap(fit, new)
     hits = [float((rule(fit, fit, gap) == fit.label_n).mean()) for rule in rules]
     found = np.full(len(new.time_n), UNKNOWN)
@@ -164,8 +171,7 @@ def _distances(fit: _Places, new: _Places) -> Iterator[tuple[Labels, Labels, NDA
 def _count_votes(labels_nk: Labels, valid_nk: NDArray[np.bool_]) -> Labels:
     """Return the most common valid label of each row; of equally common labels, the earlier label in the row."""
     votes = np.zeros((len(labels_nk), int(labels_nk.max(initial=0)) + 1))
-    # A vote at an earlier place in the row counts slightly more, so that, of two equally common labels, the label that
-    # comes earlier in the row wins.
+    # An earlier vote in the row counts slightly more, so that, of two equally common labels, the earlier label wins.
     weight_k = 1 + 0.5 / (1 + np.arange(labels_nk.shape[1])) / max(1, labels_nk.shape[1])
     rows = np.broadcast_to(np.arange(len(labels_nk))[:, None], labels_nk.shape)
     np.add.at(votes, (rows, labels_nk), np.where(valid_nk, weight_k, 0.0))
@@ -239,7 +245,7 @@ def _commonest_of_person(fit: _Places, new: _Places, gap: float | None) -> Label
 
 
 def _vote_of_pooled(k: int, name: str) -> Rule:
-    """Make the rule: predict the most common label of all recordings at the same time, or fraction of the duration."""
+    """Make the rule that predicts the most common label of the k trials, of any recording, nearest in `name`."""
 
     def rule(fit: _Places, new: _Places, gap: float | None) -> Labels:
         found = np.full(len(new.time_n), UNKNOWN)
@@ -287,8 +293,8 @@ def predict_from_features(
     train_labels_n : array of int, shape (n,)
         Labels of the training trials.
     groups_n : array, shape (n,), optional
-        Groups of training trials that inner folds keep together, such as recordings. By default, the inner folds are
-        random.
+        Group of each training trial, such as its recording. All trials of a group are in the same inner fold. By
+        default, the inner folds are random.
     seed : int
         Seed of the random inner folds.
 
@@ -337,7 +343,7 @@ def predict_from_features(
 
 
 def _find_labels(fitted: RidgeFit, number: int, x_nF: NDArray[np.floating], rows: Labels) -> Labels:
-    """Return the label with the largest score for each of some trials, with the penalty ``STRENGTHS[number]``."""
+    """Return the label with the largest score for each trial in `rows`; the penalty is ``STRENGTHS[number]``."""
     weights_FL = fitted.compute_weights(number)
     parts = (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
     found = [((x_nF[part] - fitted.mean_F) @ weights_FL + fitted.mean_L).argmax(axis=1) for part in parts]
@@ -368,7 +374,7 @@ def _divide_into_folds(n: int, groups_n: ArrayLike | None, seed: int) -> Labels:
 
 
 def noise_features(x_nCT: ArrayLike, sfreq: float) -> NDArray[np.float64]:
-    """Compute features of EEG without a response: the mean and the logarithmic band power of each channel.
+    """Compute features that need no response to the picture: mean and logarithmic band power of each channel.
 
     The features are made for the baseline before the picture, and for eye and face channels.
 

@@ -68,8 +68,8 @@ class RidgeSums:
         if not len(x_nF):
             return
         if not self.n:
-            # The mean of the first trials is subtracted from all trials, so that a large common offset does not cost
-            # precision. Subtracting this offset does not change the results of the regression.
+            # The mean of the first trials is subtracted from all trials, so that a large common offset does not reduce
+            # the precision. Subtracting this offset does not change the results of the regression.
             self.shift_F = np.asarray(x_nF, np.float64).mean(axis=0)
         x_nF, y_nL = np.asarray(x_nF, np.float64) - self.shift_F, np.asarray(y_nL, np.float64)
         self.n += len(x_nF)
@@ -97,7 +97,7 @@ class RidgeSums:
         return self.x_F / self.n + self.shift_F
 
     def compute_scale(self, least: float | np.ndarray = 1e-6) -> np.ndarray:
-        """Return the standard deviation [F] of each feature; infinity for a constant feature, to make it 0."""
+        """Return the standard deviation [F] of each feature; infinity for a constant feature, to divide it to 0."""
         variance_F = np.diag(self.xx_FF) / self.n - (self.x_F / self.n) ** 2
         std_F = np.sqrt(np.maximum(variance_F, 0))
         return np.where(std_F > least, std_F, np.inf)
@@ -112,7 +112,7 @@ class RidgeSums:
         xy_FL = (self.xy_FL - np.outer(self.x_F, mean_L)) / scale_F[:, None]
         value_F, vector_FF = np.linalg.eigh(xx_FF)
         value_F = np.maximum(value_F, 0)
-        # With fewer trials than features, `ridge_scores` divides the sum of the eigenvalues by the number of trials.
+        # Divide by the number of trials if there are fewer trials than features, because `ridge_scores` does the same.
         unit = value_F.sum() / min(len(value_F), self.n) or 1.0
         return RidgeFit(
             mean_F=self.mean_F,

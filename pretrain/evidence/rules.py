@@ -6,7 +6,7 @@
 confounded     the label can be predicted without a response to the picture
 not judgeable  the data or the judge cannot show a signal, even if there is one
 no signal      the score is not better than a control that has no right response
-category only  the score carries the category of the picture, and nothing more about the picture
+category only  the score shows the category of the picture, and nothing more about the picture
 signal         the score is better than every control
 =============  =====================================================================================
 
@@ -16,8 +16,8 @@ for this interval draws people and images at the same time if there are enough p
 because a predictor that is better than chance shows a fault of the dataset. Second, the p-value of the comparison is
 below `LEVEL` after Holm's correction over all comparisons of the same question. Third, in a comparison of the model's
 own score, the permutation test over people has p below `LEVEL`, if there are enough people for this test. The
-permutation test is needed because the interval of a bootstrap over few people is too narrow, and because one strong
-person of eight shows nothing about people.
+permutation test is needed because the interval of a bootstrap over few people is too narrow, and because a strong
+effect in one of eight people shows nothing about people in general.
 
 docs/evaluation.md explains the controls, the verdicts and the limits of the verdicts. Array shapes: n trials.
 """
@@ -92,7 +92,8 @@ class Control:
     """[n] score of each trial, from 0 to 1."""
     checked: bool
     """True if it was checked that the control is valid. A control with other EEG must have the same model, seeds and
-    trials as the model's own scores. A predictor of the label must see nothing but the input for which it is named."""
+    trials as the model's own scores. A predictor of the label must get only the input that its name states, such as the
+    time."""
     left_out_n: NDArray[np.bool_] | None = None
     """[n] True for trials for which the control could not be made, such as trials that are alone in their
     neighbourhood. The comparison leaves out the trials that are True in this array, and the verdict gives their
@@ -119,14 +120,14 @@ class Evidence:
     """Score by chance."""
     score_of: Literal["label", "image"]
     """What the score of a trial measures. label: 1 if the label is right, else 0. image: share of the other test images
-    that are less similar than the seen image. The chance level of the predictors depends on `score_of`; see
-    `find_constant_score`.
+    that are less similar to the output than the seen image is. The chance level of the predictors depends on
+    `score_of`; see `find_constant_score`.
     """
     controls: Mapping[str, Control | NotApplicable]
     """Every control of `CONTROLS`."""
     identification_n: NDArray[np.float64] | NotApplicable
     """[n] for each trial, the share of other images of the same category that are less similar to the generated image
-    than the seen image. Chance is 0.5."""
+    than the seen image is. Chance is 0.5."""
     identification_left_out_n: NDArray[np.bool_] | None = None
     """[n] True for trials without an identification, because their category has only one seen image. The comparison
     leaves out the trials for which no identification can be computed, and the verdict gives the number of these
@@ -192,7 +193,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """The evidence and the comparisons that are computed from it; the comparisons are made once for all rules."""
+    """The evidence, and the comparisons that are made once from the evidence, for all rules."""
 
     evidence: Evidence
     rows: dict[str, Comparison] = field(default_factory=dict)
@@ -438,13 +439,14 @@ def decide_by_leaks(case: _Case) -> _Found | None:
     The verdict is *confounded* if a predictor that sees only the time, or only the EEG before the picture, is better
     than chance. The chance level of a predictor is the larger of two numbers: the best score of a predictor that
     predicts the same label in every trial (`find_constant_score`), and the chance level of the score. The verdict is
-    also *confounded* if the shuffle within neighbourhoods is better than the shuffle over all trials, because then slow
-    changes of the EEG carry a part of the score. The verdict is *confounded*, too, if the shuffle within neighbourhoods
-    does not lower the score. This is the case if the model is better than the shuffle over all trials, but not better
-    than the shuffle within neighbourhoods, and if the shuffle within neighbourhoods keeps at least the share
-    `NOTHING_LOST` of the difference between the model and the shuffle over all trials. Eye and face channels may hold a
-    response to the picture, so a good predictor from these channels is *confounded* only if the model is not better
-    than the predictor.
+    also *confounded* if EEG shuffled within neighbourhoods gives a better score than EEG shuffled over all trials,
+    because then a part of the score comes from slow changes of the EEG. The verdict is *confounded*, too, if the
+    shuffle within neighbourhoods does not lower the score. This is the case if three conditions are met. The model's
+    own score is better than the score with EEG shuffled over all trials. The model's own score is not better than the
+    score with EEG shuffled within neighbourhoods. The shuffle within neighbourhoods keeps at least the share
+    `NOTHING_LOST` of the difference between the first two scores. Eye and face channels may hold a response to the
+    picture, so if a predictor from these channels is better than chance, the verdict is *confounded* only if the model
+    is not better than this predictor.
     """
     reasons = [
         f"The label can be predicted from {what}, without a response to the picture. {case.scores(name)}."
@@ -456,8 +458,8 @@ def decide_by_leaks(case: _Case) -> _Found | None:
     ]
     if case.holds("shuffle_within - shuffle"):
         reasons.append(
-            "EEG of a neighbouring trial gives a better score than EEG of any trial, so slow changes of the EEG carry "
-            f"a part of the score. {case.scores('shuffle_within - shuffle')}."
+            "EEG of a neighbouring trial gives a better score than EEG of a random trial, so a part of the score comes "
+            f"from slow changes of the EEG. {case.scores('shuffle_within - shuffle')}."
         )
     elif "own - shuffle_within" in case.rows and case.holds("own - shuffle") and not case.holds("own - shuffle_within"):
         own, within = (case.rows[f"own - {name}"].difference.mean for name in ("shuffle", "shuffle_within"))
@@ -503,8 +505,9 @@ def decide_by_content(case: _Case) -> _Found | None:
 
     The verdict is *category only* if the generated image cannot identify the seen image among images of the same
     category. If the test concepts are new, the verdict is also *category only* if the nearest training image, shown in
-    place of the generated image, is as good as the generated image. If a model is not better than the nearest training
-    image, its images show only which trained concept is similar, and nothing about the new concept itself.
+    place of the generated image, is as good as the generated image. If the generated image is not better than the
+    nearest training image, the generated image shows only which trained concept is similar, and nothing about the new
+    concept itself.
     """
     reasons = []
     if "identification - chance" in case.rows and not case.holds("identification - chance"):

@@ -23,9 +23,9 @@ FEWEST_SUBJECTS = 6
 """Smallest number of subjects for which a permutation test over subjects can reach p < 0.05. With fewer subjects, a
 verdict makes no claim about people."""
 FEWEST_IMAGES = 10
-"""Smallest number of images for a bootstrap over images that decides about a verdict."""
+"""Smallest number of images with which a bootstrap over images may decide a verdict."""
 _CELLS = 4_000_000
-"""Largest number of cells of an array of resamples, to limit the memory."""
+"""Largest number of elements in an array of resamples, to limit the memory."""
 
 
 def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, float]:
@@ -230,7 +230,7 @@ def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, see
 
 
 def check_finite(values: ArrayLike, what: str) -> None:
-    """Raise a `RequestError` if a value is NaN or infinite. In the error message, `what` names the values."""
+    """Raise a `RequestError` if a value is NaN or infinite. The error message calls the values `what`."""
     array = np.asarray(values, float)
     if bad := int((~np.isfinite(array)).sum()):
         raise RequestError(
@@ -250,7 +250,8 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     -------
     ndarray, [m]
         Corrected p-values, at most 1. The smallest p-value is multiplied by m, the second smallest p-value by m - 1,
-        and so on. If a p-value is larger than another p-value, its corrected value is at least as large.
+        and so on. Corrected p-values keep the order of the p-values: a larger p-value never gets a smaller corrected
+        value.
 
     References
     ----------
@@ -271,7 +272,8 @@ class PairedDifference:
     mean: float
     """Mean difference over all trials."""
     over_images: tuple[float, float] | None
-    """95 % interval of a bootstrap that draws images and keeps the people; None for fewer than two images."""
+    """95 % interval of a bootstrap that draws images, with the same people in every resample; None for fewer than two
+    images."""
     over_people: tuple[float, float] | None
     """95 % interval over people; None if there are fewer than `FEWEST_SUBJECTS` people, or if the question is only
     about these people."""
@@ -395,14 +397,15 @@ def permute_labels(
 
 
 def split_half_reliability(values_nF: np.ndarray, images_n: np.ndarray, *, splits: int = 100, seed: int = 0) -> float:
-    """Compute the noise ceiling of responses to images from split halves of the repeats.
+    """Compute the noise ceiling of responses to images: compare two halves of the repeats of each image.
 
     Parameters
     ----------
     values_nF : ndarray, [n, F]
         Values of each trial, such as features of the EEG or an embedding that is predicted from the EEG.
     images_n : ndarray, [n]
-        Image of each trial. To measure the reliability within people, give a name for each pair of person and image.
+        Image of each trial. To measure the reliability within each person, give each pair of person and image a name of
+        its own.
     splits : int
         Number of random splits.
     seed : int
@@ -412,9 +415,10 @@ def split_half_reliability(values_nF: np.ndarray, images_n: np.ndarray, *, split
     -------
     float
         Correlation over images between the mean of one half of the repeats and the mean of the other half. The
-        correlation is averaged over features and splits, and corrected to all repeats by the formula of Spearman and
-        Brown, 2 r / (1 + r). A model of the noise-free response to the image can reach a correlation of about the
-        square root of this value with the mean of all repeats.
+        correlation r is averaged over features and splits. The formula of Spearman and Brown, 2 r / (1 + r), then
+        estimates the correlation for all repeats from the correlation for half of the repeats. Even a perfect model of
+        the noise-free response correlates with the mean of all repeats by no more than about the square root of this
+        value.
 
     Raises
     ------
@@ -461,7 +465,8 @@ def repeat_agreement(predicted_n: np.ndarray, images_n: np.ndarray) -> float:
     predicted_n : ndarray, [n]
         Predicted label of each trial.
     images_n : ndarray, [n]
-        Image of each trial. To measure the agreement within people, give a name for each pair of person and image.
+        Image of each trial. To measure the agreement within each person, give each pair of person and image a name of
+        its own.
 
     Returns
     -------

@@ -2,8 +2,8 @@
 
 EEG drifts over minutes: electrodes dry, and people get tired. If pictures of one category are shown one after the
 other, a model can read the category from the drift. The shuffle within neighbourhoods shows whether a model reads the
-drift. A neighbourhood is a short run of consecutive trials of one recording, whatever the labels of the trials. The
-drift is nearly equal in all trials of a neighbourhood, so a model that reads the drift gives nearly the same answer
+drift. A neighbourhood is a short sequence of consecutive trials of one recording, whatever the labels of the trials.
+The drift is nearly equal in all trials of a neighbourhood, so a model that reads the drift gives nearly the same answer
 after the shuffle within neighbourhoods.
 
 - In a block design, the trials of a neighbourhood have the same label. The shuffle within neighbourhoods therefore does
@@ -11,8 +11,8 @@ after the shuffle within neighbourhoods.
 - In a random order, the trials of a neighbourhood have different labels. The shuffle within neighbourhoods gives each
   trial a response to another picture, so a score that comes from the response falls to chance.
 
-A neighbourhood must not be defined by the label: the shuffle among trials of one label would keep the score of every
-model in every design.
+A neighbourhood must not depend on the labels: a shuffle among trials with the same label would change no score in any
+design.
 
 Array shapes: n trials.
 """
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from data_sharding.dataset.dataset import EEGDataset
 
 NEIGHBOURS = 8
-"""Number of consecutive trials in a neighbourhood, by default. In a neighbourhood of eight trials, two trials are on
-average three places apart."""
+"""Number of consecutive trials in a neighbourhood, by default. In a neighbourhood of eight trials, the numbers of two
+trials differ by three on average."""
 BY_CHANCE = 0.01
-"""The label counts as constant within recordings only if a random order of the trials would give every recording a
-single label with at most the probability `BY_CHANCE`."""
+"""If every recording has a single label, and the probability of this in a random order of the trials is higher than
+`BY_CHANCE`, the single labels count as chance."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,7 +129,7 @@ def tabulate_trials(dataset: EEGDataset, *, times_known: bool = True, images_nee
     Raises
     ------
     RequestError
-        If a sample has no label, no person or no image that is needed.
+        If a sample has no label or no person, or has no image although an image is needed.
     """
     stored = dataset.trials
     labels_n = np.array(stored.numbers("label"), np.int64)
@@ -168,7 +168,7 @@ def tabulate_trials(dataset: EEGDataset, *, times_known: bool = True, images_nee
 
 
 def _name_missing_images(table: TrialTable, split: str) -> NDArray[np.str_]:
-    """Return the images of the trials, with a name for each trial without an image; see `tabulate_trials`."""
+    """Return the name of each trial's image; a trial without an image gets a name by the rules in `tabulate_trials`."""
     if (table.images_n != "").all():
         return table.images_n
     group_n = group_recordings(table)
@@ -240,8 +240,8 @@ def group_recordings(table: TrialTable) -> NDArray[np.int64]:
     Returns
     -------
     ndarray of int, shape (n,)
-        Two trials have the same number if they have the same person, session and recording. If the recording is
-        unknown, all trials of the person's session with unknown recording count as one recording.
+        Two trials have the same number if they have the same person, session and recording. Trials with unknown
+        recording count as one recording if they have the same person and session.
     """
     return group_by(table.subjects_n, table.sessions_n, table.recordings_n)
 
@@ -252,7 +252,7 @@ def sort_by_time(table: TrialTable) -> NDArray[np.int64]:
 
 
 def find_blocks(table: TrialTable) -> NDArray[np.int64]:
-    """Give each block of trials a number. A block is a run of consecutive trials of one recording with the same label.
+    """Give a number to each block: a sequence of consecutive trials of one recording with the same label.
 
     Parameters
     ----------
@@ -274,7 +274,7 @@ def find_blocks(table: TrialTable) -> NDArray[np.int64]:
 
 
 def find_neighbourhoods(table: TrialTable, size: int = NEIGHBOURS) -> NDArray[np.int64]:
-    """Divide each recording into neighbourhoods: short runs of consecutive trials, whatever the labels of the trials.
+    """Divide each recording into neighbourhoods: short sequences of consecutive trials, whatever their labels.
 
     Parameters
     ----------
@@ -311,7 +311,7 @@ def find_neighbourhoods(table: TrialTable, size: int = NEIGHBOURS) -> NDArray[np
 
 
 def _runs(values_n: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return the start and the stop of each run of equal values."""
+    """Return the start and the stop of each sequence of equal values."""
     edges = np.flatnonzero(np.diff(values_n)) + 1
     return list(zip([0, *edges.tolist()], [*edges.tolist(), len(values_n)], strict=True)) if len(values_n) else []
 
@@ -327,9 +327,9 @@ def label_is_constant_in_recordings(table: TrialTable) -> bool:
     Returns
     -------
     bool
-        True if all trials of each recording have the same label, and if a random order would give such recordings with
-        a probability of at most `BY_CHANCE`. If the table has only one label, or if each recording has only one trial,
-        then each recording has a single label in every order of the trials, and the result is False.
+        True if each recording has a single label, and if the probability of this in a random order of the trials is at
+        most `BY_CHANCE`. If the table has only one label, or if each recording has only one trial, then each recording
+        has a single label in every order of the trials, and the result is False.
     """
     if not len(table):
         return False
@@ -339,8 +339,8 @@ def label_is_constant_in_recordings(table: TrialTable) -> bool:
         return False
     _, label_n = np.unique(table.labels_n, return_inverse=True)
     share_L = np.bincount(label_n) / len(table)
-    # In a random order, all n trials of a recording have one label with the probability sum of share ** n over the
-    # labels.
+    # In a random order, the probability that all n trials of a recording have one label is the sum over the labels of
+    # share ** n.
     chance = [np.log((share_L**n).sum()) for n in np.bincount(group_n)]
     return bool(np.sum(chance) <= np.log(BY_CHANCE))
 
@@ -360,21 +360,21 @@ def derange_within(groups_n: ArrayLike, images_n: ArrayLike, seed: int) -> tuple
     Returns
     -------
     order_n : ndarray of int, shape (n,)
-        A permutation of the trials: trial i gets the EEG of trial ``order_n[i]`` of the same group. The number of
-        trials that get the EEG of another image is as large as the group allows.
+        A permutation of the trials: trial i gets the EEG of trial ``order_n[i]`` of the same group. As many trials as
+        possible get the EEG of another image.
     alone_n : ndarray of bool, shape (n,)
         True for a trial that is alone in its group and keeps its own EEG. Leave trials that are alone in their group
-        out of the control, and report their number. If ``images_n[order_n] == images_n``, a trial got the EEG of
-        another trial with the same image.
+        out of the control, and report their number. Where ``images_n[order_n] == images_n``, a trial got the EEG of a
+        trial with the same image.
     """
     groups, group_n = np.unique(np.asarray(groups_n), return_inverse=True)
     _, image_n = np.unique(np.asarray(images_n), return_inverse=True)
     rng = np.random.default_rng([seed, len(group_n)])
     order_n = np.arange(len(group_n))
     alone_n = np.bincount(group_n, minlength=len(groups))[group_n] == 1
-    # Sort the trials by group, within a group by image with the images in random order, and within an image in random
-    # order. After this sort, a shift by s places leads to another image if no image has more than s trials and no image
-    # has more than size - s trials.
+    # Sort the trials by group. The images of a group are in random order, and so are the trials of an image. After this
+    # sort, a shift by s places leads to another image if no image has more than s trials and no image has more than
+    # size - s trials.
     rank = rng.permutation(int(image_n.max(initial=-1)) + 1)
     rows_n = np.lexsort((rng.permutation(len(group_n)), rank[image_n], group_n))
     for start, stop in _runs(group_n[rows_n]):
