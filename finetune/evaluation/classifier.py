@@ -43,7 +43,7 @@ class ClassifierConfig:
     lr: float = 3e-3
     """Highest learning rate during the training."""
     width: int = 24
-    """Number of feature maps of the first convolution. The features are four times as wide as `width`."""
+    """Number of feature maps of the first convolution. The classifier computes 4 x `width` features for each image."""
     size: int = 32
     """Width and height in pixels to which images are resized; a multiple of 8."""
 
@@ -178,8 +178,8 @@ class ImageClassifier(nn.Module):
                 shape = [int(metadata[name]) for name in ("n_classes", "width", "size")]
                 if not 16 <= shape[2] <= MAX_SIDE:
                     raise RequestError(
-                        f"{path}: the classifier reads images of {show(shape[2])} pixels, not of 16 to {MAX_SIDE} "
-                        "pixels; leave --classifier out to train a classifier"
+                        f"{path}: the classifier reads images of {show(shape[2])} pixels, but only 16 to "
+                        f"{MAX_SIDE} pixels are allowed; leave --classifier out to train a classifier"
                     )
                 check_network(lambda: cls(*shape), measure_weights([path]), path)
                 model = cls(*shape)
@@ -213,8 +213,7 @@ def to_input(images_BHW3: Images, size: int) -> Tensor:
 def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     """Augment images: mirror, zoom, shift and blur the images, change colours and contrast, and add noise.
 
-    A generated image may show the right category although, for example, its colours are wrong, and the classifier must
-    still recognise the category.
+    The classifier must recognise the category of a generated image even if, for example, the colours are wrong.
     """
     b, _, height, width = x_B3HW.shape
 
@@ -228,7 +227,7 @@ def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     matrix[:, :, 2] = uniform(-0.2, 0.2, 2)
     grid = nn.functional.affine_grid(matrix, [b, 3, height, width], align_corners=False)
     x = nn.functional.grid_sample(x_B3HW, grid, padding_mode="reflection", align_corners=False)
-    # Mix the colour channels, so that the classifier learns shapes, because generated objects may have any colour.
+    # Generated objects may have any colour, so the colour channels are mixed to make the classifier learn shapes.
     mixing = torch.softmax(uniform(-3, 3, 3, 3), dim=2)
     x = torch.where((uniform(0, 1) < 0.5)[:, None, None, None], torch.einsum("bij,bjhw->bihw", mixing, x), x)
     x = x * uniform(0.6, 1.3, 1, 1, 1) + uniform(-0.25, 0.25, 1, 1, 1)

@@ -97,8 +97,10 @@ def compare(config: CompareConfig) -> int:
     found = compare_models(values, "a", resamples=config.resamples, seed=config.seed)
     rows = {name: entry for name, entry in found["b"].items() if entry["difference"] is not None}
     if not rows:
-        raise RequestError(f"{config.a} and {config.b} have no metric in common; evaluate both with the same version")
-    # Several metrics are compared, so the p-values are corrected together.
+        raise RequestError(
+            f"{config.a} and {config.b} have no metric in common; evaluate both folders with the same version"
+        )
+    # Several metrics are tested, so the p-values are corrected for multiple comparisons.
     corrected = {
         over: dict(zip(tested, holm([rows[name]["difference"][f"p_{over}"] for name in tested]), strict=True))
         for over in ("images", "people")
@@ -129,7 +131,7 @@ def compare(config: CompareConfig) -> int:
 
 
 def _check_trials(config: CompareConfig, a: TrialValues, b: TrialValues) -> None:
-    """Check that each trial has the same person and the same image in two folders of generated images."""
+    """Check that each trial has the same person and the same image in both folders of generated images."""
     facts = [
         dict(zip(x.keys, zip(x.subjects_B.tolist(), x.images_B.tolist(), strict=True), strict=True)) for x in (a, b)
     ]

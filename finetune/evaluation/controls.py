@@ -77,7 +77,7 @@ def read_controls(own: GeneratedSet, folders: Sequence[str | Path]) -> dict[str,
 
 
 def _read_name(own: GeneratedSet, folder: Path) -> str:
-    """Return the name of a control without images, after a check that the control was made for the generated images."""
+    """Check that a control without images was made for the generated images, and return the control's name."""
     record = folder / "generated.json"
     about = check_group(read_json(record), str(record))
     name = check_text(about.get("control"), str(record), "control")

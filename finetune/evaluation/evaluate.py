@@ -102,8 +102,8 @@ class EvaluateConfig:
     """Variants of LPIPS: alex (AlexNet) and vgg (VGG-16, about forty times slower). LPIPS needs the packages of the
     extra `judges`."""
     design_evidence: str = ""
-    """Published evidence that the images were shown in random order, for files that have lost the order of the trials,
-    such as the preprocessed THINGS-EEG2. The evidence is printed with the verdict."""
+    """Published evidence that the images were shown in random order, for datasets that do not contain the order of the
+    trials, such as the preprocessed THINGS-EEG2. The evidence is printed with the verdict."""
     verify: Literal["windows", "names", "none"] = "windows"
     """How the splits are checked for shared data, by the checks of `dreamscale verify`. windows: decode and compare
     every window. names: compare subjects, recordings and images. none: no check."""
@@ -120,18 +120,18 @@ class EvaluateConfig:
     """Verdict that is required for exit code 0. signal: the exit code is 1 if the verdict is not "signal". Empty: the
     exit code does not depend on the verdict."""
     examples: int = 24
-    """Number of trials, spread over the categories, whose images the report shows. The report also shows the trials
-    with the best, the middle and the worst images."""
+    """Number of example trials whose images the report shows; the examples are spread over the categories. The report
+    also shows the trials with the best, the middle and the worst images."""
     seed: int = 0
     """Seed for training the classifier, drawing random pairs of images, shuffling labels, the predictors and the
     bootstrap."""
     num_processes: int = 1
     """Number of processes among which the images are divided. The number of processes does not change the result,
-    except for rounding errors of single precision if the processes have other numbers of threads."""
+    except for single-precision rounding errors if the number of threads of each process also changes."""
 
     def __post_init__(self) -> None:
         if not set(self.lpips) <= {"alex", "vgg"}:
-            raise ValueError(f"lpips holds the names of variants, alex and vgg, not {self.lpips}")
+            raise ValueError(f"lpips may hold only alex and vgg, got {self.lpips}")
         if self.permutations < 99 or self.examples < 1 or any(n < 2 for n in self.n_way):
             raise ValueError("need permutations >= 99, examples >= 1 and every n_way >= 2")
         if self.draws < 2 or any(k < 1 for k in self.top_k):
@@ -190,7 +190,7 @@ def _classifier(
 
 
 def _list_trials(data: EEGDataset, own: GeneratedSet) -> list[Trial]:
-    """Find the trials of generated images in the dataset."""
+    """Find, in the dataset, the trials from which the images were generated."""
     number_of = {data.key(number): number for number in range(len(data))}
     keys = [trial.get("eeg_keys") or [trial.get("eeg_key") or trial["key"]] for trial in own.trials]
     if missing := [key for group in keys for key in group if key not in number_of]:
@@ -211,7 +211,7 @@ def _list_trials(data: EEGDataset, own: GeneratedSet) -> list[Trial]:
 
 
 def _check_protocol(config: EvaluateConfig, path: AnyPath) -> dict[str, Any]:
-    """Find data that two splits share, and data that the pretraining dataset shares with the dataset."""
+    """Find data that two splits share, and data that the pretraining dataset shares with the EEG-image dataset."""
     if config.verify == "none":
         return {"splits": None, "pretraining": None}
     windows = config.verify == "windows"
@@ -242,7 +242,7 @@ def _find_real_images(control: GeneratedSet, own: GeneratedSet, real: RealImages
 def _held_out(path: AnyPath, classifier: ImageClassifier, dataset_split: str) -> dict[str, Any]:
     """Measure the classifier's accuracy on real images that were not used in its training."""
     correct, total, ids = 0, 0, []
-    # The test split is not opened for the images of another split.
+    # The test split is opened only if the generated images belong to the test split.
     for split in dict.fromkeys(("val", dataset_split)):
         if split == "train":
             continue
@@ -277,7 +277,7 @@ def _load_judges(config: EvaluateConfig, classifier: ImageClassifier, file: Path
 
 
 def _make_judge(classifier: ImageClassifier, sharing: Sharing) -> Judge:
-    """Return the classifier and the features with which the verdict scores images."""
+    """Return the classifier and the feature function that score images for the verdict."""
     return Judge(
         classify=lambda images: classifier.judge(resize_images(images, classifier.size))[1].argmax(axis=1),
         features=pixel_features,
@@ -287,14 +287,14 @@ def _make_judge(classifier: ImageClassifier, sharing: Sharing) -> Judge:
 
 
 def _resize(images_BHW3: ImageSource, size: int, sharing: Sharing) -> Images:
-    """Resize images, divided among the processes; `_follow` knows the name of this task."""
+    """Resize images; the processes share the work. `_follow` must use the same task name, "resize"."""
     return np.concatenate(
         list(sharing.compute("resize", lambda images: resize_images(images, size), images_BHW3, block=BLOCK // 4))
     )
 
 
 def _follow(config: EvaluateConfig, sharing: Sharing) -> None:
-    """Compute values of images for rank 0, on a process other than rank 0."""
+    """On every process except rank 0: compute the values of images that rank 0 asks for."""
     file = sharing.wait()
     if file is None:
         return
@@ -311,7 +311,7 @@ def _follow(config: EvaluateConfig, sharing: Sharing) -> None:
 def _find_other_images(
     config: EvaluateConfig, own: GeneratedSet, table: ImageTable, data: EEGDataset, copies: list[tuple[str, str]]
 ) -> OtherImages | NotApplicable:
-    """Return real images that nobody saw in the trials: of the user's folder, or of the training split."""
+    """Return real images that nobody saw in the trials, from the user's folder or from the training split."""
     seen, size = {str(trial["image_id"]) for trial in own.trials}, own.real_BHW3.shape[1]
     if config.real_images is None:
         return take_training_images(table, seen, copies, size)
@@ -346,8 +346,8 @@ def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str
     own = read_generated(config.directory)
     if own.about["control"] != "none":
         raise RequestError(
-            f"{config.directory}: this folder holds images of the control '{own.about['control']}'; give the folder of "
-            "images from the right EEG, and the control in the key 'controls'"
+            f"{config.directory}: this folder holds images of the control '{own.about['control']}'; give the "
+            "folder of images from the trials' own EEG as directory, and this folder in the key 'controls'"
         )
     wanted = find_controls(config.directory) if config.controls is None else config.controls
     controls = read_controls(own, wanted)
@@ -454,8 +454,8 @@ def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str
                 seed=config.seed,
             )
     train_images = table.pixels(size=classifier.size)
-    # If a generator copies training images, its images are closer to the training images than the real images of the
-    # evaluated split are.
+    # If a generator copies training images, the generated images are closer to the training images than the real images
+    # of the evaluated split are.
     size = classifier.size
     result["memorisation"] = {
         "measure": f"RMS pixel difference to the most similar of {len(table)} training images at {size} pixels",

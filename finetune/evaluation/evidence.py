@@ -1,4 +1,4 @@
-"""Collect the evidence for a verdict from an EEG-image dataset: design, people, concepts, and predictors without EEG.
+"""Collect the evidence for a verdict: scores, trials, design of the experiment, and controls that need no generator.
 
 `pretrain.evidence.rules` turns the evidence into a verdict. Array shapes: B trials.
 """
@@ -33,7 +33,9 @@ def make_predictors(
     score: Callable[[Prediction], NDArray[np.float64]],
     seed: int,
 ) -> dict[str, Control | NotApplicable]:
-    """Score the predictors that see no response to the picture: time, baseline, eye and face channels.
+    """Score the predictors that use no brain response to the picture.
+
+    The predictors use the time of the trial, the EEG before the picture, or the eye and face channels.
 
     Parameters
     ----------
@@ -44,7 +46,7 @@ def make_predictors(
     trials : sequence of Trial
         The trials.
     score : callable
-        Function that computes from a prediction one score from 0 to 1 for each trial.
+        Function that computes, from a prediction, the score of each trial (from 0 to 1).
     seed : int
         Seed of the predictors.
 
@@ -66,7 +68,7 @@ def make_predictors(
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Trials, training trials and design, which a verdict needs in addition to scores."""
+    """Evaluated trials, training trials and design of the experiment, which a verdict needs in addition to scores."""
 
     trials: TrialTable
     """The evaluated trials."""

@@ -33,14 +33,14 @@ are decoded whenever they are read."""
 
 
 class ImageFiles:
-    """Images of equal size in files, which are decoded whenever they are read.
+    """Images of equal size in files; an image is decoded each time it is read.
 
     Parameters
     ----------
     files : list of Path
         File of each image.
     size : tuple of int
-        Height and width of the images in pixels, and the number of colours.
+        Height and width of the images in pixels, and the number of colour channels.
     """
 
     def __init__(self, files: list[Path], size: tuple[int, ...]) -> None:
@@ -250,12 +250,12 @@ SAME = (
 
 
 def check_control(own: GeneratedSet, control: GeneratedSet) -> None:
-    """Check that a folder holds control images for another folder.
+    """Check that control images belong to a folder of generated images.
 
     Parameters
     ----------
     own : GeneratedSet
-        Images that were generated from the EEG of each trial.
+        Images that were generated from the EEG of their own trials.
     control : GeneratedSet
         Images of a control.
 
@@ -304,7 +304,7 @@ def check_settings(own: GeneratedSet, about: dict[str, Any], path: Path) -> None
     Raises
     ------
     RequestError
-        If an entry of `SAME` differs, or if a folder has no checksum of its model.
+        If an entry of `SAME` differs, or if a generated.json has no checksum of the model.
     """
     for folder, values in ((own.path, own.about), (path, about)):
         if not values.get("model_digest"):
@@ -322,7 +322,7 @@ def _list_eeg_keys(trial: dict[str, Any]) -> set[str]:
 
 
 def _check_eeg(own: GeneratedSet, control: GeneratedSet) -> None:
-    """Check that the control images were made from the EEG that the control's name promises."""
+    """Check that the control images were made from the kind of EEG that the control's name requires."""
     name = control.about["control"]
     trial_of = {trial["key"]: trial for trial in own.trials}
     for other in control.trials:

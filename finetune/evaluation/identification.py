@@ -23,7 +23,7 @@ FLAT = 1e-10
 
 
 def _unit_rows(rows_BD: NDArray[np.float64], *, centre: bool) -> NDArray[np.float64]:
-    """Scale rows to length one. A row without direction (see `FLAT`) becomes zero, and then has the similarity zero."""
+    """Scale rows to length one. A row without direction (see `FLAT`) becomes zero, so all its similarities are zero."""
     length_B1 = np.linalg.norm(rows_BD, axis=1, keepdims=True)
     least_B1 = FLAT * length_B1
     if centre:
@@ -33,7 +33,7 @@ def _unit_rows(rows_BD: NDArray[np.float64], *, centre: bool) -> NDArray[np.floa
 
 
 def _similarities(query_BD: Floats, gallery_MD: Floats, *, centre: bool) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Iterate over the similarities [B, M] of blocks of queries to all images of the gallery."""
+    """Yield, for one block of queries after the other, the similarities [B, M] to all images of the gallery."""
     if np.ndim(query_BD) != 2 or np.ndim(gallery_MD) != 2 or query_BD.shape[1] != gallery_MD.shape[1]:
         raise ValueError(
             f"need two arrays of embeddings of equal width, not {np.shape(query_BD)} and {np.shape(gallery_MD)}"
@@ -68,7 +68,7 @@ def two_way_identification(
         Category of the image that the person saw in each trial; needed for `within_label`.
     within_label : bool
         Whether to compare only with other images of the same category. With `within_label`, a model that knows only the
-        category has a result at chance.
+        category scores at chance.
 
     Returns
     -------
@@ -118,11 +118,11 @@ def rank_true_images(
     Parameters
     ----------
     query_BD : ndarray, shape (B, D)
-        Embeddings that are looked up, for example of generated images or predicted from EEG.
+        Embeddings for which the true image is searched, for example embeddings of generated images.
     gallery_MD : ndarray, shape (M, D)
         Embeddings of the images to choose from; each image once.
     true_B : ndarray of int, shape (B,)
-        Row of the true image in the gallery for each query.
+        For each query, the row of the true image in the gallery.
 
     Returns
     -------

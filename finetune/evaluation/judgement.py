@@ -42,7 +42,7 @@ Classify = Callable[[ImageSource], NDArray[np.int64]]
 
 
 def pixel_features(images_BHW3: ImageSource) -> NDArray[np.float64]:
-    """Return the pixels of small copies of images [B, D], for the comparison of images by the correlation of pixels."""
+    """Return the pixels [B, D] of small copies of images. The correlation of these pixels compares two images."""
     from PIL import Image
 
     size = (THUMBNAIL, THUMBNAIL)
@@ -55,7 +55,7 @@ def pixel_features(images_BHW3: ImageSource) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """The classifier and the features with which images are scored."""
+    """The classifier and the feature function that score images."""
 
     classify: Classify
     """Function that finds the category of each image."""
@@ -67,7 +67,7 @@ class Judge:
     """Processes among which the images are divided."""
 
     def list_tasks(self) -> dict[str, Compute]:
-        """Return the functions of images that the processes of an evaluation share, by name, for `Sharing.follow`."""
+        """Return, by task name, the functions of images that `Sharing.follow` calls on the other processes."""
         return {"classify": self.classify, "features": self.features}
 
     def classify_chunks(self, images_BHW3: ImageSource) -> NDArray[np.int64]:
@@ -85,7 +85,7 @@ class Judge:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Scores of images, from which a verdict is made."""
+    """Functions and values that score images for a verdict."""
 
     measure: str
     """What the score of a trial is, as a phrase for reports."""
@@ -93,9 +93,9 @@ class Scores:
     score: Callable[[GeneratedSet], NDArray[np.float64]]
     """Function that scores the trials of a folder of generated images."""
     predicted: Callable[[Prediction], NDArray[np.float64]]
-    """Function that scores the predictions of a predictor, which needs no generator."""
+    """Function that scores the predictions of a predictor. Predictors need no generator."""
     nearest: Callable[[NDArray[np.int64]], NDArray[np.float64]]
-    """Function that scores rows of training images, shown in place of the generated images."""
+    """Function that takes rows of training images, and scores these images in place of the generated images."""
     judge_n: NDArray[np.float64]
     """Scores that the judge gives to real images; one value for each image."""
 
@@ -106,7 +106,7 @@ def _score_category(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scor
     shares = np.bincount(labels_B) / len(labels_B)
     return Scores(
         measure="the classifier finds the right category in the generated image",
-        # Chance is the share of the trials in which a model that always shows the most common category is right.
+        # A model that always shows the most common category is right in this share of the trials.
         chance=float(shares.max()) if len(shares[shares > 0]) > 1 else 1.0 / max(2, len(own.about["labels"])),
         score=lambda given: (judges.classify_chunks(given.images_BHW3) == given.labels_B).astype(float),
         predicted=lambda found: (found.labels_B == labels_B).astype(float),
@@ -122,8 +122,8 @@ def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -
 
     def identify(images_BD: NDArray[np.float64], trials: Any = slice(None)) -> NDArray[np.float64]:
         if len(set(ids)) < 2:
-            # All trials show the same image, so the comparison has no other image. The returned value does not matter,
-            # because a single image is never judgeable.
+            # All trials show the same image, so there is no other image to compare with. The returned value does not
+            # matter, because one image is too few for a verdict that uses the score.
             return np.full(len(images_BD), 0.5)
         return two_way_identification(images_BD, real_BD[trials], np.asarray(ids)[trials].tolist())
 
@@ -134,7 +134,7 @@ def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -
     def of_set(given: GeneratedSet) -> NDArray[np.float64]:
         number_of = {trial["key"]: number for number, trial in enumerate(own.trials)}
         rows = [number_of[trial["key"]] for trial in given.trials]
-        # Compare the images of the control with the seen images of all evaluated trials, like the generated images.
+        # Compare the control images with the seen images of all evaluated trials, as for the generated images.
         padded_BD = np.zeros_like(real_BD)
         padded_BD[rows] = judges.compute_features(given.images_BHW3)
         return identify(padded_BD)[rows]
@@ -190,9 +190,9 @@ def judge_images(
     controls : mapping
         Control images by name, from `finetune.evaluation.controls.read_controls`.
     judges : Judge
-        Classifier and features with which images are scored.
+        Classifier and feature function that score images.
     train, data : EEGDataset
-        Train split, and the split of the trials.
+        The train split, and the split of the evaluated trials.
     trials : list of Trial
         The trials of `own`.
     copies : sequence of (str, str), optional

@@ -66,7 +66,7 @@ def _compare_pixels(a_BHW3: ImageSource, b_BHW3: ImageSource) -> dict[str, Float
 
 
 def list_tasks(judges: Judges) -> dict[str, Compute]:
-    """Return the functions of images that the processes of an evaluation share, by name, for `Sharing.follow`."""
+    """Return, by task name, the functions of images that `Sharing.follow` calls on the other processes."""
 
     def compare(a_BHW3: ImageSource, b_BHW3: ImageSource) -> dict[str, Floats | str]:
         return _compare_pixels(a_BHW3, b_BHW3) | {lpips.name: lpips.compare(a_BHW3, b_BHW3) for lpips in judges.lpips}
@@ -76,7 +76,7 @@ def list_tasks(judges: Judges) -> dict[str, Compute]:
 
 
 def _compare_pairs(a_BHW3: ImageSource, b_BHW3: ImageSource, judges: Judges, task: str) -> dict[str, Floats | str]:
-    """Compare pairs of images. The task "pairs" computes all paired metrics, and "pixels" all metrics but LPIPS."""
+    """Compare pairs of images by all paired metrics (task "pairs"), or by all of them except LPIPS (task "pixels")."""
     if a_BHW3.shape != b_BHW3.shape:
         raise ValueError(f"images must have equal shapes, not {a_BHW3.shape} and {b_BHW3.shape}")
     blocks = list(judges.sharing.compute(task, list_tasks(judges)[task], a_BHW3, b_BHW3, block=PAIRS))
@@ -89,7 +89,7 @@ def _compare_pairs(a_BHW3: ImageSource, b_BHW3: ImageSource, judges: Judges, tas
 def _classify(
     probabilities_BK: NDArray[np.float64], labels_B: NDArray[np.integer], ids: list[str], options: MeasureOptions
 ) -> dict[str, Any]:
-    """Compute the accuracies and the confusion matrix of images whose category probabilities are given."""
+    """Compute the accuracies and the confusion matrix from the category probabilities of images."""
     predicted_B, classes = probabilities_BK.argmax(axis=1), probabilities_BK.shape[1]
     confusion: list[list[int]] | str = f"not computed: {classes} categories are more than {MOST_CONFUSED}"
     if classes <= MOST_CONFUSED:
@@ -158,8 +158,8 @@ def measure(images_BHW3: ImageSource, real: RealImages, judges: Judges, options:
 def measure_real(real: RealImages, judges: Judges, options: MeasureOptions) -> dict[str, Any]:
     """Compute every metric that is defined for the real images, as a reference for generated images.
 
-    A metric that compares two sets of images compares one half of the different real images with the other half. A
-    metric that compares a generated image with the real image of its trial has no value for real images.
+    For a metric of two sets of images, the two sets are random halves of the different real images. A metric that
+    compares a generated image with the real image of its trial has no value for real images.
 
     Parameters
     ----------
@@ -190,7 +190,8 @@ def _choose_other_trials(image_ids: list[str], rng: np.random.Generator) -> NDAr
     ids = np.asarray(image_ids)
     order = np.argsort(ids, kind="stable")
     first, last = (np.searchsorted(ids[order], ids, side=side) for side in ("left", "right"))
-    # The trials that show the same image are neighbours in `order`, so a random number can skip these trials.
+    # In `order`, the trials that show the same image follow each other, from `first` on. Random numbers from `first` on
+    # are increased, so that they skip these trials.
     chosen = rng.integers(0, len(ids) - (last - first))
     return order[chosen + np.where(chosen >= first, last - first, 0)]
 

@@ -24,7 +24,7 @@ BLOCK_ROWS, BLOCK_VALUES = 1024, 2**22
 
 
 def check_numbers(values: Any, name: str) -> None:
-    """Raise a ValueError if an array holds NaN or infinity; `name` names the array in the message."""
+    """Raise a ValueError if an array holds NaN or infinity; `name` is the array's name in the message."""
     bad = ~np.isfinite(values)
     if bad.any():
         row = int(np.argwhere(bad)[0][0])
@@ -403,8 +403,8 @@ def accuracy_with_p_value(
         accuracy of always answering the most frequent label; ``uniform``: 1 / (number of labels that occur); ``n``:
         number of trials; ``images``: number of images; ``p_value``: (1 + k) / (1 + number of shuffles), where k is the
         number of shuffles with at least the true accuracy. For few images, all possible shuffles are tried, and
-        ``p_value`` is exactly the fraction with at least the true accuracy. ``interval``: Wilson's 95 % confidence
-        interval of the accuracy, which assumes independent trials.
+        ``p_value`` is the exact fraction of shuffles with at least the true accuracy. ``interval``: Wilson's 95 %
+        confidence interval of the accuracy, which assumes independent trials.
 
     Raises
     ------
@@ -431,7 +431,7 @@ def accuracy_with_p_value(
     share_K = np.bincount(label_of, minlength=classes) / len(names)
 
     def count_right(labels_M: NDArray[np.integer], axis: int) -> NDArray[np.integer]:
-        """Count the correctly classified trials for given labels; the last axis of the labels is the image."""
+        """Count the trials that are classified correctly if the images (the last axis) have the given labels."""
         assert axis == -1
         return votes_MK[np.arange(len(names)), labels_M].sum(axis=-1)
 

@@ -52,7 +52,7 @@ def write_trials(
     values: Mapping[str, NDArray[np.float64]],
     shuffled: Mapping[str, NDArray[np.float64]],
 ) -> None:
-    """Write the values of all trials of an evaluation to `NAME` in a folder of generated images.
+    """Write the values of all evaluated trials to the file `NAME` in a folder of generated images.
 
     Parameters
     ----------

@@ -73,7 +73,7 @@ def _make_metric_table(result: dict[str, Any]) -> Table:
 
 
 def _make_seed_table(found: dict[str, Any]) -> Table:
-    """Make the table of the spread of each metric over models that were trained with different seeds."""
+    """Make the table of mean and spread of each metric over models that were trained with different seeds."""
     rows = [
         [name, *(_metric_cell(values[key]) for key in ("mean", "std", "least", "most"))]
         for name, values in found["metrics"].items()
@@ -107,7 +107,7 @@ def choose_trials(labels_B: np.ndarray, examples: int) -> list[int]:
 
 
 def _describe_origin(result: dict[str, Any], generated: GeneratedSet) -> list[list[Any]]:
-    """Return a description of the model and of the data, in rows of two texts."""
+    """Describe the model and the data in table rows: each row has a name and a value."""
     about = generated.about
     sampling = ", ".join(f"{key} {value}" for key, value in result["sampling"].items() if value is not None)
     cards = [

@@ -70,7 +70,7 @@ class LinearModel:
     weight_FL: Floats
     """Weights of the linear map; the L outputs are K scores of the categories and P image components."""
     bias_L: Floats
-    """Outputs for the mean features."""
+    """Outputs of the linear map for the mean features."""
     labels_M: NDArray[np.int64]
     """Category of each training image."""
     components_MP: Floats
@@ -215,7 +215,7 @@ class LinearGenerator:
         return Sampling(sampler=sampler or "ddim", steps=steps or 1, guidance_scale=guidance_scale or 1.0)
 
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
-        """Return why the linear map has no such source; empty for EEG (see `finetune.generators.Generator`)."""
+        """Return why the model cannot generate from `source`; empty for EEG (see `finetune.generators.Generator`)."""
         del metas
         if source == "eeg":
             return ""
@@ -234,8 +234,8 @@ class LinearGenerator:
     ) -> np.ndarray:
         """Choose a training image for each trial (see `finetune.generators.Generator`).
 
-        The linear model uses no random numbers and no sampler, so this method ignores the seeds and the settings of the
-        sampling.
+        The linear model uses no random numbers and no sampler, so this method ignores the seeds and the sampling
+        settings.
 
         Raises
         ------

@@ -81,7 +81,8 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
         The model.
     scores : dict
         Results on the val split: ``accuracy`` of the category, ``similarity`` (mean cosine similarity of the predicted
-        and the true components), and ``penalty`` (the ridge penalty with the largest accuracy plus similarity).
+        and the true components), and ``penalty`` (the ridge penalty for which the sum of accuracy and similarity is
+        largest).
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Judge real images that are not the seen images: the metrics of a generator that shows perfect but other images.
+"""Judge real images that are not the seen images, as if a generator had made perfect but other images.
 
 By default, the other images are the images of the training split. If there are other images of every category of the
 trials, each seen image gets one other image of its category, and all metrics are computed as for generated images.
@@ -32,7 +32,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class ResizedFiles(ImageFiles):
-    """Images in files, which are decoded and resized to the same size whenever they are read."""
+    """Images in files; an image is decoded and resized each time it is read, so that all images have the same size."""
 
     def _read(self, file: Path) -> Images:
         return decode_image(_read(file), self.size[0], name=str(file))
@@ -102,8 +102,8 @@ def read_folder(folder: str | Path, labels: Sequence[str], seen: set[str], size:
     Parameters
     ----------
     folder : str or Path
-        Folder of images. The name of a subfolder may be a label of the dataset; the category of other images is
-        unknown.
+        Folder of images. If a subfolder's name is a label of the dataset, its images have this category. The category
+        of all remaining images is unknown.
     labels : sequence of str
         Labels of the dataset.
     seen : set of str
@@ -145,8 +145,8 @@ def read_folder(folder: str | Path, labels: Sequence[str], seen: set[str], size:
 def choose_of_category(other: OtherImages, real: RealImages, seed: int) -> NDArray[np.int64] | None:
     """Choose, for each trial, another image of the category of the seen image.
 
-    All trials of a seen image get the same other image. An image is chosen again only if its category has fewer other
-    images than seen images.
+    All trials of a seen image get the same other image. Two seen images get the same other image only if their category
+    has fewer other images than seen images.
 
     Parameters
     ----------
@@ -160,7 +160,7 @@ def choose_of_category(other: OtherImages, real: RealImages, seed: int) -> NDArr
     Returns
     -------
     ndarray of int, shape (B,), or None
-        Number of the other image of each trial; None if a category has no other image.
+        For each trial, the row of its other image in `other`; None if a category has no other image.
     """
     label_M = real.labels_B[real.first_M]
     if not set(label_M.tolist()) <= set(other.labels_M.tolist()):

@@ -66,7 +66,7 @@ def measure_eeg_reliability(
     data : EEGDataset
         Split of the presentations.
     numbers_n : ndarray of int, shape (n,)
-        Numbers of the presentations.
+        Sample numbers of the presentations in `data`.
     table : TrialTable
         All trials of the split.
     seed : int
@@ -75,11 +75,11 @@ def measure_eeg_reliability(
     Returns
     -------
     dict or str
-        ``reliability``: mean over people of `split_half_reliability` of the time courses of all channels
-        (`read_time_courses`), whose mean over each recording is removed first; ``ceiling``: the square root of the
-        reliability, which is the largest correlation that a model of the noise-free response can reach with the mean of
-        all presentations; ``by_person``: reliability of each person; ``images``: number of pairs of person and image
-        with repeats. If there is no ceiling, the result is a text that says why.
+        ``reliability``: `split_half_reliability` of the time courses of all channels (see `read_time_courses`), as a
+        mean over people; ``ceiling``: the square root of the reliability, which is the largest correlation that a model
+        of the noise-free response can reach with the mean of all presentations; ``by_person``: reliability of each
+        person; ``images``: number of pairs of person and image with repeats. The mean over each recording is removed
+        from the time courses first. If there is no ceiling, the result is a text that says why.
     """
     chosen = table.select(numbers_n)
     pairs_n = _name_pairs(chosen)
@@ -119,12 +119,12 @@ def measure_eeg_reliability(
 
 
 def _name_pairs(trials: TrialTable) -> NDArray[np.int64]:
-    """Return, for each trial, the number of its pair of person and image."""
+    """Number the pairs of person and image, and return the number of each trial's pair."""
     return group_by(trials.subjects_n, trials.images_n)
 
 
 def measure_agreement(predicted_B: NDArray[np.integer], trials: TrialTable) -> dict[str, float] | str:
-    """Compute how often two trials of the same person and image get generated images of the same category.
+    """Compute how often two trials with the same person and image have generated images of the same category.
 
     Parameters
     ----------

@@ -35,15 +35,15 @@ def measure_training_seeds(
     Returns
     -------
     dict or str
-        ``runs``: number of runs, with `own`; ``metrics``: for each metric that all runs have, ``values`` (`own` first),
-        ``mean``, ``std`` (with the divisor runs - 1), ``least`` (the smallest value) and ``most`` (the largest value).
-        If there is only one run, the result is a text that says so.
+        ``runs``: number of training runs, including `own`; ``metrics``: for each metric that all runs have, ``values``
+        (`own` first), ``mean``, ``std`` (with the divisor runs - 1), ``least`` (the smallest value) and ``most`` (the
+        largest value). If there is only one run, the result is a text that says so.
 
     Raises
     ------
     RequestError
-        If a folder was not evaluated; if it holds images of other trials, data or settings, of the same model as
-        another folder, or of a control; or if another classifier judged the images.
+        If a folder was not evaluated, or was evaluated with another classifier; if its trials, data or settings differ
+        from those of `own`; if its images are control images; or if two folders hold images of the same model.
     """
     if not folders:
         return ONE_RUN
@@ -84,7 +84,7 @@ def _check(own: GeneratedSet, about: dict[str, Any], folder: str | Path) -> None
     """Check that a folder holds images for the same trials, with the same settings."""
     where = f"{folder}/generated.json"
     if about.get("control") != "none":
-        raise RequestError(f"{folder}: holds images of a control; give folders of images from the right EEG")
+        raise RequestError(f"{folder}: holds images of a control; give images from the trials' own EEG")
     for name in _SAME:
         if about.get(name) != own.about.get(name):
             raise RequestError(

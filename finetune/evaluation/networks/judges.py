@@ -1,6 +1,6 @@
 """Frozen networks as judges of generated images: which networks are available, and which metrics the networks give.
 
-Weights come from installed packages of the extra ``judges`` and from files that the user names. The result of an
+Weights come from installed packages of the extra ``judges`` and from files that the user gives. The result of an
 evaluation states name, file and checksum of every network, and says for every missing network how to get the network.
 
 Array shapes: B trials, M different real images, D width of the embedding, K classes.
@@ -65,7 +65,7 @@ class Judges:
 
 
 def find_package_file(package: str, file: str) -> Path | None:
-    """Return the path of a file in an installed package, or None; the package is not imported."""
+    """Return the path of a file in an installed package, or None if it is missing, without importing the package."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         if (Path(folder) / file).is_file():
@@ -143,7 +143,7 @@ def find_judges(
     Raises
     ------
     RequestError
-        If a file is damaged or is another file than its name says.
+        If a file is damaged, or does not hold the weights of the expected network.
     """
     networks, loaded, missing = [first], [], {}
     for variant in lpips_variants:
@@ -222,7 +222,7 @@ class RealImages:
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """What one network says about a set of generated images."""
+    """Metrics and class probabilities that one network computes for a set of generated images."""
 
     metrics: dict[str, Any]
     """Value of each metric, or a text that says why a metric was not computed. Every name contains the network's name,
@@ -374,7 +374,7 @@ def measure_halves(network: FrozenNetwork, real: RealImages, seed: int) -> dict[
 
 
 def measure_other_set(network: FrozenNetwork, images_BHW3: ImageSource, real: RealImages) -> dict[str, Any]:
-    """Compute the metrics that compare a set of images that belong to no trial with the set of different real images.
+    """Compare a set of images without trials with the set of different real images, by the metrics of sets.
 
     Parameters
     ----------

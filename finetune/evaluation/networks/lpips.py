@@ -253,7 +253,7 @@ def prepare_for_alexnet(images_BHW3: Images) -> Tensor:
 
 
 def load_alexnet(path: str | Path, *, published: bool = True) -> list[FrozenNetwork]:
-    """Load the embeddings of AlexNet after its second and its fifth convolution, without the heads of LPIPS.
+    """Load two networks: AlexNet up to its second and up to its fifth convolution, without the heads of LPIPS.
 
     Parameters
     ----------

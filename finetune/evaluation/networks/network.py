@@ -101,7 +101,7 @@ class FrozenNetwork:
 
     @property
     def task(self) -> str:
-        """Name of `judge_batch` in `Sharing`."""
+        """Name under which `Sharing` calls `judge_batch`."""
         return f"network {self.name}"
 
     def judge_batch(self, images_BHW3: Images) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:

@@ -1,8 +1,8 @@
 """Compute values of images block by block, and divide the blocks among the processes of an evaluation.
 
-Rank 0 leads: it evaluates as an evaluation of one process does, and asks the other processes to compute values of
-images, such as embeddings. The other processes only follow. A block always holds the same images, whatever the number
-of processes, so the number of processes does not change the values.
+Rank 0 runs the same code as an evaluation with one process, and asks the other processes to compute values of images,
+such as embeddings. The other processes only answer these requests. A block always holds the same images, whatever the
+number of processes, so the number of processes does not change the values.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Sharing:
                 yield value
 
     def _run_round(self, task: _Task, compute: Compute, first: int) -> list[tuple[Any, RequestError | None]]:
-        """Compute one block on each process, and return the results of all blocks on every process."""
+        """Compute one block on each process, and return the results of these blocks on every process."""
         value, fault = None, None
         try:
             images = task.read(first + self.world.rank)
@@ -96,14 +96,14 @@ class Sharing:
 
     @contextmanager
     def lead(self) -> Iterator[None]:
-        """Tell the other processes at the end of a ``with`` block on rank 0, also after an error, that they can end."""
+        """At the end of a ``with`` block on rank 0, also after an error, tell the other processes to end."""
         try:
             yield
         finally:
             self.world.broadcast(None)
 
     def announce(self, value: Any) -> None:
-        """Send a value from rank 0 to the other processes, which wait in `wait`.
+        """Send a value from rank 0 to the other processes, which receive the value in `wait`.
 
         The sent value must not be None, because None tells the other processes that rank 0 has ended.
         """

@@ -27,7 +27,7 @@ def _digest_weights(folder: Path) -> str:
 
 
 def _make_prepare(processor: Any, what: str, model: str | Path) -> Any:
-    """Return the preparation of images by the image processor of a model, and try the processor once."""
+    """Return a function that prepares images with a model's image processor, after trying the processor once."""
 
     def prepare(images_BHW3: Images) -> Tensor:
         return torch.as_tensor(np.asarray(processor(images=list(images_BHW3), return_tensors="np")["pixel_values"]))
@@ -37,7 +37,7 @@ def _make_prepare(processor: Any, what: str, model: str | Path) -> Any:
 
 
 def load_clip_network(clip: str | Path) -> FrozenNetwork:
-    """Load the image side of a CLIP model. The embedding is the projection to the space shared with texts.
+    """Load the image encoder of a CLIP model. The embedding is the projection to the space that images and texts share.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Read the weights of frozen networks from files of other people, without running code of the files."""
+"""Read the weights of frozen networks from files of other people, without running code from the files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def fill_network(network: nn.Module, arrays: Mapping[str, np.ndarray], path: str
         Maps the name of each tensor in the network's state to its values. The arrays may lack the counters of batch
         norms.
     path : str or Path
-        File of the arrays, which error messages name.
+        File of the arrays, for error messages.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """Golden numbers of the frozen networks and of the metrics, computed by the reference libraries.
 
-The libraries need torchvision, for which there is no build that fits the CPU build of torch, so they cannot be
-dependencies of the tests. Run this script in a separate environment, and keep the file that it writes::
+The libraries need torchvision, and no build of torchvision fits the CPU build of torch. Therefore the libraries cannot
+be dependencies of the tests. Run this script in a separate environment, and keep the file that it writes::
 
     python -m venv golden
     golden/bin/pip install torch==2.14.1 torchvision==0.29.1 lpips==0.1.4 torch-fidelity torchmetrics scikit-image

@@ -63,7 +63,7 @@ def _write(
 
 @pytest.fixture(scope="module")
 def perfect(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Evaluate a perfect model: for each trial, it shows another image of the trial's category."""
+    """Evaluate a model that shows, for each trial, another real image of the trial's category."""
     root = tmp_path_factory.mktemp("evaluate")
     own = _write(root / "own", paired_dataset, donors=lambda i, n: (i + 2) % n, control="none")
     shuffled = _write(root / "own-shuffle", paired_dataset, donors=lambda i, n: (i + 1 + i % 4) % n, control="shuffle")
@@ -84,7 +84,7 @@ def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) 
     )  # The generated images are the real images in another order.
     assert found["generated"]["psnr"] > found["random_pairs"]["psnr"]
     assert found["real"]["psnr"] == found["real"]["ssim"] == SAME_SET
-    # The distance of the real images is between two halves, so it is not zero, although the images are real.
+    # The distance of the real images is computed between two halves of the real images, so the distance is not zero.
     assert found["real"][f"frechet_distance[{JUDGE}]"] > 0.01
     assert own["constant"] == own["uniform"] == 0.5
     assert found["memorisation"]["generated"] == found["memorisation"]["real"]
@@ -136,7 +136,7 @@ def test_a_second_evaluation_with_the_saved_classifier_gives_the_same_numbers(pe
     kept = str(perfect / "own" / "classifier.safetensors")
     assert main([str(copy), "--controls", f"[{perfect / 'own-shuffle'}]", "--classifier", kept, *QUICK]) == 0
     again = json.loads((copy / "metrics.json").read_text())
-    # Only the number of recorded openings of the test split has changed.
+    # Only the recorded number of times that the test split was opened has changed.
     assert again["protocol"].pop("openings") != first["protocol"].pop("openings")
     assert again == first
 

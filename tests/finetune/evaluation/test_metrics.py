@@ -77,7 +77,7 @@ def test_kernel_distance_with_repeated_images_is_unbiased() -> None:
     error = np.std(with_ids) / np.sqrt(200)
     assert abs(np.mean(with_ids)) < 3 * error
     assert abs(np.mean(without)) > 10 * np.std(without) / np.sqrt(200)
-    # Of the real images, each counts once: more rows of one real image change nothing.
+    # Each real image counts once, so more rows of the same real image change nothing.
     again = metrics.kernel_distance(
         np.concatenate([real, real[:3]]), generated, real_ids=ids + ids[:3], generated_ids=ids
     )
@@ -140,7 +140,8 @@ def test_n_way_accuracy_against_drawn_classes() -> None:
     p, labels = rng.integers(0, 4, (30, 8)) / 4, rng.integers(0, 8, 30)
     hits = np.zeros((400, 30))
     for draw in range(400):
-        # A random number below the smallest difference of two scores orders classes with equal scores.
+        # The added random numbers are smaller than any difference of two scores, so they only order classes with equal
+        # scores.
         scores = p + rng.random(p.shape) / 100
         for trial, label in enumerate(labels):
             others = rng.permutation(np.delete(np.arange(8), label))[:4]
@@ -154,7 +155,7 @@ def test_n_way_accuracy_against_drawn_classes() -> None:
 def test_n_way_accuracy_of_constant_answers() -> None:
     uniform = np.full((40, 6), 1 / 6)
     balanced, skewed = np.arange(36) % 6, np.array([2] * 30 + [0, 1, 3, 4, 5, 1, 2, 2, 0, 0])
-    # A classifier whose answers are all equal guesses, so its accuracy is k / n.
+    # A classifier that gives all classes equal scores can only guess, so its accuracy is k / n.
     assert metrics.n_way_top_k(uniform, skewed, n=4, k=2)["accuracy"] == pytest.approx(0.5)
     found = metrics.n_way_top_k(uniform[:36], balanced, n=4, k=2)
     assert found["constant"] == pytest.approx(found["chance"]) == 0.5

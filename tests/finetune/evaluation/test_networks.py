@@ -247,7 +247,8 @@ def test_nan_and_too_large_embeddings_are_not_used(monkeypatch: pytest.MonkeyPat
     text = constant.judge(images)
     assert isinstance(text, str) and "the embeddings of 6 images need" in text
     real = RealImages(images, list("aabbcd"), np.zeros(6, int))
-    # The four different real images are not too many, but the six generated images are.
+    # The embeddings of the four different real images are below the limit, but those of the six generated images are
+    # above.
     assert isinstance(real.output(constant), NetworkOutput)
     judgement = measure_embedding(constant, images, real)
     assert judgement.metrics == {f"{IDENTIFICATION}[n]": text} and judgement.trials == {}
@@ -265,7 +266,7 @@ def test_each_real_image_is_judged_once_and_halves_are_compared() -> None:
     judge = _network(compute)
     real = RealImages(images, ids, np.arange(24) // 2 % 3)
     judgement = measure_embedding(judge, images, real, n_way=[2, 3, 50], top_k=[1, 5])
-    # The twelve real images are judged once, and the 24 generated images, too.
+    # Each of the twelve real images and of the 24 generated images is judged once.
     assert sum(seen) == 12 + 24
     assert judgement.metrics["two_way_identification[n]"] == judgement.metrics["two_way_within_category[n]"] == 1
     assert judgement.metrics["retrieval_rank[n]"] == 1 and judgement.metrics["cosine_similarity[n]"] == pytest.approx(1)

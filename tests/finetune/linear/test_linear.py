@@ -37,7 +37,7 @@ def test_the_map_is_ridge_regression(paired_dataset: Path) -> None:
     table = ImageTable(data)
     targets = np.concatenate([np.eye(len(data.labels))[table.labels], model.components_MP], axis=1)[table.row_of]
     # Scikit-learn's Ridge takes an absolute penalty. The penalty of the linear baseline is a multiple of the mean
-    # eigenvalue of XX' or X'X, whichever is smaller.
+    # eigenvalue of XX' or X'X, whichever matrix is smaller.
     centred = x - x.mean(axis=0)
     product = centred @ centred.T if len(x) <= x.shape[1] else centred.T @ centred
     plain = Ridge(alpha=scores["penalty"] * np.trace(product) / len(product)).fit(x.astype(float), targets)
