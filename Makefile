@@ -1,4 +1,4 @@
-# Dreamscale: `make demo` and `make test` on a fresh machine; each makes .venv and installs what it needs.
+# `make demo` and `make test` work on a fresh machine: each creates .venv and installs the packages that it needs.
 
 # `make` uses the first program in this list that runs and is Python 3.11, 3.12 or 3.13. To use another program, run
 # `make PYTHON=/path/to/python`.
@@ -36,7 +36,7 @@ check: lint types spelling test
 test-python:
 	$(PYTHON) tests/python_versions.py test
 
-# Check that every dependency exists for Python 3.11 to 3.13; `make resolve` downloads a few hundred MB.
+# Check that pip finds every dependency for Python 3.11 to 3.13. `make resolve` downloads a few hundred MB.
 resolve: $(VENV)/.installed
 	$(BIN)/python tests/python_versions.py resolve
 
