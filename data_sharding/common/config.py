@@ -46,7 +46,7 @@ def parse_config(
         Meaning of each positional argument (an argument without a key): the name of a field, or ``"config"`` for a YAML
         file.
     aliases : mapping, optional
-        Field name for each short flag, e.g. ``{"-o": "output"}``.
+        Field name for each short flag, for example ``{"-o": "output"}``.
 
     Returns
     -------
@@ -157,7 +157,7 @@ def command(
         Function that takes a config, does the work and returns the exit code. This function may raise `RequestError`
         and `StopRequested`.
     prog, positionals, aliases
-        The arguments of `parse_config` with the same names.
+        Passed to `parse_config`.
 
     Returns
     -------
@@ -166,8 +166,8 @@ def command(
     """
 
     def run(words: list[str]) -> int:
-        # Remove the flag that DeepSpeed's launcher adds, because the environment variable LOCAL_RANK has the same
-        # number.
+        # DeepSpeed's launcher adds the flag --local_rank. Remove this flag, because the environment variable LOCAL_RANK
+        # contains the rank, too.
         words = [word for word in words if not word.startswith("--local_rank=")]
         return body(parse_config(config_class, words, prog=prog, positionals=positionals, aliases=aliases))
 

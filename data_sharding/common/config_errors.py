@@ -40,11 +40,11 @@ def list_keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def renamed_keys(cls: type, prefix: str = "") -> dict[str, str]:
-    """Return the keys of older versions of a config, each with its replacement.
+    """Return the keys that were renamed or removed in a config class, each with its replacement.
 
     A config class lists its old keys in ``RENAMED: ClassVar[dict[str, str]]``. The value for an old key in ``RENAMED``
-    is the new key, or a sentence that tells the user what to write. Old and new keys are written without the path to
-    the class.
+    is the new key, or a sentence that tells the user what to write. The keys in ``RENAMED`` are written without the
+    names of the groups above them.
     """
     found = {}
     for old, new in getattr(cls, "RENAMED", {}).items():
@@ -101,9 +101,9 @@ def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = Fals
     Parameters
     ----------
     cls : type
-        The config class, the class of a group of keys, or the class of the entries of a list.
+        Class of the whole config, of a group of keys, or of a list entry.
     values : Any
-        Values that the user wrote for this config class.
+        Values that the user wrote for the keys of this class.
     where : str
         Place of the values in the config: empty at the top level, otherwise for example ``preprocess`` or ``corpora[0]
         (kind folder)``.
@@ -135,8 +135,8 @@ def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = Fals
         if field.init and required and values.get(field.name) is None:
             return f"{start}missing key '{path}{field.name}'; add it"
     if is_entry:
-        # The class of the entry also checks the values. Add the place of the entry in the list to the message of the
-        # class.
+        # The class of a list entry also checks its values. Put the position of the entry in the list before the message
+        # of this check.
         try:
             cls(**values)
         except ValueError as error:
@@ -173,7 +173,7 @@ def _value_fault(hint: Any, value: Any, key: str) -> str | None:
 
 
 def _example(cls: Any) -> str:
-    """Return a key for an example in a message: the first required key, or else the first key."""
+    """Return a key for an example in a message: the first required key, or the first key if no key is required."""
     fields = [field for field in dataclasses.fields(cls) if field.init]
     return next((field.name for field in fields if field.default is field.default_factory), fields[0].name)
 

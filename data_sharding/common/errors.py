@@ -34,8 +34,8 @@ class RankError(RequestError):
 class StopRequested(BaseException):
     """Raised after a stop signal. All finished work is kept, and the same command resumes the work.
 
-    Like `KeyboardInterrupt`, this class is not a subclass of `Exception`, because it can be raised inside a library,
-    and many libraries catch every `Exception`.
+    Like `KeyboardInterrupt`, this class is not a subclass of `Exception`: `StopRequested` can be raised inside a
+    library, and many libraries catch every `Exception`.
     """
 
 

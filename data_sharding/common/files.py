@@ -74,7 +74,7 @@ def atomic_write_bytes(path: str | AnyPath, data: bytes) -> None:
 
 
 def open_to_append(path: Path) -> int:
-    """Open a local file of a run for reading and appending; the file is created if it is missing.
+    """Open a local file, such as a log, for reading and appending; the file is created if it is missing.
 
     A folder that somebody else made may contain a symbolic link in place of the file. The link is not followed, so that
     no file outside the folder is changed.

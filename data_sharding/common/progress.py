@@ -150,7 +150,7 @@ class JobProgress:
         }
 
     def look(self, running: int) -> None:
-        """Update the display if the last update is long enough ago.
+        """Update the display, unless the last update was very recent.
 
         Parameters
         ----------

@@ -42,8 +42,8 @@ def find_config(path: str | Path) -> Path:
     -------
     Path
         `path` itself, if it exists. If `path` does not exist and begins with ``configs/``, the result is the file or
-        folder of this name that comes with Dreamscale, so that the commands of the documentation work in any folder.
-        For all other paths, the result is `path` itself.
+        folder of this name that comes with Dreamscale. So the commands of the documentation work in any folder. For all
+        other paths, the result is `path` itself.
     """
     path = Path(path)
     if not path.exists() and path.parts[:1] == ("configs",):

@@ -25,7 +25,7 @@ from data_sharding.common.errors import EXIT_STOPPED, StopRequested
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_S = 8.0
-"""Number of seconds after a signal in which the command can end by itself. Docker kills a process 10 s after the
+"""Number of seconds that a command has after a signal to end by itself. Docker kills a process 10 s after the
 signal."""
 IMPORT_S = 0.1
 """Seconds between two checks whether an import has ended. A signal during an import takes effect after the import."""
@@ -133,8 +133,8 @@ def raise_on_stop_signals() -> Iterator[None]:
     Raises
     ------
     StopRequested
-        During the block when a signal arrives, or at the end of the block if this first exception was lost in a
-        library.
+        When a signal arrives during the block. If a library catches this exception, it is raised again at the end of
+        the block.
     """
     global _stop, _was_stopped
     if threading.current_thread() is not threading.main_thread():
@@ -190,8 +190,8 @@ def check_stop() -> None:
 def end_command(code: int) -> int:
     """Ignore further signals, because the command has ended and a signal must not change its exit code.
 
-    After a stop, the process ends at once, because a library that was interrupted during its start, for example Ray,
-    can crash the interpreter at its regular end.
+    After a stop, this function ends the process immediately, without Python's usual shutdown. During the shutdown, a
+    library whose start was interrupted, for example Ray, could crash the interpreter.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ def end_command(code: int) -> int:
     Returns
     -------
     int
-        The exit code, if the process may end in the regular way.
+        The exit code. After a stop, this function does not return.
     """
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:

@@ -32,12 +32,12 @@ list, so that they are never deleted."""
 
 
 def _hold_clients() -> None:
-    """Hold all clients of object stores in the moment of a fork.
+    """Keep references to all clients of object stores during a fork.
 
-    A forked process makes its own clients, because fsspec forgets the clients of the parent after the fork. If the
-    forked process deleted a client of the parent, the deletion would close connections of the parent, because both
-    processes use the same sockets, and the same epoll file that waits for the sockets. Deleting a client would also use
-    the event loop of a thread that does not exist in the forked process.
+    A forked process makes its own clients, because fsspec forgets the clients of the parent after the fork. The forked
+    process must not delete a client of the parent: both processes use the same sockets and the same epoll file, so the
+    deletion would close connections of the parent. The deletion would also use the event loop of a thread that does not
+    exist in the forked process.
     """
     classes, clients = [fsspec.AbstractFileSystem], []
     for cls in classes:
@@ -360,8 +360,8 @@ def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json")
     try:
         _move(local, target)
     except OSError as error:
-        # Another worker has already written the folder `target`, because the job lost contact with that worker and
-        # repeated its task in this worker.
+        # Another worker has already written the folder `target`: the job lost contact with that worker, and gave the
+        # same task to this worker.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (target / last).is_file():
             raise
         shutil.rmtree(local, ignore_errors=True)

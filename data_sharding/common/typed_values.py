@@ -23,14 +23,14 @@ def check_fields(kind: type, values: Any, where: str, *, least: float = -MAX_INT
     Parameters
     ----------
     kind : type
-        The dataclass. The types of its fields may be numbers, texts, bool, ``Literal``, unions, other dataclasses, and
-        lists, tuples and dictionaries of these types.
+        The dataclass. A field may be a number, a text, a bool, a ``Literal``, a union, another dataclass, or a list,
+        tuple or dictionary of these types.
     values : Any
-        The values, by the names of the fields. Fields with a default value may be missing.
+        Dictionary from the name of each field to its value. Fields with a default value may be missing.
     where : str
-        Path of the file, and the place in the file, for the error message.
+        Path of the file, and the position in the file, for the error message.
     least : int
-        Smallest value of every number.
+        Smallest value that a number may have.
 
     Returns
     -------
@@ -118,7 +118,7 @@ def check_typed(hint: Any, value: Any, where: str, what: str, *, least: float = 
 
 
 def _check_union(parts: list[Any], value: Any, where: str, what: str, least: float) -> Any:
-    """Check that a value has one of several types. If it has none, the error is that of the last type."""
+    """Check that a value has one of several types. If all checks fail, the error of the last type is raised."""
     for part in parts[:-1]:
         with contextlib.suppress(RequestError):
             return check_typed(part, value, where, what, least=least)

@@ -41,7 +41,8 @@ MAX_SFREQ = 100_000.0
 """Largest sampling rate of windows in Hz. Recordings are resampled to the rate of the windows, so a higher rate needs
 more memory."""
 MAX_POSITION = 1000.0
-"""Largest coordinate of an electrode in metres. Files that give positions in millimetres are still readable."""
+"""Largest coordinate of an electrode in metres. The limit is so large that positions in millimetres are accepted,
+too."""
 MAX_FILE = 2**50
 """Largest size of a file in bytes that a manifest may state."""
 LEAST_SAMPLE = 2048
@@ -319,7 +320,7 @@ def check_entries(
     where : str
         Path of the index, for the error message.
     members : mapping of str to int
-        Largest size in bytes of each member that a sample may have.
+        Maps the name of each member that a sample may have to the largest size of this member in bytes.
     tar_bytes : int
         Size of the tar file in bytes. Every member must be inside the tar file.
     longest : int
@@ -373,7 +374,7 @@ def check_preprocess(values: Any, where: str) -> dict[str, Any]:
     Raises
     ------
     RequestError
-        If the window or the stride is not a number of time points, if another number is not finite, or if the sampling
+        If the window or the stride is not a positive whole number, if another number is not finite, or if the sampling
         rate is too high.
     """
     for key, value in check_group(values, where, "preprocess").items():
@@ -529,7 +530,7 @@ def private_folder(path: Path) -> Path:
     Returns
     -------
     Path
-        The given folder. Its mode is 0700 now, so only its owner can use the folder.
+        The given folder. Only its owner can use the folder, because this function sets its mode to 0700.
 
     Raises
     ------

@@ -66,7 +66,8 @@ class Batch:
     def metas(self) -> list[dict[str, Any]]:
         """Parsed metadata of each sample, adjusted to the part of the sample that was read.
 
-        If the JSON of a sample is damaged, a RequestError names the file and the sample's key.
+        If the JSON of a sample is damaged, a RequestError is raised; its message contains the path of the file and the
+        sample's key.
         """
         samples = zip(self.json, self.shards, self.keys, self.begins, strict=True)
         return [crop_meta(parse_meta(text, shard, key), begin) for text, shard, key, begin in samples]

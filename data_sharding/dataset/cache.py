@@ -111,7 +111,7 @@ class ShardCache:
     def _make_private(self) -> None:
         """Check once that no other user can change the cached files.
 
-        The checksum of a cached file is verified only after its download.
+        This check is necessary because the checksum of a cached file is verified only once, after its download.
         """
         if not self._private:
             try:
@@ -123,8 +123,8 @@ class ShardCache:
             self._private = True
 
     def _fetch(self, url: AnyPath, path: Path, sha256: str, size: int | None) -> None:
-        # Only the process that holds the lock of a file writes temporary files for it, so temporary files that already
-        # exist come from processes that died.
+        # Only the process that has locked `sha256` writes temporary files with this name, so temporary files that
+        # already exist come from processes that died.
         for dead in path.parent.glob(f".{sha256}.*"):
             dead.unlink(missing_ok=True)
         found = ""
@@ -201,27 +201,29 @@ class ShardCache:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock that only one process of this machine can have. The lock is released when the process dies.
+    """Lock a file during the ``with`` block, so that no other process of this machine can lock the file.
+
+    The lock is released if the process dies.
 
     Parameters
     ----------
     path : Path
         Path of the lock file. The file is created if necessary.
     wait : bool
-        Whether to wait if another process holds the lock.
+        Whether to wait if another process has locked the file.
 
     Yields
     ------
     None
-        The lock is held inside the context.
+        The file is locked during the ``with`` block.
 
     Raises
     ------
     BlockingIOError
-        If another process holds the lock and `wait` is False.
+        If another process has locked the file and `wait` is False.
     """
-    # `_is_dead` needs a lock that the system releases when a process dies. Do not use the library filelock: on a file
-    # system without flock, its lock would remain after the death of the process.
+    # `_is_dead` needs a lock that the operating system releases when a process dies. Do not use the library filelock:
+    # on a file system without flock, a lock of this library would remain after the process has died.
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:

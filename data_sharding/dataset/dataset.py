@@ -41,7 +41,7 @@ _PARALLEL_FETCHES = 16
 
 
 class EEGDataset:
-    """Random access to the samples of one split of a dataset by their numbers.
+    """One split of a dataset, whose samples can be read by number in any order.
 
     Parameters
     ----------
@@ -59,8 +59,7 @@ class EEGDataset:
         read from the onset for the length of the window in `spec`. If only `tmin` is given, `tmax` is `tmin` plus the
         length of the window. If only `tmax` is given, `tmin` is 0.
     version : str
-        Dataset id of the version of the dataset to read; by default the current version (see
-        `data_sharding.dataset.manifest`).
+        Dataset id of the version to read (see `data_sharding.dataset.manifest`); by default the current version.
 
     Attributes
     ----------
@@ -74,8 +73,8 @@ class EEGDataset:
     Raises
     ------
     RequestError
-        If the directory is not a complete dataset, if the split does not exist or is empty, if a shard is missing or
-        has another size than in the manifest, or if no sample is stored from `tmin` to `tmax`.
+        If the directory is not a complete dataset, if the split does not exist or is empty, if no sample is stored from
+        `tmin` to `tmax`, or if a shard is missing or has another size than the manifest says.
     """
 
     def __init__(
@@ -99,8 +98,8 @@ class EEGDataset:
                 f"{self.path}: no samples in split '{split}'; the dataset has {', '.join(have) or 'no samples'}"
             )
         with ThreadPoolExecutor(_PARALLEL_FETCHES if self.cache else 1) as pool:
-            # The memory for the index depends on the samples that the shards' indices list, not on the number of
-            # samples in the manifest, because a damaged manifest can state any number.
+            # Allocate memory only for the samples that the shards' indices list. Do not use the number of samples in
+            # the manifest, because a damaged manifest can contain any number.
             parts = list(pool.map(self._read_index, self.shards))
         self.index = np.concatenate(parts)
         self.first = np.cumsum([0, *map(len, parts)])
@@ -202,7 +201,7 @@ class EEGDataset:
         return self
 
     def require_preprocess(self, spec: PreprocessSpec, what: str) -> EEGDataset:
-        """Raise an error if the preprocessing differs from that of a model's training data.
+        """Raise an error if this dataset and a model's training data were preprocessed differently.
 
         Parameters
         ----------
@@ -444,7 +443,7 @@ def read_manifest(path: AnyPath, version: str = "") -> Manifest:
 
 
 def shard_record(root: Path, tar: Path, samples: int) -> Shard:
-    """Make the manifest entry of a finished shard.
+    """Make the entry for a finished shard in the manifest.
 
     Parameters
     ----------

@@ -32,8 +32,8 @@ ADDED_LATER = frozenset(
         *("trial_tmin", "trial_tmax", "seconds_left_out", "bad_in_windows"),
     }
 )
-"""Columns that may be missing in ledgers of older versions; a missing column gets the default value of its field in
-`LedgerRow`."""
+"""Columns that may be missing in ledgers from older versions of Dreamscale. A missing column gets the default value of
+its field in `LedgerRow`."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -69,7 +69,8 @@ class LedgerRow:
     subject_from: str | None = None
     """Source of the subject's name: config (the key `subject_pattern`), table (the key `subjects`, or the sidecar of an
     array), bids (sub-X in the path), corpus (the published files name the subject), header (a hash of the patient in
-    the header), recognised (from the path, not confirmed), or unknown; None in ledgers of older versions."""
+    the header), recognised (from the path, not confirmed), or unknown; None in ledgers from older versions of
+    Dreamscale."""
     age: float | None = None
     """Age of the subject in years at the recording; 90 for all higher ages; None if unknown."""
     sex: str = ""
@@ -95,11 +96,11 @@ class LedgerRow:
     reason: str = ""
     """One sentence that says why the recording is not in the dataset; empty if the recording is sharded."""
     reason_category: str | None = None
-    """Category of `reason`, used to count recordings; None in ledgers of older versions."""
+    """Category of `reason`, used to count recordings; None in ledgers from older versions of Dreamscale."""
     duplicate_of: str = ""
     """Key of the recording that is kept in place of this duplicate."""
     held_back: str = ""
-    """Entry of the config's `hold_back` for which the recording is held back: a name, a list or a dataset."""
+    """Entry in `hold_back` of the config that matches this held-back recording: a name, a list or a dataset."""
     channels_by_type: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of the recording's channels of each type."""
     channels_left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
@@ -115,7 +116,7 @@ class LedgerRow:
     bads: list[str] = dataclasses.field(default_factory=list)
     """Bad channels among the channels in the windows, each as ``name: kind``."""
     bad_kinds: list[str] | None = None
-    """Fault of each channel in `bads`, such as flat or clipped; None in ledgers of older versions."""
+    """Fault of each channel in `bads`, such as flat or clipped; None in ledgers from older versions of Dreamscale."""
     montage: str = ""
     """Source of the electrode positions: file, the name of a standard montage, or none."""
     montage_confidence: float = 0.0
@@ -149,7 +150,8 @@ class LedgerRow:
     """Length of the signal outside the windows in seconds, for each reason; empty for a recording with trials. The
     lengths in `seconds_left_out` and `seconds_written` add up to the length of the recording."""
     bad_in_windows: dict[str, int] = dataclasses.field(default_factory=dict)
-    """For each kind of fault, such as muscle, number of windows with a channel that is bad only in some windows."""
+    """For each kind of fault, such as muscle, number of windows in which a channel has this fault; channels that are
+    bad in the whole recording are not counted."""
     trial_tmin: float | None = None
     """Start of the stored trials, in seconds from the onset of the image; None for a recording without trials."""
     trial_tmax: float | None = None
@@ -176,8 +178,8 @@ class LedgerRow:
     def category(self) -> str:
         """Category of `reason`, used to count recordings.
 
-        If the row has no `reason_category` (in ledgers of older versions), the category of a duplicate or held-back
-        recording is its status, and the category of any other recording is the whole text of `reason`.
+        Ledgers from older versions of Dreamscale have no `reason_category`. Then the status is used as the category of
+        a duplicate or held-back recording, and the whole text of `reason` as the category of any other recording.
         """
         if self.reason_category is not None:
             return self.reason_category
@@ -235,7 +237,7 @@ class LedgerRow:
         Raises
         ------
         KeyError
-            If a column is missing that every version has written. The error contains the name of the column.
+            If a column is missing that every version of Dreamscale writes. The error contains the name of the column.
         RequestError
             If a value has another type than its column, or is not possible, such as a negative length.
         """
@@ -303,7 +305,7 @@ def write_ledger(path: str | AnyPath, rows: Iterable[LedgerRow]) -> None:
 
 
 def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
-    """Read the ledger of a dataset; a ledger of an older version can be read, too.
+    """Read the ledger of a dataset; ledgers from older versions of Dreamscale can be read, too.
 
     Parameters
     ----------
@@ -324,7 +326,7 @@ def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
 
 
 def read_ledger_file(path: AnyPath) -> list[LedgerRow]:
-    """Read the ledger at a path, such as that of an older version of a dataset; see `read_ledger`."""
+    """Read a ledger file, for example the ledger of an older version of a dataset; see `read_ledger`."""
     import pyarrow as pa
 
     if not path.is_file():

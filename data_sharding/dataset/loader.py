@@ -168,7 +168,7 @@ class Loader:
     is the global batch size. Each rank reads every `world_size`-th sample of the global batch. So every sample occurs
     exactly once in each epoch, all ranks have the same number of steps, and the global batches do not depend on the
     number of ranks or workers. In a mixture, each dataset has its own sequence of samples, and the weight of a dataset
-    is its average fraction of the samples of a batch.
+    is the average fraction of a batch that comes from this dataset.
 
     Parameters
     ----------
@@ -259,7 +259,7 @@ class Loader:
         return numbers.tolist(), epochs.tolist()
 
     def stream_places(self, step: int) -> list[int]:
-        """Compute at which place in the order of each dataset a step begins (see `data_sharding.dataset.order`).
+        """Compute for each dataset the place in its order at which a step begins (see `data_sharding.dataset.order`).
 
         Parameters
         ----------
@@ -363,7 +363,7 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
     Raises
     ------
     RequestError
-        If the shards that the loader needs at the same time are larger than the cache.
+        If the shards that the loader needs at the same time are together larger than the cache.
     """
     remote = [part for part in dataset.parts if part.cache]
     if not remote:
@@ -371,7 +371,7 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
     need = 0
     for part in remote:
         sizes = sorted((shard.bytes for shard in part.shards), reverse=True)
-        # A batch at the border of two windows of shards contains samples of both windows.
+        # If a batch begins in one window of shards and ends in the next, it contains samples of both windows.
         need += sum(sizes if order == "global" else sizes[: 2 * window])
     limit = min(part.cache.limit for part in remote if part.cache)
     if need > limit:

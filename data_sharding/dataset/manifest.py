@@ -1,8 +1,8 @@
 """The manifest of a dataset: a list of its files and settings, which is checked when the dataset is opened.
 
 A dataset has several versions if it was changed after its first job, for example by adding recordings. The file
-``manifest.json`` in the directory of the dataset belongs to the current version. The folder ``versions/<number>`` holds
-the manifest and the ledger of each version.
+``manifest.json`` in the directory of the dataset belongs to the current version. The folder ``versions/<number>``
+contains the manifest and the ledger of the version with this number.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ class Shard:
     samples: int
     """Number of samples in the tar."""
     withdrawn: list[list[int]] = field(default_factory=list)
-    """Ranges of samples in the tar that do not belong to this version of the dataset any more: number of the first
-    sample, and number of the last sample plus one. Readers skip the samples in these ranges."""
+    """Withdrawn samples: ranges of samples in the tar that this version of the dataset does not contain. A range
+    consists of the number of its first sample, and the number of its last sample plus one. Readers skip withdrawn
+    samples."""
 
     @property
     def served(self) -> int:
-        """Number of samples of the tar that belong to the dataset."""
+        """Number of samples in the tar, without the withdrawn samples."""
         return self.samples - sum(stop - start for start, stop in self.withdrawn)
 
     def mask(self) -> np.ndarray:
-        """Return for each sample of the tar whether it belongs to the dataset, as bool of shape (samples,)."""
+        """Return an array of bool, shape (samples,), that is False for the withdrawn samples of the tar."""
         mask = np.ones(self.samples, bool)
         for start, stop in self.withdrawn:
             mask[start:stop] = False
@@ -75,10 +76,10 @@ class Manifest:
     labels: list[str] = field(default_factory=list)
     """Name of each label, in the order of the label numbers; empty if the dataset has no labels."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Number of recordings found, of recordings with each status, of windows, and of windows or trials left out for
-    each reason."""
+    """Counts: the recordings found, the recordings with each status, the windows, and for each reason the windows or
+    trials left out."""
     hours: dict[str, float] = field(default_factory=dict)
-    """Hours of the recordings found, of the recordings of each status, and of the signal written."""
+    """Hours: all recordings found, the recordings with each status, and the signal written."""
     config: dict[str, Any] = field(default_factory=dict)
     """Config of the job that wrote the dataset."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -97,7 +98,7 @@ class Manifest:
 
     @property
     def withdrawn(self) -> int:
-        """Number of samples that are in the shards but do not belong to the dataset any more."""
+        """Number of withdrawn samples, which are in the shards but not in this version of the dataset."""
         return sum(shard.samples - shard.served for shards in self.splits.values() for shard in shards)
 
     def write(self, directory: str | AnyPath) -> None:
@@ -160,7 +161,7 @@ class Manifest:
 def version_folder(dataset: str | AnyPath, number: int) -> AnyPath:
     """Return the folder of a version of a dataset.
 
-    Datasets from older versions of Dreamscale have no folders of versions.
+    Datasets from older versions of Dreamscale do not have this folder.
     """
     return as_path(dataset) / VERSIONS / f"{number:06d}"
 
@@ -181,7 +182,7 @@ def current_file(dataset: str | AnyPath, name: str) -> AnyPath:
 
 
 def find_version(dataset: str | AnyPath, dataset_id: str) -> Manifest | None:
-    """Find the version of a dataset that has an id.
+    """Find the version of a dataset with a given dataset id.
 
     Parameters
     ----------
@@ -198,7 +199,7 @@ def find_version(dataset: str | AnyPath, dataset_id: str) -> Manifest | None:
     Raises
     ------
     RequestError
-        If the dataset was compacted, so that shards of the version do not exist any more.
+        If shards of the version do not exist any more, because the dataset was compacted.
     """
     root = as_path(dataset)
     current = Manifest.read(root)

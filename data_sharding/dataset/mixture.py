@@ -34,7 +34,8 @@ class Mixture:
     cache_gb : float, optional
         Size limit of the cache, which all remote datasets use together; DREAMSCALE_CACHE_GB by default.
     versions : mapping of str to str, optional
-        Dataset id of the version to read, by the path of the dataset; by default the current version.
+        Maps the path of a dataset to the dataset id of the version to read. A dataset without an entry is read in its
+        current version.
 
     Attributes
     ----------
@@ -50,7 +51,7 @@ class Mixture:
     Raises
     ------
     RequestError
-        If a dataset cannot be opened or is named twice, if a weight is not positive, or if the datasets have different
+        If a dataset cannot be opened or is listed twice, if a weight is not positive, or if the datasets have different
         preprocessing.
     """
 
@@ -75,8 +76,7 @@ class Mixture:
         ]
         opened.sort(key=lambda one: one[0].manifest.dataset_id)
         self.parts = [part for part, _ in opened]
-        # The result of `fsum` does not depend on the order of the weights, so the dataset id of the mixture does not
-        # depend on their order either.
+        # The result of `fsum`, and so the dataset id of the mixture, does not depend on the order of the weights.
         total = math.fsum(weights.values())
         self.weights = [weight / total for _, weight in opened]
         for part in self.parts[1:]:

@@ -5,8 +5,8 @@ of epoch 0, place `n` is the first sample of epoch 1, and so on. The functions i
 place directly. So every rank, every worker and a resumed run find the same sample at the same place without any saved
 state.
 
-`numpy.random.permutation` is not used: for a hundred million samples, its result takes 0.8 GB in every worker of every
-rank, and NumPy does not promise the same permutation in every release. The Feistel network of `permute` needs about a
+`numpy.random.permutation` is not used. For a hundred million samples, its result takes 0.8 GB in every worker of every
+rank. NumPy also does not promise the same permutation in every release. The Feistel network of `permute` needs about a
 microsecond for each sample and no memory, and its result never changes. `EpochOrder` keeps only a few numbers for each
 shard in memory.
 
@@ -20,8 +20,8 @@ from typing import Literal
 import numpy as np
 
 Order = Literal["global", "shards"]
-"""Order within an epoch. With "global", samples are shuffled over the whole dataset; with "shards", within a few shards
-at a time."""
+"""Order within an epoch. With "global", the samples are shuffled over the whole dataset; with "shards", only within
+groups of a few shards."""
 
 _ROUNDS = 8
 _BLOCK = 4096
@@ -195,7 +195,7 @@ class EpochOrder:
         window : (int, int)
             Number of the epoch, and number of the window in this epoch.
         shards : list of int
-            Shards of the window in which `place` lies, and of the next window.
+            Shards of the window that contains `place`, and of the next window.
         """
         epoch, within_epoch = divmod(place, self.n)
         shards, _, window_ends = self._shard_order(epoch)
@@ -208,8 +208,8 @@ class EpochOrder:
     def _order_by_shards(self, places: np.ndarray, epoch: int) -> np.ndarray:
         """Compute which samples the order "shards" has at the given places of one epoch.
 
-        The shards of the epoch are concatenated in their random order. Each place lies in one window of shards, and a
-        permutation maps the place to a place of the same window. The sample that is stored at the resulting place is
+        The shards of the epoch are concatenated in their random order. Each place is in one window of shards, and a
+        permutation maps the place to a place in the same window. The sample that is stored at the resulting place is
         returned.
         """
         shards, shard_ends, window_ends = self._shard_order(epoch)
@@ -225,7 +225,7 @@ class EpochOrder:
         return self._first[shards[which]] + moved - (shard_ends[which] - self.samples[shards[which]])
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the shards of an epoch in random order, and the places at which each shard and each window ends."""
+        """Return the random order of the shards in an epoch, and the places where each shard and each window ends."""
         if epoch not in self._shards:
             # Batches never go back by more than one epoch, so delete the orders of earlier epochs.
             self._shards = {k: v for k, v in self._shards.items() if k >= epoch - 1}

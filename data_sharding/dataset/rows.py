@@ -1,8 +1,8 @@
 """Read the rows of a Parquet file that anybody may have changed: the ledger and the fingerprints of a dataset.
 
 A Parquet file of a few kB can unpack to gigabytes, because a text that every row repeats is stored only once. To limit
-the memory, the module first checks the types of the columns, decodes texts as dictionaries, and computes the size of
-the rows before it makes them.
+the memory, this module first checks the types of the columns, decodes each different text only once, and computes the
+size of the rows before it makes the rows.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _same_type(found: Any, wanted: Any) -> bool:
 
 
 def _memory(array: Any) -> int:
-    """Return the approximate memory of an array's values as Python objects, in bytes."""
+    """Return the approximate number of bytes that an array's values need as Python objects."""
     import pyarrow.compute as compute
     import pyarrow.types as kinds
 

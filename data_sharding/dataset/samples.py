@@ -97,7 +97,7 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
         raise ValueError("window holds values that are not finite in float16 microvolts")
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(pad_channels(half)), version=(1, 0), allow_pickle=False)
-    # The match window of zstd must be as long as the sample, because zstd does not find copied channels outside this
+    # The match window of zstd must be as long as the sample, because zstd finds copies of a channel only inside this
     # window.
     size = buffer.getbuffer().nbytes
     reach = min(max((size - 1).bit_length(), zstandard.WINDOWLOG_MIN), 27)

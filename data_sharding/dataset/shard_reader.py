@@ -88,7 +88,7 @@ class ShardSource(Protocol):
 
 @dataclass(kw_only=True)
 class PackedSamples:
-    """Samples as they are read from disk: the recorded channels of all samples in one array."""
+    """Samples that were read from disk: one array contains the recorded channels of all samples."""
 
     eeg: np.ndarray
     """Signals as float16 in microvolts; shape (sum of `n` over all samples, `T`)."""
@@ -146,7 +146,7 @@ def member_limits(samples: int) -> dict[str, int]:
 
 
 def padded_size(size: Any) -> Any:
-    """Return the number of bytes of a member's content in a tar, including padding."""
+    """Return the number of bytes that the content of a member takes in a tar, including padding."""
     return (size + HEADER - 1) // HEADER * HEADER
 
 
@@ -163,7 +163,8 @@ def read_entries(index: AnyPath, tar_bytes: int) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        The entry of each sample as `ShardWriter` writes it, with the sample's key, and offset and size of each member.
+        One entry for each sample, as `ShardWriter` writes the entry: the sample's key, and the offset and size of each
+        member.
 
     Raises
     ------

@@ -59,7 +59,7 @@ class Slots:
 
     @classmethod
     def by_number(cls, number: int) -> Slots:
-        """Return the `Slots` object of this process that has the given number.
+        """Return this process's `Slots` object with the given number.
 
         A message from a worker contains the number of a `Slots` object, because the shared memory itself cannot be
         pickled.
@@ -102,7 +102,7 @@ class BatchInSlot:
         return torch.from_numpy(Slots.by_number(self.slots).view(self.slot)[: self.rows])
 
     def copy_out(self) -> Batch:
-        """Copy the signals to ordinary memory, after which the worker may write to the slot again.
+        """Copy the signals to ordinary memory; after the copy, the worker may write to the slot again.
 
         Returns
         -------

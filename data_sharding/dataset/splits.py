@@ -1,7 +1,7 @@
 """Assignment of subjects, images and concepts to the splits train, val and test.
 
-A split that is chosen by hash depends only on the config and on the name of the subject, image or concept, so it does
-not change when new data are added.
+A split that is chosen by hash depends only on the config and on the name of the subject, image or concept. So the split
+does not change when new data are added.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from data_sharding.common.errors import RequestError
 
 SPLITS = ("train", "val", "test")
 TRAIN_OR_VAL = "train+val"
-"""Split of trials that are not in the test set of their corpus. A hash of the image's or concept's name moves some
-trials from this split to val."""
+"""Name for the split of trials that are not in the test set of their corpus. A hash of the image's or concept's name
+decides whether such a trial is in train or val."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +81,16 @@ class SplitConfig:
         image_id : str
             Name of the image; empty for a trial without an image.
         column : str
-            Split of the image that the corpus defines: train, val, test or `TRAIN_OR_VAL`; empty if the corpus defines
-            none.
+            Split that the corpus gives to the image: train, val, test or `TRAIN_OR_VAL`; empty if the corpus gives no
+            split.
         concept : str
             Concept of the image; required if whole concepts are held out.
 
         Returns
         -------
         str or None
-            train, val or test; None if the corpus defines no split, and the trial has no image or the config holds out
-            no images.
+            train, val or test. None if the corpus gives no split and the trial has no image, or if the corpus gives no
+            split and the config holds out no images.
 
         Raises
         ------
@@ -109,14 +109,14 @@ class SplitConfig:
         return _by_hash(f"{self.seed}/concept/{concept}", val, test)
 
     def trial(self, subject: str, image_id: str, column: str = "", concept: str = "") -> str | None:
-        """Return the split of a trial, from the split of its subject and the split of its image.
+        """Return the split of a trial, which depends on the splits of its subject and of its image.
 
         Parameters
         ----------
         subject, image_id : str
             Names of the subject and of the image.
         column : str
-            Split that the corpus defines, if any.
+            Split that the corpus gives to the trial; empty if the corpus gives no split.
         concept : str
             Concept of the image.
 
@@ -139,7 +139,7 @@ class SplitConfig:
         return of_subject if of_image in (None, of_subject) else None
 
     def check_subjects(self, subjects: Iterable[str]) -> None:
-        """Raise an error if a listed subject does not exist, or if no subject is left for train.
+        """Raise an error if a subject in the config does not exist, or if no subject is left for train.
 
         Parameters
         ----------
@@ -149,7 +149,7 @@ class SplitConfig:
         Raises
         ------
         RequestError
-            If a listed subject does not exist, or no subject is left for train.
+            If a subject in the config does not exist, or no subject is left for train.
         """
         everyone = set(subjects)
         bare = {_bare(s) for s in everyone}

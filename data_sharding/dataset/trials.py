@@ -1,4 +1,4 @@
-"""Table of the metadata of all samples of a split, so that the JSON of the samples is parsed only once.
+"""A table with the metadata of a split's samples, so that the JSON of each sample is parsed only once.
 
 The first process that needs the table reads the JSON of every sample and writes the table to a file in the cache folder
 (`data_sharding.dataset.cache.cache_folder`). Other processes of the machine wait until the file is complete. All
@@ -69,14 +69,14 @@ class TrialSource(Protocol):
 
 
 class TrialTable:
-    """Metadata of all samples of a split, in columns.
+    """Metadata of a split's samples, in columns.
 
     Parameters
     ----------
     table : pyarrow.Table
         Content of the table's file, from `open_table`.
     kept : ndarray of bool, shape (stored samples,), optional
-        Samples that the dataset reads; by default all.
+        True for each sample that the dataset reads; by default True for all samples.
 
     Notes
     -----
@@ -167,8 +167,8 @@ class TrialTable:
 class _Builder:
     """Collects the columns of a table sample by sample.
 
-    Each different text or list is stored once, and a sample stores only its number. For 661,600 trials, the stored
-    numbers take about 60 MB, whatever the size of the JSON.
+    Each different text or list is stored only once, with a number. For each sample, only this number is stored. For
+    661,600 trials, the stored numbers take about 60 MB, whatever the size of the JSON.
     """
 
     def __init__(self) -> None:
@@ -209,7 +209,7 @@ def _schema(digest: str) -> pa.Schema:
 
 
 def digest_of_split(path: AnyPath, split: str, shards: list[Shard]) -> str:
-    """Compute the checksum that names the table of a split.
+    """Compute the checksum that the file name of a split's table contains.
 
     Parameters
     ----------
@@ -223,8 +223,8 @@ def digest_of_split(path: AnyPath, split: str, shards: list[Shard]) -> str:
     Returns
     -------
     str
-        Checksum over the checksums of all shards. The shards of a local dataset are read without verification, so for a
-        local dataset the checksum also includes the path of the dataset, and the size and modification time of each
+        Checksum over the checksums of all shards. The shards of a local dataset are read without verification. So for a
+        local dataset, the checksum also includes the path of the dataset, and the size and modification time of each
         file.
     """
     files: list[Any] = []
@@ -277,7 +277,7 @@ def build_table(source: TrialSource, digest: str) -> pa.Table:
 def _read_file(path: Path, digest: str, samples: int) -> pa.Table | None:
     """Map the file of a table into memory and check the table.
 
-    The result is None if the file does not exist or is not the expected table.
+    The result is None if the file does not exist, or does not contain the expected table.
     """
     import pyarrow as pa
 
