@@ -18,7 +18,7 @@ from typing import Any
 from data_sharding.common.errors import EXIT_DONE, EXIT_STOPPED, RequestError, StopRequested, printable
 from data_sharding.common.files import atomic_write_text, digest_of, open_to_append, read_json, write_json
 from data_sharding.common.untrusted import check_group, check_number
-from launch.worker import PARENT
+from launch.parent import PARENT
 
 TAIL = 25
 """Number of lines of the log that are printed when a step fails."""

@@ -1,87 +1,13 @@
-"""The ``dreamscale`` command. The first argument names a subcommand; this module finds and runs it."""
+"""The ``dreamscale`` command.
 
-from __future__ import annotations
+Imports take time, and a signal can arrive at any moment, so this module imports only the handling of stop signals at
+first.
+"""
 
-import importlib
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.common.stop import end_command
-from launch.stages import STAGES
-
-
-def help_text() -> str:
-    """Return the text that ``dreamscale --help`` prints."""
-    lines = [
-        "usage: dreamscale COMMAND [CONFIG.yaml] [--dotted.key value ...]",
-        "",
-        "Turn EEG recordings of any maker into a pretrained encoder, and EEG into images of what a person saw.",
-        "",
-        "commands:",
-        *(f"  {name:<10} {stage.help}" for name, stage in STAGES.items()),
-        "",
-        "'dreamscale COMMAND --help' explains every key of a command.",
-        "'dreamscale COMMAND ... --print_config' prints the config that would be used, and stops.",
-        "exit codes: 0 done, 1 failed, 2 wrong request, 3 too many recordings quarantined, 75 stopped on request "
-        "(resume",
-        "            with the same command)",
-    ]
-    return "\n".join(lines)
-
-
-def _check_words(name: str, words: list[str]) -> None:
-    """Refuse a call without arguments if the command needs arguments, before slow libraries are imported."""
-    usage = STAGES[name].usage
-    if not words and usage and not usage.startswith("["):
-        raise RequestError(
-            f"usage: dreamscale {name} {usage} [--key value ...]; 'dreamscale {name} --help' explains every key"
-        )
-
-
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Show on a terminal that a command is being imported, because the import of PyTorch alone takes seconds."""
-    shown = sys.stderr.isatty()
-    if shown:
-        print(f"dreamscale {name}: loading ...", end="", file=sys.stderr, flush=True)
-    try:
-        yield
-    finally:
-        if shown:
-            # Erase the line with the "loading" message.
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def _dispatch(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(help_text())
-        return EXIT_DONE
-    if argv[0] in ("-V", "--version"):
-        from importlib import metadata
-
-        print(f"dreamscale {metadata.version('dreamscale')}")
-        return EXIT_DONE
-    name, words = argv[0], argv[1:]
-    if name not in STAGES:
-        import difflib
-
-        near = difflib.get_close_matches(name, STAGES, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "'dreamscale --help' lists the commands"
-        raise RequestError(f"unknown command '{name}'; {hint}")
-    _check_words(name, words)
-    stage = STAGES[name]
-    if stage.launcher is not None:
-        from launch.local import processes_wanted, run_launched
-
-        count = processes_wanted(words)
-        if count:
-            return run_launched(stage, words, count)
-    with _loading(name):
-        module = importlib.import_module(stage.module)
-    return module.main(words)
+from data_sharding.common.early_stop import end_on_stop_signals
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,10 +23,16 @@ def main(argv: list[str] | None = None) -> int:
     int
         Exit code: 0 done, 1 failed, 2 wrong request, 3 too many recordings quarantined, 75 stopped on request.
     """
+    if argv is None:
+        end_on_stop_signals()
+    from data_sharding.common.errors import run_main
+    from data_sharding.common.stop import end_command
+    from launch.commands import dispatch
+
     # The threads of a numerical operation wait for each other. A thread that waits actively keeps a core busy, although
     # another thread may need the core. On a busy machine, active waiting makes a command several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    code = run_main(_dispatch, argv)
+    code = run_main(dispatch, argv)
     return end_command(code) if argv is None else code
 
 

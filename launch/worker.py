@@ -14,21 +14,10 @@ from pathlib import Path
 
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, run_main
 from data_sharding.common.files import atomic_write_text
+from launch.parent import end_with_parent
 
 FOLDER = "DREAMSCALE_LAUNCH_FOLDER"
 """Environment variable that names the folder for the files with process ids and exit codes."""
-PARENT = "DREAMSCALE_PARENT"
-"""Environment variable with the process id of a parent process. A command ends when the parent process ends."""
-
-
-def end_with_parent() -> None:
-    """Ask the system to send SIGTERM to this process when its parent dies; this works on Linux only."""
-    if sys.platform != "linux":
-        return
-    import ctypes
-    import signal
-
-    ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.SIGTERM))  # 1: PR_SET_PDEATHSIG
 
 
 def read_numbers(folder: Path, suffix: str) -> dict[int, int]:

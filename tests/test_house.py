@@ -21,8 +21,20 @@ PACKAGES = ["launch", "finetune", "pretrain", "data_sharding"]
 """A package may import only packages that come after it in `PACKAGES`."""
 FOLDERS = {
     "launch": [
-        *("__main__", "cli", "configs", "doctor", "submit", "ray_train", "agent", "local", "ablate", "demo"),
-        *("chain", "stages", "worker"),
+        *(
+            "__main__",
+            "cli",
+            "commands",
+            "configs",
+            "doctor",
+            "submit",
+            "ray_train",
+            "agent",
+            "local",
+            "ablate",
+            "demo",
+        ),
+        *("chain", "stages", "worker", "parent"),
     ],
     "finetune": [
         *("align", "generate", "retrieval", "stable_diffusion", "dm_re2i", "evaluation", "generation", "linear"),

@@ -7,12 +7,13 @@ import re
 import sys
 from collections.abc import Callable
 
+from data_sharding.common.early_stop import EXIT_STOPPED
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_REQUEST = 2
 EXIT_SET_ASIDE = 3
 EXIT_NOT_KNOWN = 3
-EXIT_STOPPED = 75
 LONGEST_LINE = 2000
 """Largest number of characters of the line that a command prints for an error."""
 # C0 and C1 control characters, characters that change the direction of text, and single surrogates (halves of a

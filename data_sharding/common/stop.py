@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import os
 import select
 import signal
@@ -21,9 +22,9 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
-from data_sharding.common.errors import EXIT_STOPPED, StopRequested
+from data_sharding.common.early_stop import EXIT_STOPPED, SIGNALS, stop_reason
+from data_sharding.common.errors import StopRequested
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_S = 8.0
 """Number of seconds that a command has after a signal to end by itself. Docker kills a process 10 s after the
 signal."""
@@ -58,8 +59,7 @@ class _Stop:
 
     def error(self) -> StopRequested:
         assert self.number is not None
-        name = signal.Signals(self.number).name
-        return StopRequested(f"{name}: all finished work is kept; run the same command to resume")
+        return StopRequested(stop_reason(self.number))
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         self.number = number
@@ -154,6 +154,8 @@ def raise_on_stop_signals() -> Iterator[None]:
             for number, handler in before.items():
                 signal.signal(number, handler)
         return
+    # `watch` needs psutil, and cannot import it if the main thread hangs in an import.
+    importlib.import_module("psutil")
     wakeup = signal.set_wakeup_fd(stop.write, warn_on_full_buffer=False)
     threading.Thread(target=stop.watch, daemon=True, name="stop").start()
     unraisable = sys.unraisablehook

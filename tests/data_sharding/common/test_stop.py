@@ -4,10 +4,12 @@ process."""
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -108,3 +110,61 @@ def test_a_command_without_a_stop_keeps_its_exit_code_and_errors() -> None:
     for body, code in {"return 3": 3, "raise SystemExit(4)": 4}.items():
         done = subprocess.run([sys.executable, "-c", COMMAND.replace("{body}", body)], capture_output=True, check=False)
         assert done.returncode == code and not done.stderr
+
+
+SLOW_IMPORT = """
+import sys, time
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{module}":
+            print("ready", flush=True)
+            time.sleep({seconds})
+
+sys.meta_path.insert(0, Slow())
+"""
+STARTS = {
+    "python -m launch": ["-m", "launch", "shard"],
+    "dreamscale": ["-c", "import sys; from launch.cli import main; sys.exit(main())", "shard"],
+    "python -m data_sharding": ["-m", "data_sharding"],
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("module", "seconds"), [("data_sharding.common.errors", 60), ("data_sharding.job.run", 1)])
+@pytest.mark.parametrize("start", STARTS)
+def test_a_sharding_job_can_be_stopped_during_its_first_imports(
+    tmp_path: Path, start: str, module: str, seconds: int, number: signal.Signals
+) -> None:
+    """The command is in one of its first imports when the signal arrives."""
+    (tmp_path / "sitecustomize.py").write_text(
+        SLOW_IMPORT.replace("{module}", module).replace("{seconds}", str(seconds))
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])])
+    command = [sys.executable, *STARTS[start], "config.yaml", "--output", str(tmp_path / "out")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert err == (
+        f"dreamscale: stopped on request; {number.name}: all finished work is kept; run the same command to resume\n"
+    )
+
+
+def test_a_job_that_hangs_in_an_import_ends(tmp_path: Path) -> None:
+    """The hanging import holds the lock that all imports need."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_IMPORT.replace("{module}", "slow").replace("{seconds}", "60"))
+    command = [sys.executable, "-c", COMMAND.replace("{body}", "import slow")]
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])])
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 75 and "stopped on request; SIGTERM" in err

@@ -1,0 +1,38 @@
+"""End a command that receives a stop signal before it has done any work.
+
+This module imports little, so that a command can call `end_on_stop_signals` before its slow imports. Without this
+module, a signal during these imports would end the command with another exit code and without a message.
+"""
+
+import os
+import signal
+from types import FrameType
+
+EXIT_STOPPED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def stop_reason(number: int) -> str:
+    """Return which signal stopped a command, and what to do, as one line."""
+    return f"{signal.Signals(number).name}: all finished work is kept; run the same command to resume"
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    os.write(2, f"dreamscale: stopped on request; {stop_reason(number)}\n".encode())
+    os._exit(EXIT_STOPPED)
+
+
+def end_on_stop_signals() -> None:
+    """From now on, end this process at once if SIGTERM or SIGINT arrives.
+
+    Call this function only while the process has no child processes and has written no files.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _end)
+
+
+def restore_default_signals() -> None:
+    """Undo `end_on_stop_signals`, for commands that do not handle stop signals, or handle them later."""
+    for number, handler in zip(SIGNALS, (signal.SIG_DFL, signal.default_int_handler), strict=True):
+        if signal.getsignal(number) is _end:
+            signal.signal(number, handler)
