@@ -1,7 +1,7 @@
 """Read the metadata about the person, the date and the device of a recording.
 
-Headers can hold a name, a birth date and a patient number. Names, dates and numbers are not stored: `About` has only an
-age in years and a year, and `Patient` is only used to compute a hash (see docs/privacy.md).
+Headers can hold a name, a birth date and a patient number. These are not stored: `About` has only an age in years and
+the year of the recording, and `Patient` is used only to compute a hash (see docs/privacy.md).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from data_sharding.formats.headers import DAMAGED, edf_layout, read_range
 from data_sharding.formats.signal import About
 
 OLDEST = 90
-"""Higher ages are stored as this number, because very old people could be recognised by their age."""
+"""Ages above 90 are stored as 90, because very old people could be recognised by their age."""
 UNKNOWN_DATES = frozenset(
     datetime.date(*day)
     for day in ((1900, 1, 1), (1970, 1, 1), (1980, 1, 1), (1985, 1, 1), (1999, 12, 31), (2000, 1, 1))
 )
-"""Dates that some programs write in place of an unknown or removed date."""
+"""Dates that some programs write if the true date is unknown or was removed."""
 EARLIEST = 1925
-"""Years before this year are ignored, because BIDS datasets replace real dates by dates before 1925, for privacy."""
+"""Years before 1925 are ignored, because BIDS datasets replace real dates by dates before 1925, for privacy."""
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 NOBODY = frozenset(
     re.findall(
@@ -43,12 +43,12 @@ AGE = re.compile(r"age[:=]?(\d{1,3})|(\d{1,3})(?:yrs?|years?|y|yo|j)", re.IGNORE
 AMPLIFIERS = re.compile(
     r"\b(BrainAmp(?: DC| MR(?: ?plus)?| ExG)?|actiCHamp(?: Plus)?|LiveAmp|QuickAmp|V-Amp|actiCAP|eego|EEGO)\b"
 )
-"""Names of amplifiers in the comments of BrainVision headers."""
+"""Pattern that finds the name of an amplifier in the comments of a BrainVision header."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patient:
-    """The person that the patient field of a header names. Never print or store the fields of this class."""
+    """The person whose data are in the patient field of a header. Never print or store the fields of this class."""
 
     identity: str
     """Text that is the same in all recordings of this patient."""
@@ -63,7 +63,8 @@ class Patient:
 def years_between(birth: datetime.date, day: datetime.date) -> int | None:
     """Return an age in whole years, at most `OLDEST`.
 
-    Return None if the date of birth and the day of the recording contradict each other, or if one is a placeholder.
+    Return None if the date of birth and the day of the recording contradict each other, or if the date of birth is a
+    placeholder.
     """
     new_year = (birth.month, birth.day) == (1, 1) and birth.year == day.year
     if birth in UNKNOWN_DATES or birth == day or new_year:
@@ -111,7 +112,7 @@ def _words(text: str) -> list[str]:
 
 
 def _fields(fixed: bytes) -> tuple[list[str], bool]:
-    """Return the words of the patient field of an EDF or BDF header, and whether their order is that of EDF+."""
+    """Return the words in the patient field of an EDF or BDF header, and whether they are ordered as in EDF+."""
     words = fixed[8:88].decode("latin-1").replace("\0", " ").split()
     plus = fixed[192:196] in (b"EDF+", b"BDF+")
     like = len(words) > 3 and words[1] in ("M", "F", "X") and (words[2] == "X" or _parse_date(words[2]) is not None)
@@ -160,12 +161,14 @@ def read_patient(path: AnyPath, format_: str) -> Patient | None:
     """
     try:
         return parse_patient(read_range(path, 0, 256), format_)
-    except Exception:  # Each library of an object store has its own errors. The worker reports an unreadable file.
+    # Each library for an object store has its own types of errors. If the file cannot be read, a later step reports
+    # this.
+    except Exception:
         return None
 
 
 def private_words(path: AnyPath, format_: str) -> list[str]:
-    """Return the words of a header's patient field that must be removed from messages.
+    """Return the words that must be removed from messages, because they are in the patient field of the header.
 
     Parameters
     ----------
@@ -192,7 +195,7 @@ def private_words(path: AnyPath, format_: str) -> list[str]:
 
 
 def hide(text: str, words: list[str]) -> str:
-    """Replace words of a patient field in a text by three asterisks."""
+    """Replace each of the given words in a text by three asterisks."""
     for word in words:
         text = re.sub(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])", "***", text, flags=re.IGNORECASE)
     return text
@@ -209,8 +212,8 @@ def edf_about(path: AnyPath) -> About:
     Returns
     -------
     About
-        Age, sex, year, device and filters. From the header's field "recording" of EDF+, only the date and the device
-        name are read, because the other words of this field can be the names of the people who made the recording.
+        Age, sex, year, device and filters. Only the date and the device name are read from the EDF+ field "recording",
+        because its other words can be the names of the people who made the recording.
     """
     fixed = read_range(path, 0, 256)
     words, ordered = _fields(fixed)
@@ -236,7 +239,7 @@ def edf_about(path: AnyPath) -> About:
 
 
 def _edf_filters(path: AnyPath) -> str:
-    """Return the most frequent descriptions of filters in the header, at most three."""
+    """Return the three most frequent filter descriptions in the header, joined to one text."""
     layout = edf_layout(path)
     n = len(layout.labels)
     texts = read_range(path, 256 + 136 * n, 80 * n).decode("latin-1")

@@ -39,11 +39,11 @@ NOT_EEG = {
 """Patterns of channel names that are not EEG, even if the file gives them the type EEG. A pattern must match the whole
 name; case is ignored."""
 EARS = ("A1", "A2", "M1", "M2")
-"""Names of earlobes and mastoids, which are references and not scalp electrodes, except on caps with names A1 ..
-A32."""
+"""Names of electrodes on earlobes and mastoids. These are references and not scalp electrodes, except on caps whose
+electrodes are named A1 .. A32."""
 GRID_NAME = re.compile(r"[A-I]\d{1,2}")
 NET_NAME = re.compile(r"E0*(\d{1,3})", re.IGNORECASE)
-"""Names of the electrodes of an EGI net. In a sleep recording, E1 and E2 are eye electrodes (EOG)."""
+"""Pattern of the electrode names of an EGI net. In a sleep recording, E1 and E2 are eye electrodes (EOG)."""
 VERTEX = ("CZ", "VREF", "VERTEX REFERENCE")
 """Names of the vertex electrode of an EGI net. In some files the vertex electrode has a number instead of a name."""
 NETS = {
@@ -52,7 +52,7 @@ NETS = {
     128: "GSN-HydroCel-129",
     256: "GSN-HydroCel-257",
 }
-"""MNE's names of EGI's nets, by number of electrodes without the vertex."""
+"""MNE's name of each EGI net. The key is the number of electrodes without the vertex electrode."""
 DECORATION = re.compile(r"(EEG|POL)[ _:-]+(?=\S*[A-Za-z$])", re.IGNORECASE)
 """Prefix of channel names in Nihon Kohden and clinical files. The prefix is removed, except if only a number
 follows."""
@@ -66,7 +66,7 @@ C3."""
 INTRACRANIAL = ("seeg", "ecog", "dbs")
 """Types of electrodes inside the skull, in MNE's terms."""
 MIN_STANDARD = 0.5
-"""Standard positions are used only if at least this fraction of the channel names are standard electrode names."""
+"""Standard positions are used only if at least this fraction of the channels have the name of a standard electrode."""
 
 
 @dataclass(kw_only=True)
@@ -88,9 +88,10 @@ class Channels:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names of the channels that are not EEG, grouped by kind of channel."""
     unknown_unit: str = ""
-    """Unknown unit of the channels, if none of the channels has a known unit, so that the recording cannot be used."""
+    """Text of the unknown unit, if no channel has a known unit. Such a recording cannot be used. Otherwise empty."""
     selection: str = "all"
-    """Rule by which 128 channels were chosen from a recording with more channels."""
+    """Text for the ledger that says which channels are kept, such as "120 good of 140"; "all" if no channel is
+    dropped."""
     notes: list[str] = field(default_factory=list)
     """Notes about the channels for the ledger."""
 
@@ -141,7 +142,7 @@ def _montage(name: str) -> dict[str, list[float]]:
     """Return the positions of a standard montage, in the head coordinates that files use.
 
     MNE's montage templates use MRI coordinates. Recordings use head coordinates, which are defined by ears and nose.
-    The position of Cz differs by five centimetres between MRI coordinates and head coordinates.
+    In these two coordinate systems, the positions of Cz are five centimetres apart.
     """
     import warnings
 
@@ -171,7 +172,8 @@ def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
     name : str
         Canonical name.
     grid : bool
-        Whether the channel names of the recording form a grid (A1 .. D32). In a grid, ``A1`` is a scalp electrode.
+        Whether the channel names of the recording are those of a BioSemi cap (A1 .. D32). On a BioSemi cap, ``A1`` is a
+        scalp electrode.
     net : bool
         Whether the recording was made with an EGI net. Without an EGI net, ``E1`` and ``E2`` are eye electrodes.
 
@@ -191,7 +193,7 @@ def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
 
 
 def is_grid(names: list[str]) -> bool:
-    """Return whether channel names form a BioSemi grid (A1 .. D32).
+    """Return whether channel names form a grid, as on a BioSemi cap (A1 .. D32).
 
     Some names of a BioSemi grid, such as C3, are also names of the 10-20 system.
 
@@ -244,8 +246,8 @@ def clean_position(xyz: list[float]) -> list[float] | None:
     Returns
     -------
     list of float or None
-        The position, rounded to a hundredth of a millimetre; None if the point cannot be on a head. (A position of zero
-        means "not measured", and a head is less than half a metre wide.)
+        The position, rounded to a hundredth of a millimetre; None if the position cannot be on a head: less than 2 cm
+        (zero means "not measured") or at least 50 cm from the origin.
     """
     good = len(xyz) == 3 and np.isfinite(xyz).all() and 0.02 < np.linalg.norm(xyz) < 0.5
     return [round(float(v), 5) for v in xyz] if good else None
@@ -266,16 +268,16 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
         size = {frozenset("AB"): 64, frozenset("ABCD"): 128, frozenset("ABCDE"): 160, frozenset("ABCDEFGH"): 256}.get(
             frozenset(letters)
         )
-        # Caps of different sizes use the same names, such as A1, so the cap is identified only if all of its electrodes
-        # exist.
+        # Caps of different sizes use the same names, such as A1, so a cap is recognised only if the file has all
+        # electrodes of this cap.
         if size in (128, 160, 256) and set(names) == full:
             table = _montage(f"biosemi{size}")
             return [table.get(n) for n in names], f"biosemi{size}"
         return nothing, "none"
     numbers = [int(m.group(1)) for m in map(NET_NAME.fullmatch, names) if m]
     if len(numbers) >= 25 and len(numbers) + sum(n.upper() in VERTEX for n in names) == len(names):
-        # The vertex electrode of a net has the number after the last other electrode. If too many electrodes of a net
-        # are missing, the net is not identified.
+        # The vertex electrode of a net has the highest number. If more than a fifth of the electrodes are missing, the
+        # positions stay unknown.
         size = next((s for s in NETS if max(numbers) <= s + 1), 0)
         if len(set(numbers)) < 0.8 * size or not size:
             return nothing, "none"
@@ -297,9 +299,9 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
 def pick_channels(info: SignalInfo) -> Channels:
     """Find the EEG channels of a recording.
 
-    Contacts inside the skull are used only if `SignalInfo.intracranial` is set. Names of contacts inside the skull are
-    not changed, because a contact named T3 or A1 of a depth electrode is not the scalp electrode T3 or A1. Positions of
-    contacts inside the skull come only from the file.
+    Contacts inside the skull are used only if `SignalInfo.intracranial` is set. The names of these contacts are not
+    changed, because T3 or A1 can be a contact of a depth electrode, and is then not the scalp electrode T3 or A1.
+    The positions of these contacts are read only from the file.
 
     Parameters
     ----------
@@ -385,7 +387,7 @@ def choose(channels: Channels, bads: list[int], limit: int = 128) -> tuple[list[
     channels : Channels
         EEG channels of the recording.
     bads : list of int
-        Rows of bad channels. Bad channels are dropped before good channels.
+        Rows of bad channels. Good channels are dropped only after all bad channels are dropped.
     limit : int
         Largest number of channels to keep.
 
@@ -407,8 +409,8 @@ def choose(channels: Channels, bads: list[int], limit: int = 128) -> tuple[list[
         chosen = sorted(good, key=lambda i: _natural(channels.names[i]))[:limit]
         return sorted(chosen), f"first {limit} of {n} by name"
     xyz = np.array([channels.positions[i] for i in placed], float)
-    # Farthest point sampling: begin at the vertex, then repeatedly add the electrode farthest from the chosen
-    # electrodes.
+    # Farthest point sampling: begin at the top of the head, then repeatedly add the electrode that is farthest from all
+    # electrodes chosen so far.
     first = int(np.argmax(xyz[:, 2]))
     order, distance = [first], np.linalg.norm(xyz - xyz[first], axis=1)
     while len(order) < limit:

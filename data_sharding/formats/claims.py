@@ -1,4 +1,4 @@
-"""Find all files of a recording by the file names that its main file contains, and not by similar file names."""
+"""Find all files of a recording: their names are read from its main file, and not guessed from similar names."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from data_sharding.common.untrusted import is_special
 from data_sharding.formats import headers
 
 TAIL_BYTES = 1 << 18
-"""Number of bytes at the end of a FIF file that are searched for the name of its next part, besides its first bytes."""
+"""The name of the next part of a split FIF file is searched in the first bytes of the file, and in this number of bytes
+at its end."""
 MOST_SET_BYTES = 1 << 26
 """A ``.set`` file with more bytes than this contains the signal itself, so no ``.fdt`` file is searched for."""
 REF_ROLE, REF_FILE_NUMBER, REF_FILE_NAME, NEXT_FILE = 115, 117, 118, 2
-"""Codes of the FIF tags that refer to another file, and the value of REF_ROLE for the next part of a split file."""
+"""Codes of the three FIF tags that refer to another file. The value `NEXT_FILE` in a tag `REF_ROLE` means: the next
+part of a split file."""
 INTEGER, TEXT = 3, 10
 """FIF codes of the data types integer and text."""
 ROLE = struct.pack(">3i", REF_ROLE, INTEGER, 4)
 CHARACTERS = 512
-"""Largest number of bytes that is read of a tag's value, for example of a file name."""
+"""A tag whose value (for example a file name) has more bytes than this is ignored."""
 COMPRESSED = 15
 """Code of a compressed variable in MATLAB files."""
 ONE_BYTE = re.compile(rb"[^\x00-\x1f/\\:*?\"<>|']{1,200}\.fdt", re.IGNORECASE)
@@ -44,7 +46,8 @@ def files_beside(path: AnyPath) -> Near:
     Returns
     -------
     mapping of str to path
-        Entries of the folder (including `path`) by lower-case name. Pipes, sockets and devices are left out.
+        All entries of the folder, including `path` itself. The keys are the names in lower case. Pipes, sockets and
+        devices are left out.
     """
     entries = [entry for entry in path.parent.iterdir() if is_remote(entry) or not is_special(str(entry))]
     return {entry.name.lower(): entry for entry in entries}
@@ -84,7 +87,7 @@ def _end_of_gzip(path: AnyPath) -> bytes:
 def _next_name(data: bytes, own: str) -> str | None:
     """Find the name of the next part of a split FIF file in the bytes of a part.
 
-    A FIF tag consists of the integers kind, type, size and next, and of the value.
+    A FIF tag consists of four integers (kind, type, size and next), followed by the value.
     """
     at = -1
     while (at := data.find(ROLE, at + 1)) >= 0:
@@ -121,13 +124,13 @@ def eeglab_signal_name(path: AnyPath, near: Collection[str]) -> str | None:
     Returns
     -------
     str or None
-        Name of the ``.fdt`` file. None if the ``.set`` file contains the name of no ``.fdt`` file in this folder, or
-        several such names.
+        Name of the ``.fdt`` file. None if the ``.set`` file does not contain the name of exactly one ``.fdt`` file in
+        this folder.
 
     Notes
     -----
-    This function searches the bytes of the file for the name. A MATLAB library would also load the signal, and could
-    allocate gigabytes for a damaged file.
+    This function searches the bytes of the ``.set`` file for the name. A MATLAB library would load the signal too, and
+    could allocate gigabytes for a damaged file.
     """
     if headers.size_of(path) > MOST_SET_BYTES:
         return None
@@ -175,7 +178,7 @@ def link_files(files: tuple[Path, ...], folder: Path, names: dict[Path, str]) ->
     folder : Path
         The folder.
     names : dict
-        Maps each file whose link must have another name to the name of its link.
+        Names of the links. A file without an entry gets a link with the name of the file.
     """
     for file in files:
         (folder / names.get(file, file.name)).symlink_to(file.absolute())

@@ -81,7 +81,7 @@ def _marks() -> str:
 
 
 TABLES = {"formats": _formats, "interruptions": _marks}
-"""Function that writes the table for each marker name."""
+"""For each name in a marker of ``docs/formats.md``: the function that returns the table."""
 
 
 def update(text: str) -> str:

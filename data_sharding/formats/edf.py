@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from mne.io import BaseRaw
 
 LOWEST_HZ = 100.0
-"""A channel with a lower sampling rate in Hz cannot represent the EEG band, so it is marked as bad if other channels
-have a higher rate."""
+"""A channel with a sampling rate below 100 Hz cannot represent the EEG band, so this channel is marked as bad if other
+channels have a higher rate."""
 
 
 class RecordsSignal(RawSignal):
@@ -39,8 +39,9 @@ class RecordsSignal(RawSignal):
     raw : mne.io.BaseRaw
         Channels with the main sampling rate.
     others : list of (mne.io.BaseRaw, Fraction)
-        Channels with other sampling rates, each with the ratio of the main rate to its rate. These channels are
-        resampled to the main rate, with the same result as if each segment were resampled as a whole.
+        Groups of channels with other sampling rates. Each group has the ratio of the main rate to the rate of the
+        group. These channels are resampled to the main rate; the result is the same as if each segment were resampled
+        as a whole.
     **more : Any
         Further arguments of `RawSignal`.
     """
@@ -72,8 +73,8 @@ class RecordsSignal(RawSignal):
 
         raw, ratio, pick = self._others[number]
         up, down = ratio.numerator, ratio.denominator
-        # `reach` covers half the length of the filter of resample_poly, in input samples. Input samples further away do
-        # not change an output sample.
+        # `reach` is at least half the length of resample_poly's filter, in input samples. An output sample does not
+        # depend on input samples that are further away.
         reach = 10 * max(up, down) // up + down + 1
         first, last = segment.start * down // up, segment.stop * down // up
         a = max(first, first + (start * down // up - reach - first) // down * down)
@@ -101,7 +102,7 @@ class MissingSignal(RawSignal):
     layout : Layout
         Layout of the records.
     numbers : list of int
-        Numbers of the channels of `raw` in the header.
+        For each channel of `raw`: number of the channel in the header.
     **more : Any
         Further arguments of `RawSignal`.
     """
@@ -136,8 +137,8 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
         layout = headers.gdf_layout(path) if format_ == "gdf" else headers.edf_layout(path)
         count = _rate_of_eeg(layout)
         signals = [i for i, label in enumerate(layout.labels) if label not in headers.ANNOTATIONS]
-        # Do not let MNE resample. MNE resamples each block separately to the highest rate, with errors at the edges of
-        # blocks.
+        # Do not let MNE resample. MNE would resample each block separately to the highest rate, which causes errors at
+        # the edges of the blocks.
         electrodes = is_electrode(layout.labels)
         rates: dict[int, list[int]] = {}
         left_out: dict[str, str] = {}
@@ -196,9 +197,9 @@ def _say_records(layout: headers.Layout, held: int) -> str:
 def _find_marks(
     format_: str, path: Path, layout: headers.Layout, main: list[int], per_record: int
 ) -> tuple[dict[str, Any], bool]:
-    """Return the arguments of `RawSignal` that describe segments, annotations, marks and notes of a file.
+    """Return the segments, annotations, marks and notes of a file, as arguments of `RawSignal`.
 
-    The second returned value says whether values are missing in some channels only.
+    The second returned value is True if some channels, but not all, have missing values.
     """
     notes: list[str] = []
     if format_ == "gdf":
@@ -238,7 +239,7 @@ class _Opened:
 
 
 def _separate(layout: headers.Layout, rates: dict[int, list[int]]) -> dict[str, str]:
-    """Remove the channels that MNE cannot open from `rates`, and return the names of these channels with the reason.
+    """Remove from `rates` the channels that MNE cannot open; return the names of these channels, each with the reason.
 
     MNE selects channels by name. If two channels with different rates have the same name, MNE would resample the slower
     channel.
@@ -306,7 +307,7 @@ def unique_names(labels: list[str]) -> tuple[list[str], list[str]]:
     """Return unique names for channels with equal labels, and a note for each label that exists several times.
 
     Channels with equal labels get numbers as in MNE (``EEG-0``, ``EEG-1``). If the label is the name of an electrode,
-    the first channel keeps this label, and with it the position of the electrode.
+    the first channel keeps this label, so it keeps the position of the electrode too.
     """
     counts, seen, names, notes = Counter(labels), Counter(), [], []
     electrodes = is_electrode(labels)
@@ -325,15 +326,15 @@ def unique_names(labels: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _rate_of_eeg(layout: headers.Layout) -> int:
-    """Return the number of samples per record of the EEG channels; if EEG channels differ, the most frequent number."""
+    """Return how many samples an EEG channel has in a record; if EEG channels differ, the most frequent number."""
     counts: Counter[int] = Counter()
     electrodes = is_electrode(layout.labels)
     for i, (label, unit, count) in enumerate(zip(layout.labels, layout.units, layout.per_record, strict=True)):
         if label in headers.ANNOTATIONS or count < 1 or i in layout.unscaled:
             continue
         other = kind_of(canonical_name(label)) is not None or not (names_no_unit(unit) or to_volts(unit))
-        # Channels with electrode names have the most weight for the choice of the rate, then channels that may be EEG,
-        # then all other channels.
+        # For the choice of the rate, channels with electrode names have the most weight, other channels that may be EEG
+        # have less, and all other channels have the least.
         counts[count] += 1 if other else 10**6 if electrodes[i] else 1000
     usable = [electrodes[i] for i in range(len(layout.labels)) if i not in layout.unscaled]
     if layout.unscaled and not (any(usable) if any(electrodes) else counts):

@@ -1,8 +1,8 @@
-"""Compare the header of a recording with the size of its file.
+"""Check whether the header of a recording is consistent with the size of the file.
 
-A damaged header can claim any size, and could waste memory or time. To prevent this, each number in a header is
-compared with the size of the file before the number is used. The check of a header takes a path of pathlib or
-universal_pathlib, and reads only a few ranges of bytes.
+The numbers in a damaged header can be very large, and a reader that trusts them could use too much memory or time.
+Therefore each number in a header is compared with the size of the file before the number is used. A check of a header
+accepts a path of pathlib or universal_pathlib, and reads only a few ranges of bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NIHON_BLOCKS = 1024
 ANNOTATIONS = ("EDF Annotations", "BDF Annotations")
 """Names of the annotation signals of EDF+ and BDF+. A file may have several annotation signals."""
 DAMAGED = (ValueError, ArithmeticError, LookupError, struct.error, SyntaxError, TypeError)
-"""Errors that parsing a damaged header can raise; XML's ParseError is a SyntaxError."""
+"""Errors that can be raised while a damaged header is parsed. (The ParseError of the XML parser is a SyntaxError.)"""
 
 
 class Damaged(ValueError):
@@ -47,11 +47,12 @@ class Layout:
     units: list[str]
     """Unit of each channel, such as uV; an empty string if the file names no unit."""
     unscaled: dict[int, str]
-    """Channels whose header gives no scale: index and fault."""
+    """Channels for which the header gives no valid scale. The key is the index of the channel, the value a text with
+    the fault."""
     per_record: list[int]
     """Number of samples of each channel in one record."""
     n_records: int
-    """Number of records according to the header; zero or negative if the header does not give the number."""
+    """Number of records in the header; zero or negative if the header does not give the number."""
     record_s: float
     """Length of a record in seconds."""
     header_bytes: int
@@ -138,7 +139,7 @@ def decode_text(data: bytes) -> tuple[str, str]:
 
 
 def ini_value(text: str, key: str) -> str | None:
-    """Find the value of a key in an INI header, ignoring the case of the key.
+    """Find the value of a key in an INI header; upper and lower case of the key do not matter.
 
     Parameters
     ----------
@@ -228,7 +229,7 @@ def _integer(field: bytes, default: int) -> int:
 
 
 def count_records(path: AnyPath, layout: Layout) -> int:
-    """Return the number of complete records between the header and the end of a file."""
+    """Return how many complete records are between the header and the end of a file."""
     return max(0, (size_of(path) - layout.header_bytes) // layout.record_bytes)
 
 
@@ -241,7 +242,10 @@ def count_gdf_records(path: AnyPath, layout: Layout) -> int:
 
 
 def parse_number(text: str) -> float | None:
-    """Parse the number in a text field of a header, also with a decimal comma; return None for any other text."""
+    """Parse a number in a text field of a header; return None if the text is not a number.
+
+    A decimal comma is allowed.
+    """
     try:
         return float(text.strip(" \0").replace(",", "."))
     except ValueError:
@@ -258,7 +262,7 @@ def _limits(low: Sequence[str | float], high: Sequence[str | float]) -> list[tup
 
 
 def _unscaled(physical: list[tuple[float, float]], digital: list[tuple[float, float]]) -> dict[int, str]:
-    """Return the channels whose minimum equals the maximum, or whose range is not a number."""
+    """Return the channels without a valid range: minimum and maximum are equal, or one of these is not a number."""
     out = {}
     for what, limits in (("digital", digital), ("physical", physical)):
         for i, (a, b) in enumerate(limits):
@@ -270,7 +274,7 @@ def _unscaled(physical: list[tuple[float, float]], digital: list[tuple[float, fl
 
 
 def check_edf(path: AnyPath, head: bytes = b"") -> tuple[Reason | None, bool]:
-    """Compare the header of an EDF or BDF file with its size.
+    """Compare the header of an EDF or BDF file with the size of the file.
 
     Parameters
     ----------
@@ -284,7 +288,7 @@ def check_edf(path: AnyPath, head: bytes = b"") -> tuple[Reason | None, bool]:
     problem : Reason or None
         The problem that was found; None if the file has no problem.
     continuous : bool
-        False if the file has no problem, but contains no continuous signal.
+        False if the file is undamaged, but contains no continuous signal.
     """
     layout = edf_layout(path, head)
     signals = [i for i, label in enumerate(layout.labels) if label not in ANNOTATIONS]
@@ -355,7 +359,7 @@ def gdf_layout(path: AnyPath, head: bytes = b"") -> Layout:
 
 
 def check_gdf(path: AnyPath, head: bytes = b"") -> Reason | None:
-    """Compare the header of a GDF file with its size."""
+    """Compare the header of a GDF file with the size of the file."""
     layout = gdf_layout(path, head)
     have = (size_of(path) - layout.header_bytes) / layout.record_bytes
     return (
@@ -371,7 +375,7 @@ def check_gdf(path: AnyPath, head: bytes = b"") -> Reason | None:
 def check_brainvision(text: str, data: AnyPath) -> Reason | None:
     """Compare a BrainVision header with its data file. A V-Amp file stores one more channel than its header states."""
     n, number = int(ini_value(text, "NumberOfChannels") or 0), ini_value(text, "DataPoints") or ""
-    # If the header does not give DataPoints, readers compute the number of samples from the file size.
+    # If the key DataPoints is missing, readers compute the number of samples from the file size.
     points = int(number) if re.fullmatch(r"-?\d{1,18}", number) else 0
     if n < 1 or points < 0:
         raise Damaged
@@ -388,15 +392,15 @@ def check_brainvision(text: str, data: AnyPath) -> Reason | None:
 
 
 def check_neuroscan(path: AnyPath, head: bytes = b"") -> Reason | None:
-    """Check the header of a Neuroscan CNT file: the event table must lie inside the file."""
+    """Check the header of a Neuroscan CNT file: the event table must begin inside the file."""
     head = read_range(path, 0, 900, head)
     n, rate = struct.unpack_from("<H", head, 370)[0], struct.unpack_from("<H", head, 376)[0]
     events = struct.unpack_from("<I", head, 886)[0]
     size, start = size_of(path), 900 + 75 * n
     if not n or not rate or len(head) < 900:
         raise Damaged
-    # The offset of the event table has four bytes, so it can be wrong in a large file. Check the offset only in files
-    # below 2 GiB.
+    # The header stores the offset of the event table in only four bytes, so the offset is checked only in files below 2
+    # GiB.
     if size < 1 << 31 and start < events < 1 << 31 and events > size:
         return _truncated(events, "bytes of signal", size)
     return Reason("no signal", "the file ends with the header") if size <= start else None
@@ -413,7 +417,7 @@ def check_ant(path: AnyPath, head: bytes = b"") -> Reason | None:
 
 
 def check_nedf(path: AnyPath, head: bytes = b"") -> Reason | None:
-    """Compare the header of a NEDF file with the file size. A header with a layout that MNE cannot read is refused."""
+    """Compare the number of samples in the header of a NEDF file with the size of the file."""
     import defusedxml.ElementTree
 
     xml = defusedxml.ElementTree.fromstring(read_range(path, 0, NEDF_HEADER, head).split(b"\0")[0])
@@ -442,8 +446,8 @@ def egi_header(head: bytes) -> dict[str, int] | None:
     Returns
     -------
     dict or None
-        The fields of the header. None if the version, the date or a count is not plausible, because the file then has
-        another format.
+        The fields of the header. None if the version, the date or a number is not plausible: then the file has another
+        format.
     """
     if len(head) < 36:
         return None
@@ -458,7 +462,7 @@ def egi_header(head: bytes) -> dict[str, int] | None:
 
 
 def check_egi(path: AnyPath, head: bytes) -> tuple[Reason | None, bool]:
-    """Compare the header of an EGI simple binary file with its size."""
+    """Compare the header of an EGI simple binary file with the size of the file."""
     fields = egi_header(head)
     if fields is None:
         raise Damaged
@@ -566,7 +570,8 @@ def check_mff(files: tuple[Path, ...]) -> Reason | None:
                 head = stream.read(12)
                 if len(head) < 4:
                     return _truncated(at + 4, f"bytes in {path.name}", size)
-                # A block begins with its own header, or with a zero if it has the same header as the previous block.
+                # A block begins with a header. If the header is the same as in the previous block, a zero is stored in
+                # place of the header.
                 if struct.unpack_from("<i", head)[0] == 0:
                     at += 4 + block
                     if not block:

@@ -1,4 +1,4 @@
-"""Wrap a recording that MNE opened as a `Signal`. Samples are read on demand, and never across a gap.
+"""Wrap a recording that MNE opened as a `Signal`. Samples are read on demand.
 
 In array shapes, n is the number of channels, S the number of samples at the recorded rate, and E the number of epochs.
 """
@@ -32,7 +32,7 @@ class ReadError(ValueError):
     Parameters
     ----------
     reason : Reason
-        Reason in the ledger: why the recording cannot be read.
+        Reason, for the ledger, why the recording cannot be read.
     """
 
     def __init__(self, reason: Reason) -> None:
@@ -62,7 +62,7 @@ class RawSignal:
     keep : Any
         Object that must exist as long as the recording is open, such as a temporary folder.
     gains : ndarray, optional
-        Factor [n] for each channel that converts MNE's values to volts. By default, MNE's values are volts.
+        Factors [n] that convert MNE's values of each channel to volts. By default, MNE's values are taken as volts.
     **more : Any
         Further fields of `SignalInfo`.
     """
@@ -111,14 +111,14 @@ class RawSignal:
 
 
 class EpochsSignal:
-    """An epoched recording; each epoch is a segment.
+    """A recording that consists of epochs; each epoch is a segment.
 
     Parameters
     ----------
     epochs : mne.BaseEpochs
         The epochs. MNE reads epochs on demand if the file format allows this.
     marks : iterable of Found
-        Marks inside epochs. Their times are counted over the samples of all epochs, one epoch after the other.
+        Marks inside epochs. Times are those of a signal in which all epochs follow each other without gaps.
     **more : Any
         Further fields of `SignalInfo`.
     """
@@ -160,16 +160,19 @@ class EpochsSignal:
 
 
 def annotations_of_epochs(epochs: mne.BaseEpochs) -> list[Annotation]:
-    """Return the annotations inside the epochs, with times counted over the samples of all epochs.
+    """Return the annotations inside the epochs.
 
-    An annotation that overlaps several epochs is returned once for each epoch, and without its part before the epoch.
+    Times are those of a signal in which all epochs follow each other without gaps.
+
+    An annotation that overlaps several epochs is returned once for each epoch, with an onset that is not before the
+    epoch.
     """
     found = epochs.annotations
     if found is None or not len(found):
         return []
     length, sfreq = len(epochs.times), float(epochs.info["sfreq"])
-    # In MNE, onsets of annotations and sample numbers of events begin at the same zero. Sample numbers have the
-    # sampling rate of the continuous recording.
+    # In MNE, onset 0 of annotations and sample number 0 of events are the same time. Sample numbers count samples of
+    # the continuous recording from which the epochs were cut.
     starts = epochs.events[:, 0] / (epochs._raw_sfreq or sfreq) + epochs.times[0]
     out = []
     for onset, duration, text, names in zip(
@@ -183,7 +186,7 @@ def annotations_of_epochs(epochs: mne.BaseEpochs) -> list[Annotation]:
 
 
 def _end_in_epoch(marks: Iterable[Found], length: int, sfreq: float) -> list[Found]:
-    """Shorten each mark to the epoch in which it begins, because the next samples belong to another time."""
+    """End each mark at the latest when its epoch ends, because the next epoch is from another time of the recording."""
     found = []
     for mark in marks:
         end = (math.floor(mark.begin * sfreq / length + 1e-6) + 1) * length / sfreq
@@ -193,7 +196,7 @@ def _end_in_epoch(marks: Iterable[Found], length: int, sfreq: float) -> list[Fou
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress messages and warnings of MNE; important facts are in the ledger."""
+    """Suppress messages and warnings of MNE, because the ledger contains the important facts."""
     import mne
 
     with warnings.catch_warnings(), mne.utils.use_log_level("ERROR"):
@@ -217,7 +220,7 @@ def _fields(info: mne.Info, types: Any) -> dict[str, Any]:
 def read_raw_units(
     raw: BaseRaw, units: Sequence[str], applied: Sequence[float], types: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Read the units of a recording that MNE opened; return the arguments of `RawSignal`.
+    """Read the units of a recording that MNE opened; return them as arguments of `RawSignal`.
 
     Parameters
     ----------
@@ -228,7 +231,7 @@ def read_raw_units(
     applied : sequence of float
         Factor by which MNE multiplies the values of each channel.
     types : sequence of str, optional
-        Types of the channels, if they differ from MNE's types.
+        Types of the channels. By default, MNE's types are used.
 
     Returns
     -------

@@ -68,7 +68,7 @@ PACKAGES = {
     "nedf": "defusedxml",
     "xdf": "pyxdf",
 }
-"""Optional package for the reader of each format."""
+"""Optional package that the reader of a format needs."""
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "edf": (".edf",),
     "bdf": (".bdf",),
@@ -80,7 +80,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 
 
 def neuroscan_data_format(path: str | Path) -> str:
-    """Determine from the data whether a Neuroscan CNT file has 16-bit or 32-bit samples: the header is not reliable.
+    """Determine whether a Neuroscan CNT file has 16-bit or 32-bit samples. The header does not say this reliably.
 
     Parameters
     ----------
@@ -99,10 +99,9 @@ def neuroscan_data_format(path: str | Path) -> str:
 
     Notes
     -----
-    The header gives the number of channels and the number of samples. If samples of 16 or of 32 bits give exactly the
-    size of the data block, that number of bits is used. Otherwise, the data are decoded once as 16-bit and once as
-    32-bit samples, and the smoother signal is taken as right, because decoding with the wrong number of bits gives
-    noise.
+    If the numbers of channels and samples in the header, with 16 or 32 bits for a sample, give exactly the size of the
+    data block, this number of bits is used. Otherwise, the data are decoded once as 16-bit and once as 32-bit samples,
+    and the smoother signal is taken as right, because decoding with the wrong number of bits gives noise.
     """
     with Path(path).open("rb") as stream:
         head = stream.read(900)
@@ -159,7 +158,7 @@ def _fif(path: Path) -> Any:
 
 
 def _check_parts(raw: BaseRaw) -> BaseRaw:
-    """Refuse a split recording if a part does not begin where the previous part ends."""
+    """Raise an error if a part of a split recording does not begin where the previous part ends."""
     ends = zip(raw._last_samps, raw._first_samps[1:], strict=False)
     for i, (last, first) in enumerate(ends, start=1):
         if first != last + 1:
@@ -181,7 +180,7 @@ def _eeglab(path: Path) -> Any:
         if not (match := re.search(r"number of trials is (\d+)", str(error))):
             raise
         count = int(match.group(1))
-        # Pass new events, because MNE refuses a file with two events at the same sample.
+        # Replace the events by one event for each epoch, because MNE refuses a file with two events at the same sample.
         events = np.column_stack([np.arange(count), np.zeros(count, int), np.ones(count, int)])
         try:
             return mne.read_epochs_eeglab(path, events=events, event_id={"trial": 1})
@@ -204,11 +203,11 @@ def _other_size(promised: int, held: float) -> Reason:
 def _as_named(
     path: Path, *keys: str, recode: bool = False, text: str | None = None, contents: Mapping[str, str] | None = None
 ) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
-    """Prepare a text header so that MNE finds the files that the header names.
+    """Prepare a text header so that MNE finds the files whose names are in the header.
 
-    If the header names a file together with a folder, or in other upper and lower case than on disk, MNE does not find
-    the file. For such a header, this function writes a corrected copy to a temporary folder, together with links to the
-    named files. With `recode`, the copy is in UTF-8, because some readers accept only UTF-8.
+    MNE does not find a file if its name in the header contains a folder, or differs from the name on disk in upper and
+    lower case. For such a header, this function writes a corrected copy to a temporary folder, together with links to
+    the files. With `recode`, the copy is in UTF-8, because some readers accept only UTF-8.
 
     Parameters
     ----------
@@ -221,8 +220,8 @@ def _as_named(
     text : str, optional
         Repaired text of the header. By default, the text of the header is read from `path`.
     contents : mapping of str to str, optional
-        Repaired content of files that the header names. Each entry has the key of the header under which the file is
-        named.
+        Repaired content of files whose names are in the header, by the key of the header that has the file name as its
+        value.
 
     Returns
     -------
@@ -274,7 +273,7 @@ def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], str, list
     header : Repaired
         The header.
     contents : dict of str to str
-        The repaired content of the marker file under the key MarkerFile; empty if the marker file needs no repair.
+        If the marker file needs a repair: an entry with the key MarkerFile and the repaired content. Otherwise empty.
     markers : str
         Repaired text of the marker file; empty without a marker file.
     notes : list of str
@@ -311,12 +310,12 @@ def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], str, list
 def _brainvision_units(raw: BaseRaw, text: str, numbers: list[int]) -> dict[str, Any]:
     """Read the units of a BrainVision header.
 
-    MNE knows few spellings of units, and changes channels with other units to the type misc.
+    MNE knows few spellings of units, and gives the type misc to a channel whose unit has another spelling.
     """
     listed: dict[int, str] = {}
     for number, line in re.findall(r"^[ \t]*Ch(\d+)[ \t]*=(.*)$", text, re.MULTILINE | re.IGNORECASE):
         listed.setdefault(int(number), (line.split(",") + [""] * 4)[3].strip())
-    # The BrainVision format defines microvolts as the unit of a channel without a unit.
+    # In the BrainVision format, the unit is microvolts if the header gives no unit for a channel.
     units = [listed.get(number, "") or "µV" for number in numbers]
     known = ("V", "mV", "µV", "uV", "nV")
     types = [
@@ -372,8 +371,8 @@ def _ant(path: Path) -> Signal:
     segments = read_ant_segments(path, int(raw.n_times), sfreq, start)
     if segments is None:
         return RawSignal(raw, format_="ant", **more)
-    # Only the table of segments has the true times. MNE counts the times of annotations without the gaps between
-    # segments.
+    # MNE computes the times of annotations as if there were no gaps between segments. The true times are computed here
+    # from the table of segments.
     triggers = [
         mark._replace(onset=time_of_sample(segments, sfreq, mark.onset * sfreq)) for mark in annotations_of(raw)
     ]
@@ -403,7 +402,7 @@ def _curry(path: Path) -> Any:
     if not isinstance(raw, mne.io.BaseRaw):
         return raw
     factors = [float(factor) for factor in raw._cals]  # MNE does not store the units in `raw.info`.
-    # MNE converts only values with the units uV and fT.
+    # MNE multiplies only values with the units uV and fT by a factor, so the factor 1e-6 means uV.
     units = [
         "uV" if factor == 1e-6 else raw._orig_units.get(name, "") if factor == 1 else ""
         for name, factor in zip(raw.ch_names, factors, strict=True)
@@ -423,7 +422,10 @@ def _nihon(path: Path) -> Signal:
 
 
 def _persyst(path: Path) -> Signal:
-    """Open a Persyst recording with its gaps. The header lists the gaps in a table of sample times that MNE ignores."""
+    """Open a Persyst recording with its gaps.
+
+    The gaps are computed from a table of sample times in the header, which MNE ignores.
+    """
     import mne
 
     decoded = read_text(path.read_bytes()).text
@@ -475,7 +477,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 """Reader of each format: a function that returns a raw or epochs object of MNE, or a `Signal`."""
 FIXED_UNITS = {"eeglab": 1e-6}
-"""Factor that converts the values to volts, for formats whose definition sets one unit and whose files name no unit."""
+"""Factor that converts the values to volts, for formats whose files name no unit, but whose definition sets the
+unit."""
 UNIT_FACTORS: dict[str, float] = {}
 """Factor that converts the values of the reader to volts, for readers that do not return volts."""
 for _format in find_formats():
@@ -514,11 +517,11 @@ def open_signal(recording: Recording) -> Signal:
     NotContinuous
         If the file is undamaged, but contains no continuous signal.
     ReadError
-        If the file cannot be read; the error holds the reason for the ledger.
+        If the file cannot be read. The argument of the error is the reason for the ledger.
 
     Notes
     -----
-    A damaged file can crash some readers, and the process with them, so call this function in a worker process.
+    A damaged file can crash the whole process in some readers, so call this function in a worker process.
     """
     if recording.problem:
         raise (ReadError if recording.continuous else NotContinuous)(recording.problem)
@@ -552,7 +555,7 @@ def open_signal(recording: Recording) -> Signal:
         signal.info = dataclasses.replace(signal.info, named_units=named)
     mne_object = getattr(signal, "raw", getattr(signal, "epochs", None))
     about = describe(path, recording.format, getattr(mne_object, "info", None))
-    # Some notes quote an annotation, and a person may have written the name of the patient into the annotation.
+    # Some notes quote an annotation, and an annotation can contain the name of the patient.
     private = private_words(Path(str(recording.path)), recording.format) if signal.info.notes else []
     notes = [hide(note, private) for note in signal.info.notes]
     signal.info = dataclasses.replace(signal.info, about=about, notes=notes)
@@ -564,7 +567,9 @@ def open_signal(recording: Recording) -> Signal:
 
 
 def _in_own_folder(recording: Recording) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
-    """Return a path that the reader can open, in a temporary folder with links to only the files of the recording.
+    """Return a path that the reader can open.
+
+    This path is in a temporary folder with links to the recording's files only.
 
     The reader of a format may search the folder of a recording for further files. In the temporary folder, the reader
     finds only files that the job has hashed. A link can also give a file the extension that its reader requires.
@@ -577,8 +582,8 @@ def _in_own_folder(recording: Recording) -> tuple[Path, tempfile.TemporaryDirect
     if suffixes and not path.name.lower().endswith(suffixes):
         names[path] = f"{path.stem}{suffixes[0]}"
     if recording.format == "eeglab":
-        # If the .fdt file that the .set file names does not exist, MNE uses the .fdt file with the name of the .set
-        # file.
+        # The .set file may contain another name for its .fdt file. If MNE does not find this name, MNE opens the .fdt
+        # file with the base name of the .set file, so the link gets this base name.
         names |= {file: f"{path.stem}.fdt" for file in files if file != path}
     folder = tempfile.TemporaryDirectory(prefix="eeg-")
     link_files(files, Path(folder.name), names)
@@ -602,7 +607,7 @@ def unreadable(error: BaseException, folder: str = "") -> Reason:
     error : BaseException
         The error.
     folder : str
-        Temporary folder, whose path is removed from the text.
+        Path of the temporary folder. This path is removed from the text of the error.
 
     Returns
     -------

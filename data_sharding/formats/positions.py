@@ -1,8 +1,8 @@
 """Compare the positions of electrodes in a file with the standard positions of their names.
 
-Files use different coordinate systems: the nose can be along x or y, left and right can be exchanged, and the origin
-can be the middle of a sphere instead of the point between the ears. The names of the electrodes show which coordinate
-system was used.
+Files use different coordinate systems: the x or the y axis can point to the nose, left and right can be exchanged, and
+the origin can be the middle of a sphere instead of the point between the ears. The coordinate system of a file is found
+with the help of the electrode names.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import itertools
 import numpy as np
 
 FARTHEST_M = 0.03
-"""If an electrode is more than this number of metres away from the standard position of its name, the standard position
+"""If the position of an electrode in the file is more than 3 cm away from its standard position, the standard position
 is used."""
 MIN_ELECTRODES = 4
 """At least this many electrodes with standard names are needed to find the coordinate system of a file."""
 SIZES = (0.75, 1.33)
-"""Smallest and largest plausible ratio of a head's size to the standard head. If the ratio is outside this range,
-positions are scaled."""
+"""Positions in the file are scaled if the ratio between the size of the standard head and the size of the head in the
+file is outside this range."""
 Places = list[list[float] | None]
 
 
 def fit_positions(places: Places, standard: Places) -> tuple[Places, list[str]]:
-    """Convert the positions of a file to head coordinates, and replace impossible positions.
+    """Convert the positions of a file to head coordinates. Replace positions that are far from their standard position.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ def fit_positions(places: Places, standard: Places) -> tuple[Places, list[str]]:
     if len(both) >= MIN_ELECTRODES:
         frame = _find_frame(own, true)
         distance = np.median(_distances(own, true, *frame))
-        # Heads differ by centimetres from the standard head, so the coordinates in the file are kept if they fit
-        # roughly.
+        # Real heads differ from the standard head by centimetres, so the coordinates in the file are not changed if
+        # they fit roughly.
         if np.median(_distances(own, true, *fits[0])) <= FARTHEST_M:
             fits.append(frame)
         elif distance > FARTHEST_M:
@@ -106,8 +106,8 @@ def _find_frame(own: np.ndarray, true: np.ndarray) -> Frame:
         for order in itertools.permutations(range(3))
         for signs in itertools.product((1.0, -1.0), repeat=3)
     ]
-    # If the electrodes are symmetric, several exchanges of axes fit equally well, so keep the axes of the file unless
-    # other axes fit much better.
+    # If the electrodes are placed symmetrically, several exchanges of axes fit equally well. Therefore keep the axes of
+    # the file unless other axes fit much better.
     best = min(turns, key=distance)
     if distance(np.eye(3)) < 1.5 * distance(best) or distance(np.eye(3)) < FARTHEST_M / 2:
         best = np.eye(3)
@@ -115,7 +115,7 @@ def _find_frame(own: np.ndarray, true: np.ndarray) -> Frame:
 
 
 def _describe(turn: np.ndarray, size: float, shift: np.ndarray) -> list[str]:
-    """Return the notes about a coordinate transform."""
+    """Return notes for the ledger that describe a coordinate transform."""
     notes = []
     if not np.array_equal(turn, np.eye(3)):
         axes = ", ".join(f"{'-' if row.sum() < 0 else ''}{'xyz'[int(np.abs(row).argmax())]}" for row in turn)

@@ -1,4 +1,4 @@
-"""Interface of an open recording of any format: metadata, and samples that are read on demand.
+"""Interface of an open recording of any format: its metadata, and a method that reads samples on demand.
 
 In array shapes, n is the number of channels, and S the number of samples at the recorded rate.
 """
@@ -30,10 +30,10 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """Metadata of a file about the person, the date and the device. These metadata do not identify the person."""
+    """Metadata of a recording about the person, the date and the device. These metadata do not identify the person."""
 
     age: float | None = None
-    """Age of the person in years at the recording; 90 for all higher ages; None if unknown."""
+    """Age of the person in years on the day of the recording; 90 for all higher ages; None if unknown."""
     sex: str = ""
     """M, F, or empty if unknown."""
     year: int | None = None
@@ -51,7 +51,7 @@ class SignalInfo:
     ch_names: list[str]
     """Names of the channels in the file."""
     ch_types: list[str]
-    """Types of the channels in MNE's terms: eeg, eog, ecg, stim, misc ...; eeg if the file does not give a type."""
+    """Types of the channels, as in MNE: eeg, eog, ecg, stim, misc ...; eeg if the file does not give a type."""
     positions: list[list[float] | None]
     """Position of each channel in head coordinates, in metres; None if the file does not give a position."""
     sfreq: float
@@ -89,13 +89,14 @@ class SignalInfo:
     epoched: bool = False
     """Whether the segments of the recording are epochs."""
     intracranial: bool = False
-    """Whether electrodes inside the skull (the types in `channels.INTRACRANIAL`) are used as well."""
+    """Whether electrodes inside the skull (the types in `channels.INTRACRANIAL`) are used too."""
     tmin: float = 0.0
-    """For epochs: time of the first sample of each epoch, in seconds from the event to which the epoch belongs."""
+    """For epochs: time of the first sample of every epoch, in seconds after the event of the epoch; negative if the
+    epoch begins before its event."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Channels of the file that are not in `ch_names`, because they cannot be read; each with the reason."""
     about: About = field(default_factory=About)
-    """Data about person, year and device, as far as the file has them."""
+    """Metadata about person, year and device, if the file has them."""
     notes: list[str] = field(default_factory=list)
     """Notes for the ledger: corrections and unknown values that were found when the recording was opened."""
 

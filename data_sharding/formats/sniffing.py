@@ -27,8 +27,8 @@ from data_sharding.formats.unread.recorders import recognise_recorder
 from data_sharding.formats.unread.tables import recognise_table
 
 HEAD_BYTES = 1 << 15
-"""Number of bytes that are read first. Almost every header has fewer bytes than this, so one request to an object store
-is enough."""
+"""Number of bytes that are read from the beginning of each file. Almost every header has fewer bytes than this, so one
+request to an object store is enough."""
 TEXT_BYTES = 1 << 20
 """At most this many bytes of a text header are read."""
 NIHON_SIDECARS = (".pnt", ".21e", ".log", ".cmt", ".cn2", ".11d", ".reg", ".bft", ".edf.log")
@@ -39,7 +39,8 @@ ORPHANS = {
     ".fdt": Reason("EEGLAB signal file without its .set"),
     ".avg": Reason("averaged, not a continuous recording"),
 }
-"""Extensions of signal files that need a header file. A signal file without its header file is reported."""
+"""Reason for each extension of files that cannot be read alone: signal files without their header file, and
+averages."""
 CLAIMED = {
     ".edf": "EDF",
     ".bdf": "BDF",
@@ -54,14 +55,13 @@ CLAIMED = {
     ".xdf": "XDF",
     ".xdfz": "XDF",
 }
-"""Extensions of the supported formats. A file with an extension of a supported format but without the right header is
-quarantined."""
+"""Formats by extension. A file with one of these extensions but without the header of this format is quarantined."""
 HEADERS_OF_BRAINVISION = (".vhdr", ".ahdr")
 MATLAB = Reason("no reader", "a MATLAB file has no sampling rate and no unit; describe it in a corpus of kind arrays")
 HDF5 = b"\x89HDF\r\n\x1a\n"
 TEXT_SIDECARS = (".json", ".tsv")
-"""Extensions of sidecar files of BIDS. A sidecar is a text file, so its first bytes cannot identify the format of a
-recording."""
+"""Extensions of BIDS sidecar files. These are text files, so the functions that recognise recordings are not called for
+them; only text tables with a signal are recognised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +75,10 @@ class Recording:
     files: tuple[AnyPath, ...]
     """Sorted paths of all files of the recording, including sidecars."""
     problem: Reason | None = None
-    """Fault in the header; None if the header has no fault. A recording with a fault is not read."""
+    """Fault of the recording, for example in its header; None if there is no fault. A recording with a fault is not
+    read."""
     continuous: bool = True
-    """False if the file is undamaged but has no continuous signal, so that it is excluded, not quarantined."""
+    """False if the file is undamaged but has no continuous signal. Such a file is excluded, and not quarantined."""
 
 
 def _by_path(files: list[AnyPath]) -> tuple[AnyPath, ...]:
@@ -85,7 +86,7 @@ def _by_path(files: list[AnyPath]) -> tuple[AnyPath, ...]:
 
 
 class File:
-    """A file whose format is to be recognised: its path, its first bytes, and the other files of its folder."""
+    """A file with an unknown format: its path, its first bytes, and the other files of its folder."""
 
     def __init__(self, path: AnyPath, near: Near | None) -> None:
         self.path, self._listing = path, near
@@ -107,11 +108,13 @@ class File:
         return name.lower() in self.near
 
     def owner_of(self, name: str, headers_of: tuple[str, ...]) -> str | None:
-        """Check whether a file that this header names belongs to another recording; return the reason, or None.
+        """Check a file name in this header.
 
-        After a recording was renamed, its header can still name the files of another recording. A wrong name is
-        suspected if the named file and this header have different base names, and if the folder contains another header
-        with the base name of the named file, or a data file with the base name of this header.
+        Return a reason if the file seems to belong to another recording, otherwise None.
+
+        After a recording was renamed, its header can still name the files of another recording. A name is wrong if its
+        base name differs from that of this header, and if the folder also contains another header with the base name of
+        the named file, or a data file with the base name of this header.
         """
         stem, _, ending = name.rpartition(".")
         if not stem or stem.lower() == self.stem.lower():
@@ -122,16 +125,16 @@ class File:
         return f"{self.near[own.lower()].name} exists; correct the name in the header" if self.exists(own) else None
 
     def all_text(self, path: AnyPath | None = None) -> str:
-        """Return the beginning of this file, or of another file, as text in which every line ends with a newline."""
+        """Return the first megabyte of this file, or of the file `path`, as text. Every line ends with a newline."""
         data = headers.read_range(path or self.path, 0, TEXT_BYTES)
         return headers.decode_text(data)[0].replace("\r\n", "\n").replace("\r", "\n")
 
     def recording(
         self, format_: str, *sidecars: str, problem: Reason | None = None, continuous: bool = True, need: str = ""
     ) -> Recording:
-        """Make a recording of this file and of those `sidecars` that exist.
+        """Return the recording that consists of this file and of those `sidecars` that exist.
 
-        If none of the sidecars exists, `need` becomes the problem of the recording.
+        If `need` is not empty and no sidecar exists, the text `need` becomes the problem of the recording.
         """
         there = [self.near[name.lower()] for name in sidecars if name.lower() in self.near] if sidecars else []
         if need and not there:
@@ -170,8 +173,9 @@ def _brainvision(file: File) -> Recording | None:
     for key, needed in (("DataFile", True), ("MarkerFile", False)):
         name = headers.ini_value(text, key)
         name = re.split(r"[\\/]", name)[-1].replace("$b", file.stem) if name else None
-        # After a rename, the header can name a data file that no longer exists. Another file with the header's base
-        # name may belong to another recording, so do not guess: refuse the recording.
+        # After a rename, the header can contain the name of a data file that no longer exists. A data file with the
+        # base name of the header may belong to another recording, so refuse the recording and do not use that data
+        # file.
         if name and file.exists(name):
             files.append(name)
             if other := file.owner_of(name, HEADERS_OF_BRAINVISION):
@@ -182,7 +186,8 @@ def _brainvision(file: File) -> Recording | None:
         elif needed:
             problem = Reason("sidecar missing", f"the header names '{name}', which does not exist")
         elif name and f"{file.stem}.vmrk".lower() in file.near:
-            files.append(f"{file.stem}.vmrk")  # The reader uses this .vmrk file if the named marker file is missing.
+            # If the marker file with the name in the header does not exist, the reader uses this .vmrk file.
+            files.append(f"{file.stem}.vmrk")
     return file.recording("brainvision", *files, problem=problem)
 
 
@@ -210,7 +215,7 @@ def _ant(file: File) -> Recording | None:
         return None
     if file.suffix != ".cnt" and not file.head[8:16].rstrip(b"\0 ").endswith(b"CNT"):
         return None
-    # The reader of ANT files reads events from .evt or .trg files, and the starts of segments from .seg files.
+    # For ANT files, events are read from .evt or .trg files, and the times of segments from .seg files.
     sidecars = [f"{file.stem}.{suffix}" for suffix in ("evt", "trg", "seg")]
     return file.recording("ant", *sidecars, problem=headers.run_check(headers.check_ant, "ANT", file.path, file.head))
 
@@ -221,9 +226,10 @@ def _fif(file: File) -> Recording | None:
     if not zipped and (file.head[:4] != b"\0\0\0\x64" or file.suffix != ".fif"):
         return None
     if zipped and not (file.exists(f"{name[:-7]}-1.fif.gz") or file.exists(f"{name[:-3]}-1.gz")):
-        # Do not look for further parts of the recording, because reading to the end of a gzip stream takes long.
+        # Do not search this file for the name of a next part, because reading to the end of a gzip stream takes long.
         return file.recording("fif")
-    # Read the name of the next part from the file: a file such as rest-1.fif may also be another recording.
+    # Read the name of the next part from the content of the file, because a file such as rest-1.fif may be another
+    # recording.
     parts, here, head, problem = [file.path], file.path, file.head, None
     while following := headers.run_check(next_fif_part, "FIF", here, head):
         if isinstance(following, Reason):
@@ -243,8 +249,8 @@ def _matlab(file: File) -> Recording | None:
     if not file.head.startswith((b"MATLAB", HDF5)):
         return None
     if file.suffix == ".set":
-        # As in EEGLAB, a .fdt file with the same base name as the .set file precedes the .fdt file that the .set file
-        # names.
+        # As in EEGLAB, prefer the .fdt file with the base name of the .set file to the .fdt file whose name is stored
+        # in the .set file.
         own = f"{file.stem}.fdt"
         if not file.exists(own) and any(name.endswith(".fdt") for name in file.near):
             own = eeglab_signal_name(file.path, file.near.keys()) or own
@@ -265,7 +271,7 @@ def _persyst(file: File) -> Recording | None:
     if file.suffix != ".lay" or file.text.lstrip()[:10].lower() != b"[fileinfo]":
         return None
     text, problem = file.all_text(), None
-    # Use only the data file that the header names, because MNE reads only this file.
+    # Use only the data file whose name is in the header, because MNE reads only this file.
     name = re.split(r"[\\/]", headers.ini_value(text, "File") or f"{file.stem}.dat")[-1]
     if other := file.exists(name) and file.owner_of(name, (".lay",)):
         problem = Reason("sidecar of another recording", f"the header names '{name}', but {other}")
@@ -275,13 +281,13 @@ def _persyst(file: File) -> Recording | None:
 
 
 def _nedf(file: File) -> Recording | None:
-    # A NEDF file begins with XML: a root element of any name, and in it the version.
+    # A NEDF file begins with XML: a root element with any name, which contains the element NEDFversion.
     if not re.match(rb"\s*(<\?xml[^<>]*>\s*)?<[A-Za-z_][^<>]*>[^\0]*<NEDFversion>", file.text):
         return None
     try:
         problem = headers.run_check(headers.check_nedf, "NEDF", file.path, file.head)
     except ImportError:
-        problem = None  # The reader will report the package that must be installed.
+        problem = None  # The package defusedxml is missing; the reader reports later that it must be installed.
     return file.recording("nedf", problem=problem)
 
 
@@ -371,7 +377,7 @@ def _mff(path: AnyPath) -> Recording:
 
 
 def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
-    """Recognise the format of a file or folder by its content.
+    """Recognise the format of a file or folder, by its content if possible.
 
     Parameters
     ----------
@@ -383,7 +389,7 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
     Returns
     -------
     Recording or None
-        The recording with all of its files. The recording's `problem` is set if the header shows a fault. The result is
+        The recording with all of its files. Its `problem` is set if the recording has a fault. The result is
         None if neither the content nor the extension belongs to a recording format.
 
     Raises
@@ -420,7 +426,7 @@ def _walk_local(root: Path) -> Iterator[tuple[Path, list[str]]]:
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         folders.sort()
         status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # A symbolic link leads to a folder that was searched before.
+        if (status.st_dev, status.st_ino) in seen:  # A symbolic link points to a folder that was already searched.
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -447,7 +453,7 @@ def _walk_remote(root: Any) -> Iterator[tuple[Any, list[str]]]:
 
 
 def find_recordings(root: str | AnyPath) -> list[Recording]:
-    """Find all recordings under a folder, and all files with the extension of a recording.
+    """Find all recordings under a folder, and all other files that have the extension of a recording.
 
     Parameters
     ----------

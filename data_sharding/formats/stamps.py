@@ -1,12 +1,14 @@
 """Find the sampling rate and the segments of a recording in which each sample has a time stamp.
 
-Time stamps are not exact: they have jitter, whole chunks arrive late, and some samples have no valid stamp. (A *chunk*
-is a group of samples that the recorder stored together.) First, this module finds lasting jumps of the time stamps:
-lost samples or a clock that was set back cause such jumps. Then a line is fitted to the time stamps between two jumps.
-All fitted lines have the same slope, and this slope gives the sampling rate.
+Time stamps are not exact: they have jitter, the stamps of a whole chunk can be late, and some samples have no valid
+stamp. (A *chunk* is a group of samples that the recorder stored together.) First, this module finds lasting jumps of
+the time stamps. The cause of a lasting jump is a loss of samples, or a clock that was set back. Then, between each two
+jumps, a line is fitted to the time stamps as a function of the sample number. All lines have the same slope. The slope
+is the sample interval, that is, 1 divided by the sampling rate.
 
-An *anchor* is a sample whose stamp was measured. The other samples of a chunk have stamps that repeat the anchor's
-stamp or were computed from it. In array shapes, S is the number of samples, and A the number of anchors.
+An *anchor* is a sample whose stamp was measured. The recorder gave the other samples of the chunk the stamp of the
+anchor, or a stamp computed from the stamp of the anchor. In array shapes, S is the number of samples, and A the number
+of anchors.
 """
 
 from __future__ import annotations
@@ -23,33 +25,31 @@ from data_sharding.formats.signal import Segment
 SURE_S = 0.045
 """Every jump of the time stamps above this number of seconds is examined, even if the stamps have much jitter."""
 JUMP = 0.75
-"""If the time stamps have no jitter, jumps of the time stamps above this number of sample intervals are examined. One
-lost sample makes a jump of one sample interval."""
+"""If the time stamps have no jitter, jumps above this number of sample intervals are examined. If one sample is lost,
+the jump is one sample interval."""
 SIGMAS = 5.0
 """If the time stamps have jitter, jumps above this number of standard deviations of the jitter are examined."""
 WINDOW_S = 2.0
-"""The time stamps of this number of seconds before a jump are compared with those of the same time after it. The jump
-is lasting if the time stamps after the jump are shifted against the time stamps before the jump."""
+"""The time stamps in a window of this many seconds before a jump are compared with those in a window of the same length
+after the jump. If the later time stamps are shifted, the jump is lasting."""
 FEWEST = 8
-"""Smallest number of anchors that are compared on each side of a jump, if the recording has so many."""
+"""At least this many anchors are compared on each side of a jump, if the recording has enough anchors."""
 WHOLE = 0.15
 """The length of a gap is rounded to whole samples if rounding changes the length by at most this fraction of a
 sample."""
 STEADY = 1e-4
 """If the measured rate differs from the nominal rate by less than this fraction, the nominal rate is used."""
 IRREGULAR_S, IRREGULAR = 0.05, 0.05
-"""A stream has no steady rate if more than the fraction `IRREGULAR` of its anchors is more than `IRREGULAR_S` seconds
-away from the fitted line."""
+"""Limits for a steady rate: if the stamps of more than 5 % of the anchors are more than 0.05 s away from the fitted
+line, the stream has no steady rate."""
 MOVED, MOST_BLOCKS = 0.2, 2000
-"""Chunks are sorted by time only if sorting moves at most the fraction `MOVED` of all samples, and at most
-`MOST_BLOCKS` groups of chunks. If sorting would move more samples or groups, the clock of the stream is probably wrong,
-and not the order of the chunks."""
+"""Chunks are sorted by time only if sorting moves at most 20 % of all samples, and rearranges at most 2000 groups of
+chunks. Otherwise the fault is probably in the clock of the stream, and not in the order of the chunks."""
 MOST_BACK = 10
-"""A stream has no steady rate if its stamps jump back more often than this number of times, and more than once a
-minute."""
+"""A stream has no steady rate if its stamps jump back more than 10 times, and also more than once a minute."""
 NOTED_S = 0.01
-"""If the clock of the amplifier and the clock of the time stamps differ by more than this number of seconds at the end
-of the recording, a note is written."""
+"""A note is written if the clocks of the amplifier and of the time stamps differ by more than this number of seconds at
+the end of the recording."""
 EQUAL_S = 1e-6
 """Two intervals between time stamps are taken as equal if they differ by less than this number of seconds."""
 
@@ -64,21 +64,22 @@ class Clock:
     """Indices that sort the samples by time. A sample that is stored twice is listed once. None if no sorting is
     needed."""
     segments: list[Segment]
-    """Segments; `Segment.start` and `Segment.stop` are sample numbers after the sorting by `order`."""
+    """Segments; `Segment.start` and `Segment.stop` are numbers of the sorted samples."""
     begins: list[float]
     """Time stamp of the first sample of each segment, according to the line that was fitted to the segment."""
     period: float
     """Seconds between two samples, measured with the clock of the time stamps."""
     offset: float | None = None
-    """Only set if the clock of the stream was reset: number of seconds to add to the corrected time stamps, such as
-    `begins`, to get the time of the recording computer. None if the stamps were not corrected, so that the measured
-    clock offsets are valid for them."""
+    """Number of seconds to add to the corrected time stamps, such as `begins`, to get the time of the recording
+    computer. None if the clock of the stream was not reset: then the time stamps are not corrected, and the measured
+    clock offsets are valid."""
     notes: list[str] = field(default_factory=list)
     """Notes for the ledger."""
 
     def time_of_stamp(self, stamp: float) -> float:
         """Convert a time stamp to seconds from the recording's beginning, on the amplifier's clock."""
-        # If the clock was set back, `begins` is not sorted, so use the last segment that begins before the stamp.
+        # If the clock was set back, several segments can contain this time, so use the last segment that begins before
+        # the stamp.
         begun = [i for i, begin in enumerate(self.begins) if begin <= stamp + EQUAL_S]
         at = begun[-1] if begun else 0
         return self.segments[at].onset + (stamp - self.begins[at]) / (self.period * self.sfreq)
@@ -86,14 +87,17 @@ class Clock:
 
 @dataclass(kw_only=True)
 class _Anchors:
-    """Anchors (samples with a measured stamp). Samples ``first[i]`` to ``last[i]`` share the stamp of anchor ``i``."""
+    """Anchors (samples with a measured stamp).
+
+    The stamps of the samples ``first[i]`` to ``last[i]`` come from anchor ``i``.
+    """
 
     first: np.ndarray
     last: np.ndarray
     k: np.ndarray
-    """[A] number of the sample to which the stamp belongs: ``first[i]`` or ``last[i]``."""
+    """Number of the sample to which the stamp belongs, shape (A,): ``first[i]`` or ``last[i]``."""
     t: np.ndarray
-    """[A] stamps in seconds."""
+    """Stamps in seconds, shape (A,)."""
 
     @property
     def by_last(self) -> bool:
@@ -103,18 +107,21 @@ class _Anchors:
 
 @dataclass(frozen=True, kw_only=True)
 class _Lines:
-    """Lines that were fitted to the anchors. A *run* is a range of anchors without a jump, and has one line."""
+    """Lines that were fitted to the anchors.
+
+    A *run* is a range of consecutive anchors without a jump; one line is fitted to each run.
+    """
 
     period: float
     """Slope of all lines: the sample interval in seconds."""
     bases: np.ndarray
-    """Time that the line of each run gives for sample number 0."""
+    """Intercepts: the time that the line of each run gives for sample number 0."""
     error: float
     """Relative standard error of `period`."""
     deviation: float
     """Standard deviation of the distances between the anchors and their lines, in seconds."""
     doubt: np.ndarray
-    """Standard error of the distance between the lines of two neighbouring runs, as a number of samples."""
+    """Standard error of the distance between the lines of two consecutive runs, in samples."""
 
 
 def fit_clock(
@@ -137,14 +144,15 @@ def fit_clock(
     chunks : sequence of int
         Number of samples of each chunk of the file.
     offsets : tuple of two sequences of float
-        Times and values, in seconds, of the measured differences between the clock of the stream and the clock of the
-        recording computer. The differences of the clocks show whether the clock of the stream was reset.
+        Measured differences between the clock of the stream and the clock of the recording computer: the times of the
+        measurements and the differences, both in seconds. A sudden change shows that the clock of the stream was reset.
 
     Returns
     -------
     Clock
-        Sampling rate, segments and notes. Times are sample numbers of the amplifier divided by the sampling rate. The
-        length of a gap is rounded to a whole number of samples if rounding changes the length only a little.
+        Sampling rate, segments and notes. Times on the amplifier's clock: sample number of the amplifier, divided by
+        the sampling rate. The length of a gap is rounded to a whole number of samples if rounding changes the length
+        only a little.
 
     Raises
     ------
@@ -205,7 +213,7 @@ def fit_clock(
 
 
 def _valid(stamps: np.ndarray) -> np.ndarray:
-    """Return for each time stamp whether it is a valid time. Some recorders write zero or NaN for an unknown time."""
+    """Return a Boolean array: True for each valid time stamp. Some recorders write zero or NaN for an unknown time."""
     valid = np.isfinite(stamps)
     zero = valid & (stamps == 0)
     others = stamps[valid & ~zero]
@@ -224,7 +232,7 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
     stamps : ndarray, shape (V,)
         Stamps of the samples in `index`.
     nominal : float
-        Nominal sampling rate in Hz. The recorder used the nominal rate to compute stamps.
+        Nominal sampling rate in Hz. Stamps that were not measured were computed with this rate.
     starts : ndarray
         Number of the first sample of each chunk of the file.
 
@@ -232,7 +240,8 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
     -------
     _Anchors
         The anchors. If a chunk has one measured time stamp, this time stamp can belong to the first or to the last
-        sample of the chunk. The function tries both, and returns the anchors that have fewer jumps between them.
+        sample of the chunk. The function tries both possibilities for the whole stream, and returns the anchors with
+        fewer jumps between them.
     """
     step, gap = np.diff(stamps), np.diff(index)
     computed = np.abs(step) < EQUAL_S
@@ -241,14 +250,14 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
     begins = np.concatenate([[True], ~computed])
     begins |= np.isin(index, starts)
     if len(starts) < FEWEST:
-        # In a file without chunks, all time stamps may be computed from the first one. Divide such a file into half
-        # seconds, and use one anchor for each half second.
+        # In a file without chunks, all time stamps may have been computed from the first time stamp. Divide such a file
+        # into pieces of half a second, and use one anchor for each piece.
         pace = (stamps[-1] - stamps[0]) / max(1, index[-1] - index[0])
         piece = max(1, int(0.5 * nominal if nominal > 0 else 0.5 / pace if pace > 0 else len(stamps)))
         begins[::piece] |= nominal > 0
     sizes = np.diff(np.append(np.flatnonzero(begins), len(index)))
     if len(starts) >= FEWEST and sizes[sizes > 1].sum() > 0.5 * len(index):
-        # Most chunks have one measured stamp each, so use only one anchor in each of the remaining chunks as well.
+        # Most chunks have one measured stamp, so use only one anchor in each of the other chunks too.
         begins &= np.isin(index, starts) | (np.repeat(sizes, sizes) > 1)
     first = np.flatnonzero(begins)
     last = np.concatenate([first[1:] - 1, [len(index) - 1]])
@@ -265,15 +274,15 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
 
 
 def _period(anchors: _Anchors, nominal: float) -> float:
-    """Estimate the sample interval in seconds from pairs of anchors. A few jumps of the time stamps do not matter."""
+    """Estimate the sample interval in seconds from pairs of anchors. A few jumps do not change the estimate."""
     k, t = anchors.k, anchors.t
     if len(k) < FEWEST and nominal > 0:
         return 1 / nominal
     best, least, lag = 0.0, np.inf, 1
     while lag < len(k) and (lag == 1 or lag <= len(k) // 4):
         slopes = (t[lag:] - t[:-lag]) / (k[lag:] - k[:-lag])
-        # Use the median of that half of the slopes that has the smallest range. Lost samples increase some slopes, so
-        # the median of all slopes would be too large.
+        # Use the median of those 50 % of the sorted slopes that are closest together. Lost samples increase some
+        # slopes, so the median of all slopes would be too large.
         slopes.sort()
         half = len(slopes) // 2
         widths = slopes[half:] - slopes[: len(slopes) - half]
@@ -287,7 +296,7 @@ def _period(anchors: _Anchors, nominal: float) -> float:
 
 
 def _excess(anchors: _Anchors, period: float) -> np.ndarray:
-    """Return the time between neighbouring anchors minus the length of the samples between them, in seconds."""
+    """Return, in seconds, the time between consecutive anchors minus the length of the samples between the anchors."""
     return np.diff(anchors.t) - np.diff(anchors.k) * period
 
 
@@ -297,7 +306,7 @@ def _spread(x: np.ndarray) -> float:
 
 
 def _threshold(anchors: _Anchors, period: float) -> float:
-    """Return the smallest jump of the time stamps, in seconds, that is examined."""
+    """Return the threshold in seconds above which a jump of the time stamps is examined."""
     return min(max(SIGMAS * _spread(_excess(anchors, period)), JUMP * period), max(SURE_S, JUMP * period))
 
 
@@ -337,7 +346,7 @@ def _in_order(
     Parameters
     ----------
     stamps, valid : ndarray, shape (S,)
-        Stamps, and which of them are valid.
+        Stamps, and whether each stamp is valid.
     samples : ndarray, shape (S, n)
         Values of the samples.
     period : float
@@ -352,7 +361,7 @@ def _in_order(
     order : ndarray of int
         Indices of the samples in the order of time.
     notes : list of str
-        Notes about samples that are moved or dropped; empty if `order` leaves all samples as they are in the file.
+        Notes about samples that are moved or dropped; empty if `order` is the order of the file.
     """
     threshold, noise = _threshold(anchors, period), _spread(_excess(anchors, period))
     index = np.flatnonzero(valid)
@@ -401,7 +410,7 @@ def _in_order(
 def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
     """Return how many samples move when pieces (groups of chunks) are sorted by time.
 
-    The pieces that do not move are the increasing subsequence with the largest number of samples.
+    The pieces that do not move are an increasing subsequence of `by_time`: the one with the most samples.
 
     Parameters
     ----------
@@ -422,12 +431,12 @@ def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
 
 
 def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
-    """Find the anchors before which the time stamps make a lasting jump.
+    """Find each anchor for which the time stamps jump lastingly between the previous anchor and this anchor.
 
-    Both a loss of samples and a late chunk make a jump of the time stamps. To distinguish a loss from a late chunk, the
+    The time stamps jump after a loss of samples, and also if a chunk is late. To distinguish the two cases, the
     function compares the time stamps of `WINDOW_S` seconds before and after the jump. After a loss of samples, all
-    later time stamps stay late, so the lower quartile of their delays grows too. After a late chunk, the next chunks
-    are punctual again.
+    later time stamps are late, so the lower quartile of their delays grows too. After a late chunk, the next chunks are
+    not late.
     """
     k, t = anchors.k, anchors.t
     excess = _excess(anchors, period)
@@ -478,7 +487,7 @@ def _fit_lines(anchors: _Anchors, runs: list[slice], period: float, *, fixed: bo
     period : float
         First estimate of the slope.
     fixed : bool
-        Whether `period` is the exact slope, so that only the intercepts of the lines are fitted.
+        If True, `period` is the exact slope, and only the intercepts of the lines are fitted.
 
     Returns
     -------
@@ -512,7 +521,8 @@ def _fit_lines(anchors: _Anchors, runs: list[slice], period: float, *, fixed: bo
     away = np.abs(t - bases[number] - k * period) > max(IRREGULAR_S, 2 * period)
     if not period > 0 or away.mean() > IRREGULAR:
         raise ReadError(Reason("the stream has no steady rate", "its time stamps are irregular"))
-    # The distance between two lines has an error from the scatter of the anchors, and an error from the slope.
+    # The error of the distance between two lines has two causes: the scatter of the anchors, and the error of the
+    # slope.
     doubt = np.hypot(
         deviation / period * np.sqrt(1 / np.maximum(counts[1:], 1) + 1 / np.maximum(counts[:-1], 1)),
         error * np.diff(centres),
@@ -536,18 +546,19 @@ def _choose_rate(nominal: float, measured: float, error: float, notes: list[str]
 def _place_segments(
     anchors: _Anchors, runs: list[slice], lines: _Lines, sfreq: float, n_samples: int, notes: list[str]
 ) -> tuple[list[Segment], list[float]]:
-    """Make one segment for each run.
+    """Make one segment for each run (a range of anchors without a jump).
 
-    The onset of a segment is the number of samples that the amplifier took before it, divided by the sampling rate.
+    The onset of a segment is the number of samples that the amplifier recorded before the segment, with lost samples,
+    divided by the sampling rate.
 
     The second returned value is the time stamp of each segment's first sample.
 
     Notes
     -----
-    The distance between the lines of two runs gives the number of samples that were lost between these runs. If the
-    clock was set back, the number of lost samples is unknown, so the segment begins at the end of the previous segment,
-    and a note is written. If the clock is later set forward again, lost samples are counted from the line that was
-    valid before the clock was set back.
+    The distance between the lines of two runs gives the number of samples that were lost between the runs. If the clock
+    was set back, the number of lost samples is unknown, so the segment begins at the end of the previous segment, and a
+    note is written. If the clock is later set forward again, the lost samples are computed from the line before the
+    clock was set back.
     """
     period, bases = lines.period, lines.bases
     lost = np.zeros(len(runs))
@@ -561,7 +572,7 @@ def _place_segments(
         gained = (bases[j] - bases[:j]) / period
         back = np.flatnonzero(np.abs(gained) < doubt)
         if gained[-1] < 0 and len(back):
-            # The time stamps return to an earlier line, so they were late since that line, and no sample was lost.
+            # The time stamps return to an earlier line. The time stamps between were only late, and no sample was lost.
             lost[back[-1] : j + 1] = lost[back[-1]]
             continue
         possible = [more for i in timelines if (more := lost[i] + gained[i] - lost[j - 1]) > -doubt]
@@ -581,7 +592,7 @@ def _place_segments(
     if count := int((np.diff(lost) > 0).sum()):
         gaps = f"{count} gap{'s' * (count > 1)} in the time stamps"
         notes.append(f"{gaps}; {lost[-1] / sfreq:.3f} s are missing in total")
-    # If each chunk has only one measured time stamp, the samples can be lost anywhere between two measured time stamps.
+    # If each chunk has only one measured time stamp, the place of a loss between two measured time stamps is unknown.
     unsure = lines.deviation > EQUAL_S and float(np.median(anchors.last - anchors.first)) > 0
     segments, begins = [], []
     for j, run in enumerate(runs):

@@ -19,7 +19,8 @@ import numpy as np
 from data_sharding.formats.channels import INTRACRANIAL, canonical_name, is_electrode, kind_of
 
 PREFIXES = {"": 1.0, "d": 1e-1, "c": 1e-2, "m": 1e-3, "u": 1e-6, "n": 1e-9, "p": 1e-12, "f": 1e-15, "k": 1e3}
-"""Factor of each prefix in lower case. EEG never has megavolts or petavolts, so MV means millivolt and PV picovolt."""
+"""Factor of each prefix; upper and lower case mean the same. EEG never has megavolts or petavolts, so MV means
+millivolt, and PV means picovolt."""
 PREFIXES |= {"deci": 1e-1, "centi": 1e-2, "milli": 1e-3, "micro": 1e-6, "nano": 1e-9, "pico": 1e-12, "femto": 1e-15}
 PREFIXES |= {"kilo": 1e3, "mu": 1e-6, "mc": 1e-6, "mic": 1e-6, "mk": 1e-6, "micr": 1e-6}
 VOLT = re.compile(
@@ -27,33 +28,36 @@ VOLT = re.compile(
     r"(?P<more>[ _/-]?\(?(rms|bit|lsb|p-?p|[ad]c)\)?)?(?P<after> ?[*x] ?[-+^.0-9e]+)?",
     re.IGNORECASE,
 )
-"""Pattern of a unit of voltage. The fields of EDF have 8 characters, so ``microvolts`` becomes ``microvol``."""
+"""Pattern of a unit of voltage. The unit field of EDF has only 8 characters, so the pattern also matches
+``microvol``."""
 MICRO = re.compile(r"(?:[^\x00-\x7f]|\?)[^\x00-\x7f?]{0,3}(?=[ _-]?v)", re.IGNORECASE)
 """Pattern of non-ASCII characters before the letter V (volt). The micro sign is the only prefix outside ASCII, so
 non-ASCII characters that come from a wrong text encoding must be a micro sign."""
 CYRILLIC = str.maketrans("мкнвМКНВ", "mknVmknV")
-"""Cyrillic letters in Russian and Bulgarian units, and their Latin letters."""
+"""Table that replaces the Cyrillic letters of Russian and Bulgarian units by Latin letters."""
 OLD_PAGES = {
     text.encode(page).decode("latin-1"): text.translate(CYRILLIC)
     for text in ("мкВ", "мВ", "нВ", "мкв", "мв")
     for page in ("cp1251", "cp866", "koi8-r")
 } | {"μV".encode("big5").decode("latin-1"): "uV"}
-"""Russian and Chinese units in older code pages, as they look if they are decoded as Latin-1."""
+"""Russian and Chinese units that are stored in an older code page but decoded as Latin-1. The value is the right
+unit."""
 MARKUP = str.maketrans("", "", "\0\"'\\$&;")
-"""Characters around and inside units of some programs, as in ``"uV"``, ``$\\mu$V`` and ``&micro;V``."""
+"""Table that removes the characters that some programs write around or inside a unit: ``"uV"``, ``$\\mu$V``,
+``&micro;V``."""
 NOTHING = ("", "n/a", "na", "none", "-", "unknown", "unspecified", "?", "not available", "code 0", "code 512")
-"""Texts (in lower case) that mean: no unit is given. The codes 0 and 512 are GDF's codes for a missing unit."""
+"""Texts (in lower case) that mean that no unit is given. The GDF codes 0 and 512 mean a missing unit."""
 OTHER = re.compile(
     r"%|deg.*|.?[°º].*|[cfk]|celsius|fahrenheit|kelvin|[kmg]?(ohms?|Ω)|bpm|(beats|breaths)?[ /]*(per )?(1/)?min|[km]?hz"
     r"|mm ?hg|cm ?h2o|[kmh]?pa|m?bar|psi|ml|[ml]*l(iters?)?/(s|sec|min)|[mun]?m|[mc]?m/s(\^?2|²|ec)?|m?g|rad(/s)?"
     r"|[mun]?s|[mun]?siemens|[kmun]?n|[mupnf]?t|tesla|lux|db.*|[mun]?a|[mun]?w|aru|bool(ean)?|events?|on/off|level|pixels?",
     re.IGNORECASE,
 )
-"""Pattern of units that are not units of voltage."""
+"""Pattern of units of other quantities than voltage."""
 
 
 def decode_unit(data: bytes) -> str:
-    """Decode the unit in a header that does not name its text encoding; UTF-8 is tried before Latin-1."""
+    """Decode a unit in a header that does not name its text encoding: as UTF-8 if possible, otherwise as Latin-1."""
     try:
         return data.decode("utf-8").strip(" \0")
     except UnicodeDecodeError:
@@ -93,8 +97,8 @@ def to_volts(unit: str) -> float | None:
     """
     text = unit.removeprefix("\xff\xfe").translate(MARKUP).strip()
     text = OLD_PAGES.get(text, text)
-    # First replace single characters that mean a whole unit, as in Asian fonts. If the text is not a unit after the
-    # replacement, use the original text, because the replacement can change a damaged micro sign.
+    # Some fonts have one character for a whole unit. First replace this character by the letters of the unit. If the
+    # result is not a unit, use the original text, because the replacement can change a damaged micro sign.
     wide = unicodedata.normalize("NFKC", text).translate(CYRILLIC)
     return _to_volts(wide) if _to_volts(wide) is not None else _to_volts(text)
 
@@ -112,7 +116,7 @@ def _to_volts(text: str) -> float | None:
 
 
 def _number(text: str) -> float | None:
-    """Return the number before a unit. No number means 1; ``10^-6``, ``1e-6`` and ``x10-6`` mean 1e-6."""
+    """Return the number before or after a unit. An empty text means 1; ``10^-6``, ``1e-6`` and ``x10-6`` mean 1e-6."""
     text = text.strip(" x*")
     if not text:
         return 1.0

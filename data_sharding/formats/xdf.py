@@ -28,7 +28,7 @@ TYPES = {"eeg": "eeg", "eog": "eog", "ecg": "ecg", "ekg": "ecg", "emg": "emg", "
 
 
 class ArraySignal:
-    """A recording that is completely loaded into memory, because files of its format cannot be read in blocks.
+    """A recording in memory. The whole file is loaded, because files of this format cannot be read in blocks.
 
     Parameters
     ----------
@@ -147,19 +147,22 @@ def _has_events(stream: Any) -> bool:
 
 
 def _event_text(value: Any) -> str:
-    """Return the text of an event, or the code of the event as text; an empty text for NaN."""
+    """Return the event as text: its text or its code. Return an empty text for NaN."""
     if isinstance(value, str | np.integer):
         return str(value).strip()
     return f"{value:.15g}" if np.isfinite(value) else ""
 
 
 def _offsets(stream: Any) -> tuple[Sequence[float], Sequence[float]]:
-    """Return times and values of the measured differences between the clocks of a stream and of the computer."""
+    """Return the measured differences between the clock of a stream and the clock of the computer: times and values."""
     return stream.get("clock_times", ()), stream.get("clock_values", ())
 
 
 def _offset_at(offsets: tuple[Sequence[float], Sequence[float]], stamps: np.ndarray) -> np.ndarray:
-    """Return the measured clock differences (in seconds) at given time stamps, to be added to these time stamps."""
+    """Interpolate the measured clock differences at the given time stamps.
+
+    Add the result (in seconds) to the time stamps.
+    """
     at, by = (np.asarray(values, float) for values in offsets)
     kept = np.isfinite(at) & np.isfinite(by)
     if not kept.any():
@@ -178,8 +181,8 @@ def read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Seq
     clock : Clock
         Clock of the EEG stream.
     offsets : pair of sequences of float
-        Times and values of the measured differences between the clock of the EEG stream and the clock of the recording
-        computer.
+        Measured differences between the clock of the EEG stream and the clock of the recording computer: the times of
+        the measurements and the differences, both in seconds.
 
     Returns
     -------
@@ -188,16 +191,17 @@ def read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Seq
 
     Notes
     -----
-    The marker streams and the EEG stream have different clocks. Times of two streams are compared through the clock of
-    the recording computer, because the measured offsets of each stream are relative to this clock.
+    The marker streams and the EEG stream have different clocks. The measured offsets of each stream are relative to the
+    clock of the recording computer. Therefore marker times are converted to the clock of the recording computer, and
+    then to the clock of the EEG stream.
     """
     found = []
     for stream in streams:
         stamps, rows = np.asarray(stream["time_stamps"], float), stream["time_series"]
         common = stamps + _offset_at(_offsets(stream), stamps)
         if clock.offset is None:
-            # The offset depends on the time of the event on the clock of the EEG stream, and this time is not known
-            # yet. Clock offsets change slowly, so two iterations are enough.
+            # The offset depends on the time of the event on the clock of the EEG stream, which is not known yet. Clock
+            # offsets change slowly, so it is enough to compute the offset at an estimate of this time.
             about = common - _offset_at(offsets, common)
             common -= _offset_at(offsets, about)
         else:
@@ -210,9 +214,9 @@ def read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Seq
 
 
 def _channels(desc: Any, n: int) -> tuple[list[str], Units, list[list[float] | None]]:
-    """Return the names, types and units, and positions of the channels that the stream declares.
+    """Return what the stream declares about its channels: names, types with units, and positions.
 
-    Values without a unit are read as volts; a later check of the amplitudes finds values that are not volts.
+    Values without a unit are read as volts; a later check of the amplitudes finds values with another unit.
     """
     try:
         declared = desc[0]["channels"][0]["channel"]

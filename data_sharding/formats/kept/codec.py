@@ -2,9 +2,9 @@
 
 Each channel is stored in the smallest of three encodings: a table, float32 (optionally with a constant factor) or
 float64. A table encoding stores the distinct values once, and an index into this table for each sample (most amplifiers
-write at most 16 bits, so there are few distinct values). An encoding is used only if decoding returns exactly the same
-bits. Before compression with zstandard, the bytes are grouped by their position in the number: first all first bytes,
-then all second bytes, and so on.
+write at most 16 bits, so there are few distinct values). An encoding is used only if decoding restores every bit.
+Before compression with zstandard, the bytes are reordered: first the first byte of every number, then the second byte
+of every number, and so on.
 
 In array shapes, n is the number of channels and b the number of samples of the block.
 """
@@ -65,8 +65,7 @@ def unpack(data: bytes, shape: tuple[int, int], rows: Sequence[int]) -> np.ndarr
     Raises
     ------
     ValueError
-        If the block is damaged. Also for a damaged block, the function never uses more memory than a valid block of
-        this shape needs.
+        If the block is damaged. A damaged block never needs more memory than a valid block of this shape.
     """
     import zstandard
 
@@ -103,9 +102,9 @@ def _pack_channel(x: np.ndarray) -> tuple[int, int, bytes]:
 
 
 def _narrow(x: np.ndarray) -> tuple[np.ndarray | None, int]:
-    """Return the values as float32, and the index of their factor in `_FACTORS`.
+    """Return the values, divided by a factor, as float32; and the index of this factor in `_FACTORS`.
 
-    Return None if storing the values as float32 would change any bit of them.
+    Return None and 0 if every factor would change some of the values.
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for i, factor in enumerate(_FACTORS):
@@ -119,7 +118,7 @@ def _narrow(x: np.ndarray) -> tuple[np.ndarray | None, int]:
 
 
 def _find_steps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return a table of values and the table index of each sample, if all values are integer multiples of one step."""
+    """Return a table of values and each sample's index in this table, if all values lie on a grid of equal steps."""
     some = np.unique(x[:4096])
     if len(some) < 2 or not (step := np.diff(some).min()) > 0 or not (x.max() - x.min()) / step < 2**20:
         return None
@@ -130,8 +129,8 @@ def _find_steps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     if len(table) > _TABLE_LENGTH:
         return None
     numbers = (np.cumsum(used) - 1)[places]
-    # Use the table only if decoding returns the same bits. Decoding cannot restore two values with one index, a
-    # negative zero or an unusual NaN.
+    # Use the table only if decoding restores every bit. Decoding fails if two different values have the same index, and
+    # for a negative zero or an unusual NaN.
     return (table, numbers) if _same(table[numbers], x) else None
 
 

@@ -12,13 +12,13 @@ from data_sharding.common.untrusted import check_count, check_group, check_list,
 from data_sharding.formats.signal import About, Segment, SignalInfo
 
 MOST = 2**50
-"""A stored number of samples above this limit is an error."""
+"""A number of samples above this limit is refused when the metadata are read."""
 
 
 def info_to_json(info: SignalInfo) -> dict[str, Any]:
     """Return all fields of the metadata as JSON types.
 
-    `info_from_json` restores every number exactly, also NaN and infinity.
+    The function `info_from_json` restores every number exactly, also NaN and infinity.
     """
     return _plain(dataclasses.asdict(info))
 
@@ -36,7 +36,7 @@ def _plain(value: Any) -> Any:
 
 
 def info_from_json(values: Any, where: str) -> SignalInfo:
-    """Check and return metadata that `info_to_json` has written.
+    """Check the metadata that `info_to_json` has written, and return them.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Stores decoded signals in files, which are called *kept signals*, and reads these files.
+"""Stores decoded signals on disk, and reads them again. A file with a decoded signal is called a *kept signal*.
 
 A kept signal has three parts: compressed blocks of samples, a footer in JSON, and a tail with the size and the checksum
 of the footer. The footer has the metadata of the recording, and the offset and checksum of each block. The file is
@@ -26,14 +26,16 @@ from data_sharding.formats.kept.info import MOST, info_from_json, info_to_json
 from data_sharding.formats.signal import Signal, SignalInfo
 
 KEPT_SCHEMA = 2
-"""Version of the file format. The version is part of the checksum that names a kept signal."""
+"""Version of the file format. The name of a kept signal is a checksum, and the version is part of what is hashed."""
 _TAIL = struct.Struct("<Q32s8s")
 _MAGIC = b"DSkept1\n"
 _TYPES = ("float32", "float64")
 
 
 class NotKept(Exception):
-    """A kept signal is missing, damaged or lacks a channel, so the caller must read the recording's own files.
+    """A kept signal is missing or damaged, or does not contain a channel.
+
+    The caller must read the recording's own files.
 
     Parameters
     ----------
@@ -47,7 +49,7 @@ class NotKept(Exception):
 
 
 class KeepingSignal:
-    """A signal that writes a copy of all samples that a caller reads to a file.
+    """A wrapper of a signal: it writes a copy of all samples that a caller reads to a file.
 
     Parameters
     ----------
@@ -112,7 +114,8 @@ class KeepingSignal:
         Returns
         -------
         str
-            Reason why the signal cannot be stored; empty if it was stored, or if not all segments were read.
+            Reason why the signal cannot be stored. Empty if the signal was stored, and also if not all segments were
+            read.
         """
         try:
             with self._stream:
@@ -154,7 +157,7 @@ class KeepingSignal:
 
 
 class KeptSignal:
-    """A kept signal, with the metadata and the samples that the recording's reader returned.
+    """An open kept signal. Its metadata and samples are those that the reader of the recording returned.
 
     Parameters
     ----------
@@ -238,7 +241,7 @@ class KeptSignal:
         Raises
         ------
         NotKept
-            If the file lacks a channel or a sample, or if the file is damaged.
+            If a channel or a sample is not in the file, or if the file is damaged.
         """
         if any(pick not in self._row for pick in picks):
             raise NotKept

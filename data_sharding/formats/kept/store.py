@@ -1,4 +1,4 @@
-"""Paths of kept signals (decoded signals on disk), and a table of checksums of files that were read before."""
+"""Manages the folder of kept signals (decoded signals on disk), and stores checksums of files for later jobs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from data_sharding.common.storage import AnyPath, file_state, is_remote, is_stor
 from data_sharding.common.untrusted import check_list, check_sha256
 
 SETTLED_S = 2.0
-"""A file's checksum is stored only if the file was last changed more than this number of seconds ago. A file that was
-changed just now can change again and still have the same modification time."""
+"""A file's checksum is stored only if the last change of the file is more than this number of seconds ago. If two
+changes follow each other quickly, the file can have the same modification time after both."""
 State = tuple[int, int, str]
 
 
@@ -41,7 +41,7 @@ def note_use(path: Path) -> None:
 
 
 def limit_size(folder: Path, most_bytes: float) -> tuple[int, int]:
-    """Delete the kept signals that were not used for the longest time, until the rest fits into `most_bytes`.
+    """Delete the least recently used kept signals, until all remaining kept signals together have at most `most_bytes`.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def limit_size(folder: Path, most_bytes: float) -> tuple[int, int]:
     deleted : int
         Number of deleted signals.
     left : int
-        Number of bytes of the kept signals that were not deleted.
+        Size in bytes of all remaining kept signals.
     """
     found = []
     for path in (folder / "signals").glob("*/*.kept"):
@@ -72,7 +72,7 @@ def limit_size(folder: Path, most_bytes: float) -> tuple[int, int]:
 
 
 def get_states(files: Sequence[AnyPath]) -> list[State] | None:
-    """Return the state of each file (see `file_state`); None if the state of a file is not available."""
+    """Return the state of each file (see `file_state`); None if the storage cannot report the state of a file."""
     try:
         return [file_state(file) for file in files]
     except Exception as error:
@@ -103,8 +103,8 @@ def find_checksums(folder: Path, files: Sequence[AnyPath]) -> tuple[list[State],
     Returns
     -------
     tuple or None
-        States of the files, and their checksums. None if no checksums are stored, or if a file has changed: its size,
-        its modification time, or the checksum that the object store reports.
+        States of the files, and checksums of the files. None if no checksums are stored. None also if a file has
+        changed, that is, if its size, its modification time or the checksum that the object store reports is different.
     """
     try:
         values = check_list(read_json(_table(folder, files)), "checksums")
@@ -134,7 +134,8 @@ def store_checksums(folder: Path, files: Sequence[AnyPath], states: list[State] 
     if states is None or get_states(files) != states:
         return
     newest = time.time_ns() - int(SETTLED_S * 1e9)
-    # Without a modification time or a checksum from the object store, a change of the file could not be noticed.
+    # If the object store reports neither a modification time nor a checksum, a later change of the file could not be
+    # noticed.
     if any(
         mtime > newest or (isinstance(f, UPath) and not (mtime or etag))
         for f, (_, mtime, etag) in zip(files, states, strict=True)

@@ -1,1 +1,1 @@
-"""Marks of interruptions and of bad time spans: a table of all marks, and functions that find marks in files."""
+"""Marks of interruptions and bad time spans: a table of the kinds of marks, and functions that find marks in files."""

@@ -1,4 +1,4 @@
-"""Read the events of an EEGLAB file together with the channels of each event, which MNE does not read."""
+"""Read the events of an EEGLAB file with the channels of each event, because MNE does not read these channels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ CHANNEL_FIELDS = ("channel", "chanindex")
 and the import through BioSig writes `chanindex`. The fields `channel` and `chanindex` contain numbers of channels,
 counted from 1, or names of channels."""
 NO_CHANNEL = ("", "n/a", "all", "none")
-"""Texts, in lower case, that mean all channels if an event has them in one of the fields `CHANNEL_FIELDS`."""
+"""If an event has one of these texts (in lower case) in one of the fields `CHANNEL_FIELDS`, the event belongs to all
+channels."""
 REJECTIONS = ("manual", "thresh", "const", "jp", "kurt", "freq", "global")
 """Kinds of rejection in the structure EEG.reject. For each kind, the field ``rejKIND`` has one number for each epoch,
 and the field ``rejKINDE`` has one number for each channel and epoch. The fields ``icarejKIND`` mark epochs that were
@@ -43,7 +44,7 @@ def list_entries(value: Any) -> list[dict[str, Any]]:
         }
         length = max((len(column) for column in columns.values()), default=0)
         if not length and len(columns) == len(value):
-            return []  # A structure array of size 0 still has names of fields.
+            return []  # This is a structure array without entries: only the names of its fields are stored.
         if not length or any(len(column) != length for column in columns.values()):
             return [value]
         return [{key: value[key][i] for key in columns} for i in range(length)]
@@ -81,7 +82,7 @@ def read_number(value: Any) -> float | None:
 
 
 def read_channel_events(content: Any) -> tuple[list[Annotation] | None, list[str]]:
-    """Read the events of an EEGLAB file if at least one event belongs to single channels.
+    """Read the events of an EEGLAB file, if at least one event belongs only to some of the channels.
 
     Parameters
     ----------
@@ -91,7 +92,7 @@ def read_channel_events(content: Any) -> tuple[list[Annotation] | None, list[str
     Returns
     -------
     annotations : list of Annotation or None
-        All events with a latency. None if no event names a channel, or if the file names no channels.
+        All events that have a latency. None if no event names a channel, or if the file does not list its channels.
     notes : list of str
         A note for the ledger if the channels of bad-span marks cannot be used. Bad-span marks without usable channels
         belong to all channels.
@@ -131,10 +132,10 @@ def read_rejections(content: Any) -> tuple[list[Found], list[str]]:
     Returns
     -------
     marks : list of Found
-        A mark for each marked epoch, and a mark for each epoch of which only single channels are marked. Times are
-        counted over the samples of all epochs, one epoch after the other.
+        One mark for each marked epoch. If only some channels of the epoch are marked, the mark names these channels.
+        Times are those of a signal in which all epochs follow each other without gaps.
     notes : list of str
-        A note for the ledger about fields whose size does not fit the number of epochs; these fields are not used.
+        One note for the ledger about each field whose size does not fit the number of epochs. Such a field is not used.
     """
     fields = getattr(content, "reject", None)
     count, n, names = content.trials, content.nbchan, [str(c.get("labels")) for c in list_entries(content.chanlocs)]
@@ -144,7 +145,7 @@ def read_rejections(content: Any) -> tuple[list[Found], list[str]]:
     for key in (f"{origin}rej{kind}" for origin in ("", "ica") for kind in REJECTIONS):
         for name, table in ((key, whole), (f"{key}E", single)):
             values = np.asarray(fields.get(name, ()))
-            # The tables of independent components do not mark channels.
+            # In the tables ``icarejKINDE``, a row is an independent component and not a channel.
             if values.dtype.kind not in "iufb" or not values.any() or (table is single and key.startswith("ica")):
                 continue
             values = values.T if values.shape == table.shape[::-1] else values
@@ -162,10 +163,10 @@ def read_rejections(content: Any) -> tuple[list[Found], list[str]]:
 
 
 def _map_numbers(channels: list[dict[str, Any]], info: Any) -> dict[int, str | None]:
-    """Return the name of the channel for each channel number, and None for a number that can mean two channels.
+    """Map each channel number to the name of the channel, or to None if the number can mean two channels.
 
-    The number of a channel changes if channels before it are removed. EEGLAB stores the original number of a channel in
-    the field `urchan`, and removed channels in `chaninfo.removedchans`.
+    The number of a channel changes if a channel with a lower number is removed. EEGLAB stores the original number of a
+    channel in the field `urchan`, and the removed channels in `chaninfo.removedchans`.
     """
     names = [str(channel.get("labels")) for channel in channels]
     now: dict[int, str | None] = dict(enumerate(names, start=1))
@@ -178,10 +179,11 @@ def _map_numbers(channels: list[dict[str, Any]], info: Any) -> dict[int, str | N
 
 
 def _read_channels(event: dict[str, Any], numbers: dict[int, str | None]) -> tuple[str, ...] | None:
-    """Return the names of an event's channels, an empty tuple for all channels, and None if the channels are unclear.
+    """Return the names of an event's channels.
 
-    If no channel has a number that the event gives, the number is returned as a name, and a later step writes a note
-    about this name.
+    An empty tuple means all channels; None means that the channels are unclear.
+
+    If the event gives a number that no channel has, this number is returned as a name, and a later step writes a note.
     """
     names: list[str] = []
     for field in CHANNEL_FIELDS:
@@ -202,7 +204,7 @@ def _read_channels(event: dict[str, Any], numbers: dict[int, str | None]) -> tup
 
 
 def _flatten(value: Any) -> list[Any]:
-    """Return the texts and numbers in an entry: a text, a number, an array or a list."""
+    """Return a flat list of the texts and numbers in an entry. The entry is a text, a number, an array or a list."""
     if value is None or isinstance(value, str):
         return [] if value is None else [value]
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):

@@ -1,4 +1,4 @@
-"""Find the interruptions in ANT, EGI, Neuroscan and EEGLAB files that MNE does not read."""
+"""Find the interruptions and events that MNE does not read correctly from ANT, EGI, Neuroscan and EEGLAB files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_sharding.formats.signal import Segment
 
 SECONDS_A_DAY = 86400
 DAYS_TO_1970 = 25569
-"""Day number of 1 January 1970 in ANT files, which count days from 30 December 1899."""
+"""Number of 1 January 1970 in ANT files. In these files, day 0 is 30 December 1899."""
 NEUROSCAN_EVENT_BYTES = {1: 8, 2: 19, 3: 19}
 """Size of an event in bytes, for each type of the Neuroscan event table."""
 NEUROSCAN_STOPS = {0xB: "correction of the DC offset", 0xE: "discontinuity"}
@@ -41,8 +41,8 @@ def read_ant_segments(path: Path, n_samples: int, sfreq: float, start: float | N
     Returns
     -------
     list of Segment or None
-        Segments. If `start` is None, the gaps between segments are unknown, and each segment begins at the end of the
-        previous one. None if there is no table, or if the numbers of samples in the table contradict `n_samples`.
+        Segments. If `start` is None, the gaps between segments are unknown, and each segment begins where the previous
+        segment ends. None if there is no table, or if the numbers of samples in the table contradict `n_samples`.
 
     Notes
     -----
@@ -106,13 +106,12 @@ def find_neuroscan_marks(path: Path, sfreq: float, n_bytes: int) -> list[Found]:
     sfreq : float
         Sampling rate in Hz.
     n_bytes : int
-        Number of bytes of a sample of one channel.
+        Number of bytes that one sample of one channel has in the file.
 
     Returns
     -------
     list of Found
-        Marks. Programs disagree by one sample about the position of an event, so one sample is left out at each
-        discontinuity.
+        Marks. Programs place an event one sample earlier or later, so one sample is left out at each discontinuity.
     """
     with path.open("rb") as stream:
         head = stream.read(900)
@@ -152,9 +151,9 @@ def read_epoch_events(path: Path) -> tuple[list[Annotation], list[str]]:
     Returns
     -------
     events : list of Annotation
-        Events. Their times are counted over the samples of all epochs, one epoch after the other.
+        Events. Times are those of a signal in which all epochs follow each other without gaps.
     notes : list of str
-        A note for the ledger if the events cannot be read; then the file is used as a file without events.
+        A note for the ledger if the events cannot be read. In this case, the file is used as if it had no events.
     """
     import mne
 

@@ -1,8 +1,8 @@
-"""The table of marks: which marks divide a recording of each format, and which marks declare a time span as bad.
+"""The table of marks: for each format, which marks divide a recording, and which marks declare a time span as bad.
 
-Only `TABLE` defines the effect of each kind of mark. A reader finds the marks of a recording, and names the row of the
-table for each mark. The function `divide` computes segments, bad spans and notes from the marks. ``docs/formats.md``
-shows `TABLE` to users.
+The effect of each kind of mark is defined only in `TABLE`. A reader finds the marks of a recording, and gives for each
+mark the name of its row in `TABLE`. The function `divide` computes segments, bad spans and notes from the marks.
+``docs/formats.md`` shows `TABLE` to users.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ class Found:
     text: str = ""
     """Text of the mark."""
     channels: tuple[str, ...] = ()
-    """Names of the channels to which the mark belongs; empty for all channels. Only marks of bad spans use the names of
-    channels."""
+    """Names of the channels to which the mark belongs; empty for all channels. The names are used only for marks of bad
+    spans."""
 
 
 PREFIX = r"(?:[^/,:;|\\]*[/,:;|\\])*\s*"
-"""Optional text before the name of the mark, for example the type of a BrainVision marker: ``Comment/`` or
+"""Text that may precede the name of the mark, for example the type of a BrainVision marker: ``Comment/`` or
 ``Comment,``."""
 BAD_WORD = re.compile(
     PREFIX + r"(?:[Bb][Aa][Dd](?![A-Za-z])|[Bb]ad(?=[A-Z])"
@@ -96,14 +96,14 @@ STOP_WORDS = re.compile(
     r"|(?:lost|missing|dropped)[ _]?(?:samples?|packets?|data)|buffer[ _]?overflow)(?:\s*[:/(=].*)?",
     re.IGNORECASE | re.DOTALL,
 )
-"""Pattern for an annotation that says that the recording was stopped, or that samples were lost. The word ``pause``
-alone does not match, because it can be a pause of the task."""
+"""Pattern for an annotation that reports a stop of the recording or a loss of samples. The word ``pause`` alone does
+not match, because the annotation can mean a pause of the task."""
 NEW_SEGMENT_WORDS = re.compile(PREFIX + r"new segment(/.*)?", re.IGNORECASE | re.DOTALL)
 
 
 PAIR_WORDS = re.compile(r"(.*?)[\s_/:.-]+(?:(start|begin|onset|on)|(?:end|stop|offset|off))", re.IGNORECASE | re.DOTALL)
-"""Pattern for the two marks without duration at the start and at the end of a span. Group 2 matches only at the
-start."""
+"""Pattern for the texts of two marks without duration, of which the first starts a span and the second ends the span.
+Group 2 matches only in the text of the first mark."""
 
 
 def _codes(numbers: Iterable[int]) -> re.Pattern[str]:
@@ -203,14 +203,16 @@ TABLE: tuple[Mark, ...] = (
     Mark(
         name="GDF artefact",
         formats=("gdf",),
-        sign="event 0x0101 to 0x010f (artefact) or 0x03ff (rejected trial), up to its duration or its end event",
+        sign="event 0x0101 to 0x010f (artefact) or 0x03ff (rejected trial); the span ends after the duration of the "
+        "event, or at its end event",
         effect=Effect.BAD,
         words=_codes(GDF_ARTEFACTS),
     ),
     Mark(
         name="GDF missing samples",
         formats=("gdf",),
-        sign="missing values: values outside the digital range, or values at its limit in every electrode",
+        sign="missing values in all channels at the same time: values outside the digital range, or at a limit of this "
+        "range",
         effect=Effect.GAP,
     ),
     Mark(
@@ -229,7 +231,7 @@ TABLE: tuple[Mark, ...] = (
     Mark(
         name="ANT disconnection",
         formats=("ant",),
-        sign="span from `Amplifier disconnected` to `Amplifier reconnected`",
+        sign="span from the trigger `Amplifier disconnected` to the trigger `Amplifier reconnected`",
         effect=Effect.GAP,
         words=re.compile(r"BAD_disconnection|amplifier (dis|re)connected", re.IGNORECASE),
     ),
@@ -242,13 +244,13 @@ TABLE: tuple[Mark, ...] = (
     Mark(
         name="Neuroscan stop",
         formats=("neuroscan",),
-        sign="event of a discontinuity or of a correction of the DC offset; the sample of the event is left out",
+        sign="event of a discontinuity or of a DC offset correction; the sample at which the event occurs is left out",
         effect=Effect.GAP,
     ),
     Mark(
         name="Neuroscan rejection",
         formats=("neuroscan",),
-        sign="span from a rejection to the next acceptance",
+        sign="span from an event that starts a rejection to the event that ends the rejection",
         effect=Effect.BAD,
     ),
     Mark(
@@ -266,7 +268,7 @@ TABLE: tuple[Mark, ...] = (
     Mark(
         name="XDF time stamps",
         formats=("xdf",),
-        sign="jump in the time stamps, from missing samples or from a clock that was set back",
+        sign="jump in the time stamps, because samples are missing or because the clock was set back",
         effect=Effect.CUT,
     ),
     Mark(
@@ -288,8 +290,8 @@ TABLE: tuple[Mark, ...] = (
         effect=Effect.CUT,
     ),
 )
-"""All kinds of marks. For an annotation, the first row that matches its text is used. Rows for one format precede the
-rows for all formats."""
+"""All kinds of marks. For an annotation, the first row whose pattern matches the text is used. Rows for one format are
+tried before the rows for all formats."""
 ROWS = {mark.name: mark for mark in TABLE}
 
 
@@ -340,10 +342,10 @@ def find_marks(format_: str, annotations: Iterable[Annotation]) -> list[Found]:
 
 
 def _join_pairs(found: list[Found]) -> list[Found]:
-    """Join each bad-span mark that starts a span with the next bad-span mark that ends the span.
+    """Join two bad-span marks, of which the first starts a span and the second ends the span, to one mark.
 
-    The two marks have the same text before the word `start` or `end`, the same channels and no length. A start mark
-    without an end mark, or an end mark without a start mark, is not changed.
+    Two marks are joined if both have no length, the same channels, and the same text before the word `start` or `end`.
+    A start mark without an end mark, or an end mark without a start mark, is not changed.
     """
     pairs: dict[int, tuple[int, Found]] = {}
     begun: dict[tuple[str, tuple[str, ...]], int] = {}
@@ -366,7 +368,7 @@ def _join_pairs(found: list[Found]) -> list[Found]:
 def match_channels(
     found: Iterable[Found], names: Sequence[str], left_out: Collection[str]
 ) -> tuple[list[Found], list[str]]:
-    """Replace the names of channels in bad-span marks by the names that the channels have in the recording.
+    """Replace the channel names in bad-span marks by the names that the channels have in the recording.
 
     Parameters
     ----------
@@ -375,15 +377,14 @@ def match_channels(
     names : sequence of str
         Names of the channels that can be read.
     left_out : collection of str
-        Names of the channels of the file that are not read. A mark is dropped if all channels that it names exist in
-        the file but are not read.
+        Names of the channels of the file that are not read. A mark is dropped if it names only such channels.
 
     Returns
     -------
     marks : list of Found
-        Marks. If no channel has a name that a mark gives, the mark belongs to all channels.
+        Marks. If a mark names a channel that the file does not have, the mark is used for all channels.
     notes : list of str
-        Notes for the ledger about channel names in marks that no channel of the recording has.
+        Notes for the ledger about names in marks that belong to no channel of the file.
     """
     known = {canonical_name(name): name for name in reversed(names)} | {name: name for name in names}
     marks, unknown = [], Counter()
@@ -459,7 +460,7 @@ def divide(whole: Sequence[Segment], sfreq: float, found: Iterable[Found]) -> Di
     for segment in whole:
         inner = cuts[bisect.bisect_right(cuts, segment.start) : bisect.bisect_left(cuts, segment.stop)]
         for a, b in itertools.pairwise([segment.start, *inner, segment.stop]):
-            after = bisect.bisect_right(ends, a)  # index of the first gap that ends after sample `a`
+            after = bisect.bisect_right(ends, a)  # Index of the first gap that ends after sample `a`.
             if after == len(gaps) or gaps[after][0] > a:
                 segments.append(Segment(start=a, stop=b, onset=segment.onset + (a - segment.start) / sfreq))
     return Division(
@@ -494,7 +495,7 @@ def _sample_at(segments: Sequence[Segment], sfreq: float, seconds: float) -> int
     """
     onsets = [segment.onset for segment in segments]
     at = max(bisect.bisect_right(onsets, seconds + 1e-3 / sfreq) - 1, 0)
-    # A rounding error of the time must not select the next sample.
+    # Subtract a thousandth of a sample, so that a rounding error of the time cannot select the next sample.
     sample = segments[at].start + math.ceil((seconds - segments[at].onset) * sfreq - 1e-3)
     return min(sample, segments[at].stop)
 

@@ -1,7 +1,7 @@
 """Find the marks of interruptions and of missing signal in the records of EDF, BDF and GDF files.
 
-MNE joins all records without gaps, and ignores the Status bits of BioSemi amplifiers. MNE also returns the codes for
-missing values in GDF files as if they were signal.
+MNE joins all records without gaps, and ignores the Status bits of BioSemi amplifiers. In GDF files, special values mean
+that a sample is missing, and MNE returns these values as if they were signal.
 
 In array shapes, R is the number of records, N the number of samples in a record.
 """
@@ -22,14 +22,14 @@ from data_sharding.formats.mne_signal import ReadError
 from data_sharding.formats.signal import Segment
 
 TAL = re.compile(rb"([+-]\d{1,15}(?:\.\d{1,15})?)(?:\x15(\d{1,15}(?:\.\d{1,15})?))?\x14([^\x00]*)\x14\x00")
-"""Time-stamped annotations list (TAL) of EDF+: onset, duration, texts."""
+"""Pattern of a time-stamped annotations list (TAL) of EDF+: onset, duration, texts."""
 ROUNDING_S = 1.1e-3
-"""Smallest gap between records in seconds. Smaller gaps are not real: they come from onsets of records that were
-rounded to milliseconds."""
+"""Smallest gap between records, in seconds, that is taken as real. Smaller gaps are caused by onsets that were rounded
+to milliseconds."""
 RECORDS_AT_ONCE = 4096
 NEW_EPOCH, CMS_IN_RANGE, MK2 = 1 << 16, 1 << 20, 1 << 23
-"""Bits of the Status channel of a BioSemi amplifier. Bit 22 is not used here: a low battery sets it, and does not
-change the signal."""
+"""Bits of the Status channel of a BioSemi amplifier. Bit 22 means that the battery is low; this bit is not used,
+because a low battery does not change the signal."""
 STARTS_PER_S = 1.0
 """If bit 16 rises more often than this number of times per second, the channel named Status was not written by a
 BioSemi amplifier."""
@@ -43,7 +43,7 @@ def read_annotations(path: Path, layout: Layout) -> tuple[np.ndarray, list[Annot
     Parameters
     ----------
     path : Path
-        File on a local disk. The function reads a part of every record.
+        File on a local disk. (On an object store this function would be slow, because it reads a part of every record.)
     layout : Layout
         Layout of the records.
 
@@ -52,8 +52,8 @@ def read_annotations(path: Path, layout: Layout) -> tuple[np.ndarray, list[Annot
     onsets : ndarray, shape (R,)
         Onset of each record in seconds; NaN if the record has no onset.
     annotations : list of Annotation
-        Annotations, with onsets on the same clock as the onsets of the records. In EDF+, an annotation whose text ends
-        with ``@@`` and the label of a channel belongs to this channel.
+        Annotations, whose onsets use the same clock as the onsets of the records. In EDF+, an annotation belongs to one
+        channel if its text ends with ``@@`` and the label of this channel.
     """
     signals = [i for i, label in enumerate(layout.labels) if label in headers.ANNOTATIONS]
     starts = np.concatenate([[0], np.cumsum(layout.per_record)]) * layout.width
@@ -64,7 +64,8 @@ def read_annotations(path: Path, layout: Layout) -> tuple[np.ndarray, list[Annot
             for i in signals:
                 stream.seek(layout.header_bytes + record * layout.record_bytes + int(starts[i]))
                 lists = TAL.findall(stream.read(layout.width * layout.per_record[i]))
-                # The first annotation signal begins with a list that has the record's onset and an empty first text.
+                # In each record, the first annotation signal begins with a list that contains the record's onset and no
+                # text.
                 if i == signals[0] and lists and not lists[0][1] and lists[0][2][:1] in (b"", b"\x14"):
                     onsets[record] = float(lists[0][0])
                 for onset, duration, words in lists:
@@ -76,7 +77,7 @@ def read_annotations(path: Path, layout: Layout) -> tuple[np.ndarray, list[Annot
 
 
 def find_runs(onsets: np.ndarray, layout: Layout) -> tuple[list[tuple[int, int, float]], list[str]]:
-    """Divide the records of an EDF+ file into runs without gaps.
+    """Divide the records of an EDF+ file into runs: consecutive records without gaps between them.
 
     Parameters
     ----------
@@ -88,16 +89,16 @@ def find_runs(onsets: np.ndarray, layout: Layout) -> tuple[list[tuple[int, int, 
     Returns
     -------
     runs : list of (int, int, float)
-        For each run of records: first record, last record plus one, and onset in seconds after the onset of the first
-        record.
+        For each run of consecutive records: number of its first record, number of its last record plus one, and onset
+        in seconds from the onset of the file's first record.
     notes : list of str
         Notes for the ledger.
 
     Raises
     ------
     ReadError
-        If the header says that there are gaps (EDF+D), but the first record, or more than half of all records, have no
-        onset.
+        If the file is EDF+D (records with gaps), but the first record has no onset, or more than half of all records
+        have no onset.
     """
     count, length = len(onsets), layout.record_s
     known = np.isfinite(onsets)
@@ -112,8 +113,8 @@ def find_runs(onsets: np.ndarray, layout: Layout) -> tuple[list[tuple[int, int, 
     for i in np.flatnonzero(~known):
         times[i] = times[i - 1] + length
     jumps = np.abs(np.diff(times) - length) > ROUNDING_S
-    # If a record without an onset lies next to a jump, the gap can be before or after this record, so the record
-    # becomes a separate run.
+    # If a record without an onset is next to a jump, the gap can be before or after this record, so the record becomes
+    # a separate run.
     for i in np.flatnonzero(~known):
         jumps[i - 1] |= bool(jumps[i : i + 1].any())
     if not known.all():
@@ -149,7 +150,7 @@ def _blocks(path: Path, layout: Layout, count: int) -> Iterator[tuple[int, np.nd
 
 
 def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str]]:
-    """Find new epochs, and spans in which the CMS electrode was out of range, in the BioSemi Status channel.
+    """Read from the BioSemi Status channel where new epochs begin, and when the CMS electrode was out of range.
 
     Parameters
     ----------
@@ -161,7 +162,7 @@ def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str
     Returns
     -------
     found : list of Found
-        Marks. The times of marks are sample numbers of the file, divided by the sampling rate.
+        Marks. The time of a mark is the sample number in the file, divided by the sampling rate.
     notes : list of str
         Notes for the ledger.
     """
@@ -171,7 +172,7 @@ def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str
     begin, size = 3 * sum(layout.per_record[:at]), 3 * layout.per_record[at]
     rate = layout.per_record[at] / layout.record_s
     rises: list[np.ndarray] = []
-    edges: list[np.ndarray] = []  # positions at which bit 20 changes
+    edges: list[np.ndarray] = []  # Positions at which bit 20 changes.
     total, seen = 0, 0
     last: int | None = None
     first_low = False
@@ -195,7 +196,8 @@ def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str
         return [], [text]
     found = [Found("new epoch", float(position) / rate) for position in starts]
     if not seen & CMS_IN_RANGE and not seen & MK2:
-        return found, []  # Bits 20 and 23 are never set, so another program wrote Status, with triggers only.
+        # Bits 20 and 23 are never set, so another program wrote the Status channel, and only its triggers are valid.
+        return found, []
     turns = np.concatenate([*([np.zeros(1, int)] if first_low else []), *edges, np.zeros(0, int)])
     turns = turns.tolist() + ([total] if len(turns) % 2 else [])
     for a, b in zip(turns[::2], turns[1::2], strict=True):
@@ -204,7 +206,7 @@ def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str
 
 
 def find_missing(path: Path, layout: Layout, numbers: list[int]) -> tuple[list[Found], bool]:
-    """Find the samples of a GDF file that are coded as missing in all channels of `numbers`.
+    """Find the samples of a GDF file that are missing in all channels of `numbers`.
 
     Parameters
     ----------
@@ -218,15 +220,15 @@ def find_missing(path: Path, layout: Layout, numbers: list[int]) -> tuple[list[F
     Returns
     -------
     found : list of Found
-        Gaps: spans in which every channel has missing values.
+        Gaps: spans in which the values of all channels are missing.
     some : bool
-        Whether some, but not all, channels have missing values at the same time.
+        True if at some time, values are missing in some channels, but not in all channels.
 
     Notes
     -----
     NaN and values outside the digital range are missing values. A value at the limit of the digital range is either
-    missing, or an overflow of one channel. Such a value is taken as missing only if every channel has a missing value
-    or a value at its limit at the same time.
+    missing, or an overflow of one channel. Such a value is taken as missing only if at the same time every other
+    channel also has a missing value or a value at its limit.
     """
     spans: list[tuple[int, int]] = []
     some = False
@@ -258,7 +260,7 @@ def _is_missing(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def set_missing(x: np.ndarray, path: Path, layout: Layout, numbers: list[int], start: int) -> None:
-    """Replace the missing values of single channels of a GDF file by NaN.
+    """Replace values that are missing in a GDF file by NaN.
 
     Parameters
     ----------
@@ -269,9 +271,9 @@ def set_missing(x: np.ndarray, path: Path, layout: Layout, numbers: list[int], s
     layout : Layout
         Layout of the records.
     numbers : list of int
-        Numbers of the n channels in the header.
+        For each of the n channels: number of the channel in the header.
     start : int
-        Index of the first of the S samples in the signal.
+        Index, in the whole signal, of the first sample in `x`.
     """
     count = layout.per_record[numbers[0]]
     first, last = start // count, -(-(start + x.shape[1]) // count)
@@ -322,7 +324,7 @@ def read_gdf_events(path: Path, layout: Layout) -> list[Annotation]:
     -------
     list of Annotation
         The events; the text of an event is its event code as a decimal number. An event without a duration lasts until
-        its end event (its code plus 0x8000, for the same channel), if the file has this end event.
+        its end event, if the file has one. The end event has the code of the event plus 0x8000, and the same channel.
     """
     with path.open("rb") as stream:
         version = float(stream.read(8)[4:])
@@ -337,7 +339,8 @@ def read_gdf_events(path: Path, layout: Layout) -> list[Annotation]:
     size = 12 if head[0] == 3 else 6
     count = min(count, len(rest) // size)
     rate = rate if 0 < rate < np.inf else max(layout.per_record) / layout.record_s
-    positions = (np.frombuffer(rest, "<u4", count).astype(float) - 1) / rate  # GDF gives the first sample the number 1.
+    # In GDF, the first sample has the number 1.
+    positions = (np.frombuffer(rest, "<u4", count).astype(float) - 1) / rate
     codes = np.frombuffer(rest, "<u2", count, 4 * count).astype(int)
     lengths, channels = np.zeros(count), np.zeros(count, int)
     if head[0] == 3:

@@ -1,4 +1,6 @@
-"""File formats whose reader is one small module. Each module of this folder describes one format in its ``FORMAT``.
+"""Readers of file formats that need only one small module.
+
+Each module of this folder that defines ``FORMAT`` describes one file format.
 
 To add a format, add a module to this folder. `data_sharding.formats.sniffing` calls ``FORMAT.recognise``, and
 `data_sharding.formats.open_signal` calls ``FORMAT.open``. Import heavy libraries inside the functions `recognise` and

@@ -38,6 +38,6 @@ FORMAT = Format(
     recognised_by="name of the file, because the format has no header",
     compared="whole samples",
     # The amplifier has a gain of 2000 and a 16-bit converter for 10 V, so one bit is 0.0763 microvolts. MNE's reader
-    # returns microvolts instead of volts.
+    # returns microvolts instead of volts, so its values are multiplied by 1e-6.
     unit_factor=1e-6,
 )

@@ -1,4 +1,6 @@
-"""Read recordings with the raw readers of the package neo, which read samples on demand and give segments with times.
+"""Read recordings with the raw readers of the package neo.
+
+These read samples on demand and report the time of each part.
 
 In array shapes, n is the number of channels, and S the number of samples.
 """
@@ -20,7 +22,10 @@ from data_sharding.formats.units import read_units
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """A segment in neo's terms. Pieces without a gap between them are joined to one `Segment`."""
+    """A part of the recording, called a segment in neo.
+
+    Pieces without a gap between them are joined to one `Segment`.
+    """
 
     block: int
     number: int
@@ -34,10 +39,9 @@ class NeoSignal:
     Parameters
     ----------
     reader : neo.rawio.BaseRawIO
-        Reader of the package neo for the recording. The method ``parse_header`` of the reader must not have been called
-        yet.
+        Reader of the package neo for this recording, whose method ``parse_header`` has not been called yet.
     only_electrodes : bool
-        True if only channels with names of scalp electrodes are used as EEG. Use True for amplifiers that also record
+        If True, only channels with names of scalp electrodes are used as EEG. Use True for amplifiers that also record
         intracranial electrodes: their files do not say which channels are on the scalp.
     """
 

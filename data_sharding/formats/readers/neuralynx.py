@@ -41,7 +41,7 @@ def _open(path: Path) -> Any:
     from data_sharding.formats.readers.neo_signal import NeoSignal
 
     names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix.lower() == ".ncs")
-    # The clock of the amplifier differs a little from the nominal rate, so steps of the time stamps below 1 ms are not
+    # The true sampling rate differs a little from the nominal rate, so deviations of the time stamps below 1 ms are not
     # gaps.
     reader = NeuralynxRawIO(dirname=str(path.parent), include_filenames=names, gap_tolerance_ms=1.0)
     return NeoSignal(reader, only_electrodes=True)

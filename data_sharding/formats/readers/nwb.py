@@ -85,7 +85,10 @@ def _text(value: Any) -> str:
 
 
 def _find_series(file: Any) -> Any:
-    """Find the electrical series (NWB's term for a voltage signal) in the raw data, or else in the processed data."""
+    """Find the electrical series (NWB's name for a voltage signal).
+
+    If the raw data have none, search the processed data.
+    """
     for where in ("acquisition", "processing"):
         found: list[Any] = []
 
@@ -116,7 +119,7 @@ def _read_names(file: Any, series: Any, n: int) -> list[str]:
 
 
 def _read_times(series: Any, n_samples: int) -> tuple[float, list[Segment]]:
-    """Return the sampling rate and the segments; a segment ends where the time stamps jump."""
+    """Return the sampling rate and the segments. A new segment begins after each jump of the time stamps."""
     if "starting_time" in series:
         sfreq = float(series["starting_time"].attrs["rate"])
         return sfreq, [Segment(start=0, stop=n_samples, onset=0.0)]

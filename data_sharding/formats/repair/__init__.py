@@ -1,1 +1,4 @@
-"""Repairs of damaged headers. The damaged part is removed, so that the rest of the recording can be read."""
+"""Repairs of damaged headers.
+
+The damaged part of a header is removed or replaced, so that the rest of the recording can be read.
+"""

@@ -15,8 +15,8 @@ from data_sharding.formats.marks.interruptions import Annotation
 CHANNEL = re.compile(r"^([ \t]*Ch(\d+)[ \t]*=)(.*)$", re.MULTILINE | re.IGNORECASE)
 CODEPAGE = re.compile(r"^([ \t]*Codepage[ \t]*=[ \t]*)(.*?)[ \t]*$", re.MULTILINE | re.IGNORECASE)
 ELSEWHERE = (1.0, 0.0, 0.0)
-"""Placeholder coordinates of channels without a position. The reader removes the placeholder coordinates after MNE
-opened the file."""
+"""Placeholder coordinates of channels without a position. After MNE has opened the file, the placeholders are
+removed."""
 MARKER = re.compile(r"^[ \t]*Mk(\d+)[ \t]*=(.*)$", re.MULTILINE | re.IGNORECASE)
 
 
@@ -29,7 +29,7 @@ class Repaired:
     notes: list[str] = field(default_factory=list)
     """Notes for the ledger."""
     left_out: dict[int, str] = field(default_factory=dict)
-    """Numbers of the channels (from 1) without a scale, each with the reason."""
+    """Channels without a scale: the key is the number of the channel (from 1), the value is the reason."""
     unplaced: set[int] = field(default_factory=set)
     """Numbers of the channels (from 1) that have placeholder coordinates in `text`."""
     recoded: bool = False
@@ -70,7 +70,7 @@ def read_text(data: bytes) -> Repaired:
 
 
 def repair_header(text: str) -> Repaired:
-    """Correct the rows of channels and of coordinates in a BrainVision header.
+    """Correct the lines for channels and coordinates in a BrainVision header.
 
     Parameters
     ----------
@@ -81,8 +81,8 @@ def repair_header(text: str) -> Repaired:
     -------
     Repaired
         The corrected header. A channel without a name gets a name. If two channels have the same name, the second
-        channel gets a number. `left_out` has the channels whose row is missing or has no resolution. `unplaced` has the
-        channels whose coordinates are not numbers, or are 0, 0, 0 (unknown position).
+        channel gets a number. `left_out` contains the channels whose line is missing or has no resolution. `unplaced`
+        contains the channels whose coordinates are not numbers, or are 0, 0, 0 (unknown position).
     """
     out = Repaired(text)
     try:
@@ -132,7 +132,7 @@ def _replace(found: re.Match[str], lines: list[str | None]) -> str:
 
 
 def _repair_coordinates(out: Repaired, names: list[str]) -> Repaired:
-    """Write a row of coordinates for every channel, and add channels without usable coordinates to `unplaced`."""
+    """Write a line with coordinates for every channel, and add channels without usable coordinates to `unplaced`."""
     begin, end = section(out.text, "Coordinates")
     if begin == len(out.text):
         return out
@@ -144,7 +144,7 @@ def _repair_coordinates(out: Repaired, names: list[str]) -> Repaired:
     lines, lost = [], []
     for number, name in enumerate(names, start=1):
         cells = rows.get(number)
-        # MNE changes the type of a channel at 0, 0, 0, and refuses a channel without coordinates.
+        # MNE changes the type of a channel at 0, 0, 0, and raises an error for a channel without coordinates.
         if cells is None or (cells[0] == 0 and electrodes[number - 1]):
             out.unplaced.add(number)
             lost += [name] if cells is None else []
@@ -168,7 +168,7 @@ def repair_markers(text: str) -> Repaired:
     Returns
     -------
     Repaired
-        The text without the lines that have no valid position, and without invalid dates.
+        The text without invalid dates, and without those lines that have no valid position.
     """
     out = Repaired(text)
     broken, dates = [], []
@@ -200,7 +200,7 @@ def repair_markers(text: str) -> Repaired:
 
 
 def read_markers(text: str, sfreq: float, names: Sequence[str]) -> list[Annotation]:
-    """Read the markers of a marker file. MNE does not read the channels of markers.
+    """Read the markers of a marker file with their channels, because MNE does not read the channels of markers.
 
     Parameters
     ----------
@@ -214,8 +214,9 @@ def read_markers(text: str, sfreq: float, names: Sequence[str]) -> list[Annotati
     Returns
     -------
     list of Annotation
-        The markers; their text is type and description, as in MNE. The channel number 0 means all channels. A first
-        marker that only says that the recording begins is left out.
+        The markers. The text of a marker is its type and its description, as in MNE. The channel number 0 means all
+        channels. The first marker is left out if its type is New Segment, because it only says that the recording
+        begins.
     """
     begin, end = section(text, "Marker Infos")
     out = []
@@ -231,7 +232,7 @@ def read_markers(text: str, sfreq: float, names: Sequence[str]) -> list[Annotati
 
 
 def _is_date(text: str) -> bool:
-    """Return whether MNE can parse a date of BrainVision: year, month, day, hour, minute, second, microseconds."""
+    """Return whether MNE can parse a BrainVision date (year, month, day, hour, minute, second and microseconds)."""
     from datetime import datetime
 
     if not text.isdigit() or len(text) != 20:

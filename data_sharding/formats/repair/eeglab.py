@@ -18,8 +18,8 @@ from data_sharding.formats.mne_signal import EpochsSignal, RawSignal
 from data_sharding.formats.signal import Signal
 
 FAR = 5.0
-"""If an electrode is further from the centre of the head than this multiple of the median distance, its position is
-removed."""
+"""If the distance of an electrode from the centre of the head is more than 5 times the median distance, the position of
+this electrode is removed."""
 MOST_NAMED = 5
 
 
@@ -48,7 +48,7 @@ def with_repairs(read: Callable[[Path], Any]) -> Callable[[Path], Signal]:
                 signal: Signal = EpochsSignal(opened, marks=marks, notes=faults)
             else:
                 signal = RawSignal(opened, format_="eeglab", annotations=found.events or None)
-        said = list(dict.fromkeys(found.notes))  # MNE may load the file twice, and then each note exists twice.
+        said = list(dict.fromkeys(found.notes))  # Remove duplicates, because MNE may load the file twice.
         signal.info = dataclasses.replace(signal.info, notes=[*signal.info.notes, *said])
         return signal
 
@@ -62,14 +62,14 @@ class _Found:
     notes: list[str] = field(default_factory=list)
     """Notes about the repairs."""
     events: list[Annotation] = field(default_factory=list)
-    """All events of the file, if at least one event belongs to single channels; otherwise an empty list."""
+    """All events of the file, if at least one event belongs only to some of the channels; otherwise an empty list."""
     rejected: list[Found] = field(default_factory=list)
     """Epochs that are marked for rejection."""
 
 
 @contextlib.contextmanager
 def _repairing() -> Iterator[_Found]:
-    """Replace the function with which MNE loads a ``.set`` file, because MNE has no option to repair its result.
+    """Replace the function with which MNE loads a ``.set`` file, so that the loaded content can be repaired.
 
     Yields
     ------
@@ -92,7 +92,7 @@ def _repairing() -> Iterator[_Found]:
             found.rejected, said = read_rejections(content)
             notes += said
 
-        # The repair of the events removes the channels of the events, so the channels are read before the repair.
+        # `_repair_events` removes the channels of the events, so the channels must be read before.
         for repair in (_repair_channels, read_rejected, read_events, _repair_events):
             with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
                 repair(content, found.notes)

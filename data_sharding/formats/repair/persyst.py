@@ -8,9 +8,9 @@ from datetime import datetime
 from data_sharding.formats.headers import parse_number
 
 DATES = {"/": "%m/%d/%Y", "-": "%d-%m-%Y", ".": "%Y.%m.%d"}
-"""Date formats that MNE can parse, by the separator of the date."""
+"""Date formats that MNE can parse. The key is the separator between day, month and year."""
 NOBODY = {"birthdate": "/", "sex": "", "hand": "", "testdate": ""}
-"""Keys that MNE needs in the section Patient, each with a value that MNE reads as unknown."""
+"""Keys that MNE needs in the section Patient, each with a value that means unknown to MNE."""
 
 
 def repair_header(text: str) -> tuple[str, list[str]]:
@@ -26,7 +26,7 @@ def repair_header(text: str) -> tuple[str, list[str]]:
     text : str
         The repaired header; equal to the argument `text` if no line needs a repair.
     notes : list of str
-        Notes for the ledger. For privacy, no note quotes the section about the patient.
+        Notes for the ledger. For privacy, a note never contains text from the section about the patient.
     """
     section, lines = "", []
     lost: dict[str, int] = {}
@@ -40,7 +40,8 @@ def repair_header(text: str) -> tuple[str, list[str]]:
             continue
         elif content and section == "channelmap" and "=" not in content:
             lost[section] = lost.get(section, 0) + 1
-            line = f"{content}=0"  # MNE orders the channels by the lines of the section ChannelMap.
+            # Keep a line for this channel, because MNE orders the channels by the lines of the section ChannelMap.
+            line = f"{content}=0"
         elif content and section != "comments" and "=" not in content:
             lost[section] = lost.get(section, 0) + 1
             continue
@@ -74,7 +75,7 @@ def _is_comment(line: str) -> bool:
 def _is_time(key: str, value: str) -> bool:
     layout = "%H:%M:%S" if key == "testtime" else next((f for mark, f in DATES.items() if mark in value), "")
     if not layout:
-        return True  # MNE ignores dates in other formats.
+        return True  # MNE ignores a date with another separator.
     try:
         datetime.strptime(value, layout)
     except ValueError:

@@ -11,8 +11,8 @@ from data_sharding.formats import headers
 from data_sharding.formats.headers import Layout
 
 LIMITS = {104: "-1", 112: "1", 120: "-1", 128: "1"}
-"""Offset of each physical or digital limit in the header of a channel, and the text that replaces a limit that is not a
-number. A channel whose limit is not a number has no scale and is left out."""
+"""Offset of each physical or digital limit in the header of a channel, and a valid number to write there if the limit
+is not a number. (Such a channel has no scale and is left out, but MNE must be able to parse its header.)"""
 
 
 def find_patches(path: Path, layout: Layout, format_: str) -> dict[int, bytes]:
@@ -30,7 +30,7 @@ def find_patches(path: Path, layout: Layout, format_: str) -> dict[int, bytes]:
     Returns
     -------
     dict of int to bytes
-        Maps the offset of each field that MNE cannot parse to the corrected content of this field.
+        Corrections: the key is the offset of a field that MNE cannot parse, the value is its corrected content.
     """
     if format_ == "gdf":
         count = headers.count_gdf_records(path, layout)

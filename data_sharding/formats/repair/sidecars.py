@@ -1,4 +1,4 @@
-"""Read a recording even if MNE cannot parse a sidecar file or another optional part, by ignoring this part."""
+"""If MNE cannot parse a sidecar file or another optional part of a recording, read the recording without this part."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_without_broken(
     Raises
     ------
     Exception
-        The first error of `read`, if the recording cannot be read without its optional parts either.
+        The first error of `read`, if the recording cannot be read even without its optional parts.
     """
     try:
         return read(path), None, []

@@ -1,6 +1,6 @@
 """Recognise files that this package does not read: recordings in other formats, and files that are not recordings.
 
-Each function takes a `sniffing.File`, and returns a `Finding`, or None if the file is of another kind.
+Each function takes a `sniffing.File`. The function returns a `Finding`, or None if the file is of another kind.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from data_sharding.common.reason import Reason
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Kind of a file, and the reason why it is not read."""
+    """Kind of a file, and the reason why the file is not read."""
 
     format: str
     """Name of the kind of file, for the ledger."""

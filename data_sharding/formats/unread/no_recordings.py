@@ -1,6 +1,6 @@
-"""Recognise files that are often in the folders of recordings but are not recordings, such as events or covariances.
+"""Recognise files that are often stored next to recordings but are not recordings, such as events or covariances.
 
-FIF files are recognised by their blocks, because their names are often changed.
+For a FIF file, the blocks inside the file show whether it is a recording, because file names are often changed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ BLOCKS = (
     (313, "projections"),
     (107, "digitised positions"),
 )
-"""Blocks of FIF files without a recording, with the kind of the file. If a file has several of these blocks, the block
-that comes first in this table determines the kind of the file."""
+"""Blocks of FIF files without a recording, with the kind of the file. If a file has several of these blocks, the first
+of them in this table determines the kind of the file."""
 TRANSFORMATION = 222
 BLOCK_START = 104
 MOST_TAGS = 20_000
@@ -42,7 +42,7 @@ POSITIONS = (".elp", ".hsp", ".sfp", ".elc", ".pos", ".bvef", ".hpts", ".ced", "
 """Extensions of files with the positions of electrodes."""
 MOST_POSITIONS_BYTES = 1 << 22
 MOST_PACKED_BYTES, MOST_UNPACKED_BYTES = 1 << 20, 1 << 23
-"""Largest numbers of bytes that are read from a compressed FIF file, and that are unpacked."""
+"""Limits for a compressed FIF file: number of bytes that are read, and number of bytes that are decompressed."""
 
 
 def recognise_no_recording(file: Any) -> Finding | None:
@@ -81,7 +81,7 @@ def _size(path: Any) -> int:
 
 
 def _unpack(data: bytes) -> tuple[bytes, bool]:
-    """Return the first decompressed bytes of gzip data, and whether these are all of the data."""
+    """Return the first decompressed bytes of gzip data, and True if all data were decompressed."""
     unpacker = zlib.decompressobj(31)
     try:
         out = unpacker.decompress(data, MOST_UNPACKED_BYTES)
@@ -91,7 +91,7 @@ def _unpack(data: bytes) -> tuple[bytes, bool]:
 
 
 def _describe_fif(path: Any, head: bytes, size: int) -> str:
-    """Return the content of a FIF file without a recording.
+    """Return a description of a FIF file that contains no recording.
 
     Return an empty text for a damaged file, and for a file that may be a recording.
     """
@@ -109,7 +109,8 @@ def _describe_fif(path: Any, head: bytes, size: int) -> str:
                 stream.seek(at)
                 tag = stream.read(20)
             else:
-                return ""  # Only the first bytes were read. If the file is not a recording, its reader fails later.
+                # The rest of the file is unknown, so the file may be a recording. If it is not, its reader fails later.
+                return ""
             if len(tag) < 16:
                 return ""
             kind, _, length, following = struct.unpack(">4i", tag[:16])

@@ -17,7 +17,7 @@ RECORDINGS = (
     *(".xdf", ".trc", ".nxe", ".cdt", ".mff", ".raw", ".erd", ".acq", ".easy", ".ncs", ".nwb", ".rhd", ".rhs", ".mefd"),
     *(".smr", ".smrx", ".ns5", ".ns2", ".ns3", ".ns6", ".e", ".mat", ".avg"),
 )
-"""Extensions of recordings, to recognise recordings inside an archive."""
+"""Extensions by which recordings inside an archive, and compressed recordings, are recognised."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".z")
 ARCHIVES = (
     ".zip",
@@ -68,7 +68,7 @@ class Recorder:
     magic: tuple[tuple[int, bytes], ...] = ()
     """Offset and bytes by which the format is recognised. If empty, the format is recognised only by the extension."""
     do: str = "export the recording as EDF with the manufacturer's program"
-    """What the user can do."""
+    """What the user can do to get a readable file."""
     sidecars: str = ""
     """Pattern of the names of other files of the recording; ``{stem}`` is the name without the extension."""
     excluded: bool = False
@@ -185,7 +185,7 @@ def _describe(file: Any, recorder: Recorder) -> Finding | None:
     pattern = re.compile(recorder.sidecars.replace("{stem}", re.escape(stem)), re.IGNORECASE)
     files = tuple(entry.name for entry in file.near.values() if pattern.fullmatch(entry.name) and recorder.sidecars)
     if recorder.format == "natus" and stem != file.stem and f"{stem}.erd".lower() in file.near:
-        return None  # A later part of a recording is listed by the `Finding` of its first part.
+        return None  # This file is a later part of a recording: the `Finding` of the first part lists it.
     if not file.head:
         return Finding(format=recorder.format, reason=Reason("unreadable", "an empty file"), files=files)
     return Finding(format=recorder.format, reason=_reason(recorder), excluded=recorder.excluded, files=files)
@@ -206,7 +206,7 @@ def _recognise_compressed(file: Any, name: str) -> Finding | None:
 
 
 def _describe_archive(file: Any, name: str) -> Finding | None:
-    """Describe an archive; return None if the archive holds no file with the extension of a recording."""
+    """Describe an archive; return None if no file in the archive has the extension of a recording."""
     names: list[str] | None = None
     try:
         if name.endswith(".zip"):

@@ -3,7 +3,7 @@
 Most text tables next to recordings are events, questionnaires or results. A table is reported as a signal only if at
 least four columns of numbers have the name of an electrode at the top, or if at least four lines of numbers begin with
 the name of an electrode. (Tables of electrode positions have such lines too, but only a few numbers in each line.) A
-large table that consists of numbers alone is reported as well, because it is probably a signal.
+large table that contains only numbers is reported too, because it is probably a signal.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MIN_LINES = 16
 LONG_LINE = 64
 """If a line begins with the name of an electrode and has more than this many numbers, the line is a signal."""
 LARGE_BYTES = 1 << 20
-"""A table without names of electrodes is reported if it has at least this size and only numbers."""
+"""A table without names of electrodes is reported if it contains only numbers and has at least this size in bytes."""
 MOST_TEXT_LINES = 16
 """A table of numbers may begin with at most this many lines of text."""
 DECIMAL_COMMA = re.compile(r"(?<=\d),(?=\d)")
 PREFIX = re.compile(r"(RAW|EEG|Channel|Ch)[. _-]+(?=[A-Za-z])", re.IGNORECASE)
-"""Prefix that programs of Muse, Emotiv and others write before the name of an electrode."""
+"""Prefix that some programs, for example those of Muse and Emotiv, write before the name of an electrode."""
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan", re.IGNORECASE)
 TEXT = "a text table has no sampling rate and no unit; convert it to EDF, or to an array for a corpus of kind arrays"
 
@@ -65,7 +65,7 @@ def recognise_table(file: Any) -> Finding | None:
 
 
 def _is_large_matrix(file: Any, rows: list[list[str]]) -> bool:
-    """Return whether a large table has only lines with the same count of numbers, after a few lines of text."""
+    """Return whether a large table, after a few lines of text, has only lines with the same count of numbers."""
     numbers = [row for row in rows if len(row) >= MIN_ELECTRODES and all(_is_number(entry) for entry in row if entry)]
     same = len({len(row) for row in numbers}) == 1
     large = int(file.path.stat().st_size) >= LARGE_BYTES
