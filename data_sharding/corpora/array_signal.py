@@ -25,8 +25,8 @@ class ArraySignal:
     Parameters
     ----------
     part : callable
-        Function that gets the number of a segment and returns its array [C, T]. The function is called when the
-        segment is read.
+        Function that takes the number of a segment and returns the array [C, T] of this segment. The function is called
+        when the segment is read.
     lengths : sequence of int
         Number of samples of each segment.
     sfreq : float

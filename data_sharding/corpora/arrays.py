@@ -143,8 +143,8 @@ class ArraysCorpus(Adapter):
             more = {"subject": about.subject, "session": about.session, "subject_from": "table"}
         own = {f.name: getattr(about, f.name) for f in dataclasses.fields(about)}
         if not about.tmin:
-            # Leave out the default of a key that older versions did not have, so that checksums of recordings stay the
-            # same.
+            # Older versions of Dreamscale did not have this key. If the key has its default value, leave it out, so
+            # that checksums of recordings stay the same.
             own.pop("tmin")
         for name in ("subject", "session", "events", "images", "labels", "captions", "splits", "blocks"):
             own.pop(name)

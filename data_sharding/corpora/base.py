@@ -18,7 +18,7 @@ from data_sharding.formats.signal import Signal
 from data_sharding.processing.preprocess import check_line_freq
 
 ADAPTERS: dict[str, Adapter] = {}
-"""Maps the name of each kind of corpus to the adapter of this kind."""
+"""Dictionary from the name of each kind of corpus to its adapter."""
 COMMON_KEYS = ("kind", "root", "name", "line_freq", "license", "options")
 """Config keys that are valid for every kind of corpus."""
 
@@ -37,26 +37,26 @@ class CorpusConfig:
     root: str
     """Folder that contains the recordings. ${NAME} is replaced by the value of the environment variable NAME."""
     name: str = ""
-    """Name of the corpus in the ledger. If empty, the first folder below root in the path of the recording is used, or
-    the name of root if the recording lies directly in root."""
+    """Name of the corpus in the ledger. If empty, the corpus of a recording has the name of the first folder below root
+    in the recording's path, or the name of root if the recording is directly in root."""
     images: str = ""
     """Folder of the images, for corpora of EEG and images. Paths of images are relative to the folder of the images."""
     tmin: float | None = None
-    """Start of each stored trial, in seconds from the onset of its image. If empty, a stored trial begins 0.2 s before
-    the onset, and a trial of an epoched recording at the start of its epoch. Models read a trial from its onset, or
-    from tmin if tmin is later."""
+    """Start of each stored trial, in seconds from the onset of its image. If empty, a trial is stored from 0.2 s before
+    the onset, or from the start of its epoch if the recording consists of epochs. Models read a trial from its onset,
+    or from tmin if tmin is later."""
     tmax: float | None = None
-    """End of each stored trial, in seconds from the onset of its image. If empty, a stored trial ends at the end of the
-    window that models read, and a trial of an epoched recording at the end of its epoch."""
+    """End of each stored trial, in seconds from the onset of its image. If empty, a trial is stored to the end of the
+    window that models read, or to the end of its epoch if the recording consists of epochs."""
     stimulus_delay_ms: float = 0.0
     """Delay in milliseconds from the trigger (the onset in the events) to the appearance of the image on the screen.
     The delay is added to every onset."""
     exclude: list[str] = field(default_factory=list)
     """Glob patterns of files to ignore, relative to root."""
     unit_factors: dict[str, float] = field(default_factory=dict)
-    """Maps glob patterns of recordings, relative to root, to factors. The values of a recording that matches a pattern
-    are multiplied by the factor of this pattern to get volts. Use this key for recordings that were quarantined because
-    of an unknown unit."""
+    """Dictionary from glob patterns of paths, relative to root, to factors. If a recording matches a pattern, its
+    values times the factor of this pattern are volts. Use this key for recordings that were quarantined because of an
+    unknown unit."""
     line_freq: float | None = None
     """Mains frequency in Hz. If empty, the frequency is read from the recording's file, or found in the spectrum."""
     subject_pattern: str = ""
@@ -64,12 +64,13 @@ class CorpusConfig:
     'subject', and may have the named group 'session'. If empty, subjects are recognised from the paths and the headers,
     and the job prints these subjects. A recording for which no subject is found is treated as a separate subject."""
     subjects: str = ""
-    """Table (.tsv or .csv) of the subjects. The column 'path' (a path below root, or a glob pattern) or 'patient' (the
-    patient code in EDF headers) finds the recordings of a row; the column 'subject' names the subject. The columns age,
-    sex and group are optional."""
+    """Table (.tsv or .csv) of the subjects. A row finds its recordings by the column 'path' (a path below root, or a
+    glob pattern) or by the column 'patient' (the patient code in EDF headers). The column 'subject' contains the name
+    of the subject. The columns age, sex and group are optional."""
     salt_variable: str = ""
-    """Name of an environment variable with a secret text. Identities of patients from headers are hashed with the
-    secret text. Without a secret text, a person who knows a patient's number can find the patient in the dataset."""
+    """Name of an environment variable that contains a secret text. The names and numbers of patients in headers are
+    hashed with this secret text. Without a secret text, a person who knows a patient's number can find the patient in
+    the dataset."""
     license: str = ""
     """Licence of the corpus, such as CC-BY-4.0. If empty, the licence in dataset_description.json of a BIDS dataset is
     used."""
@@ -292,8 +293,8 @@ def open_item(item: Item) -> Signal:
     Parameters
     ----------
     item : Item
-        One of the recordings that `list_items` returned. If the corpus is on an object store, `recording` must name
-        local copies of the files.
+        One of the recordings that `list_items` returned. If the corpus is on an object store, the paths in `recording`
+        must be the paths of local copies of the files.
 
     Returns
     -------

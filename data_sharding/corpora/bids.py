@@ -1,7 +1,7 @@
 """Reads BIDS datasets, whose sidecar files describe channels, positions, mains frequency, reference and events.
 
-This module does not use mne-bids to read the sidecars, because a dataset may be on an object store, and because an
-invalid sidecar must affect only the recordings to which it applies. The tests use mne-bids to write BIDS datasets.
+This module does not use mne-bids to read the sidecars. A dataset may be on an object store, and an invalid sidecar must
+affect only the recordings to which it applies. The tests use mne-bids to write BIDS datasets.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ TYPES = {
     "ECOG": "ecog",
     "DBS": "dbs",
 }
-"""Maps channel types of channels.tsv to channel types of MNE. All other types of channels.tsv become misc."""
+"""Dictionary from channel types in channels.tsv to channel types in MNE. All other types in channels.tsv become
+misc."""
 METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
 SYSTEMS = {"captrak": (0, 1, 2), "eeglab": (1, 0, 2)}
-"""For each coordinate system, the indices of the axes that become x, y and z in MNE's head coordinates."""
+"""For each coordinate system, the three axes (as indices) that become x, y and z in MNE's head coordinates."""
 MOST_FAULTS = 5
-"""Largest number of faults of one table that are written as notes."""
+"""Largest number of notes about faults in one table."""
 FARTHEST_M = 0.2
 """Largest plausible distance in metres between an electrode and the centre of the head."""
 NAME = re.compile(r"(?P<entities>sub-[^_]+(?:_[A-Za-z]+-[^_]+)*)_(?P<suffix>[A-Za-z]+)(?P<extension>\..+)?")
@@ -74,8 +75,8 @@ class BIDSOptions:
     """Options for a BIDS dataset: which participants and which column of labels to use."""
 
     participants: dict[str, list[str]] = field(default_factory=dict)
-    """Participants to use. Maps columns of participants.tsv to lists of values, e.g. {group: [control]}. Participants
-    with values that are not in the lists are excluded."""
+    """Participants to use. Dictionary from columns of participants.tsv to lists of values, for example {group:
+    [control]}. Participants with values that are not in the lists are excluded."""
     label_column: str = "label_name"
     """Column of events.tsv with the category of a trial. If the column is missing, the name of the image's folder is
     the category."""
@@ -175,9 +176,9 @@ def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_co
 class _Sidecars:
     """Finds the sidecars of a recording according to the inheritance principle of BIDS.
 
-    A sidecar applies to a recording if the recording lies below the sidecar's folder, and if the recording's name
-    contains all entities (such as ``task-rest``) of the sidecar's name. If two sidecars set the same value, the sidecar
-    nearer to the recording is used.
+    A sidecar applies to a recording if the recording is in the sidecar's folder or in a subfolder, and if the
+    recording's name contains all entities (such as ``task-rest``) of the sidecar's name. If two sidecars set the same
+    value, the value of the sidecar whose folder is nearer to the recording is used.
     """
 
     def __init__(self, root: AnyPath, folders: Folders) -> None:
@@ -197,7 +198,7 @@ class _Sidecars:
         return self._inherited[key]
 
     def all(self, recording: AnyPath, suffix: str, extension: str) -> list[AnyPath]:
-        """Return all sidecars of a recording. The most general sidecar comes first, the nearest comes last."""
+        """Return all sidecars of a recording; the last sidecar is in the folder nearest to the recording."""
         match = NAME.fullmatch(recording.name)
         entities = set(match["entities"].split("_")) if match else set()
         out, folder = [], recording.parent
@@ -205,7 +206,7 @@ class _Sidecars:
             fitting = [
                 (len(own), path)
                 for own, word, ending, path in self._files(folder)
-                # Ignore the entity ``space-...``, which names the coordinate system of positions.
+                # Ignore the entity ``space-...``, which is the coordinate system of the positions.
                 if word == suffix and ending == extension and {e for e in own if not e.startswith("space-")} <= entities
             ]
             out += [path for _, path in sorted(fitting, key=lambda pair: (-pair[0], pair[1].name))]
@@ -214,7 +215,7 @@ class _Sidecars:
             folder = folder.parent
 
     def nearest(self, recording: AnyPath, suffix: str, extension: str) -> AnyPath | None:
-        """Return the sidecar that is nearest to the recording; None if the recording has no such sidecar."""
+        """Return the sidecar in the folder nearest to the recording; None if the recording has no such sidecar."""
         found = self.all(recording, suffix, extension)
         return found[-1] if found else None
 
@@ -394,7 +395,7 @@ def _read_device(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
 
 
 def _read_year(sidecars: _Sidecars, recording: AnyPath) -> tuple[int | None, str]:
-    """Return the year in the column acq_time of scans.tsv, and a note if the table cannot be used.
+    """Return the year of a recording in the column acq_time of scans.tsv, and a note if the table cannot be used.
 
     The note never contains the time, because the day and the month of a recording are private.
     """
@@ -416,7 +417,7 @@ def _read_year(sidecars: _Sidecars, recording: AnyPath) -> tuple[int | None, str
 
 
 def _read_license(root: AnyPath) -> str:
-    """Return the licence in dataset_description.json; an empty text if the file names no licence."""
+    """Return the licence in dataset_description.json; an empty text if the file does not contain a licence."""
     try:
         value = json.loads(read_text(root / "dataset_description.json")).get("License")
     except (ValueError, AttributeError, RecursionError, OSError):
@@ -453,7 +454,7 @@ def _describe_participants(root: AnyPath, folders: Folders) -> tuple[dict[str, d
 
 
 def _age_unit(root: AnyPath, folders: Folders) -> float | None:
-    """Return the factor that converts ages in participants.tsv to years; None if their unit is unknown."""
+    """Return the factor that converts ages in participants.tsv to years; None if the unit of the ages is unknown."""
     path = folders(root).get("participants.json")
     if path is None:
         return 1.0

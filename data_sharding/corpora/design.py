@@ -1,6 +1,6 @@
 """Detects block designs: finds out from the order of the trials whether each category was shown in one block.
 
-In a block design, all trials of one category follow one another, so the time of a trial reveals its category, and a
+In a block design, all trials of one category follow one another. So the time of a trial reveals its category, and a
 classifier can be correct without using the response of the brain.
 """
 
@@ -16,16 +16,16 @@ from data_sharding.corpora.base import ADAPTERS, CorpusConfig
 from data_sharding.corpora.item import Item
 
 FEWEST_TRIALS = 20
-"""Smallest number of trials for a decision about their order."""
+"""The order of the trials is called unknown if a corpus has fewer trials than this."""
 SURE_SIGMA = 5.0
-"""If the number of repeats is more than this many standard deviations above its mean in a random order, the order is
-not random. (`measure_order` defines a repeat.)"""
+"""If the number of repeats is more than this many standard deviations above the number expected in a random order, the
+order is not random. (A repeat is a trial with the same category as the previous trial.)"""
 CHANCE_SIGMA = 3.0
-"""If the number of repeats is less than this many standard deviations above its mean in a random order, the order is
-taken as random."""
+"""If the number of repeats is less than this many standard deviations above the number expected in a random order, the
+order is called random."""
 LONGER = 2.0
-"""In a block design, the mean length of runs of one category is more than this factor times the length in a random
-order."""
+"""In a block design, the mean number of consecutive trials with the same category is more than this many times the mean
+number in a random order."""
 
 
 def measure_order(items: Sequence[Item]) -> tuple[str, str]:

@@ -153,7 +153,7 @@ class EEGImageNetCorpus(Adapter):
         )
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
-        """Return the published design, a block design. The file's own order of trials does not change this."""
+        """Return the published design, which is a block design, whatever the order of the trials in the file."""
         return "block", f"each category was shown as one block (Li et al., TPAMI 2021); in this file {measured[1]}"
 
 
@@ -171,7 +171,7 @@ def _load(path: Path) -> Any:
 
 
 def _tables(path: Path, content: Any) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Check a released file, and return the lists of its trials, its categories and its image names."""
+    """Check a released file, and return three lists: the trials, the categories and the image names."""
     wanted = {"dataset", "labels", "images"}
     if not isinstance(content, dict) or not wanted <= set(content):
         raise RequestError(f"{path}: not EEG-ImageNet as released; it needs the entries {', '.join(sorted(wanted))}")
@@ -203,7 +203,7 @@ def _fault(entry: dict[str, Any], not_split: bool) -> str | None:
 
 
 def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
-    """Read the split file. Return a dictionary from the number of a trial to its split."""
+    """Read the split file. Return a dictionary from the number of each trial to the trial's split."""
     content = _load(path)
     folds = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(folds, list | tuple) or not folds:

@@ -82,7 +82,7 @@ def make_trials(
     label_column: str = "label_name",
     faults: list[str] | None = None,
 ) -> tuple[Trial, ...]:
-    """Make trials from table rows with the onset and the image of each trial.
+    """Make trials from the rows of a table that contains the onset and the image of each trial.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def make_trials(
     Raises
     ------
     RequestError
-        If a row contains a wrong value, and `faults` is not given. The message names the line of the row.
+        If a row contains a wrong value, and `faults` is not given. The message contains the line number of the row.
     """
     trials = []
     for number, row in enumerate(rows, start=first_line):

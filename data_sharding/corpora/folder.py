@@ -25,7 +25,8 @@ from data_sharding.corpora.subjects import SubjectFinder
 from data_sharding.formats.sniffing import Recording, find_recordings
 
 NAME_IN_PATH = "the path contains the name or number of the patient in the header; rename the file to hide it"
-"""Note for the ledger about a path that names the patient. The ledger and the report contain all paths."""
+"""Note for the ledger about a path with the name of the patient. Everybody who reads the ledger or the report can see
+the path."""
 INTRACRANIAL = re.compile(r"(?:^|[_\W])(ecog|ieeg|seeg)(?:$|[_\W])", re.IGNORECASE)
 KEYS = frozenset({"exclude", "unit_factors", "subject_pattern", "subjects", "salt_variable", "intracranial"})
 """Config keys that are valid for all corpora of recordings in the file formats of EEG manufacturers."""
@@ -150,7 +151,7 @@ def find(config: CorpusConfig) -> tuple[AnyPath, list[tuple[str, Recording]]]:
     root : Path or UPath
         Root folder of the corpus.
     found : list of (str, Recording)
-        Relative path and recording, sorted by path.
+        The relative path of each recording, and the recording, sorted by path.
 
     Raises
     ------
@@ -174,7 +175,7 @@ def add_marks(item: Item, table: AnyPath | None) -> Item:
     item : Item
         The recording.
     table : Path, UPath or None
-        Table ``<stem>_events.tsv`` of the recording, if the recording has an events table.
+        Events table ``<stem>_events.tsv`` of the recording; None if the recording has no events table.
 
     Returns
     -------

@@ -12,7 +12,7 @@ from data_sharding.formats.sniffing import Recording
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One presentation of an image, or a labelled section of the signal."""
+    """One presentation of an image, or a section of the signal with a label."""
 
     onset: float
     """Time at which the image appeared, or at which the labelled section begins, in seconds from the start of the
@@ -63,7 +63,7 @@ class Item:
     """Source of the subject's name, as in the column `subject_from` of the ledger. The default is "unknown" if
     `subject` equals `key`, and "corpus" otherwise."""
     about: dict[str, Any] = field(default_factory=dict)
-    """The corpus's data about person, device and rights: values of the ledger's columns `age`, `sex`, `group`,
+    """Data of the corpus about person, device and licence, for the ledger's columns `age`, `sex`, `group`,
     `recording_year`, `device`, `device_filters`, `task` and `license`. If only values of `about` change, the job does
     not read the recording again."""
     unit_factor: float | None = None
@@ -79,7 +79,7 @@ class Item:
     trials: tuple[Trial, ...] | None = None
     """Trials of the recording; None for a continuous recording without trials."""
     reason: Reason | None = None
-    """Reason why the corpus excludes the recording before it is opened; None if the recording is not excluded."""
+    """Reason why the recording is excluded without being opened; None if the recording is not excluded."""
     kind: str = "folder"
     """Kind of the corpus, whose adapter opens the recording."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Item:
     info_patch: dict[str, Any] = field(default_factory=dict)
     """Information about the recording from its sidecar files, in JSON types; see `patch_signal`."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """Trials that the corpus leaves out. Maps each reason to a number of trials."""
+    """Number of trials that the corpus leaves out, for each reason."""
 
     def trial_span(self, window_s: float, *, epoched: bool) -> tuple[float, float]:
         """Return the time range of the stored trials, in seconds from the onset of the image.
@@ -103,8 +103,8 @@ class Item:
         Returns
         -------
         tmin, tmax : float
-            By default, a trial of a continuous recording is stored from `BASELINE_S` to the end of the window, and an
-            epoch is stored as a whole (`tmin` and `tmax` are minus and plus infinity).
+            By default, a trial of a continuous recording is stored from `BASELINE_S` to the end of the window. By
+            default, an epoch is stored as a whole (the range is from minus to plus infinity).
         """
         tmin = self.tmin if self.tmin is not None else -math.inf if epoched else BASELINE_S
         if self.tmax is not None:

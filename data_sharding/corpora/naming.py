@@ -1,7 +1,7 @@
 """Finds the subject in the path of a recording by common file naming schemes.
 
-The subject's name depends only on the path of the recording itself, so the name and the split of the subject do not
-change when other recordings are added to the corpus or removed from it.
+The subject's name depends only on the path of this recording. So the name and the split of the subject do not change
+when other recordings are added to the corpus or removed from the corpus.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ TIERS: tuple[tuple[Scheme, ...], ...] = (
         ),
     ),
 )
-"""Schemes in groups (tiers), the most reliable first. A path is searched with the schemes of one tier after the
-other."""
+"""Naming schemes in groups (tiers). A path is searched with the schemes of the first, most reliable tier; if they find
+nothing, with the schemes of the next tier, and so on."""
 _TIER_PATTERNS = [re.compile("|".join(f"({scheme.body})" for scheme in tier)) for tier in TIERS]
 SCHEMES = (BIDS, *(scheme for tier in TIERS for scheme in tier))
 
@@ -92,9 +92,9 @@ class Recognised:
     subject: str = ""
     """Name of the subject; empty if the path names no subject, or several subjects."""
     scheme: Scheme | None = None
-    """Scheme of the name; None if the path has no name of any scheme."""
+    """Naming scheme of the name; None if no scheme matches the path."""
     candidates: tuple[str, ...] = ()
-    """All names in the path, if there are several different names, so that `subject` is empty."""
+    """All names in the path, if the path contains several different names and `subject` is therefore empty."""
 
 
 def alike(name: str) -> str:
@@ -115,8 +115,8 @@ def recognise(path: str) -> Recognised:
     Returns
     -------
     Recognised
-        The subject and the scheme of its name. If a path has several different names of one tier, such as
-        ``s13_S07.set``, no name is used, because one of them may be the session.
+        The subject and the scheme of its name. If a path contains two different names that are equally likely, such as
+        ``s13_S07.set``, no name is used, because one of the names may be the session.
     """
     stem = re.sub(r"\.[A-Za-z0-9]{1,6}$", "", path)
     if not re.search(r"\d|subject|participant|patient|proband", stem, re.IGNORECASE):
@@ -135,7 +135,7 @@ def recognise(path: str) -> Recognised:
 
 
 def confirming_pattern(schemes: Iterable[Scheme], subjects: dict[str, str]) -> str | None:
-    """Make a value for the key 'subject_pattern' that finds the same subjects as the recognised schemes.
+    """Make a value for the key 'subject_pattern' that finds the same subjects as the naming schemes.
 
     Parameters
     ----------

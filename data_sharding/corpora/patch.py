@@ -27,8 +27,8 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
     signal : Signal
         Signal that a reader returned. The function replaces the attribute `info` of the signal.
     patch : dict
-        The metadata from the sidecar files. A channel is found by its exact name or by its canonical name. For example,
-        the name Fp1 also finds the channel ``EEG Fp1-REF``. All keys are optional:
+        The metadata from the sidecar files. A channel in `patch` is found in the recording by its exact name or by its
+        canonical name. For example, the name Fp1 also finds the channel ``EEG Fp1-REF``. All keys are optional:
 
         - ``types`` maps channels to MNE channel types.
         - ``positions`` maps channels to x, y and z in metres.
@@ -38,8 +38,8 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
         - ``reference`` is the reference of the recording.
         - ``notes`` lists notes for the ledger.
         - ``intracranial`` is true if electrodes inside the skull are used.
-        - ``inside`` is seeg or ecog for a recording made inside the skull. Channels that are EEG by their header, and
-          that ``types`` does not contain, get this type.
+        - ``inside`` is seeg or ecog for a recording made inside the skull. A channel that is EEG according to the
+          header, and is missing in ``types``, gets the type in ``inside``.
         - ``marks`` lists interruptions and bad spans: onset and duration in seconds, text, and names of channels. A
           mark without names of channels belongs to all channels.
 
@@ -120,7 +120,7 @@ def _snap(seconds: float, sfreq: float) -> float:
 
 
 def _read_units(info: SignalInfo, given: dict[int, str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return factors that correct the scale of channels to a sidecar's units, and the changed fields of `SignalInfo`.
+    """Return the factors that convert channels to the units in a sidecar, and the changed fields of `SignalInfo`.
 
     Parameters
     ----------
@@ -132,7 +132,7 @@ def _read_units(info: SignalInfo, given: dict[int, str]) -> tuple[np.ndarray, di
     Returns
     -------
     gains : ndarray, shape (n,)
-        Factor for each channel that corrects its scale to the unit in the sidecar; 1 for a channel without such a unit.
+        Factor by which the values of each channel are multiplied; 1 for a channel without a unit in the sidecar.
     fields : dict
         New values of `named_units` and `unknown_units`, and ``notes`` for the ledger.
     """

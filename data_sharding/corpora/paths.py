@@ -1,4 +1,4 @@
-"""Functions for folders, paths, keys and tables of events, which several adapters of corpora use."""
+"""Functions that several corpus adapters use: for folders, paths, keys and tables of events."""
 
 from __future__ import annotations
 
@@ -209,8 +209,8 @@ def read_text(path: AnyPath) -> str:
     Returns
     -------
     str
-        The text, decoded as UTF-16 if it begins with a byte order mark of UTF-16 (Excel writes such tables), otherwise
-        as UTF-8 (with or without a byte order mark) if possible, otherwise as Latin-1.
+        The text. A file with a byte order mark of UTF-16 (Excel writes such tables) is decoded as UTF-16. Any other
+        file is decoded as UTF-8 if possible, otherwise as Latin-1.
 
     Raises
     ------
@@ -263,8 +263,8 @@ def read_marks(table: AnyPath) -> tuple[list[tuple[float, float, str, list[str]]
     Returns
     -------
     marks : list of (float, float, str, list of str)
-        Onset and duration in seconds, text, and channels, of each row that is a mark (see
-        `data_sharding.formats.marks.interruptions.TABLE`). An empty list of channels means all channels.
+        For each row that is a mark (see `data_sharding.formats.marks.interruptions.TABLE`): onset and duration in
+        seconds, text, and channels. An empty list of channels means all channels.
     notes : list of str
         Notes for the ledger about marks without a usable onset.
     """

@@ -5,7 +5,7 @@ pickle is a program, and Python's own unpickler runs this program. The reader in
 instructions that create data. A pickle can also ask for Python functions by name. For a few allowed names, the reader
 calls its own functions; all other names raise an error. Large arrays are memory-mapped instead of read.
 
-No existing library reads these files safely and without copying large arrays. ``numpy.load`` loads a pickled dictionary
+No existing library can read these files safely without copying large arrays. ``numpy.load`` loads a pickled dictionary
 only if it may run the pickle, and ``torch.load(weights_only=True)`` has limits that are listed in `load_torch`.
 """
 
@@ -223,7 +223,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         raise RefusedPickle(f"refused: more than {MAX_INSTRUCTIONS} instructions")
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the function that this module uses for a name in the pickle. Raise an error for a forbidden name."""
+        """Return this module's replacement for a function in the pickle; raise an error for a forbidden name."""
         try:
             return self.known[module, name]
         except KeyError:
@@ -233,7 +233,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             ) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Return the storage of a tensor. The pickle refers to the storage by the name that `torch.save` chose."""
+        """Return the storage of a tensor; `pid` contains the name that `torch.save` gave to the storage."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[4], int):
             raise RefusedPickle("refused: a reference to something outside the file")
         if pid[1] not in TORCH_DTYPES.values():
@@ -268,7 +268,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         return self.parts[id(value)][1] if id(value) in self.parts else len(value) + 1
 
     def _check_keys(self, keys: Iterable[Any]) -> Iterable[Any]:
-        """Refuse dictionary keys and set members whose hash takes long, before the hash is computed."""
+        """Refuse dictionary keys and set members whose hash would take long to compute."""
         keys = list(keys)
         for key in keys:
             if self._parts_of(key) > MAX_KEY_PARTS:

@@ -1,9 +1,9 @@
 """Finds the subject of each recording of a corpus, and data about the subject.
 
-Several sources are tried, and the first source that names a subject is used: the table in the key 'subjects'; the key
-'subject_pattern'; sub-X in the path; the patient's code in the header of an EDF+ or BDF+ file; common file naming
-schemes (`data_sharding.corpora.naming`); other text in the patient field of an EDF, BDF or GDF file. If no source names
-a subject, the subject of the recording is unknown.
+Several sources are tried, and the first source that contains a subject's name is used: the table in the key 'subjects';
+the key 'subject_pattern'; sub-X in the path; the patient's code in the header of an EDF+ or BDF+ file; common file
+naming schemes (`data_sharding.corpora.naming`); other text in the patient field of an EDF, BDF or GDF file. If no
+source contains a subject's name, the subject of the recording is unknown.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Who:
     session: str = ""
     """Name of the session; empty if unknown."""
     source: str
-    """Source of the name, as in the column `subject_from` of the ledger."""
+    """Source of the subject's name, as in the column `subject_from` of the ledger."""
     about: dict[str, Any] = field(default_factory=dict)
     """Age, sex and group of the subject, if known."""
 
@@ -166,7 +166,7 @@ def _read_table(config: CorpusConfig) -> tuple[AnyPath, list[_Row]]:
 
 @functools.lru_cache(maxsize=100_000)
 def hash_identity(identity: str, secret: str) -> str:
-    """Return a pseudonym for the patient of a header.
+    """Return a pseudonym for the patient in a header.
 
     Parameters
     ----------
@@ -194,12 +194,14 @@ class SubjectFinder:
     config : CorpusConfig
         Config of the corpus.
     found : sequence of (str, Recording or None)
-        Path below root of each recording, and its files. If the files of a recording are None, its header is not read.
+        For each recording, its path below root, and the recording itself. If None is given in place of a recording, its
+        header is not read.
 
     Raises
     ------
     RequestError
-        If the table or the pattern of the config is wrong: for example, a row or the pattern matches no recording.
+        If the table or the pattern in the config is wrong, for example if a row of the table or the pattern matches no
+        recording.
     """
 
     def __init__(self, config: CorpusConfig, found: Sequence[tuple[str, Recording | None]]) -> None:
@@ -270,7 +272,8 @@ class SubjectFinder:
                 used.add(row.line)
         for row in rows:
             if row.line not in used:
-                # A patient number must not be written to a log, so the message only has the number of the line.
+                # A patient number must not be written to a log, so the message contains only the line number of the
+                # row.
                 what = f"path '{row.path}'" if row.path else "the patient"
                 raise RequestError(
                     f"corpora: subjects '{table}', line {row.line}: {what} matches no recording under "
@@ -278,7 +281,7 @@ class SubjectFinder:
                 )
 
     def _describe(self, table: AnyPath | None, rows: list[_Row], paths: list[str]) -> None:
-        """Add rows without path and patient. They describe subjects whose names come from other sources."""
+        """Add rows without path and patient; such rows describe subjects whose names come from other sources."""
         named = {self(path, "").subject for path in paths} if rows else set()
         for row in rows:
             if row.subject in self._people:
@@ -336,7 +339,7 @@ class SubjectFinder:
         return (self._hash(patient), "header") if patient is not None else (key, "unknown")
 
     def shows_name(self, relative: str) -> bool:
-        """Return whether the path of a recording contains the name or the number of the patient in its header."""
+        """Return whether the path of a recording contains the patient's name or number from the header."""
         patient = self._patients.get(relative)
         if patient is None:
             return False

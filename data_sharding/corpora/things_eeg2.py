@@ -29,7 +29,8 @@ from data_sharding.formats.signal import Signal
 from data_sharding.formats.sniffing import Recording
 
 TARGET = 99999
-"""Event code of target trials, in which subjects had to press a key. Target images are not part of the image set."""
+"""Event code of target trials, in which subjects had to press a key. The images of target trials are not in the image
+sets."""
 METADATA = "image_metadata.npy"
 SCALES = {"whitened": NOMINAL_V, "uV": 1e-6, "V": 1.0}
 
@@ -206,7 +207,7 @@ def _content(path: Path, source: str) -> dict[str, Any]:
 def _trials(
     content: dict[str, Any], own: Mapping[str, str], images: list[_Image], partition: str
 ) -> tuple[tuple[Trial, ...], dict[str, int]]:
-    """Return the trials of a file, and for each reason the number of trials that were left out."""
+    """Return the trials of a file, and the number of trials that were left out for each reason."""
     split = "test" if partition == "test" else TRAIN_OR_VAL
 
     def trial(number: int, onset: float, segment: int | None) -> Trial:

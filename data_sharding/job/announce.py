@@ -130,7 +130,7 @@ def _describe_unknown(label: str, items: Sequence[Item], total: int) -> list[str
 
 
 def _find_contradictions(label: str, items: Sequence[Item]) -> list[str]:
-    """Compare the subjects that come from headers with the names in the paths; return lines about contradictions."""
+    """Compare the subjects from headers with the names in the paths, and return a line about each contradiction."""
     of_patient: defaultdict[str, set[str]] = defaultdict(set)
     of_name: defaultdict[str, set[str]] = defaultdict(set)
     for item in items:
@@ -151,7 +151,7 @@ def _find_contradictions(label: str, items: Sequence[Item]) -> list[str]:
 
 
 def describe_empty_splits(split: SplitConfig, subjects: Iterable[str], *, images: bool = False) -> list[str]:
-    """Describe which of the splits val and test have no subject.
+    """Return a line for each of the splits val and test that has no subject, with the reason.
 
     Parameters
     ----------

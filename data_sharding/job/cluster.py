@@ -21,7 +21,8 @@ from data_sharding.common.storage import FULL, is_storage_error
 from data_sharding.job.isolation import KEEP, ChildFailed, owned_folder
 
 INFRASTRUCTURE_RETRIES = 5
-"""Number of retries of a task if its worker or machine failed. Errors that the task itself raises are not counted."""
+"""Number of times that a task is tried again after its worker or its machine failed. An error that the task itself
+raises does not count."""
 NODE_S = 60.0
 """Time limit in seconds for each machine to report which folders it can access."""
 STORAGE_TRIES = 3
@@ -39,7 +40,7 @@ class RayConfig:
     num_cpus: int = 0
     """Number of workers in a new cluster on this machine; 0 means one worker for each core."""
     max_in_flight: int = 0
-    """Largest number of tasks that are submitted to Ray at the same time. The value 0 means twice the number of tasks
+    """Largest number of tasks that run or wait in Ray at the same time. The value 0 means twice the number of tasks
     that can run at the same time."""
     timeout_s: float = 3600.0
     """Time limit in seconds for reading a recording. A recording that needs more time than this limit is
@@ -145,9 +146,9 @@ def _end_ray(others: list[Any]) -> None:
 def require_token() -> None:
     """Protect a new Ray cluster of this process by a random token.
 
-    Ray refuses connections to the cluster without the token. The token is in the environment of this process and its
-    child processes, which other users cannot read. If the user has set RAY_AUTH_MODE, RAY_AUTH_TOKEN or
-    RAY_AUTH_TOKEN_PATH, these settings are kept.
+    Without the token, nobody can connect to the cluster. The token is in the environment of this process and its child
+    processes, which other users cannot read. If the user has set RAY_AUTH_MODE, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH,
+    these settings are kept.
     """
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -226,7 +227,7 @@ def _missing(paths: list[str]) -> list[str]:
 
 
 class ClusterFailed(RuntimeError):
-    """A task has failed too often because of problems of the cluster."""
+    """A task has failed too often because of problems with the cluster."""
 
 
 def run_tasks(
@@ -239,13 +240,14 @@ def run_tasks(
     give_up: Callable[[str, Exception], Reason | None] | None = None,
     look: Callable[[int], None] | None = None,
 ) -> dict[str, Reason]:
-    """Run a function for each argument, in any order, with a limited number of tasks at a time.
+    """Run a function for each argument as a Ray task, in any order; the number of simultaneous tasks is limited.
 
     Parameters
     ----------
     function : callable
-        The function to run. The workers must be able to import the function's module, and its result must be small. If
-        a worker, a raylet or a machine dies, the lost tasks are run again, so the function must be safe to run twice.
+        The function to run. The workers must be able to import the function's module, and the result of the function
+        must be small. If a worker, a raylet or a machine dies, the lost tasks are run again, so the function must be
+        safe to run twice.
     arguments : mapping
         Argument of each task, by key.
     in_flight : int
@@ -264,15 +266,15 @@ def run_tasks(
     Returns
     -------
     dict
-        Reasons of the tasks that were given up, by the key of the task.
+        For the key of each task that was given up, the reason.
 
     Raises
     ------
     ClusterFailed
-        If the workers that ran one task failed too often.
+        If a task failed too often, because its workers or their machines failed.
     Exception
-        Any error that a task raised, unless `give_up` returned a reason. After an error of a disk or an object store, a
-        task is retried before the error is raised, unless the disk is full.
+        Any error that a task raised, unless `give_up` returned a reason. After an error of a disk or an object store,
+        the task is first tried again, unless the disk is full.
     """
     import ray
     from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
@@ -313,7 +315,7 @@ def run_tasks(
                 waiting.append((key, argument))
                 continue
             # If a worker was lost because its machine ran out of memory, the task may be the cause. If a worker was
-            # lost for any reason but a lack of memory, the cluster has a problem.
+            # lost for another reason, the cluster has a problem.
             is_clusters_fault = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
             if is_clusters_fault and not isinstance(failure, OutOfMemoryError):
                 raise ClusterFailed(

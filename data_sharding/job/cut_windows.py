@@ -76,12 +76,12 @@ class CleanWindow:
     kinds: dict[int, str]
     """Kind of the fault, for each row of `x` that is bad only in this window."""
     transient_s: float
-    """Length in seconds of the part of the window that contains a filter transient from the end of a segment or from a
-    gap."""
+    """Number of seconds of the window in which the filters have a transient, because a gap or the end of a segment is
+    near."""
 
 
 class Judge:
-    """Decides which rows of a window are bad and whether the window can be used, and subtracts the reference."""
+    """Decides which rows of a window are bad, decides whether the window can be used, and subtracts the reference."""
 
     def __init__(self, clean: Clean, info: SignalInfo, spec: PreprocessSpec) -> None:
         self.clean, self.info, self.spec = clean, info, spec
@@ -161,7 +161,7 @@ class Judge:
 
 
 def _most(bad: dict[int, str], good: list[int]) -> str:
-    """Return why a window with too many bad channels is left out."""
+    """Return the reason why a window with too many bad channels is left out."""
     kind = Counter(kind for row, kind in bad.items() if row in good).most_common(1)
     return f"too many bad channels: {kind[0][0]}" if kind else "flat in every good channel"
 
@@ -185,8 +185,8 @@ def plan_windows(clean: Clean, info: SignalInfo, spec: PreprocessSpec, split: st
     dict
         Windows of each segment in order of time, by the number of the segment. No window contains a gap. If
         `spec.quality.leave_out_edges` is set, no window is next to a gap or to an end of a segment, because the filters
-        have a transient there. But epochs, and short recordings that would otherwise have no window, also have windows
-        next to gaps and to the ends of segments.
+        have a transient there. Exceptions are epochs, and short recordings that would otherwise have no window: they
+        can have windows next to gaps and to ends of segments.
     """
     margins = [clean.faults.reach] if spec.quality.leave_out_edges and not info.epoched else []
     for margin in [*margins, 0]:
@@ -262,8 +262,8 @@ def _by_piece(
 ) -> Iterator[tuple[Interval, list[Cut]]]:
     """Yield each piece of a segment between gaps, with the windows inside the piece.
 
-    Windows that contain a gap are left out. If a trial is longer than the window that models read, only the part of the
-    trial inside the piece is kept.
+    Windows that contain a gap are left out. If a trial is longer than the window that models read, the trial is
+    shortened to the part that is inside the piece.
     """
     pieces, gaps = faults.pieces[segment], faults.gaps.get(segment, [])
     if not gaps:
@@ -287,7 +287,7 @@ def _by_piece(
 
 
 def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWindow | str]) -> CleanWindow | str:
-    """Remove the part of a trial before or after the window that models read if the part has a fault.
+    """Shorten a trial if its part before or after the window that models read has a fault.
 
     Parameters
     ----------
@@ -296,8 +296,9 @@ def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWin
     window : int
         Number of samples of the window that models read.
     decide : callable
-        Function that takes the first sample of a part of the cut and the last sample plus one, counted from the start
-        of the cut. `decide` returns this part of the cut as a window, or the reason why the part cannot be used.
+        Function that checks a part of the cut. Its arguments are the first sample of the part and the last sample plus
+        one, counted from the start of the cut. Its result is this part as a window, or the reason why the part cannot
+        be used.
 
     Returns
     -------
@@ -313,7 +314,7 @@ def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWin
     first, why = (begin, before) if isinstance(before, str) else (0, "")
     last, why = (stop, why or after) if isinstance(after, str) else (cut.length, why)
     found = decide(first, last)
-    # Even if each part of a trial can be used, the whole trial can have too many bad channels.
+    # The whole trial can have too many bad channels, even if each part of the trial alone can be used.
     if isinstance(found, str):
         first, last, why, found = begin, stop, found, middle
     shorter = cut.shorten(first, last, why)
@@ -330,7 +331,7 @@ def _plan_cuts(task: Task, info: SignalInfo, clean: Clean, left_out: Counter[str
 
 
 def detect_image_type(data: bytes) -> str | None:
-    """Detect the type of an image from the first bytes of its file.
+    """Detect the file type of an image from the first bytes of the file.
 
     Parameters
     ----------
@@ -442,7 +443,7 @@ def write_windows(
 
 
 def _read_image(path: str) -> tuple[bytes, str]:
-    """Read an image; return its bytes, and the reason why the image cannot be used (empty for a good image)."""
+    """Read an image file; return its content, and the reason why the image cannot be used (empty for a good image)."""
     data = read_limited(as_path(path), MAX_IMAGE)
     if detect_image_type(data) is None:
         return data, ""
@@ -457,8 +458,8 @@ def _read_image(path: str) -> tuple[bytes, str]:
 
 
 _image_faults: dict[bytes, str] = {}
-"""Fault of each image that this process has decoded, by checksum, so that an image of many trials is decoded only
-once."""
+"""Dictionary from the checksum of each image that this process has decoded to the image's fault. So an image of many
+trials is decoded only once."""
 
 
 def _describe_trials(row: LedgerRow, spans: list[tuple[int, int]], missing: Counter[str], spec: PreprocessSpec) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 from data_sharding.common.reason import Reason
 
 CRASHES = 2
-"""Number of crashes of the child process after which a call is given up."""
+"""A call is given up after the child process has crashed this many times."""
 KILLS = 4
 """A call is given up after the child process was killed this many times with SIGKILL or SIGTERM. SIGKILL and SIGTERM
 come from another process or from the kernel (if memory is short), so more retries are allowed than after a crash."""
@@ -50,17 +50,17 @@ threads for one recording."""
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20)}
 """Settings of the C library's memory allocation (glibc), in bytes. A child process keeps up to 128 MB of freed memory,
 and uses this memory again. Without the settings of the memory allocation, a short recording takes a tenth more CPU
-time, because the kernel gives new memory to every large array. If the user sets environment variables of the same
-names, the user's values are used."""
+time, because every large array is put into new memory from the kernel. If the user sets environment variables of the
+same names, the user's values are used."""
 
 
 class GivenUp(Exception):
-    """A call in a child process cannot be completed because of the called function.
+    """A call in a child process failed because the called function crashed, hung or used too much memory.
 
     Parameters
     ----------
     reason : Reason
-        Reason for the ledger: why the call cannot be finished.
+        Reason for the ledger: why the call failed.
     """
 
     def __init__(self, reason: Reason) -> None:
@@ -92,7 +92,7 @@ def _private_bytes(pid: int) -> int:
 def _remove_if_dead(folder: Path) -> None:
     """Remove a temporary folder of this user if no process holds its lock."""
     found = folder.lstat()
-    # Folders of other users may have the same kind of name, or be links to folders of this user.
+    # A folder of another user may have a name of the same form, or may be a link to a folder of this user.
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or (folder / KEEP).exists():
         return
     # The removal of a folder may have been interrupted after its lock was deleted, so the lock file is made again if
@@ -108,7 +108,7 @@ def _remove_if_dead(folder: Path) -> None:
 
 @contextlib.contextmanager
 def owned_folder(base: Path, kind: str) -> Iterator[Path]:
-    """Make a folder for temporary files, and remove such folders of processes that have died.
+    """Make a folder for temporary files, and remove the temporary folders of processes that have died.
 
     Each process locks the file ``lock`` in its own folder, and the operating system releases the lock when the process
     ends, even after a crash. So a folder whose file ``lock`` is not locked belongs to a process that has died. A folder

@@ -21,12 +21,13 @@ from data_sharding.common.storage import AnyPath, fresh, is_storage_error
 from data_sharding.job.task import PartResult
 
 EVERY_S = 10.0
-"""Number of seconds after which the journal writes a new object on an object store, where one cannot append to an
-object."""
+"""Seconds between two objects that the journal writes to an object store. Each time, the journal writes a new object,
+because a stored object cannot be extended."""
 BEAT_S = 15.0
-"""Seconds after which a job renews its lock on an object store."""
+"""Seconds between two renewals of a job's lock on an object store."""
 DEAD_S = 90.0
-"""If a lock on an object store was not renewed for this number of seconds, the job of the lock is treated as dead."""
+"""If a lock on an object store was not renewed for this number of seconds, the job that wrote the lock is treated as
+dead."""
 
 
 class Journal:
@@ -135,15 +136,15 @@ def lock_output(work: AnyPath) -> Iterator[None]:
     Raises
     ------
     RequestError
-        If another job holds the lock, or if the job cannot write to the folder.
+        If another job has locked the folder, or if the job cannot write to the folder.
     """
     if isinstance(work, UPath):
         with _lease(work):
             yield
         return
     # The operating system releases a file lock when the process ends, also on network disks. On disks without file
-    # locks, the library filelock would use the existence of a file as lock, which would remain after a crash. With
-    # `fallback_to_soft=False`, the library never uses the existence of a file as lock.
+    # locks, the library filelock would use a file that exists as a lock, and this file would remain after a crash. With
+    # `fallback_to_soft=False`, the library never uses such a file as a lock.
     lock = FileLock(work / "lock", fallback_to_soft=False)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -195,8 +196,8 @@ def _lease(work: UPath) -> Iterator[None]:
 
     def beat() -> None:
         while not stop.wait(BEAT_S):
-            # Ignore errors of a renewal: one failed renewal is harmless, and if the store is not reachable any more,
-            # the job itself fails.
+            # Ignore an error of a renewal: one failed renewal is harmless, and if the store cannot be reached for a
+            # long time, the job itself fails.
             with contextlib.suppress(Exception):
                 renew()
 
@@ -207,7 +208,7 @@ def _lease(work: UPath) -> Iterator[None]:
                 f"wait for it; if it has died, wait {DEAD_S:g} s"
             )
         renew()
-        time.sleep(0.5)  # If two jobs start at the same moment, the job that wrote the lock last continues.
+        time.sleep(0.5)  # If two jobs start at the same moment, the job that was the last to write the lock continues.
         if (_owner(lock) or {}).get("id") != mine["id"]:
             raise RequestError(f"output '{work.parent}': another job started at the same moment; wait until it ends")
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Copies the samples of all recordings into shards of limited size.
+"""Copies the samples of all recordings into shards; the number of samples in a shard is limited.
 
 The first phase of the job wrote the samples of each recording to a folder, the *part* of the recording. Recordings are
 packed in the order of their keys, so the bytes of the shards do not depend on the number of workers.
@@ -34,7 +34,7 @@ class Piece:
     part: str
     """Name of the recording's part, which is a folder."""
     split: str
-    """Name of the split. The file ``<split>.tar`` in the part holds the samples of the split."""
+    """Name of the split. The file ``<split>.tar`` in the part contains the samples of the split."""
     start: int
     """Index of the first copied sample in the tar file that `source` returns."""
     stop: int
@@ -125,7 +125,7 @@ def write_shard(plan: ShardPlan, root: AnyPath, work: AnyPath) -> Shard:
     root : Path or UPath
         Folder of the dataset.
     work : Path or UPath
-        The job's working folder; its folder ``shards`` holds a record of each finished shard.
+        The job's working folder; its folder ``shards`` contains a file about each finished shard.
 
     Returns
     -------

@@ -30,7 +30,7 @@ class Cut:
     start: int
     """First sample of the cut, counted from the start of the segment."""
     number: int
-    """Number of the window in the recording, with which the key of the sample ends."""
+    """Number of the window in the recording. The key of the sample ends with this number."""
     split: str
     """Split that the window belongs to."""
     extra: dict[str, Any]
@@ -65,7 +65,7 @@ def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: 
 
     A trial is stored if the window that models read is inside one segment. The window that models read begins at the
     onset of the image, or at the trial's `tmin` if `tmin` is positive. The parts of the trial before and after the
-    window are stored as far as they are inside the segment.
+    window are also stored, as far as these parts are inside the segment.
 
     Parameters
     ----------
@@ -76,7 +76,8 @@ def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: 
     lengths : sequence of int
         Number of samples of each segment.
     left_out : Counter
-        Number of trials that cannot be used, for each reason; this function increases the numbers.
+        Number of trials that cannot be used, for each reason. This function adds the trials of the recording that
+        cannot be used.
 
     Returns
     -------
@@ -131,7 +132,7 @@ def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: 
 
 
 def count_repeats(trials: Sequence[Trial]) -> list[int]:
-    """Count the presentations of each image in a recording.
+    """For each trial of a recording, count the earlier presentations of the trial's image.
 
     Parameters
     ----------
@@ -152,15 +153,16 @@ def count_repeats(trials: Sequence[Trial]) -> list[int]:
 
 
 def nearest(value: float) -> int:
-    """Round to the nearest whole number, and round halves up, so that equal distances stay equal."""
+    """Round to the nearest whole number. Halves are rounded up, so that equal distances stay equal."""
     return math.floor(value + 0.5)
 
 
 class _Places:
-    """Finds the segment and the first needed sample of each trial.
+    """Finds the segment of each trial, and the first sample in the segment that is needed for the trial.
 
-    The first needed sample is the first sample of the window that models read: the onset of the image, or `tmin`
-    seconds after the onset if `tmin` is positive, or the first sample of the segment if the segment begins later.
+    The first needed sample is the first sample of the window that models read. This window begins at the onset of the
+    image, or `tmin` seconds after the onset if `tmin` is positive. If the segment begins later, the first needed sample
+    is the first sample of the segment.
     """
 
     def __init__(self, item: Item, info: SignalInfo, spec: PreprocessSpec) -> None:
@@ -177,7 +179,7 @@ class _Places:
             self.epochs = self._assign_epochs(item.trials or ())
 
     def find(self, number: int, trial: Trial) -> tuple[int, int, int] | None:
-        """Return the segment of a trial, with the first needed sample and the onset in this segment.
+        """Return the index of the trial's segment, and the first needed sample and the onset in this segment.
 
         Return None if no segment contains the trial.
         """
@@ -200,11 +202,10 @@ class _Places:
     def _assign_epochs(self, trials: Sequence[Trial]) -> list[int] | None:
         """Return the epoch of each trial of a table; None if the table does not describe the epochs.
 
-        If the table has as many trials as there are epochs, trial `i` belongs to epoch `i`. If the table has more or
-        fewer trials than there are epochs, each onset must equal the time of an epoch's event, with an error of at most
-        half a sample. If an onset differs from the times of all events, no trial is used, because a table with other
-        onsets may contain rejected epochs, or times of the original continuous recording, and trials would get the
-        signal of another image.
+        If the table has as many trials as there are epochs, trial `i` belongs to epoch `i`. Otherwise, each onset must
+        equal the time of an epoch's event; an error of half a sample is allowed. If one onset differs from the times of
+        all events, no trial is used. A table with other onsets may contain rejected epochs, or times of the original
+        continuous recording, and a trial could get the signal of another image.
         """
         places = [trial.place or (0, 0) for trial in trials]
         if all(count == len(self.begins) for _, count in places):

@@ -2,10 +2,11 @@
 
 Each Ray task of the first phase calls the function `process_recording` in a child process of the Ray worker.
 
-The signal is read twice. The first pass reads the recording's file in blocks, measures each block
-(`data_sharding.processing.survey`), resamples it, and writes it to a scratch file. After the first pass, the unit, the
-bad channels and the mains frequency are known. The second pass (`data_sharding.job.cut_windows`) reads the signal from
-the scratch file, filters it, and cuts out the windows. Memory use does not grow with the length of the recording.
+The signal of a recording is processed in two passes. The first pass reads the recording's file in blocks, measures each
+block (`data_sharding.processing.survey`), resamples it, and writes it to a scratch file. After the first pass, the
+unit, the bad channels and the mains frequency are known. The second pass (`data_sharding.job.cut_windows`) reads the
+signal from the scratch file, filters it, and cuts out the windows. Memory use does not grow with the length of the
+recording.
 
 Letters in array shapes: `n` is the number of channels, `S` the number of samples at the recording's sampling rate, `T`
 the number of samples in a window.
@@ -104,7 +105,8 @@ def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
     Returns
     -------
     str
-        Hexadecimal checksum. For a recording of one file and without options, the checksum is the SHA-256 of the file.
+        Hexadecimal checksum. For a recording that consists of one file and has no options, the checksum is the SHA-256
+        of the file.
     """
     whole = digest_of(sorted(hashes)) if len(hashes) > 1 else hashes[0]
     # Several recordings in one file have the same files and different options. If the checksum did not include the
@@ -162,7 +164,8 @@ def process_recording(task: Task) -> PartResult:
         task = dataclasses.replace(task, item=dataclasses.replace(task.item, recording=recording))
         if task.decoded:
             store_checksums(task.decoded, files, states, list(hashes.values()))
-            if not known:  # The files were moved or touched, but a signal with these checksums may be stored.
+            # The files have new paths or new times, but a signal from files with the same checksums may be stored.
+            if not known:
                 try:
                     return _process(task, hashes, size, kept=True)
                 except NotKept as error:
@@ -173,14 +176,14 @@ def process_recording(task: Task) -> PartResult:
 def _process(
     task: Task, hashes: dict[str, str], size: int, *, kept: bool = False, notes: Sequence[str] = ()
 ) -> PartResult:
-    """Write the part (a folder) of a recording after the checksums of its files were computed.
+    """Write the part (a folder) of a recording; the checksums of the recording's files are already known.
 
-    If `kept` is True, read only the decoded signal that an earlier job stored, and no file of the recording.
+    If `kept` is True, do not read the recording's files, but the decoded signal that an earlier job stored.
 
     Raises
     ------
     NotKept
-        If `kept` is True and there is no usable stored signal.
+        If `kept` is True, and no stored signal can be used.
     """
     result = PartResult(row=new_row(task.item))
     row = result.row
@@ -243,7 +246,7 @@ def _part_name(task: Task, hashes: dict[str, str]) -> str:
 
 
 def _signal_key(item: Item, hashes: dict[str, str]) -> str:
-    """Return a checksum of all values that determine the decoded signal of a recording."""
+    """Return a checksum of all values on which the decoded signal of a recording depends."""
     package = PACKAGES.get(item.recording.format, "")
     package = next((f.package for f in find_formats() if f.name == item.recording.format), package)
     try:
@@ -278,9 +281,9 @@ def _open(item: Item) -> Signal:
 
 @contextlib.contextmanager
 def _signal_of(item: Item, result: PartResult, folder: Path, place: Path | None, kept: bool) -> Iterator[Signal]:
-    """Open the stored decoded signal of a recording, or else the files of the recording.
+    """Open the decoded signal of a recording that an earlier job stored, or otherwise the files of the recording.
 
-    If `place` is set, a signal that is read from the files is stored in `place`.
+    If `place` is not None, the signal that is read from the files is stored there.
     """
     if place is None:
         with contextlib.closing(_open(item)) as signal:
@@ -452,7 +455,7 @@ def _read(signal: Signal, start: int, stop: int, picks: list[int]) -> np.ndarray
 def _judge(
     item: Item, result: PartResult, read: _Reading, survey: Survey, spec: PreprocessSpec, folder: Path | None
 ) -> Clean:
-    """Decide on channels, unit, mains frequency and reference of a recording, and store its fingerprint."""
+    """Choose the channels, unit, mains frequency and reference of a recording, and store its fingerprint."""
     info, row, n_eeg = read.info, result.row, len(read.channels.names)
     factor = item.unit_factor if item.unit_factor is not None else 1.0 if info.unit_known else None
     verdict = survey.verdict(factor)

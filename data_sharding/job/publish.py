@@ -46,11 +46,11 @@ def publish(
     output : Path or UPath
         Folder of the dataset.
     points : callable
-        Loads the fingerprint of a recording.
+        Object that loads the fingerprint of a recording.
     version : NewVersion
         Changes from the former version of the dataset to the new version.
     state : bytes
-        Results of all recordings. The next job reads these results.
+        Results of all recordings, for the next job.
 
     Returns
     -------
@@ -128,7 +128,7 @@ def _find_equal(output: AnyPath, manifest: Manifest, rows: list[LedgerRow]) -> M
 
 
 def repair_copies(output: AnyPath, manifest: Manifest) -> None:
-    """Complete a version whose job was killed after it wrote the manifest."""
+    """Write the missing files of a version whose job was killed just after it wrote the manifest."""
     if not (fresh(output) / WORK).is_dir():
         return
     if manifest.version > 1:
@@ -138,7 +138,7 @@ def repair_copies(output: AnyPath, manifest: Manifest) -> None:
 
 
 def describe_trials(rows: list[LedgerRow]) -> dict[str, dict[str, float]]:
-    """Return the stored time range of the trials of each corpus in the ledger, in seconds from the onset."""
+    """Return for each corpus the time range in which its trials are stored, in seconds from the onset."""
     spans: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.status == "sharded" and row.trial_tmin is not None and row.trial_tmax is not None:

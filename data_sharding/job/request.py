@@ -24,7 +24,8 @@ from data_sharding.job.task import WITHOUT_EFFECT
 from data_sharding.processing.preprocess import PreprocessSpec
 
 FileState = tuple[int, int, str]
-"""Size of a file in bytes, time of its last change in nanoseconds, and its checksum if it is on an object store."""
+"""Size of a file in bytes, time of its last change in nanoseconds, and for a file on an object store also its
+checksum."""
 
 
 @dataclass(kw_only=True)
@@ -32,7 +33,7 @@ class ShardConfig:
     """Make a dataset of WebDataset shards from EEG recordings of any format."""
 
     corpora: list[CorpusConfig]
-    """List of corpora. Each entry names a folder of recordings and the kind of the corpus."""
+    """List of corpora. Each entry contains the path of a folder with recordings, and the kind of the corpus."""
     output: str
     """Folder of the dataset, or a URL such as s3://bucket/folder. If the folder contains a finished dataset, the job
     adds new recordings to it, and withdraws recordings that were removed or have changed."""
@@ -46,8 +47,8 @@ class ShardConfig:
     samples_per_shard: int = 4096
     """Largest number of samples in a shard."""
     compact: bool = False
-    """Rewrite the shards of a finished dataset that contain withdrawn samples, without these samples. The old shards
-    are deleted, so former versions of the dataset cannot be read any more."""
+    """Remove withdrawn samples: shards with withdrawn samples are written again without these samples. The old shards
+    are deleted, so former versions of the dataset cannot be read after this."""
     keep_decoded: bool = False
     """Store the decoded signals on disk, without loss. A later job with another window, frequency band, sampling rate
     or output reads the stored signals instead of the recordings."""
@@ -58,8 +59,8 @@ class ShardConfig:
     """Largest size of the decoded signals in 10^9 bytes. At the end of a job, the signals that were not used for the
     longest time are deleted until the remaining signals fit. The value 0 means no limit."""
     allowed_set_aside: float = 0.05
-    """Largest fraction of the recordings that may be quarantined. If a larger fraction than this is quarantined, the
-    job ends with exit code 3."""
+    """Largest fraction of the recordings that may be quarantined. If a larger fraction is quarantined, the job ends
+    with exit code 3."""
     ray: RayConfig = field(default_factory=RayConfig)
     """The Ray cluster that runs the job, and limits for each recording."""
 
@@ -76,7 +77,7 @@ class ShardConfig:
 
 @dataclass(kw_only=True)
 class Plan:
-    """All data that the job has before it opens any recording."""
+    """All data that the job has before the first recording is opened."""
 
     items: dict[str, Item]
     """All recordings of the job, by key."""
@@ -156,8 +157,8 @@ def reduce_config(config: ShardConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        The config in JSON types, without the keys output, compact, keep_decoded, decoded, decoded_gb, ray and
-        allowed_set_aside.
+        The config in JSON types. The keys output, compact, keep_decoded, decoded, decoded_gb, ray and allowed_set_aside
+        are left out.
     """
     values = to_dict(config)
     for key in ("output", "compact", "keep_decoded", "decoded", "decoded_gb", "ray", "allowed_set_aside"):
@@ -226,7 +227,7 @@ def resolve_decoded(config: ShardConfig) -> Path | None:
     Raises
     ------
     RequestError
-        If the folder is not on a disk, or lies in the output or in a corpus.
+        If the folder is not on a disk, or if the folder is inside the output or inside a corpus.
     """
     if not config.keep_decoded:
         return None
@@ -246,7 +247,7 @@ def resolve_decoded(config: ShardConfig) -> Path | None:
 
 
 def _states(files: Iterable[AnyPath]) -> list[FileState]:
-    """Return the states of files. An unreadable file gets a placeholder; its worker will report the read error."""
+    """Return the states of files; unreadable files get a placeholder, and a worker will report the read error."""
     states = []
     for file in files:
         try:

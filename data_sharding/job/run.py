@@ -133,7 +133,7 @@ def _read(argument: tuple[Task, float]) -> PartResult:
 
 
 def get_settings(config: ShardConfig, plan: Plan) -> tuple[str, str]:
-    """Return checksums of the settings for all recordings, with and without the versions of the libraries."""
+    """Return two checksums of the settings that all recordings share: with and without the libraries' versions."""
     values = {"preprocess": config.preprocess.to_dict(), "split": reduce_config(config)["split"]}
     versions = {"schema": PART_SCHEMA, "labels": plan.labels, "versions": get_library_versions()}
     return digest_of({**values, **versions}), digest_of(values)
@@ -157,7 +157,7 @@ def read_recordings(
     in_flight : int
         Largest number of tasks that run or wait in Ray at the same time.
     former : Former, optional
-        Former version of the dataset, whose recordings are not read again if they have not changed.
+        Former version of the dataset. A recording of the former version is read again only if it has changed.
 
     Returns
     -------
@@ -178,14 +178,15 @@ def read_recordings(
             shown.add(row.key, row.status, seconds=row.seconds, channels=channels, from_earlier_run=from_earlier_run)
 
         identities = {key: plan.identity(key, settings) for key in plan.items}
-        # Read the largest recordings first, because a large recording at the end would delay the end of the phase.
+        # Read the largest recordings first: if the last task had a large recording, all other workers would wait for
+        # this task.
         for key, item in sorted(plan.items.items(), key=lambda entry: (-sizes[entry[0]], entry[0])):
             if former and (result := former.find(key, identities[key], plan.identity(key, source))):
                 results[key] = result
                 count(result.row, from_earlier_run=True)
                 continue
             result = journal.find(key, identities[key])
-            # Read a failed recording again if the limits of time and memory have changed, or if the cause of the
+            # If a recording has failed, try again if the limits of time and memory have changed, or if the cause of the
             # failure may have disappeared.
             if result and result.limits in (None, limits) and not result.may_pass and _has_part(result, work):
                 results[key] = result
@@ -246,12 +247,12 @@ def mark_duplicates(
     load_points: FingerprintLoader,
     former: Former | None = None,
 ) -> None:
-    """Keep one of several recordings with the same signal, and mark the others as duplicates.
+    """If several recordings have the same signal, keep one of these recordings, and mark the others as duplicates.
 
     Parameters
     ----------
     results : list of PartResult
-        Results of the first phase. The rows of duplicates are changed.
+        Results of the first phase. This function changes the ledger rows of duplicates.
     plan : Plan
         The job's plan.
     prints : dict of str to RecordingFingerprint
@@ -274,8 +275,8 @@ def mark_duplicates(
         if copy := duplicates.get(row.key):
             reason = Reason("duplicate", text=f"duplicate of {copy}")
             row.set_aside("duplicate", reason, duplicate_of=copy.kept)
-    # Note copies of a quarantined recording in its ledger row, so that the user does not repair a recording whose
-    # signal is already in the dataset.
+    # If a quarantined recording has the same signal as another recording, write a note into its ledger row. So the user
+    # does not repair a recording whose signal is already in the dataset.
     unused = [result.row for result in results if result.row.status == "quarantined" and result.signature]
     kept_rows = [row for row in candidates if row.status == "sharded"]
     copies = find_duplicates([prints[row.key] for row in [*kept_rows, *unused]], load_points)
@@ -379,8 +380,8 @@ def run(config: ShardConfig) -> int:
     Raises
     ------
     RequestError
-        If the config is wrong. Almost all faults of a config are found before Ray starts. An empty train split is found
-        only after the recordings are read.
+        If the config is wrong. Almost all faults of a config are found before Ray starts. But an empty train split is
+        found only after the recordings were read.
     """
     output, decoded = resolve_output(config.output), resolve_decoded(config)
     work = output / WORK
@@ -408,7 +409,7 @@ def run(config: ShardConfig) -> int:
             say(line)
         with lock_output(work), ray_session(config.ray) as in_flight:
             _check_nodes(plan, work, decoded)
-            remove_tree(work / "new")  # The folder `new` holds unfinished shards of an earlier run.
+            remove_tree(work / "new")  # The folder `new` contains unfinished shards from an earlier run of the job.
             say(f"reading recordings, up to {in_flight} tasks at a time")
             state, rows, kept, points = _collect(config, plan, work, in_flight, former)
             suggestions = suggest_unit_factors(config.corpora, plan.corpus_of, rows)
@@ -457,13 +458,14 @@ def _collect(
     Returns
     -------
     state : bytes
-        Results of all recordings before duplicates are marked, for the next job that adds recordings.
+        Results of all recordings, stored before duplicates are marked. The next job uses these results if it adds
+        recordings.
     rows : list of LedgerRow
         Rows of the ledger.
     kept : list of PartResult
         Results of the recordings that belong to the dataset.
     points : FingerprintLoader
-        Loads the fingerprint of a recording.
+        Object that loads the fingerprint of a recording.
     """
     while True:
         results = read_recordings(config, plan, work, in_flight, former)
@@ -477,8 +479,8 @@ def _collect(
         plan.hold_back.count_images(rows)
         _count_unlisted(rows, plan)
         kept = [result for result in results if result.row.status == "sharded"]
-        # A recording that was a duplicate or held back in the former version, but belongs to the new version, has no
-        # samples in the shards yet, so read the recording again.
+        # If a recording of the new version was a duplicate or held back in the former version, the shards contain no
+        # samples of the recording, so the recording must be read again.
         again = former.needs_samples(kept) if former else []
         if former is None or not again:
             return state, rows, kept, points
@@ -486,7 +488,7 @@ def _collect(
 
 
 def _count_unlisted(rows: list[LedgerRow], plan: Plan) -> None:
-    """Add to the column ``windows_left_out`` of the ledger rows how many trials the corpora have left out."""
+    """Add the trials that the corpora left out to the numbers in the column ``windows_left_out`` of the ledger rows."""
     for row in rows:
         if unlisted := plan.items[row.key].left_out:
             row.windows_left_out = dict(sorted((Counter(row.windows_left_out) + Counter(unlisted)).items()))

@@ -13,11 +13,11 @@ from data_sharding.processing.survey import PLAUSIBLE_UV
 TYPICAL_UV = 10.0
 """Robust amplitude of typical EEG between 1 and 40 Hz, in microvolts."""
 FACTORS = {1e-9: "1.0e-9", 1e-6: "1.0e-6", 1e-3: "0.001", 1e3: "1000.0", 1e6: "1.0e+6", 1e9: "1.0e+9"}
-"""Factors that correct a unit with a wrong prefix, each in a spelling that YAML parses as a number."""
+"""Factors that correct a unit with a wrong prefix, and for each factor a text that YAML parses as a number."""
 
 
 def find_factor(amplitude_uv: float) -> float | None:
-    """Return the power of 1000 that makes an amplitude typical for EEG; None if no power of 1000 does."""
+    """Return the power of 1000 that makes an amplitude typical for EEG; None if there is no such power."""
     if not 0 < amplitude_uv < math.inf:
         return None
     factor = 10.0 ** (3 * round(math.log10(TYPICAL_UV / amplitude_uv) / 3))
@@ -35,7 +35,7 @@ def suggest_unit_factors(
     corpora : sequence of CorpusConfig
         The corpora of the job.
     corpus_of : mapping of str to int
-        Index of the corpus for the key of each recording.
+        Dictionary from the key of each recording to the index of its corpus.
     rows : sequence of LedgerRow
         Rows of all recordings.
 

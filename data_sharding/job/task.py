@@ -31,7 +31,7 @@ class Task:
     labels: tuple[str, ...]
     """Names of the labels of all corpora; the number of a label is its index in this tuple."""
     work: AnyPath
-    """The job's working folder, whose folder ``parts`` holds the windows of each recording."""
+    """The job's working folder. Its folder ``parts`` contains the windows of each recording."""
     timeout_s: float
     """Time limit of the task in seconds."""
     decoded: Path | None = None
@@ -49,13 +49,13 @@ class PartResult:
     samples: dict[str, int] = field(default_factory=dict)
     """Number of samples of the recording in each split."""
     signature: list[int] = field(default_factory=list)
-    """Numbers computed from the signal, of which some are equal for two copies of a signal (see
+    """Numbers that were computed from the signal. For two copies of a signal, some of these numbers are equal (see
     `data_sharding.audit.duplicates.signature`)."""
     may_pass: bool = False
     """Whether the next run should try the recording again, because the cause of the failure may have disappeared."""
     limits: tuple[float, float] | None = None
-    """Limits of time (seconds) and memory (GB) under which reading the recording failed before a part was written. A
-    run with other limits than these tries the recording again."""
+    """Limits of time (seconds) and memory (GB) if reading the recording failed before a part was written. A job with
+    other limits tries the recording again."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a dictionary of JSON types."""
@@ -93,7 +93,7 @@ class SetAside(Exception):
 
 
 def describe_row(row: LedgerRow, item: Item) -> None:
-    """Write the corpus's data about person, device and rights into a row, in place of data from the header.
+    """Write the data of the corpus about person, device and licence into a row, in place of data from the header.
 
     A year from the header is not replaced, because the corpus can contain shifted dates that hide the true dates.
     """

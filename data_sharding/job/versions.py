@@ -43,7 +43,7 @@ RESULTS = "results.jsonl.zst"
 SET_ASIDE = "set_aside"
 """Name of the folder with the fingerprints of recordings that are not in the shards."""
 NAMED = 5
-"""Largest number of recordings that a message names."""
+"""Largest number of recordings that a message lists."""
 
 
 @dataclass
@@ -61,9 +61,9 @@ class Former:
     root: AnyPath
     manifest: Manifest
     stored: dict[str, _Stored]
-    """Result of the former job for each recording, by key."""
+    """Dictionary from the key of each recording to the result of the former job."""
     pieces: dict[str, list[Piece]]
-    """Samples of each recording in the former version, by the key of the recording."""
+    """Dictionary from the key of each recording to its samples in the former version."""
     reused: set[str] = field(default_factory=set)
     """Keys of the recordings whose results are taken from the former version."""
 
@@ -100,7 +100,7 @@ class Former:
         return cls(root, manifest, stored, dict(pieces))
 
     def find(self, key: str, identity: str, source: str) -> PartResult | None:
-        """Return the former result of a recording if the recording need not be read again; None otherwise.
+        """Return the former result of a recording; None if the recording must be read again.
 
         Parameters
         ----------
@@ -109,8 +109,8 @@ class Former:
         identity : str
             Checksum of everything that the result depends on.
         source : str
-            Checksum of the same values as `identity`, except the versions of libraries. So recordings in the shards are
-            not read again after an upgrade of a library.
+            Checksum of the same values as `identity`, but without the versions of libraries. So recordings in the
+            shards are not read again after an upgrade of a library.
         """
         known = self.stored.get(key)
         if known is None:
@@ -135,7 +135,7 @@ class Former:
             self.reused.discard(key)
 
     def needs_samples(self, kept: Iterable[PartResult]) -> list[str]:
-        """Return the keys of recordings in `kept` with a reused result but without samples in the former shards."""
+        """Return the keys of reused results in `kept` whose recordings have no samples in the former shards."""
         return [r.row.key for r in kept if r.row.key in self.reused and r.row.key not in self.pieces]
 
     def find_changed_files(self, plan: Plan) -> set[str]:
@@ -186,7 +186,7 @@ def _changed_ns(file: AnyPath) -> int:
 
 
 def _find_runs(root: AnyPath, shard: Shard) -> list[tuple[str, int, int]]:
-    """Return key, first sample, and last sample plus one of each recording in a shard that is not withdrawn."""
+    """Return key, first sample and last sample plus one of each recording in a shard, without withdrawn samples."""
     keys = [entry["key"].rpartition("-")[0] for entry in read_json((root / shard.path).with_suffix(".idx"))]
     runs = []
     for (key, served), group in itertools.groupby(
@@ -199,7 +199,7 @@ def _find_runs(root: AnyPath, shard: Shard) -> list[tuple[str, int, int]]:
 
 
 def store_results(results: Iterable[PartResult], plan: Plan, settings: str, source: str) -> bytes:
-    """Return the content of the file `RESULTS`. Call this function before duplicates are marked in the results."""
+    """Return the content of the file `RESULTS`. Call this function before duplicates are marked in `results`."""
     import zstandard
 
     packer = zstandard.ZstdCompressor().compressobj()
@@ -292,7 +292,7 @@ def plan_version(former: Former | None, kept: list[PartResult], plan: Plan, *, c
     plan : Plan
         Plan of the job.
     compact : bool
-        Whether shards with withdrawn samples are rewritten without these samples.
+        Whether to write shards with withdrawn samples again, without these samples.
     """
     if former is None:
         return NewVersion(1, {split: [] for split in SPLITS}, [], [], dict.fromkeys(SPLITS, 0), {})
@@ -360,7 +360,7 @@ class FingerprintLoader:
     work : Path or UPath
         The job's working folder.
     former : Former, optional
-        Former version of the dataset, which holds the fingerprints of recordings that were not read again.
+        Former version of the dataset, which contains the fingerprints of recordings that were not read again.
     """
 
     def __init__(self, results: list[PartResult], work: AnyPath, former: Former | None = None) -> None:
@@ -403,8 +403,9 @@ def write_state(
 def remove_stale(output: AnyPath, manifest: Manifest, files: Sequence[str]) -> None:
     """Delete shards that no version of the dataset needs, and files of former versions.
 
-    The manifests of all versions are kept. The ledgers of former versions are kept, too, unless shards were rewritten,
-    because old ledgers may describe people whose recordings were withdrawn.
+    The manifests of all versions are kept. The ledgers of former versions are deleted if shards were rewritten, because
+    old ledgers may describe people whose recordings were withdrawn. Otherwise, the ledgers of former versions are kept,
+    too.
 
     Parameters
     ----------
@@ -425,7 +426,8 @@ def remove_stale(output: AnyPath, manifest: Manifest, files: Sequence[str]) -> N
         if number == manifest.version:
             continue
         names = {*files, f"{SET_ASIDE}/{FINGERPRINTS}"}
-        if number > manifest.version:  # An interrupted job left a folder with a number above the current version.
+        # The number of the folder is larger than that of the current version, so an interrupted job left this folder.
+        if number > manifest.version:
             names |= {LEDGER, MANIFEST}
         elif not manifest.extra.get("rewritten"):
             names.discard(LEDGER)
