@@ -91,7 +91,7 @@ def infonce(embeds_GP: Tensor, target_GP: Tensor, row_G: Tensor, temperature: fl
     embeds_GP, target_GP : Tensor, [G, P]
         Embeddings of the trials and of their images, of unit length.
     row_G : Tensor of int, [G]
-        Number of each trial's image. A trial and the image of another trial are not a negative pair if both trials have
+        Index of each trial's image. A trial and the image of another trial are not a negative pair if both trials have
         the same image.
     temperature : float
         Temperature, by which the cosine similarities are divided.
@@ -141,7 +141,7 @@ class Aligner(nn.Module):
         target : Tensor, [b, P]
             CLIP embeddings of the images, of unit length.
         row : Tensor of int, [b]
-            Number of each trial's image.
+            Index of each trial's image.
 
         Returns
         -------

@@ -59,7 +59,7 @@ _KINDS = {
 
 
 def load_clip(clip: str | Path) -> tuple[Any, Any]:
-    """Load the image side of a CLIP model, after a check of its files.
+    """Check the files of a CLIP model, and load its image encoder.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def load_clip(clip: str | Path) -> tuple[Any, Any]:
     Raises
     ------
     RequestError
-        If `clip` is not a CLIP model, cannot be loaded, or describes a network that is larger than its weights.
+        If `clip` is not a CLIP model, cannot be loaded, or has a config of a larger network than the weights.
     """
     return _load(clip, find_model_folder(clip, _KINDS["clip"].what), _KINDS["clip"])
 
@@ -87,7 +87,7 @@ def load_dinov2(dinov2: str | Path) -> tuple[Any, Any]:
 
 
 def load_image_model(model: str | Path) -> tuple[Any, Any]:
-    """Load a frozen image model: the image side of CLIP, or DINOv2; arguments and results as in `load_clip`."""
+    """Load a frozen image model: the image encoder of CLIP, or DINOv2; arguments and results as in `load_clip`."""
     folder = find_model_folder(model, "a CLIP or DINOv2 model")
     kind = str(read_model_config(folder / "config.json").get("model_type", "")).removesuffix("_vision_model")
     if kind not in _KINDS:
@@ -222,7 +222,7 @@ def digest_weights(model: torch.nn.Module) -> list[float]:
     Returns
     -------
     list of float
-        Sums of a few weight tensors. Two models with different weights have different sums.
+        Sums of a few weight tensors. In practice, two models with different weights have different sums.
     """
     parameters = list(model.parameters())
     picked = [*parameters[:: max(1, len(parameters) // 8)], parameters[-1]]

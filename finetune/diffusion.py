@@ -46,7 +46,7 @@ def choose_sampling(
     dropped: bool,
     has_null: bool,
 ) -> Sampling:
-    """Fill in the settings of the sampling that were not given, and refuse settings that do not fit the model.
+    """Fill in the sampling settings that were not given, and refuse settings that do not fit the model.
 
     Parameters
     ----------
@@ -271,7 +271,7 @@ class DenoisingWatcher:
         self.eeg, self.clean = eeg, clean
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.randn(self.REPEATS, *clean.shape, generator=generator)
-        # Stratify the noise levels: each repeat of a trial gets a noise level from another quarter of the range.
+        # Stratify the noise levels: each repeat of a trial gets a noise level from a different quarter of the range.
         quarters = torch.arange(self.REPEATS)[:, None]
         u = (torch.rand(self.REPEATS, len(clean), generator=generator) + quarters) / self.REPEATS
         self.time = (u * noise_steps).long()

@@ -39,7 +39,8 @@ class EEGConfig:
     """Start of the EEG in seconds from the onset of the image, such as -0.2 for a part with a baseline. Empty: the
     onset. Trials whose stored EEG does not reach from tmin to tmax are left out, and a message says how many."""
     tmax: float | None = None
-    """End of the EEG in seconds from the onset of the image. Empty: the end is one window of the dataset after tmin."""
+    """End of the EEG in seconds from the onset of the image. Empty: the end is tmin plus the length of the dataset's
+    windows."""
     average_repeats: int = 0
     """Number of presentations of the same image to the same subject that are averaged to one val trial. 0: average all
     presentations, as papers do with test images. 1: average nothing."""
@@ -95,7 +96,7 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
     path : str
         Directory or hub id of the encoder package.
     dataset : EEGDataset
-        Trials that the encoder will be used for.
+        Trials for which the encoder will be used.
     pretrained : bool
         True: load the trained weights. False: use the same architecture with new random weights.
 
@@ -129,13 +130,13 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
         if pretrained:
             bare.backbone.load_state_dict(encoder.backbone.state_dict())
         encoder = bare
-    # The models of fine-tuning give the encoder only windows, so the encoder itself must store the electrode positions.
+    # Fine-tuned models pass only EEG windows to the encoder, so the encoder itself must store the electrode positions.
     encoder.keep_electrodes(dataset)
     return encoder
 
 
 def scale_eeg(eeg_BCT: Tensor, scaling: PreprocessSpec | EEGEncoder, device: Any = None) -> Tensor:
-    """Scale EEG from microvolts to the units that the models take.
+    """Scale EEG from microvolts to the units that the models need.
 
     Parameters
     ----------
@@ -257,9 +258,9 @@ def compute_for_trials(
     accelerator: Accelerator,
     part: int = PART,
 ) -> Tensor:
-    """Compute something small, such as a feature, from the EEG of every trial of a split.
+    """Compute a small result, such as a feature, from the EEG of every trial of a split.
 
-    The trials are read part by part, so memory holds the EEG of one part only. The processes share the work.
+    The trials are read in parts, so only the EEG of one part is in memory. The processes share the work.
 
     Parameters
     ----------
@@ -284,7 +285,7 @@ def compute_for_trials(
     with progress("features of the trials", len(dataset), enabled=shown) as advance:
         for start in range(0, len(dataset), part * size):
             numbers = np.arange(start + rank * part, start + (rank + 1) * part)
-            # The processes must gather equally many trials, so the last part may repeat the last trial.
+            # Every process must contribute equally many trials to `gather`, so the last part may repeat the last trial.
             numbers = np.minimum(numbers, len(dataset) - 1) if size > 1 else numbers[numbers < len(dataset)]
             eeg_BCT = collate(dataset, numbers.tolist()).padded(accelerator.device, torch.float32)
             found = compute(scale_eeg(eeg_BCT, scaling))
@@ -354,8 +355,8 @@ def average_trials_of_image(
         Averaged trials in microvolts.
     """
     b = len(eeg_bCT)
-    # Draw all random numbers before the loop, because every rank must draw equally many, and the loop differs between
-    # ranks.
+    # Draw all random numbers before the loop, because every rank must draw equally many random numbers, but the loop
+    # differs between ranks.
     extra_b = random.integers(most, b)
     start_b = random.uniform(b)
     for i, number in enumerate(batch.numbers):

@@ -1,8 +1,8 @@
 """Find and check models in the layouts of diffusers and transformers, before these libraries load them.
 
 The folder of a model holds configs (JSON) and weights (safetensors), and can come from anybody. The checks of this
-module refuse configs that ask for far more memory than the files of the weights, and configs that would load code or
-pickled weights.
+module refuse configs that need far more memory than the weight files, and configs that would load code or pickled
+weights.
 """
 
 from __future__ import annotations
@@ -128,16 +128,16 @@ def _weights_of(folder: Path) -> list[Path]:
 
 
 def load_with_library(load: Any, name: str | Path, what: str) -> Any:
-    """Call a function of a library that loads a model, and turn every error into one line.
+    """Call a library function that loads a model, and turn every error into a `RequestError` of one line.
 
     Parameters
     ----------
     load : callable
         Function that is called without arguments.
     name : str or Path
-        Name of the model, which the error message contains.
+        Name of the model, for the error message.
     what : str
-        Kind of the model, which the error message names.
+        Kind of the model, for the error message.
 
     Returns
     -------

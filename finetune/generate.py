@@ -43,7 +43,7 @@ TEXTS = ("model_digest", "seed", "steps", "guidance_scale", "sampler", "control"
 
 
 def _compute_on_first(world: World, compute: Callable[[], T]) -> T:
-    """Call a function on rank 0, and return its result or raise its error on every process."""
+    """Call a function on rank 0 only. Every process then returns the function's result or raises its error."""
     result, fault = None, None
     if world.first:
         try:
@@ -98,7 +98,7 @@ def _use_model(generator: Generator, dataset: EEGDataset, config: GenerateConfig
 
 
 def _open_train(dataset: EEGDataset, config: GenerateConfig) -> EEGDataset:
-    """Open the train split for a predictor, in the version of the dataset that is used."""
+    """Open the train split for a predictor, in the dataset version from which `dataset` was read."""
     if config.split == "train":
         raise RequestError(f"split is train, but --control {config.control} learns from train; give another split")
     try:
@@ -110,7 +110,7 @@ def _open_train(dataset: EEGDataset, config: GenerateConfig) -> EEGDataset:
 
 
 def _show_pictures(table: ImageTable, trials: list[Trial], rows_B: NDArray[np.int64], size: int) -> MakeImages:
-    """Return a function that shows the training pictures which a predictor chose."""
+    """Return a function that yields the training pictures that a predictor chose for a batch."""
     row_of = {trial.key: int(row) for trial, row in zip(trials, rows_B, strict=True)}
     return lambda batch: table.pixels([row_of[trial.key] for trial in batch], size)
 
@@ -137,7 +137,7 @@ def _describe(config: GenerateConfig, generator: Generator, dataset: EEGDataset,
 
 @dataclass(kw_only=True)
 class _Plan:
-    """Trials of a result, and how their images are made."""
+    """Trials of a control, and the function that makes their images."""
 
     trials: list[Trial]
     make: MakeImages
@@ -178,7 +178,7 @@ def _make_plan(
 
 
 def _make_images(config: GenerateConfig, plan: _Plan, dataset: EEGDataset, about: dict[str, Any], world: World) -> None:
-    """Make the images, and write the complete result to the output, unless the output holds this result already."""
+    """Make the images and write the complete result to the output folder, unless this folder contains it already."""
     output = Path(config.output)
     settings = {name: value for name, value in about.items() if name not in ("model", "dataset")}
     folder = PartialFolder(output, {**settings, "limit": config.limit})
@@ -224,7 +224,7 @@ def _make_images(config: GenerateConfig, plan: _Plan, dataset: EEGDataset, about
 def _generate_control(
     config: GenerateConfig, generator: Generator, dataset: EEGDataset, sampling: Sampling, digest: str, world: World
 ) -> None:
-    """Generate the images of one control, or write into generated.json why the data cannot give this control."""
+    """Generate the images of a control, or write into generated.json why the control cannot be made from the data."""
     about = _describe(config, generator, dataset, sampling) | {"model_digest": digest}
     try:
         plan = _make_plan(config, generator, dataset, sampling, world)
@@ -240,7 +240,7 @@ def _generate_control(
 
 
 def _divide(config: GenerateConfig) -> list[GenerateConfig]:
-    """Return one config for `control`, and one config for each entry of `controls`."""
+    """Return one config for the key `control`, and one config for each entry of the key `controls`."""
     first = dataclasses.replace(config, controls=[])
     others = [dataclasses.replace(first, control=name, output=f"{config.output}-{name}") for name in config.controls]
     parts = [first, *others]

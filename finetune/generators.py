@@ -1,4 +1,4 @@
-"""Load image generators of all kinds. The package of a fine-tuned model names the kind of its generator."""
+"""Load image generators of all kinds. The package of a fine-tuned model contains the name of its kind of generator."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Generator(Protocol):
     def choose_sampling(
         self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampling:
-        """Fill in the settings of the sampling that are None with the defaults of this model.
+        """Replace the sampling settings that are None with the defaults of this model.
 
         Parameters
         ----------
@@ -112,7 +112,7 @@ class Generator(Protocol):
         seeds : list of int
             One seed for each trial. A trial's noise depends only on the trial's seed.
         steps, guidance_scale, sampler
-            Settings of the sampling, as in `choose_sampling`.
+            Sampling settings, as in `choose_sampling`.
         source : str
             Condition from which the images are generated.
         metas : sequence of dict, optional
@@ -211,7 +211,7 @@ def digest_folder(*folders: Path) -> str:
     Parameters
     ----------
     *folders : Path
-        The folders. The places and names of the folders do not change the checksum, but their order does.
+        The folders. The paths of the folders do not change the checksum, but the order of the folders does.
 
     Returns
     -------

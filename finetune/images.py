@@ -38,7 +38,7 @@ def open_paired(
     tmin, tmax : float, optional
         Part of each trial to read, in seconds from the onset of its image (see `EEGDataset`).
     version : str
-        Dataset id of the version to read; by default the newest version.
+        Dataset id of the version to read; if empty, the newest version is read.
 
     Returns
     -------
@@ -61,7 +61,9 @@ def open_paired(
 def open_train_val(
     path: str, part: Mapping[str, float | None], command: str, runs: Sequence[str | Path]
 ) -> tuple[EEGDataset, EEGDataset]:
-    """Open the splits train and val for a training run. A resumed run reads the version with which it began.
+    """Open the splits train and val for a training run.
+
+    A resumed run reads the dataset version with which the run began.
 
     Parameters
     ----------
@@ -70,7 +72,7 @@ def open_train_val(
     part : mapping
         Arguments `tmin` and `tmax` of `open_paired`.
     command : str
-        Name of the command, which messages contain.
+        Name of the command, for messages.
     runs : sequence of str or Path
         Run directories of the stages of the run, the last stage first.
 
@@ -82,7 +84,7 @@ def open_train_val(
     Raises
     ------
     RequestError
-        If `open_paired` refuses a split, or if the version with which the run began cannot be read any more.
+        If `open_paired` refuses a split, or if the dataset version with which the run began can no longer be read.
     """
     version = find_run_versions(runs, [path], command).get(path, "")
     train = open_paired(path, "train", version=version, **part)
@@ -100,7 +102,7 @@ def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -
     size : int, optional
         Width and height of the result in pixels. None keeps the size of the image.
     name : str
-        Name that error messages use for the image.
+        Name of the image in error messages.
 
     Returns
     -------
@@ -184,7 +186,7 @@ class ImageTable:
     captions : list of str
         Caption of the image in each row. If an image has no caption, the name of its label is used.
     row_of : ndarray of int, shape (trials,)
-        Row of the image of each trial, indexed by the number of the trial in the dataset.
+        For each trial of the dataset, the row of its image.
 
     Raises
     ------
@@ -315,8 +317,8 @@ class ImageTable:
         manifest = self.dataset.manifest
         own = {"dataset": manifest.dataset_id, "split": self.dataset.split, "size": size}
         if self.dataset.left_out:
-            # Images whose trials are all left out are not in the table, so the cache must depend on the ids in the
-            # table.
+            # An image is not in the table if all its trials are left out, so the key of the cache must depend on the
+            # ids in the table.
             own["images"] = self.ids
         digest = digest_of({**key, **own})
         path = Path(cache) / f"{digest[:16]}.safetensors" if cache is not None else None
@@ -367,7 +369,7 @@ def find_components(train_MHW3: np.ndarray, val_MHW3: np.ndarray, components: in
 
 
 class TableImages:
-    """Images of chosen rows of a table, which are decoded whenever they are read.
+    """Images of chosen rows of a table; an image is decoded each time it is read.
 
     Parameters
     ----------

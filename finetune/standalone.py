@@ -65,7 +65,7 @@ def _names(node: ast.AST) -> tuple[set[str], set[str]]:
 
 
 class _Collector:
-    """Collect the statements that some names need, in an order in which they can run."""
+    """Collect the statements that some names need, in an order in which these statements can run."""
 
     def __init__(self, without: dict[str, Collection[str]]) -> None:
         self.without = without
@@ -131,7 +131,7 @@ def write_standalone(
     without: dict[str, Collection[str]] | None = None,
     foot: str = "",
 ) -> str:
-    """Return the text of a Python file with some classes and functions of this project and all that they need.
+    """Return the text of a Python file with some classes and functions of this project and all code that they need.
 
     Parameters
     ----------
@@ -148,7 +148,7 @@ def write_standalone(
     Returns
     -------
     str
-        Source text of a Python file that imports nothing of this project.
+        Source text of a Python file that imports nothing from this project.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Build the backbone of EG-DDPM that a config describes, or load a backbone. Only this file lists the backbones."""
+"""Build EG-DDPM's backbone from a config, or load it from a folder. The backbones are listed only in this file."""
 
 from __future__ import annotations
 

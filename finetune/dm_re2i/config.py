@@ -56,9 +56,9 @@ class EVRNetStage:
     image_weight: float = 0.0
     """Weight of a second loss: a linear layer predicts the image from the feature, as principal components of its
     pixels. With the second loss, the feature contains not only the category, but also the colours and the positions in
-    the image. The second loss is 1 for the mean image and 0 for the right image. The linear layer for the second loss
-    is used only in training, and is not part of the model. With `image_weight` 0, as in the paper, there is no second
-    loss."""
+    the image. The second loss is 1 if the layer predicts the mean image, and 0 if the layer predicts the right image.
+    The linear layer for the second loss is used only in training, and is not part of the model. With `image_weight` 0,
+    as in the paper, there is no second loss."""
     image_components: int = 16
     """Number of principal components of the image that the linear layer of `image_weight` predicts."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -66,8 +66,8 @@ class EVRNetStage:
     watch: Literal["accuracy", "loss"] = "accuracy"
     """Metric on the val split that decides which weights of the run are the best and are kept."""
     permute_labels: bool = False
-    """Control: the categories of the train images are shuffled between the images. A network that is trained with
-    shuffled categories should be right only as often as chance on images that it was not trained on."""
+    """Control: the categories of the train images are shuffled between the images. On new images, a network that was
+    trained with shuffled categories should be right only as often as chance."""
     calibration_trials: int = 512
     """Number of train trials from which the statistics of the batch norms are computed, before each evaluation and at
     the end of training."""
@@ -113,7 +113,7 @@ class EGDDPMStage:
 
     guide: Literal["feature", "logits", "encoder"] = "feature"
     """Vector that guides the diffusion. feature: the semantic feature of EVRNet, as in the paper. logits: the class
-    scores of EVRNet. encoder: the mean token of a pretrained encoder; EVRNet is not trained."""
+    scores of EVRNet. encoder: the mean token of a pretrained encoder; EVRNet is not used."""
     encoder: str | None = None
     """Encoder package for `guide: encoder`: a directory that `dreamscale export` wrote, or a hub id."""
     train_guide: bool = False

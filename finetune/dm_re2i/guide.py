@@ -74,7 +74,8 @@ class EEGGuide(nn.Module):
         self.requires_grad_(True)
         parameters = list(self.parameters())
         # In a training with several processes, every trainable parameter must have a gradient. The feature of a
-        # classifier does not depend on the classifier's last layer, so kind "feature" needs a frozen last layer.
+        # classifier does not depend on the classifier's last layer, so for the kind "feature", the last layer must be
+        # frozen.
         gradients = torch.autograd.grad(self(x_BCT).sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)

@@ -1,4 +1,4 @@
-"""Base class of EG-DDPM's backbones, with the linear map of the EEG vector, its statistics and the null vector.
+"""Base class of EG-DDPM's backbones, with the linear map and the statistics of the EEG vector, and the null vector.
 
 Shapes: B batch, C image channels, H rows, W columns, D width of the EEG vector, E width of the embedding.
 """

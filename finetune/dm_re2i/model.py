@@ -116,7 +116,7 @@ class ClassMeans:
         return means
 
     def find_missing(self, labels: Sequence[int]) -> list[int]:
-        """Return the different labels of categories that had no train trial, so that their mean feature is unknown."""
+        """Return, once each, the labels without train trials, whose mean feature is unknown."""
         return sorted({label for label in labels if label >= len(self.count_K) or not self.count_K[label]})
 
 
@@ -220,7 +220,7 @@ class DMRE2IGenerator:
     def choose_sampling(
         self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampling:
-        """Fill in the settings of the sampling that are None (see `finetune.generators.Generator`).
+        """Fill in the sampling settings that are None (see `finetune.generators.Generator`).
 
         The default sampler is the value `ddpm.sampler` of the config with which the model was trained. Guidance needs
         a model that was trained with dropped conditions.

@@ -1,4 +1,4 @@
-"""Build the classifier that a config describes, or load a classifier. Only this file lists the kinds of classifiers."""
+"""Build a classifier from a config, or load it from a folder. The kinds of classifiers are listed only in this file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build_classifier(stage: EVRNetStage, data: EEGDataset) -> EEGClassifier:
     Returns
     -------
     EEGClassifier
-        The network, in which only a pretrained encoder has trained weights.
+        The network. Its weights are random, except for the weights of a pretrained encoder.
 
     Raises
     ------
@@ -89,7 +89,7 @@ def build_classifier(stage: EVRNetStage, data: EEGDataset) -> EEGClassifier:
 
 
 def load_classifier(folder: str | Path) -> EEGClassifier:
-    """Load a classifier of any kind that its method `save_pretrained` wrote, in evaluation mode.
+    """Load a classifier of any kind from a folder that `save_pretrained` wrote, in evaluation mode.
 
     Parameters
     ----------

@@ -64,7 +64,7 @@ class EGDDPMTask(nn.Module):
         self.unet, self.noising, self.norm, self.guide = unet, noising, norm, guide
 
     def features(self, eeg: Tensor) -> Tensor:
-        """Return the guiding vectors [B, D], computed from EEG [B, C, T] if there is a `guide`, otherwise as given."""
+        """Return the guiding vectors [B, D]: computed from EEG [B, C, T], or the input itself without a `guide`."""
         return eeg if self.guide is None else self.guide(eeg)
 
     def errors(
@@ -228,7 +228,7 @@ def _plot_samples(path: Path, unet: GuidedUNet, noising_config: Any, e_BD: Tenso
     from PIL import Image
 
     guided = unet.null is not None
-    # The plot always uses the fast sampler ddim, also if the config names another sampler for the model.
+    # The plot always uses the fast sampler ddim, even if the config gives another sampler for the model.
     sampling = choose_sampling(
         noising_config, sampler="ddim", steps=None, guidance_scale=None, dropped=guided, has_null=guided
     )
@@ -271,7 +271,7 @@ def _load_evrnet(path: str, data: EEGDataset) -> EEGClassifier:
 
 
 def train(config: DMRE2IConfig) -> int:
-    """Train EVRNet or a baseline, then the EEG-guided DDPM, if the config asks for both stages.
+    """Train EVRNet or a baseline and, if the config asks for both stages, also the EEG-guided DDPM.
 
     Parameters
     ----------
@@ -302,7 +302,8 @@ def train(config: DMRE2IConfig) -> int:
             "evrnet.training.precision and ddpm.training.precision must be equal: both stages share one Accelerator"
         )
     with start_processes(config, precision) as accelerator:
-        # Open the second run only after the first run is closed, because a tracker can follow one run at a time.
+        # Open the run directory of the second stage only after that of the first stage is closed, because a tracker can
+        # follow only one run.
         guide = given or EEGGuide(train_evrnet(config, data, val, tables, accelerator), stage.guide)
         if config.stages == "evrnet":
             return EXIT_DONE

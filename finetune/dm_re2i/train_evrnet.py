@@ -1,4 +1,4 @@
-"""First stage of DM-RE2I: train EVRNet to classify which image category the person saw, from single EEG trials.
+"""First stage of DM-RE2I: train EVRNet to recognise the category of the seen image from single EEG trials.
 
 Tensor shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes, P image
 components, M images.
@@ -42,9 +42,9 @@ IMAGE_SIZE = 32
 def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None:
     """Compute the running statistics of the batch norms again, from given trials.
 
-    The new statistics depend only on the weights and on the given trials. The statistics from training cannot be used,
-    because training uses averaged and noisy trials. In addition, the statistics from training belong to the last
-    weights of the training, but the moving average of the weights is used.
+    The new statistics depend only on the weights and on the given trials. The statistics from training cannot be used
+    for two reasons: training uses averaged and noisy trials, and its statistics belong to the last weights and not to
+    the moving average of the weights.
 
     Parameters
     ----------
@@ -97,8 +97,8 @@ def average_within_category(x_bCT: Tensor, labels_b: Tensor, most: int, random: 
         Averaged trials. Each mean is scaled to the standard deviation of the trial that it replaces.
     """
     b = len(x_bCT)
-    # Choose `most` - 1 partners for each trial. Among the trials of the same category, the trial with the highest
-    # random score becomes the partner.
+    # Choose `most` - 1 partners for each trial: each partner is the trial of the same category with the highest random
+    # score.
     scores = random.uniform(b, most - 1, b)
     same = (labels_b[:, None] == labels_b[None, :])[:, None, :]
     partner = scores.masked_fill(~same, -1.0).argmax(dim=2)
@@ -120,8 +120,8 @@ class EVRNetTask(nn.Module):
     label_smoothing : float
         Amount of label smoothing in the cross-entropy.
     image_components : int
-        Number P of principal components of the image that a linear layer predicts from the EEG feature; 0 for no
-        such layer.
+        Number P of principal components of the image that a linear layer predicts from the EEG feature; with 0, there
+        is no such layer.
     image_weight : float
         Weight of the error of the predicted principal components in the loss.
     """
@@ -239,7 +239,7 @@ def train_evrnet(
     tables: tuple[ImageTable, ImageTable],
     accelerator: Accelerator,
 ) -> EEGClassifier:
-    """Train EVRNet or a baseline, or load the trained network if its run is already complete.
+    """Train EVRNet or a baseline, or load the trained network if its run is already finished.
 
     Parameters
     ----------
@@ -260,7 +260,7 @@ def train_evrnet(
     Raises
     ------
     RequestError
-        If the run is complete, but its folder `package` was deleted.
+        If the run is finished, but its folder `package` was deleted.
     """
     stage, device = config.evrnet, accelerator.device
     run = open_run(config, accelerator, free=config.free_keys(), output=Path(config.output) / "evrnet")
@@ -338,7 +338,8 @@ def train_evrnet(
         if val_MP is not None and module.image_layer is not None:
             predicted_BP = module.image_layer(e_BD.to(device))
             found["image_error"] = float(compute_image_error(predicted_BP, val_MP[val_rows].to(device)))
-        # With few val trials, several evaluations often have the same accuracy, so the loss must decide among them.
+        # With few val trials, several evaluations often have the same accuracy. In that case, the loss decides among
+        # these evaluations.
         return {**found, "score": found["accuracy"] - 1e-4 * min(found["loss"], 100.0)}
 
     result = fit(

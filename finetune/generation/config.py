@@ -22,14 +22,14 @@ class GenerateConfig:
     dataset: str
     """Path of the EEG-image dataset, which must have the same preprocessing as the model's training data."""
     output: str
-    """Output directory for images/, real/ and generated.json. An earlier result of other settings in this directory is
-    replaced when the new result is complete. Until then, finished images are in the folder OUTPUT.partial. After a
-    stop, the same command keeps the finished images and generates the other images."""
+    """Output directory for images/, real/ and generated.json. If this directory holds an earlier result of other
+    settings, the new result replaces it when all new images are finished. Until then, finished images are in the folder
+    OUTPUT.partial. After a stop, the same command keeps the finished images and generates the remaining images."""
     split: str = "test"
     """Name of the split from which the trials are taken."""
     control: Control = "none"
     """none: use the EEG of each trial. shuffle: use the EEG of a random other trial. shuffle_within: use the EEG of a
-    neighbour in time, of the same recording, with another image. noise: use noise with the spectrum of the trial's EEG.
+    nearby trial of the same recording that shows another image. noise: use noise with the spectrum of the trial's EEG.
     no_eeg: use no EEG, as a lower limit (floor). class: use the true category in place of the EEG, as an upper limit
     (ceiling): EG-DDPM gets the mean feature of the category's train trials, and Stable Diffusion gets the caption of
     the image. time, baseline, eyes: show a training image of a category that is predicted without a brain response,

@@ -47,8 +47,9 @@ def exchange_all(groups: list[list[int]], seed: int) -> list[list[int]]:
 def exchange_within(dataset: EEGDataset, groups: list[list[int]], seed: int) -> list[list[int]]:
     """Give each presentation the EEG of a neighbour in time that shows another image, for ``shuffle_within``.
 
-    The neighbourhoods are short runs of consecutive presentations of one person, session and recording (see
-    `pretrain.evidence.trials`). Slow changes of the EEG are kept, and the response to the image is exchanged.
+    Neighbours are presentations of one person, session and recording in a short sequence of consecutive presentations
+    (see `pretrain.evidence.trials`). Therefore slow changes of the EEG are kept, but the response to the image is
+    exchanged.
 
     Parameters
     ----------
@@ -62,13 +63,13 @@ def exchange_within(dataset: EEGDataset, groups: list[list[int]], seed: int) -> 
     Returns
     -------
     list of list of int
-        For each group, the presentations whose EEG is averaged in place of the EEG of the group. A presentation
-        without a neighbour with another image is left out of the average.
+        For each group, the presentations whose EEG is averaged in place of the EEG of the group. A presentation is left
+        out of the average if no neighbour shows another image.
 
     Raises
     ------
     NotApplicableError
-        If in some group no presentation has a neighbour with another image.
+        If there is a group in which no presentation has a neighbour that shows another image.
     """
     table = tabulate_trials(dataset)
     order_n, _ = derange_within(find_neighbourhoods(table), table.images_n, seed)
@@ -97,7 +98,7 @@ def randomise_phases(eeg_CT: np.ndarray, seed: int) -> np.ndarray:
     -------
     ndarray of float32, shape (C, T)
         Noise. Each channel has the mean and the amplitude spectrum of the trial's channel. The phases of all channels
-        change by the same angle, so the covariance of the channels is kept, too. The time course of the trial is lost.
+        change by the same angle, so the covariance of the channels is also kept. The time course of the trial is lost.
 
     References
     ----------
@@ -107,7 +108,8 @@ def randomise_phases(eeg_CT: np.ndarray, seed: int) -> np.ndarray:
     samples = eeg_CT.shape[-1]
     spectrum_CF = np.fft.rfft(eeg_CT.astype(np.float64), axis=-1)
     angle_F = np.random.default_rng(seed).uniform(0, 2 * np.pi, spectrum_CF.shape[-1])
-    # At frequency 0, the angle 0 keeps the mean. At the Nyquist frequency, the angle 0 or pi keeps the value real.
+    # At frequency 0, the angle 0 keeps the mean. At the Nyquist frequency, the angle 0 or pi keeps the Fourier
+    # coefficient real.
     angle_F[0] = 0.0
     if samples % 2 == 0:
         angle_F[-1] = np.pi * (angle_F[-1] > np.pi)

@@ -36,8 +36,8 @@ def generate_images(
 ) -> None:
     """Make and store the images of all trials that are not finished. Each process makes every n-th batch.
 
-    A batch always has the same trials, whatever the number of processes, and also if a part of its images is finished.
-    Therefore, the images after a stop are exactly the images of a run without a stop.
+    A batch always has the same trials, for any number of processes, and even if some of its images are finished
+    already. Therefore, a stopped and repeated command gives exactly the same images as a command without a stop.
 
     Parameters
     ----------
@@ -46,11 +46,11 @@ def generate_images(
     dataset : EEGDataset
         Trials of the split, with the images that the person saw.
     trials : sequence of Trial
-        All trials of the result.
+        All trials for which images are made.
     folder : PartialFolder
         Folder in which the images are stored.
     texts : mapping
-        Keywords and values that are stored in the file of each generated image.
+        Keywords and values that are stored as metadata in the file of each generated image.
     batch_size : int
         Number of trials in a batch.
     finished : set of str, optional

@@ -78,7 +78,9 @@ class PartialFolder:
         return same and all((self.output / file).is_file() for file in files)
 
     def open(self) -> set[str]:
-        """Lock the folder, and read which images are finished. Images of other settings are deleted with a message.
+        """Lock the folder, and read which images are finished.
+
+        If the folder holds images of other settings, they are deleted and a message says so.
 
         Returns
         -------
@@ -88,7 +90,7 @@ class PartialFolder:
         Raises
         ------
         RequestError
-            If the folder holds files of another kind, or if another command uses the folder.
+            If the folder holds anything except unfinished images, or if another command uses the folder.
         """
         found = self._names()
         if (self.path.exists() and not self.path.is_dir()) or (found - {_LOCK} and _STATE not in found):
@@ -129,7 +131,7 @@ class PartialFolder:
         return images & real
 
     def add(self, key: str, image_HW3: np.ndarray, real_HW3: np.ndarray, texts: Mapping[str, object]) -> None:
-        """Store the images of a trial, so that the images are kept after a stop at any moment.
+        """Store the images of a trial, so that a later stop of the command cannot lose the images.
 
         Parameters
         ----------
@@ -138,7 +140,7 @@ class PartialFolder:
         image_HW3, real_HW3 : ndarray of uint8, shape (H, W, 3)
             Generated image, and the image that the person saw.
         texts : mapping
-            Keywords and values that are stored in the file of the generated image.
+            Keywords and values that are stored as metadata in the file of the generated image.
         """
         atomic_write_bytes(self.path / "real" / f"{key}.png", encode_png(real_HW3))
         atomic_write_bytes(self.path / "images" / f"{key}.png", encode_png(image_HW3, texts))

@@ -1,7 +1,7 @@
 """Predictors that choose a training picture for each trial without a generator.
 
-The predictors ``time``, ``baseline`` and ``eyes`` see no brain response to the picture, so their score is evidence of a
-confound. The predictor ``nearest`` sees the response, but can only show training pictures.
+The predictors ``time``, ``baseline`` and ``eyes`` use no brain response to the picture, so a score above chance is
+evidence of a confound. The predictor ``nearest`` uses the response, but can only show training pictures.
 
 Array shapes: n presentations, m test presentations, C channels, T samples, F features, B trials, M training images.
 """
@@ -77,7 +77,7 @@ def predict(
     seed : int
         Seed for the choice among the training pictures of the predicted category.
     average_repeats : int
-        Number of presentations of an image that ``nearest`` averages to one training trial; 0 averages all
+        Number of presentations of an image that ``nearest`` averages into one training trial; 0 averages all
         presentations.
 
     Returns
@@ -143,7 +143,7 @@ def find_face_channels(names: Sequence[str], positions: Sequence[Sequence[float]
     Returns
     -------
     list of str
-        Names of channels that are named as eye channels, and of electrodes below the eyes or on the cheeks.
+        Names of eye channels, and of electrodes below the eyes or on the cheeks.
     """
     grid, net = is_grid(list(names)), is_net(list(names))
     found = []
@@ -173,7 +173,7 @@ def _read_rows(dataset: EEGDataset, channels: list[str]) -> Window:
 def _find_nearest(
     train: EEGDataset, test: EEGDataset, trials: Sequence[Trial], table: ImageTable, average_repeats: int
 ) -> NDArray[np.int64]:
-    """Find for each trial the training image whose EEG has the most similar time courses."""
+    """For each trial, find the training image whose EEG has the most similar time courses."""
     from sklearn.neighbors import NearestNeighbors
 
     fit, new = group_repeats(train, average_repeats), [trial.numbers for trial in trials]

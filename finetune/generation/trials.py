@@ -85,7 +85,7 @@ def trial_seed(seed: int, key: str) -> int:
 
 
 def derange(n: int, seed: int) -> np.ndarray:
-    """Draw a random permutation that moves every number; all permutations that do so are equally likely.
+    """Draw a random permutation without fixed points; all such permutations are equally likely.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def derange(n: int, seed: int) -> np.ndarray:
     """
     assert n > 1
     rng = np.random.default_rng([seed, n])
-    # About one permutation in three moves every number, so the loop ends after a few rounds.
+    # About one permutation in three has no fixed point, so the loop ends after a few rounds.
     while True:
         order = rng.permutation(n)
         if (order != np.arange(n)).all():

@@ -146,10 +146,10 @@ class RidgeMap:
 def fit_ridge(train: EEGDataset, target_MP: Floats, test: EEGDataset, *, bins: int, fit: Fit) -> RidgeMap:
     """Fit ridge regressions from time courses to embeddings on the train split.
 
-    With `fit` "each", every person has a separate regression. The difference to "pooled" shows how much a regression
-    for all people loses. The penalty is chosen inside the train split: a fifth of the images is held out, and the
-    penalty with the best mean cosine similarity on these images is used. The features are read in parts, and only sums
-    over trials are kept, so the memory does not grow with the number of trials.
+    With `fit` "each", every person has a separate regression. A comparison with "pooled" shows how much worse one
+    regression for all people is. The penalty is chosen inside the train split: a fifth of the images is held out, and
+    the penalty with the best mean cosine similarity on these images is used. The features are read in parts, and only
+    sums over trials are kept, so the memory does not grow with the number of trials.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def fit_ridge(train: EEGDataset, target_MP: Floats, test: EEGDataset, *, bins: i
     target_MP : ndarray, shape (M, P)
         Embeddings of the images of the train split, in the order of ``ImageTable(train)``.
     test : EEGDataset
-        Split whose images are searched. Only the people of this split and the names of its channels are used.
+        Split whose images are searched. The fit uses only the people and the channel names of this split.
     bins : int
         Number of time bins of each channel.
     fit : str
@@ -229,7 +229,7 @@ def _people(data: EEGDataset, fit: Fit) -> NDArray[np.str_]:
 
 
 def _choose_penalty(kept: RidgeFit, held: Iterable[tuple[Floats, Floats]]) -> int:
-    """Return the position in `STRENGTHS` of the penalty with the best similarity on held-out training images."""
+    """Return the index in `STRENGTHS` of the penalty with the best similarity on held-out training images."""
     weights = [kept.compute_weights(number).astype(np.float32) for number in range(len(STRENGTHS))]
     mean_F, mean_P = kept.mean_F.astype(np.float32), kept.mean_L.astype(np.float32)
     similarities = np.zeros(len(STRENGTHS))

@@ -59,7 +59,8 @@ class RetrieveConfig:
     split: str = "test"
     """Split whose images are searched."""
     target: str = ""
-    """Frozen image model: a directory, or a hub id. Empty: use the CLIP model of the alignment run."""
+    """Frozen image model that embeds the images: a directory, or a hub id. Empty: use the CLIP model of the alignment
+    run."""
     layer: int | None = None
     """Hidden layer of the image model. The class token of this layer is the embedding of an image; 0 is the input of
     the first layer, and -1 is the output of the last layer. Empty: the final embedding. Only for ridge."""
@@ -69,16 +70,16 @@ class RetrieveConfig:
     bins: int = 25
     """Only for ridge: number of time bins of each channel."""
     average_repeats: list[int] = field(default_factory=lambda: [1, 0])
-    """Numbers of presentations of an image to a person that are averaged to one trial. The retrieval is measured once
-    for each number in this list. 1: single trials. 0: all presentations, as papers do with test images."""
+    """How many presentations of an image to a person are averaged to one trial. The retrieval is measured once for each
+    number in this list. 1: single trials. 0: all presentations, as papers do with test images."""
     n_way: list[int] = field(default_factory=lambda: [200])
     """Numbers of images among which the image of the trial is searched, in addition to all images of the split. Numbers
     that are not below the number of images of the split are left out."""
     resamples: int = 2000
     """Number of bootstrap resamples for the confidence intervals, and of permutations."""
     design_evidence: str = ""
-    """Published evidence that the images were shown in random order, for files that have lost the order of the trials,
-    such as the preprocessed THINGS-EEG2. The evidence is printed with the verdict."""
+    """Published evidence that the images were shown in random order, for datasets that do not contain the order of the
+    trials, such as the preprocessed THINGS-EEG2. The evidence is printed with the verdict."""
     require: Literal["", "signal"] = ""
     """Verdict that is required for exit code 0. signal: the exit code is 1 if the verdict is not "signal". Empty: the
     exit code does not depend on the verdict."""
@@ -173,7 +174,7 @@ def _check_embeddings(embeds_BP: NDArray[Any], what: str) -> NDArray[Any]:
 def _embed_with_neighbours(
     embed: Callable[[list[list[int]]], NDArray[Any]], data: EEGDataset, groups: list[list[int]], seed: int
 ) -> tuple[NDArray[Any], NDArray[Any] | NotApplicable | None]:
-    """Compute the embeddings of the groups, and of the EEG of neighbours (see `Question.neighbours_BP`)."""
+    """Return the embeddings of the groups, and the embeddings for `Question.neighbours_BP`."""
     if all(len(group) == 1 for group in groups):
         return embed(groups), None
     try:
@@ -193,13 +194,13 @@ class Question:
     embeds_BP: NDArray[Any]
     """EEG embeddings of the trials."""
     neighbours_BP: NDArray[Any] | NotApplicable | None
-    """EEG embeddings from means over neighbours in time, for the control ``shuffle_within``. If a trial is a mean over
-    presentations, its neighbours are the neighbours of each presentation. None if the trials are single presentations,
-    whose embeddings can be exchanged directly."""
+    """Embeddings for the control ``shuffle_within``, in which each presentation of a trial is replaced by a neighbour
+    in time before the EEG is averaged. None if the trials are single presentations, whose embeddings can be exchanged
+    directly."""
     setting: Setting
     """The trials, the training trials, and the design of the experiment (the order of the images)."""
     predictors: Callable[[Callable[[Prediction], NDArray[np.float64]]], dict[str, Control | NotApplicable]]
-    """Function that scores the predictors that see no EEG response. Its argument is the function that scores one
+    """Function that scores the predictors that use no EEG response. Its argument is the function that scores one
     prediction."""
     train_MP: NDArray[Any]
     """Embeddings of the training images."""
@@ -223,7 +224,7 @@ class Question:
         return identify(*self.gallery.rank(embeds_BP, self.rows_B), len(self.gallery.table))
 
     def score_prediction(self, prediction: Prediction) -> NDArray[np.float64]:
-        """Score a predictor of labels: search with the mean embedding of the predicted label's training images."""
+        """Score predicted labels: search with the mean embedding of the predicted label's training images."""
         labels = np.unique(self.train_labels_M)
         means_LP = np.stack([self.train_MP[self.train_labels_M == label].mean(axis=0) for label in labels])
         return self.identify(means_LP[np.searchsorted(labels, prediction.labels_B)])
@@ -439,13 +440,13 @@ def retrieve(config: RetrieveConfig) -> int:
 def _check_output(output: Path) -> None:
     """Check that the output folder is empty, or holds an earlier retrieval."""
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    # A retrieval that failed may have left one file in the folder: the log that `pretrain.evidence.openings` writes.
+    # After a failed retrieval, the folder may contain one file: the log that `pretrain.evidence.openings` writes.
     if output.is_file() or not (NAME in names or names <= {LOG}):
         raise RequestError(f"{output}: exists but does not hold a retrieval; choose another output")
 
 
 def _check_images(data: EEGDataset, table: ImageTable) -> None:
-    """Check that there are images to search among, and that all trials of an image have the same label."""
+    """Check that the split has at least two images, and that all trials of an image have the same label."""
     if len(table) < 2:
         raise RequestError(
             f"{data.path} ({data.split}): the split has only one image, so there is nothing to search; give another "

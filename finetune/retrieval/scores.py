@@ -75,8 +75,8 @@ def identify(better_B: NDArray[np.integer], tied_B: NDArray[np.integer], images:
 def match_images(embeds_BP: NDArray[Any], target_MP: NDArray[Any], row_B: NDArray[np.integer]) -> float:
     """Return the share of images that are found if every image may be chosen only once (bipartite matching).
 
-    The EEG embeddings of all trials of an image are averaged first. A matching uses all test trials at the same time,
-    so the share cannot be compared with a retrieval that sees one trial (transductive).
+    The EEG embeddings of all trials of an image are averaged first. A matching uses all test trials together (it is
+    transductive), so the share cannot be compared with the scores of a retrieval that uses one trial alone.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -89,7 +89,7 @@ def match_images(embeds_BP: NDArray[Any], target_MP: NDArray[Any], row_B: NDArra
 
 
 def measure_hubness(embeds_BP: NDArray[Any], target_MP: NDArray[Any], k: int = 10) -> dict[str, float]:
-    """Measure whether a few images are found for most trials (hubs).
+    """Measure whether a few images (hubs) are found for most trials.
 
     Parameters
     ----------

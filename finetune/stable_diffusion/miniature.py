@@ -66,7 +66,7 @@ class MiniatureConfig:
     """Number of optimiser steps for training the U-Net."""
     num_processes: int = 1
     """Number of processes, each of which computes its share of every batch on the CPU. The number of processes changes
-    the models only by rounding errors."""
+    the trained weights only by rounding errors."""
 
     def __post_init__(self) -> None:
         if self.size % 8 or self.size < 16:
@@ -128,7 +128,7 @@ def _tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 def _batches(
     n: int, batch: int, steps: int, seed: int, world: World
 ) -> Iterator[tuple[Tensor, slice, torch.Generator]]:
-    """Yield the numbers of the images in each training step, this process's share of them, and a random generator.
+    """Yield, for each training step, the numbers of the images, the slice of this process, and a random generator.
 
     Every process draws the random numbers of the whole batch, and then computes only its share.
     """
@@ -144,7 +144,7 @@ def _batches(
 
 
 def _average_gradients(model: torch.nn.Module, world: World) -> None:
-    """Replace the gradients of each process by their mean over all processes, in one message."""
+    """Replace the gradients of each process by their mean over all processes, with a single all-reduce."""
     if world.size == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -207,7 +207,7 @@ def _warp(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
 def _train_clip(
     x_M3HW: Tensor, captions: Sequence[str], tokenizer: CLIPTokenizer, config: MiniatureConfig, world: World
 ) -> CLIPModel:
-    """Train a small CLIP from scratch. A caption is never a negative example for an image with the same caption.
+    """Train a small CLIP from scratch. Two images with equal captions are not negative examples for each other.
 
     Every process computes the same loss over the whole batch, from the embeddings that it gathers with gradients.
     """

@@ -186,7 +186,7 @@ def find_cross_attention(unet: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class EEGDiffusion(nn.Module):
-    """All networks that gradients pass through: encoder, conditioner, U-Net and, in joint training, the CLIP head.
+    """All networks through which gradients flow: encoder, conditioner, U-Net and, in joint training, the CLIP head.
 
     Parameters
     ----------
@@ -223,8 +223,8 @@ class EEGDiffusion(nn.Module):
         Parameters
         ----------
         tune : str
-            E: train encoder and conditioner; A: train the U-Net's cross-attentions and their norms; E+A: train the
-            parts of both E and A. A CLIP head is always trained.
+            E: train encoder and conditioner; A: train the U-Net's cross-attentions and their norms; E+A: train all of
+            these parts. A CLIP head is always trained.
         """
         self.requires_grad_(False)
         if "E" in tune:
@@ -372,7 +372,7 @@ class StableDiffusionGenerator:
     def choose_sampling(
         self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampling:
-        """Fill in the settings of the sampling that are None (see `finetune.generators.Generator`).
+        """Fill in the sampling settings that are None (see `finetune.generators.Generator`).
 
         The default sampler is DPM-Solver++, or DDIM for a base model with a cosine noise schedule. Every model has a
         null condition, because training starts from the embedding of an empty prompt.
@@ -431,7 +431,7 @@ class StableDiffusionGenerator:
     ) -> np.ndarray:
         """Generate one image for each trial (see `finetune.generators.Generator`).
 
-        For the source ``class``, the text encoder of the base model encodes the caption of the image, and the name of
+        For the source ``class``, the text encoder of the base model encodes the caption of the image, or the name of
         the category if the image has no caption. For the source ``no_eeg``, the condition is the null condition.
         """
         assert len(eeg_B128T) == len(seeds)

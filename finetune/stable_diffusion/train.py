@@ -49,8 +49,8 @@ class StableDiffusionConfig:
     dataset: str
     """Path of the EEG-image dataset, which must have train and val splits."""
     encoder: str
-    """Encoder package. Order sequential needs the folder `encoder/` of an alignment run, and order joint a pretrained
-    encoder."""
+    """Encoder package. With `order: sequential`, give the folder `encoder/` of an alignment run; with `order: joint`,
+    give a pretrained encoder."""
     base: str
     """Stable Diffusion model in the layout of diffusers: a directory, or a hub id."""
     output: str
@@ -67,7 +67,7 @@ class StableDiffusionConfig:
     of pretraining."""
     tune: Literal["E+A", "E", "A"] = "E+A"
     """Parts of the model that are trained. E: train the encoder and its projector. A: train the U-Net's
-    cross-attentions and their norms (attn2, norm2). E+A: train the parts of both E and A."""
+    cross-attentions and their norms (attn2, norm2). E+A: train all of these parts."""
     time_path: bool = True
     """Also add a projection of the EEG to the time embedding, as in DreamDiffusion's code but not in its paper."""
     hidden: int = 64

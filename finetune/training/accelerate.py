@@ -71,8 +71,8 @@ def make_accelerator(
     cpu = choose_device(device).type == "cpu"
     check_num_processes(num_processes, "accelerate launch --multi_gpu --num_processes {} -m ...")
     _, launched = launched_world()
-    # Several processes need the name of the communication backend, because otherwise CPU processes would not join one
-    # process group. With only one process, Accelerate would reject the name of a backend.
+    # With several processes, give the name of the communication backend, because otherwise CPU processes would not join
+    # one process group. With one process, give no name, because Accelerate would reject the name.
     limit: dict[str, Any] = {} if timeout_s is None else {"timeout": datetime.timedelta(seconds=timeout_s)}
     backend = "gloo" if cpu else "nccl"
     handlers: list[Any] = [InitProcessGroupKwargs(backend=backend, **limit)] if launched > 1 else []
@@ -96,7 +96,7 @@ def make_accelerator(
 
 @contextmanager
 def start_processes(config: Any, precision: str) -> Iterator[Accelerator]:
-    """Set up Accelerate for a stage, and end the work of its processes after the stage.
+    """Set up Accelerate for a stage, and shut down its process group after the stage.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ def start_processes(config: Any, precision: str) -> Iterator[Accelerator]:
     """
     accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, precision=precision)
     yield accelerator
-    # After an error, a process does not wait, because the other processes may never call `wait_for_everyone`.
+    # After an error, a process does not wait for the others, because these may never call `wait_for_everyone`.
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -142,7 +142,7 @@ def open_run(
     Returns
     -------
     RunDirectory
-        Run directory, whose attribute `finished` is True if the run is complete.
+        Run directory, whose attribute `finished` says whether the run is finished.
     """
     tracker: TrackerConfig | None = getattr(config, "tracker", None)
     run = RunDirectory(
@@ -175,7 +175,7 @@ def use_run(config: Any, accelerator: Accelerator | None, *, free: tuple[str, ..
 
 
 def make_loader(dataset: EEGDataset, config: TrainingConfig, seed: int, accelerator: Accelerator) -> Loader:
-    """Make a data loader that yields batches for this process without end.
+    """Make a data loader that yields an endless sequence of batches for this process.
 
     Parameters
     ----------
@@ -198,24 +198,24 @@ def make_loader(dataset: EEGDataset, config: TrainingConfig, seed: int, accelera
 
 
 def report_finished(run: RunDirectory, result: str = "model/dreamscale.json") -> bool:
-    """Return True and print a message if a run is complete. Also check that the result of the run still exists.
+    """If a run is finished, check that its result still exists, print a message, and return True.
 
     Parameters
     ----------
     run : RunDirectory
         The run directory.
     result : str
-        Path, relative to the run directory, of a file that a complete run has.
+        Path, relative to the run directory, of a file that a finished run has.
 
     Returns
     -------
     bool
-        True if the run is complete, so that there is nothing to do.
+        True if the run is finished, so that there is nothing to do.
 
     Raises
     ------
     RequestError
-        If the run is complete, but its result was deleted.
+        If the run is finished, but its result was deleted.
     """
     if not run.finished:
         return False

@@ -23,7 +23,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Settings of a training: steps, batch size, learning rate, and when to evaluate and to write checkpoints."""
+    """Settings of the training: steps, batch size, learning rate, evaluations and checkpoints."""
 
     RENAMED: ClassVar[dict[str, str]] = {
         "batch": "batch_size",
@@ -55,7 +55,8 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of AdamW's two moments."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient, to which gradients with a larger norm are scaled down. 0: no limit of the norm."""
+    """Largest norm of the gradient: a gradient with a larger norm is scaled down to this norm. 0: no limit of the
+    norm."""
     ema: float = 0.0
     """Decay of the exponential moving average (EMA) of the weights; the decay is smaller in the first steps. The
     averaged weights are evaluated and saved. 0 switches the average off."""
@@ -112,9 +113,9 @@ def free_keys(*prefixes: str, independent_samples: bool) -> tuple[str, ...]:
     *prefixes : str
         Dotted names of the `TrainingConfig` inside the stage's config, e.g. ``training``.
     independent_samples : bool
-        True if the loss is a mean over samples, and the output for a sample does not depend on other samples, so that
-        ``micro_batch_size`` may change. The value is False, for example, for a contrastive loss or for a network with
-        batch norm.
+        True if the loss is a mean over samples and the output for a sample does not depend on other samples; then
+        ``micro_batch_size`` may change, too. False, for example, for a contrastive loss or for a network with batch
+        norm.
 
     Returns
     -------
@@ -126,7 +127,7 @@ def free_keys(*prefixes: str, independent_samples: bool) -> tuple[str, ...]:
 
 
 def upgrade_config(values: dict[str, Any]) -> dict[str, Any]:
-    """Convert a stored config of an older version to the present settings.
+    """Convert a stored config of an older version to the settings of this version.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """The training loop of every fine-tuning stage, with evaluation, checkpoints, and resuming.
 
 A stage is one command of fine-tuning, e.g. ``dreamscale align``. A stage puts all trainable layers, and all layers
-that gradients pass through, into one module, and then calls `fit`. The module's ``forward(**inputs)`` returns a
+through which gradients flow, into one module, and then calls `fit`. The module's ``forward(**inputs)`` returns a
 dictionary of scalars, which must contain ``loss``.
 
 A run that is stopped and resumed gives exactly the same weights as an uninterrupted run:
@@ -9,8 +9,8 @@ A run that is stopped and resumed gives exactly the same weights as an uninterru
 - The order of samples depends only on the seed, and a checkpoint stores the loader's position in this order.
 - The noise and the dropout of a step depend on the seed and the number of the step, but not on earlier steps.
 - A checkpoint is normally written after the step's evaluation. If a stop is requested before or during an evaluation,
-  the checkpoint is written at once and marks this evaluation as not done. A resumed run first does an evaluation that
-  its checkpoint marks as not done.
+  the checkpoint is written at once and marks this evaluation as not done. If the checkpoint marks an evaluation as not
+  done, the resumed run first does this evaluation.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Evaluate = Callable[[Any, Callable[[], None]], dict[str, float]]
 
 
 class _EvaluationStopped(Exception):
-    """Raised during an evaluation, because a stop of the run was requested."""
+    """Raised during an evaluation if a stop of the run was requested."""
 
 
 @dataclass(kw_only=True)
@@ -78,7 +78,7 @@ def fit(
     lr_scale: Callable[[str], float] | None = None,
     description: str = "training",
 ) -> FitResult:
-    """Train a module and leave the best weights in it. If the run has a checkpoint, resume from the newest checkpoint.
+    """Train a module, and load its best weights at the end. A run with checkpoints resumes from the newest checkpoint.
 
     Parameters
     ----------
@@ -99,10 +99,11 @@ def fit(
         ``inputs(batch, random)`` returns the module's arguments as tensors on any device, whose first axis is the
         batch.
     evaluate : callable, optional
-        ``evaluate(module, pulse)`` returns a dictionary of metrics. Every process calls `evaluate` with the
-        unwrapped module in evaluation mode, without gradients. The module has averaged weights if the config asks for a
-        moving average of the weights. Only the metrics of rank 0 are used. `evaluate` must call ``pulse()`` between its
-        batches, and equally often on every process; ``pulse()`` interrupts the evaluation if a stop was requested.
+        ``evaluate(module, pulse)`` returns a dictionary of metrics. Every process calls `evaluate` with the unwrapped
+        module in evaluation mode, without gradients. During `evaluate`, the module has averaged weights if the config
+        asks for a moving average of the weights. Only the metrics of rank 0 are used. `evaluate` must call ``pulse()``
+        between its batches, and equally often on every process; ``pulse()`` interrupts the evaluation if a stop was
+        requested.
     watch : str
         Name of the metric that decides which weights are best.
     mode : str
@@ -256,7 +257,7 @@ class _Loop:
         self.sums, self.logged, self.since = {}, state.step, time.monotonic()
 
     def end_step(self) -> None:
-        """Do the work that is due after a step: evaluate the model, write a checkpoint, or stop the run."""
+        """After a step, evaluate the model, write a checkpoint and stop the run, if these actions are due."""
         config, state = self.config, self.state
         final = state.step == config.steps
         if state.evaluation_due and not self.check_stop():
@@ -272,7 +273,8 @@ class _Loop:
 
     def check_stop(self) -> bool:
         """Return True if a stop was requested on any process. Every process must call this method."""
-        # One all-reduce sums the requests to stop, and the progress of checkpoints that are written in the background.
+        # One all-reduce exchanges two things: requests to stop, and the progress of checkpoints that are written in the
+        # background.
         stop, written, failed = self.world.all_reduce_sum(float(self.stop.requested), *self.writer.progress())
         self.writer.settle(written, failed)
         self.stopping = self.stopping or stop > 0

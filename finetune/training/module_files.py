@@ -48,7 +48,7 @@ def load_module(module_class: type[M], config_class: type, folder: str | Path, k
     Parameters
     ----------
     module_class : type
-        Class of the module; the class is called with the config.
+        Class of the module; its only argument is the config.
     config_class : type
         Dataclass of the module's config.
     folder : str or Path

@@ -90,7 +90,7 @@ def make_optimizer(
 class EMA:
     """Exponential moving average of the trainable weights, in fp32.
 
-    `EMAModel` of diffusers is not used, because it stores the averages in a list, but the checkpoint needs their names.
+    `EMAModel` of diffusers is not used, because it stores the averages without the names that the checkpoint needs.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ class EMA:
 
 
 class TrainingState:
-    """All values that change during the training of a module.
+    """All values that change while a module is trained.
 
     Parameters
     ----------
@@ -171,7 +171,7 @@ class TrainingState:
         found: dict[str, torch.Tensor] = {}
         for name, parameter in trainables(self.module).items():
             found[f"weights/{name}"] = parameter.detach()
-            # AdamW has no moments for a parameter that never had a gradient.
+            # AdamW stores no moments for a parameter that never had a gradient.
             for moment in _MOMENTS:
                 if moment in (state := self.optimizer.state.get(parameter, {})):
                     found[f"{moment}/{name}"] = state[moment]

@@ -131,8 +131,9 @@ def test_trials_of_one_image_are_not_wrong_pairs() -> None:
     rows = torch.tensor([0, 1, 1, 2])
     perfect = images[rows]
     alone = infonce(images, images, torch.arange(3), 0.01)
-    # Two of the four trials have the same image, so their target is a probability of 1/2 for each of the two equal
-    # images. With two equal probabilities as the target, the smallest possible loss of a trial is log 2 = 0.693.
+    # Two of the four trials have the same image, so the target of these two trials is a probability of 1/2 for each of
+    # the two equal images. With two equal probabilities as the target, the smallest possible loss of a trial is log 2 =
+    # 0.693.
     assert infonce(perfect, perfect, rows, 0.01) == pytest.approx(float(alone) + 0.5 * 0.693147, abs=1e-3)
     confused = perfect.roll(1, 0)
     assert infonce(confused, perfect, rows, 0.01) > infonce(perfect, perfect, rows, 0.01)

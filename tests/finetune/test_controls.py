@@ -51,7 +51,7 @@ def write_blocks(path: Path, source: Path, *, onset: int = ONSET, timed: bool = 
             split = "test" if place % 3 == 1 else "train"
             eeg = rng.normal(0, 5, (8, onset + 128)) + (20.0 if label else -20.0)
             eeg[:, onset + 40 : onset + 60] += 40.0 if label else -40.0
-            # Before the image, the alpha rhythm is stronger in one of the two kinds of block.
+            # Before the image, the alpha rhythm is stronger in the blocks of one label.
             eeg[:, :onset] += (40.0 if label else 5.0) * np.sin(2 * np.pi * 10 / 128 * np.arange(onset))
             meta = sample.meta | {"n": 8, "onset": onset, "start": 2.0 * place if timed else 0.0, "split": split}
             meta |= {"ch_names": [*(f"C{i}" for i in range(1, 8)), "HEOG"], "positions": [None] * 8}
@@ -110,7 +110,8 @@ def test_shuffle_within_exchanges_the_eeg_of_neighbours_that_show_another_image(
         assert neighbourhood[trial["key"]] == neighbourhood[trial["eeg_key"]]
         assert mine["recording"] == other["recording"] and mine["image_id"] != other["image_id"]
         assert abs(mine["start"] - other["start"]) < 60
-    # The generated image really comes from the EEG of the neighbour: it is the image of the neighbour's own trial.
+    # The control image is generated from the neighbour's EEG, so it equals the image generated for the neighbour's own
+    # trial.
     for trial in trials:
         shown = Image.open(own / "images" / f"{trial['eeg_key']}.png")
         np.testing.assert_array_equal(Image.open(control / trial["file"]), shown)
@@ -149,7 +150,7 @@ def test_noise_keeps_spectra_and_covariance_and_destroys_the_time_course() -> No
         np.testing.assert_allclose(np.cov(noise), np.cov(eeg), atol=1e-4)
         np.testing.assert_allclose(noise.mean(axis=1), eeg.mean(axis=1), atol=1e-5)
         np.testing.assert_array_equal(noise, randomise_phases(eeg, 7))
-        # Noise of one trial that is averaged over 400 seeds has no evoked response, only the mean of each channel.
+        # The mean of a trial's noise over 400 seeds has no evoked response, only the mean of each channel.
         many = np.array([randomise_phases(eeg, seed) for seed in range(400)])
         assert np.abs(many.mean(axis=0) - eeg.mean(axis=1, keepdims=True)).max() < 0.2 * np.ptp(eeg)
         alike = [np.corrcoef(one[0], eeg[0])[0, 1] for one in many]

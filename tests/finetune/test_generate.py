@@ -164,7 +164,7 @@ def test_one_command_generates_several_controls_and_keeps_complete_results(
             assert path.read_bytes() == other.read_bytes()
     assert "not_applicable" in json.loads((tmp_path / "out-eyes" / "generated.json").read_text())
 
-    # After a loss of one image, the same command makes only the result of this image again.
+    # If an image of one control is deleted, the same command makes only the images of this control again.
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*/images/*.png")}
     lost = min((tmp_path / "out-shuffle" / "images").iterdir())
     lost.unlink()

@@ -81,7 +81,7 @@ def test_components_have_no_mean_and_one_sign(paired_dataset: Path) -> None:
     variances = train_MP.var(axis=0)
     assert (np.diff(variances) <= 0).all()
     pixels_MX = images.reshape(len(train), -1) / 127.5 - 1
-    # With all components, nothing of the images is lost: the distances between images stay the same.
+    # All components together keep all information of the images, so the distances between images stay the same.
     all_MP, _ = find_components(images, held, 1000)
     for one, other in ((0, 1), (0, len(train) - 1)):
         expected = np.linalg.norm(pixels_MX[one] - pixels_MX[other])

@@ -28,8 +28,8 @@ ONSET = 32
 
 @pytest.fixture(scope="module")
 def repeated(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write each trial of `paired_dataset` three times, with different noise and a baseline; write the first trial only
-    once.
+    """Write the first trial of `paired_dataset` once and every other trial three times, with different noise and a
+    baseline.
 
     The baseline of a trial consists of the last 32 values of the trial's window with the opposite sign.
     """
@@ -78,7 +78,8 @@ def test_other_subjects_and_other_channels_are_not_averaged(repeated: Path, tmp_
 
 
 def test_retrieval_counts_an_image_once(repeated: Path) -> None:
-    """Each image is one class, however many trials show the image; the mean number of averaged trials is reported."""
+    """Check that each image is searched once even if several trials show it, and that `repeats` is the mean size of the
+    averages."""
     data = EEGDataset(repeated, "val")
     table = ImageTable(data)
     target = F.normalize(torch.eye(len(table)), dim=-1)

@@ -83,8 +83,8 @@ class TSConv(EEGClassifier):
     """TSConv, the temporal-spatial convolution with which NICE encodes EEG, with a linear layer.
 
     In NICE, a projector maps the feature to CLIP's space; in this class, a linear layer maps the feature to class
-    scores. At 250 Hz, the filters have the published lengths in samples, and at another sampling rate the same
-    durations.
+    scores. At 250 Hz, the filters have the published lengths in samples. At any other sampling rate, the filters have
+    the same durations in seconds.
 
     Parameters
     ----------
@@ -232,7 +232,7 @@ class EncoderClassifier(EEGClassifier):
 
 
 class _Head(nn.Linear):
-    """Linear head without the encoder, as `EncoderClassifier.save_pretrained` stores it."""
+    """Linear head without the encoder, in the form in which `EncoderClassifier.save_pretrained` stores the head."""
 
     def __init__(self, config: EncoderClassifierConfig) -> None:
         super().__init__(config.dim, config.n_classes)

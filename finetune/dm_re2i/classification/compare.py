@@ -2,7 +2,7 @@
 
 The command is ``python -m finetune.dm_re2i.classification.compare SETTINGS --output DIR``, where SETTINGS is a config
 of ``dreamscale ddpm``. Every network is trained with the same settings, and again with shuffled categories as a
-control. Of each network, the weights with the best result on the val split are used. The split on which the networks
+control. For each network, the weights with the best result on the val split are used. The split on which the networks
 are compared is used only once, at the end.
 
 Array shapes: n trials.
@@ -44,7 +44,8 @@ class CompareConfig:
     settings: str
     """YAML file of `dreamscale ddpm`, whose sections `eeg` and `evrnet` are the settings of every network."""
     output: str
-    """Folder of the runs, of `comparison.json`, of the table `comparison.md` and of the figure `comparison.png`."""
+    """Output folder for the training runs, `comparison.json`, the table `comparison.md` and the figure
+    `comparison.png`."""
     dataset: str | None = None
     """Path of the EEG-image dataset; by default the dataset of the YAML file."""
     networks: tuple[Network, ...] = ("evrnet", "eegnet", "tsconv")

@@ -42,8 +42,8 @@ def score(logits_BK: Tensor, labels_B: Tensor) -> dict[str, float]:
     Returns
     -------
     dict
-        ``accuracy`` (top-1); ``top5``, only with more than five classes; ``kappa``: Cohen's kappa, which is left out
-        where it is not defined, because all trials have the same class and the same answer; ``loss``: cross-entropy.
+        ``accuracy`` (top-1); ``top5``, only with more than five classes; ``kappa``: Cohen's kappa, which is left out if
+        all trials have the same class and the same answer; ``loss``: cross-entropy.
     """
     from sklearn.metrics import cohen_kappa_score
 
@@ -121,7 +121,7 @@ def compute_logits(net: EEGClassifier, dataset: EEGDataset, groups: list[list[in
     dataset : EEGDataset
         Trials of a split.
     groups : list of list of int
-        Numbers of the trials that are averaged, from `group_repeats`.
+        Groups of trial numbers, from `group_repeats`; the EEG of each group is averaged.
     device : torch.device
         Device of the network.
     """

@@ -1,1 +1,1 @@
-"""The package of a DM-RE2I model as a diffusers pipeline that loads without this project, with its own source files."""
+"""Store a DM-RE2I model as a diffusers pipeline with its own source files, which can be loaded without this project."""

@@ -48,7 +48,7 @@ def test_all_networks_are_compared_on_the_test_split(
     table = (tmp_path / "out" / "comparison.md").read_text()
     assert table in capsys.readouterr().out and table.count("\n") == 5
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
-    # If the same command is given again, it trains nothing.
+    # If the same command is given again, nothing is trained.
     assert run_main(main, args) == 0
     assert "val accuracy" not in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == result

@@ -101,7 +101,7 @@ def test_the_generator_takes_any_batch_and_keeps_each_trials_noise(trained: Path
 
 
 def test_controls_of_the_generator(trained: Path, paired_dataset: Path, tmp_path: Path) -> None:
-    """Check the controls `no_eeg` and `class` (mean feature of the category), and the default settings of sampling."""
+    """Check the controls `no_eeg` and `class` (mean feature of the category), and the default sampling settings."""
     generator, eeg = load_generator(trained), _eeg(paired_dataset, 4)
     assert isinstance(generator, DMRE2IGenerator)
     assert generator.choose_sampling() == Sampling(sampler="ddim", steps=25, guidance_scale=2.0)
@@ -194,7 +194,7 @@ def test_a_run_reads_the_version_of_the_dataset_it_began_with(
         torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-5)
     about = json.loads((tmp_path / "grown" / "model" / "dreamscale.json").read_text())
     assert about["dataset_version"] == 1
-    # A complete run needs the old version no more, even after the dataset was compacted.
+    # A finished run no longer needs the old version of the dataset, which compacting the dataset may delete.
     version = dataset / "versions"
     shutil.rmtree(version)
     assert run_main(main, grown) == 0

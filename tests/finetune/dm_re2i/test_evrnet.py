@@ -60,8 +60,8 @@ def test_both_skips_of_a_multi_kernel_block_start_at_its_input() -> None:
         convolved = (part[0].weight.reshape(5, -1) @ columns).reshape(v.shape)
         outputs.append(torch.relu(torch.relu(_norm(convolved, part[1])) + v))
     torch.testing.assert_close(block(v), outputs[1], atol=1e-5, rtol=1e-5)
-    # At its end, a multi-kernel block adds its input `v` again. If a multi-kernel block were two residual blocks in
-    # sequence, it would add the output of the first residual block.
+    # A multi-kernel block adds its input `v` a second time at the end. If a multi-kernel block were two residual blocks
+    # in sequence, it would add the output of the first residual block.
     assert not torch.allclose(block(v), torch.relu(outputs[1] - v + outputs[0]), atol=1e-3)
 
 

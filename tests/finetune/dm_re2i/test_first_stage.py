@@ -52,7 +52,7 @@ def _curve(run: Path, name: str) -> list[float]:
 
 
 def test_two_processes_train_the_same_network_as_one(paired_dataset: Path, tmp_path: Path, launch: Launch) -> None:
-    # The learning rate is small, because AdamW enlarges rounding errors of gradients near zero to whole steps.
+    # The learning rate is small, because AdamW turns rounding errors of gradients near zero into steps of full size.
     more = {"stages": "evrnet", "evrnet.training.steps": 4, "evrnet.training.lr": 1e-4, "evrnet.image_weight": 0.5}
     for processes in (1, 2):
         args = _args(paired_dataset, tmp_path / str(processes), EVRNET, more)
@@ -103,7 +103,8 @@ def _line_with(run: Path) -> set[str]:
 
 
 def _relabelled(source: Path, target: Path, split: str, label: int) -> Path:
-    """Copy a paired dataset; the first trial of a split gets the label of a third category that train lacks."""
+    """Copy a paired dataset, and give the first trial of a split the label of a third category that does not occur in
+    train."""
     splits = {}
     for name in ("train", "val", "test"):
         data = EEGDataset(source, name)

@@ -29,8 +29,8 @@ def test_metrics_of_known_answers() -> None:
     assert found["accuracy"] == 5 / 8
     # The true class of a trial has the rank (label - answer) mod 8 among the scores: 0, 1, 0, 5, 0, 0, 0, 5.
     assert found["top5"] == 6 / 8
-    # Compute kappa by its definition. The agreement is 5/8. The agreement by chance is the sum over the classes of the
-    # share of answers times the share of labels.
+    # Compute kappa by its definition. The agreement is 5/8. The agreement by chance is the sum of (share of answers)
+    # times (share of labels) over the classes.
     answered, true = (np.bincount(x, minlength=8) / 8 for x in (answers, labels.numpy()))
     chance = float((answered * true).sum())
     assert found["kappa"] == pytest.approx((5 / 8 - chance) / (1 - chance))

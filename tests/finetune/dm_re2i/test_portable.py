@@ -128,7 +128,7 @@ def test_the_package_gives_the_same_pixels_without_this_project(name: str, packa
         for sampler, steps in (("ddim", 3), ("ddpm", 12)):
             ours = generator.generate(padded, seeds=[5, 6, 7], sampler=sampler, steps=steps)  # type: ignore[arg-type]
             assert len(np.unique(ours)) > 20
-            # The package and this project run the same operations, but they may compute sums in another order.
+            # The package and this project run the same operations, but may add numbers in a different order.
             assert np.abs(alone[sampler].astype(int) - ours.astype(int)).max() <= 1
 
 

@@ -51,7 +51,7 @@ def test_ridge_finds_images_above_chance_and_shuffled_eeg_does_not(
     assert list(result["penalties"]) == [""] and result["penalties"][""] in STRENGTHS and result["channels"] == 16
     assert 0 <= row["matching"]["accuracy"] <= 1 and row["hubness"]["k"] >= 1
     assert all(not person["in_train"] for person in row["by_person"].values())
-    # Each opening of the test split is recorded, and the report gives the number.
+    # The dataset records how often the test split was opened, and the report shows this number.
     log = paired_dataset / "openings.jsonl"
     before = len(log.read_text().splitlines())
     assert str(log) in result["openings"] and result["openings"] in (out / "retrieval.html").read_text()
@@ -137,7 +137,8 @@ def fit_in_memory(x_BF: np.ndarray, row_B: np.ndarray, target_MP: np.ndarray, ne
 def test_the_ridge_from_sums_is_that_of_all_features_in_memory(
     bins: int, fit: Any, paired_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 64 trials of two people have 16 channels: fewer features than trials for 2 bins, and more for 8 bins.
+    # The 64 trials of two people have 16 channels, so there are fewer features than trials with 2 bins, and more with 8
+    # bins.
     data = open_paired(paired_dataset, "train")
     table = ImageTable(data)
     target = np.random.default_rng(0).standard_normal((len(table), 5)).astype(np.float32)

@@ -42,7 +42,7 @@ def test_top_k_equals_the_count_over_all_choices_of_other_images() -> None:
         chances = []
         for chosen in itertools.combinations(others, n - 1):
             above, same = sum(x > own for x in chosen), sum(x == own for x in chosen)
-            # Among tied images, each place is equally likely.
+            # Among images with the same similarity, each rank is equally likely.
             chances.append(np.mean([above + place < k for place in range(same + 1)]))
         assert top_k(better, tied, images=images, n=n, k=k)[0] == pytest.approx(np.mean(chances))
 

@@ -110,7 +110,7 @@ def test_fine_tuning_changes_only_what_trains_and_two_processes_agree(
     before, after = EEGEncoder.from_pretrained(encoder_package), EEGEncoder.from_pretrained(model / "encoder")
     assert not torch.equal(before.backbone.norm.weight, after.backbone.norm.weight)
 
-    # The command does not train a complete run again. If the config differs, the command refuses to start.
+    # The command does not train a finished run again. If the config differs, the command refuses to start.
     args = _args(paired_dataset, encoder_package, miniature, tmp_path / "1", *more)
     stamp = (model / "dreamscale.json").stat().st_mtime_ns
     assert run_main(main, [*args, "--device", "cpu"]) == 0
