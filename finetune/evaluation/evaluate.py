@@ -53,6 +53,7 @@ from finetune.training.accelerate import WAIT_S, get_world, make_accelerator
 from pretrain.evidence.copies import find_copies
 from pretrain.evidence.openings import record_opening
 from pretrain.evidence.rules import NotApplicable
+from pretrain.evidence.windows import KnownEEG, find_known_eeg
 from pretrain.runs.distributed import launched_world
 
 BLOCK = 256
@@ -210,17 +211,24 @@ def _list_trials(data: EEGDataset, own: GeneratedSet) -> list[Trial]:
     return trials
 
 
-def _check_protocol(config: EvaluateConfig, path: AnyPath) -> dict[str, Any]:
-    """Find data that two splits share, and data that the pretraining dataset shares with the EEG-image dataset."""
+def _check_protocol(
+    config: EvaluateConfig, path: AnyPath, train: EEGDataset, data: EEGDataset
+) -> tuple[dict[str, Any], KnownEEG]:
+    """Find data that two splits share, and data that the pretraining dataset shares with the EEG-image dataset.
+
+    The EEG of the evaluated trials is compared with the training trials even if the config asks for no check, because
+    the verdict needs this comparison.
+    """
     if config.verify == "none":
-        return {"splits": None, "pretraining": None}
+        return {"splits": None, "pretraining": None}, find_known_eeg(train, data)
     windows = config.verify == "windows"
     contents = Contents.read(path, windows=windows)
     found: dict[str, Any] = {"splits": _show_findings(compare_splits(contents)), "pretraining": None}
+    before = None
     if config.pretraining is not None:
         before = Contents.read(config.pretraining, windows=windows)
         found["pretraining"] = _show_findings(compare_datasets(before, contents))
-    return found
+    return found, find_known_eeg(train, data, before, contents)
 
 
 def _show_findings(findings: Findings) -> dict[str, list[str]]:
@@ -462,20 +470,23 @@ def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str
         "generated": _quartiles(measure_nearest_training_image(_resize(own.images_BHW3, size, sharing), train_images)),
         "real": _quartiles(measure_nearest_training_image(_resize(own.real_BHW3, size, sharing), train_images)),
     }
+    train_part = open_paired(path, "train", **part)
+    protocol, known_eeg = _check_protocol(config, path, train_part, data)
     result["verdict"] = judge_images(
         own,
         controls,
         _make_judge(classifier, sharing),
-        train=open_paired(path, "train", **part),
+        train=train_part,
         data=data,
         trials=trials,
         copies=copies,
+        known_eeg=known_eeg,
         design_evidence=config.design_evidence,
         resamples=max(500, min(config.permutations, 5000)),
         seed=config.seed,
     )
     result["protocol"] = {
-        **_check_protocol(config, path),
+        **protocol,
         "openings": None if openings is None else openings.describe(own.about["split"]),
     }
     people_B = np.array([trial["subject"] for trial in own.trials], dtype=object)

@@ -21,6 +21,7 @@ from pretrain.evidence.copies import find_copies
 from pretrain.evidence.design import describe_design
 from pretrain.evidence.rules import Control, Design, Evidence, NotApplicable
 from pretrain.evidence.trials import TrialTable, merge_copies, tabulate_trials
+from pretrain.evidence.windows import KnownEEG, find_known_eeg
 
 PREDICTORS: tuple[Predictor, ...] = ("time", "baseline", "eyes")
 """Controls that need no generator."""
@@ -76,6 +77,8 @@ class Setting:
     """The training trials."""
     design: Design
     design_evidence: str
+    known_eeg: KnownEEG
+    """Evaluated trials whose EEG is also in the data that trained the model."""
 
     @classmethod
     def read(
@@ -86,14 +89,19 @@ class Setting:
         declared: str = "",
         *,
         copies: Iterable[tuple[str, str]] | None = None,
+        known_eeg: KnownEEG | None = None,
     ) -> Setting:
         """Read what a verdict needs in addition to scores, for trials of the split `data`.
 
         `describe_design` explains `declared`. Copies of an image under several names count as one image; `copies` are
-        the pairs from `find_copies`, which is called if no pairs are given.
+        the pairs from `find_copies`, which is called if no pairs are given. `known_eeg` describes the presentations in
+        `data`; by default, `find_known_eeg` compares the EEG with the training trials. The EEG of a trial is known if
+        the EEG of any of its presentations is known.
         """
         design, evidence = describe_design(data.manifest, declared, where=str(data.path / NAME))
         copies = find_copies(train, data) if copies is None else list(copies)
+        if known_eeg is None:
+            known_eeg = find_known_eeg(train, data)
         tables = (
             replace(table, images_n=merge_copies(table.images_n, copies))
             for table in (tabulate_trials(data), tabulate_trials(train))
@@ -103,6 +111,13 @@ class Setting:
             train=next(tables),
             design=design,
             design_evidence=evidence,
+            known_eeg=replace(
+                known_eeg,
+                trials={
+                    name: np.array([known_n[trial.numbers].any() for trial in trials], bool)
+                    for name, known_n in known_eeg.trials.items()
+                },
+            ),
         )
 
     def weigh(
@@ -143,6 +158,8 @@ class Setting:
             identification_left_out_n=single_n,
             judge_n=judge_n,
             judge_chance=judge_chance,
+            known_eeg=self.known_eeg.trials,
+            people_in_pretraining=self.known_eeg.people_in_pretraining,
             new_people=not shared["subjects_n"],
             new_concepts=not shared["labels_n"],
         )

@@ -28,6 +28,7 @@ from finetune.generation.predictors import Prediction
 from finetune.generation.trials import Trial
 from finetune.images import ImageTable, TableImages
 from pretrain.evidence.rules import CONTROLS, Control, NotApplicable, judge
+from pretrain.evidence.windows import KnownEEG
 
 CHUNK = 2**26
 """Largest size in bytes of the images that are read at once."""
@@ -177,6 +178,7 @@ def judge_images(
     data: EEGDataset,
     trials: list[Trial],
     copies: Sequence[tuple[str, str]] | None = None,
+    known_eeg: KnownEEG | None = None,
     design_evidence: str = "",
     resamples: int = 2000,
     seed: int = 0,
@@ -198,6 +200,9 @@ def judge_images(
     copies : sequence of (str, str), optional
         Pairs of names of the same image, from `pretrain.evidence.copies.find_copies`. By default, this function
         searches for the copies.
+    known_eeg : KnownEEG, optional
+        Trials of `data` whose EEG is also in the data that trained the model, from
+        `pretrain.evidence.windows.find_known_eeg`. By default, this function compares the EEG with the training trials.
     design_evidence : str
         Publication that shows that the images were presented in random order; see
         `pretrain.evidence.design.describe_design`.
@@ -215,7 +220,7 @@ def judge_images(
     table = ImageTable(train)
     known = set(table.labels.tolist()) >= set(own.labels_B.tolist())
     scores = (_score_category if known else _score_identification)(own, table, judges)
-    setting = Setting.read(train, data, trials, design_evidence, copies=copies)
+    setting = Setting.read(train, data, trials, design_evidence, copies=copies, known_eeg=known_eeg)
     ids = [trial["image_id"] for trial in own.trials]
     own_BD = judges.compute_features(own.images_BHW3)
     identification = two_way_identification(

@@ -39,6 +39,7 @@ from pretrain.evidence.openings import NAME as LOG
 from pretrain.evidence.openings import record_opening
 from pretrain.evidence.rules import Control, NotApplicable, judge
 from pretrain.evidence.trials import derange_within, find_neighbourhoods
+from pretrain.evidence.windows import find_known_eeg
 from pretrain.runs.distributed import choose_device
 
 NAME = "retrieval.json"
@@ -373,7 +374,7 @@ def retrieve(config: RetrieveConfig) -> int:
         for table in tables
     )
     model = fit_ridge(train, train_MP, data, bins=config.bins, fit=config.fit) if run is None else run
-    copies = find_copies(train, data)
+    copies, known_eeg = find_copies(train, data), find_known_eeg(train, data)
     rows: dict[str, Any] = {}
     ranks: dict[str, Any] = {}
     for average in config.average_repeats:
@@ -395,7 +396,7 @@ def retrieve(config: RetrieveConfig) -> int:
             rows_B=tables[1].row_of[[group[0] for group in groups]],
             embeds_BP=embeds_BP,
             neighbours_BP=neighbours_BP,
-            setting=Setting.read(train, data, trials, config.design_evidence, copies=copies),
+            setting=Setting.read(train, data, trials, config.design_evidence, copies=copies, known_eeg=known_eeg),
             predictors=lambda score, trials=trials: make_predictors(tables[0], data, trials, score, config.seed),
             train_MP=train_MP,
             train_labels_M=tables[0].labels,

@@ -14,10 +14,10 @@ A comparison *holds* if three conditions are met. First, the 95 % interval of th
 for this interval draws people and images at the same time if there are enough people and images (see
 `pretrain.evidence.statistics.compare_paired`). For predictors that see no response, the bootstrap draws only images,
 because a predictor that is better than chance shows a fault of the dataset. Second, the p-value of the comparison is
-below `LEVEL` after Holm's correction over all comparisons of the same question. Third, in a comparison of the model's
-own score, the permutation test over people has p below `LEVEL`, if there are enough people for this test. The
-permutation test is needed because the interval of a bootstrap over few people is too narrow, and because a strong
-effect in one of eight people shows nothing about people in general.
+below `LEVEL` of `pretrain.evidence.comparisons` after Holm's correction over all comparisons of the same question.
+Third, in a comparison of the model's own score, the permutation test over people has p below `LEVEL`, if there are
+enough people for this test. The permutation test is needed because the interval of a bootstrap over few people is too
+narrow, and because a strong effect in one of eight people shows nothing about people in general.
 
 docs/evaluation.md explains the controls, the verdicts and the limits of the verdicts. Array shapes: n trials.
 """
@@ -33,15 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_sharding.common.errors import RequestError, show
-from pretrain.evidence.statistics import (
-    FEWEST_IMAGES,
-    FEWEST_SUBJECTS,
-    PairedDifference,
-    accuracy_interval,
-    check_finite,
-    compare_paired,
-    holm,
-)
+from pretrain.evidence.comparisons import Comparison, measure_comparisons
+from pretrain.evidence.statistics import FEWEST_IMAGES, FEWEST_SUBJECTS, accuracy_interval, check_finite
 from pretrain.evidence.trials import TrialTable, join_tables, label_is_constant_in_recordings
 
 Word = Literal["confounded", "not judgeable", "no signal", "category only", "signal"]
@@ -49,8 +42,9 @@ Design = Literal["random", "block", "unknown"]
 DESIGNS: tuple[Design, ...] = get_args(Design)
 """Every design."""
 
-LEVEL = 0.05
-"""Level of significance: a comparison holds only if its corrected p-value is below this level."""
+MOST_KNOWN = 0.05
+"""Largest share of test trials that the rules leave out because the image or the EEG of these trials was in the data
+that trained the model. If the share is larger, the verdict is *not judgeable*."""
 FEWEST_TRIALS = 20
 """Smallest number of test trials for a verdict, and smallest number of usable trials of a control."""
 NOTHING_LOST = 0.5
@@ -136,33 +130,15 @@ class Evidence:
     """Scores, from 0 to 1, that the judge gives to real images of the test labels. One value for each image."""
     judge_chance: float | None = None
     """Chance level of the judge's score; by default the value of `chance`."""
+    known_eeg: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    """For each name of data that trained the model, such as ``training trials``, an array [n] that is True for test
+    trials whose EEG is also in these data. An empty mapping: the EEG was not compared."""
     new_people: bool
     """True if no test person is in the training trials."""
+    people_in_pretraining: int = 0
+    """Number of test people with EEG in the pretraining data of the encoder."""
     new_concepts: bool
     """True if no test label is among the training labels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One row of the table of comparisons."""
-
-    name: str
-    """The two scores that are compared, such as ``own - shuffle``."""
-    question: Literal["leak", "signal", "content"]
-    """Question that the comparison helps to answer. The p-values of one question are corrected together."""
-    n: int
-    """Number of trials."""
-    left: float
-    """Mean of the first score."""
-    right: float
-    """Mean of the second score."""
-    difference: PairedDifference
-    """Mean difference between the two scores, with intervals and p-values."""
-    p_corrected: float
-    """The p-value after Holm's correction over the comparisons of the same question."""
-    holds: bool
-    """True if the comparison holds: the first score is larger, by the three conditions in the docstring of
-    `pretrain.evidence.rules`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +155,9 @@ class Verdict:
     """Every comparison that was made; empty if the design, the test trials or the judge alone decides the verdict."""
     not_applicable: dict[str, str]
     """Reason for each control that cannot be made from the data."""
+    left_out: int = 0
+    """Number of test trials that the verdict leaves out, because their image or their EEG was in the data that trained
+    the model. If the verdict is *not judgeable* because of these trials, no trial is left out."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as plain texts, numbers and lists that JSON can store."""
@@ -199,6 +178,10 @@ class _Case:
     rows: dict[str, Comparison] = field(default_factory=dict)
     """Comparisons by name; empty until the comparisons are made."""
     not_applicable: dict[str, str] = field(default_factory=dict)
+    left_out: int = 0
+    """Number of test trials that `_leave_out_known_trials` removed from the evidence."""
+    notes: tuple[str, ...] = ()
+    """Sentences about the test trials that `_leave_out_known_trials` removed from the evidence."""
 
     def holds(self, name: str) -> bool:
         """Return whether a comparison was made and holds."""
@@ -244,10 +227,11 @@ def judge(evidence: Evidence, *, resamples: int = 2000, seed: int = 0) -> Verdic
     if resamples < 500:
         raise RequestError(f"resamples is {resamples}; give at least 500, so that corrected p-values can be small")
     _check(evidence)
+    evidence, left_out, removed = _leave_out_known_trials(evidence)
     missing = {name: found.reason for name, found in evidence.controls.items() if isinstance(found, NotApplicable)}
     others = {"training trials": evidence.train, "judge": evidence.judge_n, "identification": evidence.identification_n}
     missing |= {name: found.reason for name, found in others.items() if isinstance(found, NotApplicable)}
-    case = _Case(evidence=evidence, not_applicable=missing)
+    case = _Case(evidence=evidence, not_applicable=missing, left_out=left_out, notes=tuple(removed))
     for rule in (decide_by_design, decide_if_judgeable):
         if found := rule(case):
             return _finish(case, found)
@@ -264,14 +248,79 @@ def _finish(case: _Case, found: _Found) -> Verdict:
     evidence = case.evidence
     notes = [f"The design is {evidence.design}: {evidence.design_evidence or 'no evidence was given'}."]
     notes += [f"Not applicable: {name}, because {reason}" for name, reason in case.not_applicable.items()]
-    notes += _describe_left_out(case)
+    notes += [*case.notes, *_describe_left_out(case)]
     return Verdict(
         word=word,
         scope=_describe_scope(case) if word in ("signal", "category only") else None,
         why=(*why, *notes),
         comparisons=tuple(case.rows.values()),
         not_applicable=case.not_applicable,
+        left_out=case.left_out,
     )
+
+
+def find_known_trials(evidence: Evidence) -> list[tuple[str, NDArray[np.bool_]]]:
+    """Find the test trials whose image or EEG was in the data that trained the model.
+
+    Returns
+    -------
+    list of (str, ndarray)
+        Sentences such as ``The EEG of 3 of 90 test trials, or a part of the EEG, is also in the training trials``. The
+        array [n] with a sentence is True for the trials that the sentence counts.
+    """
+    found = [("EEG", "a part of the EEG", data, known_n) for data, known_n in evidence.known_eeg.items()]
+    if isinstance(evidence.train, TrialTable):
+        images_n = np.isin(evidence.trials.images_n, evidence.train.images_n)
+        found.append(("image", "a copy of the image", "training trials", images_n))
+    n = len(evidence.trials)
+    return [
+        (
+            f"The {what} of {int(np.sum(known_n))} of {n} test trials, or {part}, is also in the {data}",
+            np.asarray(known_n),
+        )
+        for what, part, data, known_n in found
+        if np.any(known_n)
+    ]
+
+
+def _leave_out_known_trials(evidence: Evidence) -> tuple[Evidence, int, list[str]]:
+    """Leave out at most the share `MOST_KNOWN` of the test trials: trials that the model may remember.
+
+    Returns the remaining evidence, the number of trials that were left out, and sentences about these trials. If more
+    trials are known, all trials are kept, and `decide_if_judgeable` gives the verdict.
+    """
+    known, n = find_known_trials(evidence), len(evidence.trials)
+    known_n = np.any([one_n for _, one_n in known], axis=0) if known else np.zeros(n, bool)
+    count = int(known_n.sum())
+    if not 0 < count <= MOST_KNOWN * n:
+        return evidence, 0, []
+
+    def pick(values_n: Any) -> Any:
+        return values_n if values_n is None or isinstance(values_n, NotApplicable) else np.asarray(values_n)[~known_n]
+
+    trials, chance = evidence.trials.select(~known_n), evidence.chance
+    if evidence.score_of == "label" and (share := find_constant_score(trials, "label")) < 1:
+        # Without the trials that are left out, the most common label can have a larger share.
+        chance = max(chance, share)
+    controls = {
+        name: control
+        if isinstance(control, NotApplicable)
+        else dataclasses.replace(control, hits_n=pick(control.hits_n), left_out_n=pick(control.left_out_n))
+        for name, control in evidence.controls.items()
+    }
+    kept = dataclasses.replace(
+        evidence,
+        trials=trials,
+        hits_n=pick(evidence.hits_n),
+        chance=chance,
+        controls=controls,
+        identification_n=pick(evidence.identification_n),
+        identification_left_out_n=pick(evidence.identification_left_out_n),
+        known_eeg={name: pick(values_n) for name, values_n in evidence.known_eeg.items()},
+    )
+    notes = [f"{sentence}." for sentence, _ in known]
+    notes.append(f"The verdict leaves out {count} of {n} test trials, because the model may remember them.")
+    return kept, count, notes
 
 
 def _check(evidence: Evidence) -> None:
@@ -299,8 +348,10 @@ def _check(evidence: Evidence) -> None:
                 "and trials as the model's own scores, and other EEG, or make the control again"
             )
         _check_scores(f"control {name}", control.hits_n, n)
-        _check_left_out(f"control {name}: left_out_n", control.left_out_n, n)
-    _check_left_out("identification_left_out_n", evidence.identification_left_out_n, n)
+        _check_mask(f"control {name}: left_out_n", control.left_out_n, n)
+    for name, known_n in evidence.known_eeg.items():
+        _check_mask(f"known_eeg: {name}", known_n, n)
+    _check_mask("identification_left_out_n", evidence.identification_left_out_n, n)
     if not isinstance(evidence.identification_n, NotApplicable):
         _check_scores("identification_n", evidence.identification_n, n)
     if not isinstance(evidence.judge_n, NotApplicable):
@@ -308,8 +359,8 @@ def _check(evidence: Evidence) -> None:
     _check_scope(evidence)
 
 
-def _check_left_out(name: str, left_out_n: NDArray[np.bool_] | None, n: int) -> None:
-    if left_out_n is not None and np.shape(left_out_n) != (n,):
+def _check_mask(name: str, mask_n: NDArray[np.bool_] | None, n: int) -> None:
+    if mask_n is not None and np.shape(mask_n) != (n,):
         raise RequestError(f"{name} must have one value for each of the {n} trials; correct this array")
 
 
@@ -400,8 +451,9 @@ def decide_if_judgeable(case: _Case) -> _Found | None:
     The reason lies in the data, in a missing control or in a judge that fails. The verdict is *not judgeable* in five
     cases. There are fewer than `FEWEST_TRIALS` test trials. There are fewer than `FEWEST_IMAGES` test images: an image
     can resemble another category by chance, and with few images this chance looks like a signal for every person. The
-    image of a test trial, or a copy of this image, is also in the training trials, so a generator can show a remembered
-    image. The control with shuffled EEG is missing. The judge fails on real images of the test labels: the 95 %
+    image, a copy of the image, or the EEG of more than the share `MOST_KNOWN` of the test trials is also in the data
+    that trained the model, so the model can show a remembered image; `_leave_out_known_trials` leaves out a smaller
+    share. The control with shuffled EEG is missing. The judge fails on real images of the test labels: the 95 %
     interval of the judge's score does not lie above chance.
     """
     evidence = case.evidence
@@ -410,15 +462,12 @@ def decide_if_judgeable(case: _Case) -> _Found | None:
         reasons.append(f"{len(trials)} test trials are too few; a verdict needs at least {FEWEST_TRIALS}.")
     if images < FEWEST_IMAGES:
         reasons.append(f"{images} test images are too few; a verdict needs at least {FEWEST_IMAGES}.")
-    if isinstance(evidence.train, TrialTable):
-        trained_n = np.isin(trials.images_n, evidence.train.images_n)
-        if trained_n.any():
-            reasons.append(
-                f"The image of {int(trained_n.sum())} of {len(trials)} test trials, or a copy of it, is also in the "
-                f"training trials, such as {show(str(trials.images_n[trained_n.argmax()]))}. A remembered image looks "
-                "like a generated image. Make a split in which no image is in both the training trials and the test "
-                "trials."
-            )
+    reasons += [
+        f"{sentence}, such as a trial with the image {show(str(trials.images_n[known_n.argmax()]))}. The model may "
+        f"remember these trials, and more than {MOST_KNOWN:.0%} of the test trials are such trials. Make a split whose "
+        "test trials share no image and no EEG with the data that train the model."
+        for sentence, known_n in find_known_trials(evidence)
+    ]
     if "shuffle" in case.not_applicable:
         reasons.append(f"There is no control with shuffled EEG: {case.not_applicable['shuffle']}")
     if not isinstance(evidence.judge_n, NotApplicable):
@@ -543,6 +592,8 @@ def _describe_scope(case: _Case) -> str:
     evidence = case.evidence
     people = len(np.unique(evidence.trials.subjects_n))
     who = "people who are not in the training trials" if evidence.new_people else "people of the training trials"
+    if evidence.new_people and evidence.people_in_pretraining:
+        who += f" ({evidence.people_in_pretraining} of {people} people are in the pretraining data)"
     if people < FEWEST_SUBJECTS:
         who = f"only these {people} {who} (fewer than {FEWEST_SUBJECTS}, so no claim about people)"
     parts = [who, "new concepts" if evidence.new_concepts else "seen concepts"]
@@ -590,50 +641,8 @@ def _compare(case: _Case, resamples: int, seed: int) -> _Case:
         chance = chances.get(left, chance_of_predictors)
         other = (np.full(n, chance), everything) if right == "chance" else scores[right]
         columns.append((question, f"{left} - {right}", scores[left][0], other[0], scores[left][1] & other[1]))
-    rows = _measure(evidence.trials, columns, resamples, seed)
+    rows = measure_comparisons(evidence.trials, columns, resamples, seed)
     return dataclasses.replace(case, rows={row.name: row for row in rows}, not_applicable=missing)
-
-
-def _measure(trials: TrialTable, columns: list[tuple[Any, ...]], resamples: int, seed: int) -> list[Comparison]:
-    """Compute the paired differences. Comparisons that use the same trials share their bootstrap resamples."""
-    found: dict[str, PairedDifference] = {}
-    groups: dict[tuple[bytes, bool], list[tuple[Any, ...]]] = {}
-    for column in columns:
-        # A predictor that is better than chance without a response shows a fault of the dataset, whoever the people
-        # are.
-        same_people = column[0] == "leak" and column[1].endswith("- chance")
-        groups.setdefault((column[4].tobytes(), same_people), []).append(column)
-    for (_, same_people), same in groups.items():
-        usable = same[0][4]
-        more_Vn = np.stack([(left_n - right_n)[usable] for _, _, left_n, right_n, _ in same])
-        part = trials.select(usable)
-        measured = compare_paired(
-            more_Vn, part.images_n, part.subjects_n, same_people=same_people, resamples=resamples, seed=seed
-        )
-        found |= {column[1]: difference for column, difference in zip(same, measured, strict=True)}
-    corrected: dict[str, float] = {}
-    for question in ("leak", "signal", "content"):
-        names = [column[1] for column in columns if column[0] == question]
-        corrected |= dict(zip(names, map(float, holm([found[name].p for name in names])), strict=True))
-    rows = []
-    for question, name, left_n, right_n, usable in columns:
-        difference, p = found[name], corrected[name]
-        holds = difference.interval[0] > 0 and p < LEVEL
-        if name.startswith("own") and difference.p_people is not None:
-            holds = holds and difference.p_people < LEVEL
-        rows.append(
-            Comparison(
-                name=name,
-                question=question,
-                n=int(usable.sum()),
-                left=float(left_n[usable].mean()),
-                right=float(right_n[usable].mean()),
-                difference=difference,
-                p_corrected=p,
-                holds=bool(holds),
-            )
-        )
-    return rows
 
 
 def _describe_left_out(case: _Case) -> list[str]:

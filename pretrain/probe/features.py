@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_sharding.audit.fingerprints import window_digest
 from data_sharding.common.errors import RequestError
 from data_sharding.common.progress import progress
 from data_sharding.dataset.batch import sequential
@@ -44,6 +45,10 @@ class Trials:
     """Channels that all trials have in common, in the order of the first trial."""
     eeg_nCT: np.ndarray
     """[n, C, T] signal of the common channels in float16 microvolts."""
+    digests_n: np.ndarray
+    """[n] checksum of the signal of each trial; equal signals have equal checksums."""
+    window_s: float
+    """Duration of the signal of a trial in seconds."""
     metas: list[dict[str, Any]]
     """[n] metadata of each trial. The channels in the metadata are in the order of the recording."""
     electrodes: list[dict[str, Any]]
@@ -234,6 +239,8 @@ def collect(
         table=table,
         channels=channels,
         eeg_nCT=np.stack(rows),
+        digests_n=np.array([window_digest(row) for row in rows], np.uint64),
+        window_s=parts[0].n_times / parts[0].spec.sfreq,
         metas=metas,
         electrodes=electrodes,
         tokens={name: np.concatenate(parts).astype(np.float32) for name, parts in tokens.items()},

@@ -3,7 +3,8 @@
 Trials of one subject resemble each other, and so do trials of one image. If a classifier has seen the subject or the
 image of a trial in training, its accuracy on this trial is too high. Three rules prevent accuracies that are too high:
 
-- No image is in both the training trials and the test trials of a fold.
+- No image is in both the training trials and the test trials of a fold, and no test trial has EEG that is equal to the
+  EEG of a training trial, or that overlaps in time with the EEG of a training trial of the same recording.
 - With ``folds: subjects``, no subject is in both the training trials and the test trials. With ``folds: split``, the
   dataset's splits are used, and the report names the subjects that are in both the training and the test trials.
 - Settings, such as the ridge penalty, are chosen without the test trials: on the val split, and on inner folds. The
@@ -20,11 +21,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_sharding.common.errors import RequestError
+from pretrain.evidence.windows import overlap_in_time
 from pretrain.probe.config import ProbeConfig
 
 if TYPE_CHECKING:
     from pretrain.probe.features import Trials
 
+LeftOut = dict[str, dict[str, int]]
+"""Number of trials that were left out, by reason (images, eeg) and by use of the trials (train, test)."""
 INNER_FOLDS = 5
 """Largest number of inner folds."""
 
@@ -70,7 +74,13 @@ def _share_images(trials: Trials, numbers: np.ndarray) -> bool:
     return len(np.unique(pairs[0])) < pairs.shape[1]
 
 
-def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
+def _share_eeg(trials: Trials, numbers: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return for each trial of `numbers` whether its EEG is also in the EEG of the trials `others`."""
+    overlap = overlap_in_time(trials.table.select(numbers), trials.table.select(others), trials.window_s)
+    return overlap | np.isin(trials.digests_n[numbers], trials.digests_n[others])
+
+
+def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], LeftOut]:
     """Divide the trials into folds; no image is in both the training trials and the test trials of a fold.
 
     Parameters
@@ -84,10 +94,10 @@ def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], d
     -------
     list of Fold
         The folds. Each trial is a test trial in at most one fold.
-    dict of str to int
-        Number of trials that were left out because their image is in both the training and the test trials. ``test``:
-        test trials whose image is also in the training trials. ``train``: training trials whose image is also in the
-        test trials, summed over all folds.
+    LeftOut
+        Number of trials that were left out. ``images``: trials whose image is in both the training and the test trials.
+        ``eeg``: other trials whose EEG is in both the training and the test trials. ``test``: test trials. ``train``:
+        training trials, summed over all folds.
 
     Raises
     ------
@@ -107,23 +117,29 @@ def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], d
     return folds, left_out
 
 
-def _fold_of_splits(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
+def _fold_of_splits(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], LeftOut]:
     every, none = np.arange(len(trials)), np.array([], int)
     train = every[trials.splits_n == "train"]
     # Test trials must not be used to choose settings such as the ridge penalty, so the val split is not used for this
     # purpose if it is the test split.
     val = none if config.split == "val" else every[trials.splits_n == "val"]
     test = every[trials.splits_n == config.split]
-    kept = test[~np.isin(trials.images_n[test], trials.images_n[np.concatenate([train, val])])]
+    fitted = np.concatenate([train, val])
+    new = test[~np.isin(trials.images_n[test], trials.images_n[fitted])]
+    kept = new[~_share_eeg(trials, new, fitted)]
     if not len(kept):
         raise RequestError(
-            f"{config.dataset}: every image of split '{config.split}' is in the training or val split as well; "
-            "give folds: subjects, or shard with a split by images"
+            f"{config.dataset}: every image or all EEG of split '{config.split}' is in the training or val split as "
+            "well; give folds: subjects, or shard with a split by images"
         )
-    return [Fold(train=train, val=val, test=kept)], {"test": len(test) - len(kept), "train": 0}
+    left_out = {
+        "images": {"test": len(test) - len(new), "train": 0},
+        "eeg": {"test": len(new) - len(kept), "train": 0},
+    }
+    return [Fold(train=train, val=val, test=kept)], left_out
 
 
-def _fold_by_subjects(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
+def _fold_by_subjects(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], LeftOut]:
     every, none = np.arange(len(trials)), np.array([], int)
     subjects = np.unique(trials.subjects_n)
     if len(subjects) < 2:
@@ -134,16 +150,18 @@ def _fold_by_subjects(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], 
     if parts == 1 and config.image_groups == 1 and _share_images(trials, every):
         raise RequestError("image_groups is 1, but subjects saw the same images; give at least 2")
     part = divide_images(trials, every, parts)
-    folds, left_out = [], {"test": 0, "train": 0}
+    folds, left_out = [], {name: {"test": 0, "train": 0} for name in ("images", "eeg")}
     for subject in subjects:
         for group in range(parts):
             test = every[(trials.subjects_n == subject) & (part == group)]
             if not len(test):
                 continue
             others = every[trials.subjects_n != subject]
-            train = others[~np.isin(trials.images_n[others], trials.images_n[test])]
+            new = others[~np.isin(trials.images_n[others], trials.images_n[test])]
+            train = new[~_share_eeg(trials, new, test)]
             folds.append(Fold(train=train, val=none, test=test))
-            left_out["train"] += len(others) - len(train)
+            left_out["images"]["train"] += len(others) - len(new)
+            left_out["eeg"]["train"] += len(new) - len(train)
     return folds, left_out
 
 

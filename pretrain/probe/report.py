@@ -120,12 +120,13 @@ def _make_notes(result: dict[str, Any], by_subject: bool) -> list[str]:
             f"The test trials come from {result['subjects']['scored']} subject(s); conclusions about other subjects "
             f"need at least {FEWEST_SUBJECTS}. Set folds: subjects to test on every subject of the dataset."
         )
-    left_out = result["left_out_for_shared_images"]
-    if any(left_out.values()):
-        notes.append(
-            f"Trials left out because their image is in both training and test: {left_out['test']} test trials, "
-            f"{left_out['train']} training trials (sum over all fits)."
-        )
+    for what, key in (("image", "left_out_for_shared_images"), ("EEG", "left_out_for_shared_eeg")):
+        left_out = result[key]
+        if any(left_out.values()):
+            notes.append(
+                f"Trials left out because their {what} is in both training and test: {left_out['test']} test trials, "
+                f"{left_out['train']} training trials (sum over all fits)."
+            )
     if result["settings"]["standardize"] == "subject":
         notes.append(
             "The features were standardised over all trials of each subject, with the test trials and without labels. "

@@ -96,7 +96,8 @@ def probe(config: ProbeConfig) -> int:
             for name in ("folds", "split", "time_bins", "standardize", "random_seeds", "seed")
         },
         **summarize(trials, folds, scored, hits, config),
-        "left_out_for_shared_images": left_out,
+        "left_out_for_shared_images": left_out["images"],
+        "left_out_for_shared_eeg": left_out["eeg"],
         "channels_in_common": len(trials.channels),
         "chosen": chosen,
         "openings": openings,

@@ -197,10 +197,37 @@ class TestWhatCanBeJudged:
         assert verdict.word == "not judgeable"
         assert "judge fails on real images" in verdict.why[0]
 
-    def test_a_test_image_in_the_training_trials(self) -> None:
-        verdict = judge(make_evidence(train=make_table(images=1)), resamples=500)
-        assert verdict.word == "not judgeable"
-        assert "8 of 320 test trials" in verdict.why[0]
+    def test_many_test_images_in_the_training_trials(self) -> None:
+        verdict = judge(make_evidence(train=make_table(images=3)), resamples=500)
+        assert verdict.word == "not judgeable" and verdict.left_out == 0
+        assert "The image of 24 of 320 test trials, or a copy of the image" in verdict.why[0]
+
+    def test_few_test_images_in_the_training_trials_are_left_out(self) -> None:
+        verdict = judge(make_evidence(train=make_table(images=2)), resamples=500)
+        assert verdict.word == "signal" and verdict.left_out == 16
+        assert {row.n for row in verdict.comparisons} == {304}
+        assert "The verdict leaves out 16 of 320 test trials" in " ".join(verdict.why)
+
+    @pytest.mark.parametrize(("count", "found"), [(16, "signal"), (17, "not judgeable")])
+    def test_eeg_in_the_training_trials(self, count: int, found: str) -> None:
+        verdict = judge(make_evidence(1.0, known_eeg={"training trials": np.arange(320) < count}), resamples=500)
+        assert verdict.word == found
+        assert f"The EEG of {count} of 320 test trials, or a part of the EEG, is also in the training trials" in (
+            " ".join(verdict.why)
+        )
+
+    def test_remembered_trials_alone_are_no_signal(self) -> None:
+        # In one trial of twenty, a model without knowledge remembers the EEG. These trials are right for all people.
+        known_n = np.arange(320) % 20 == 0
+        hits_n = np.where(known_n, 1.0, draw(0.25, 320, 3))
+        assert word(make_evidence(hits_n=hits_n, known_eeg={"training trials": known_n})) == "no signal"
+
+    def test_people_of_the_pretraining_data_change_the_scope(self) -> None:
+        train = make_table(prefix="train", subjects_n=[f"t{i}" for i in range(320)])
+        verdict = judge(make_evidence(train=train, new_people=True, people_in_pretraining=3), resamples=500)
+        assert verdict.scope == (
+            "people who are not in the training trials (3 of 8 people are in the pretraining data); seen concepts"
+        )
 
     def test_too_few_trials_or_images(self) -> None:
         assert word(make_evidence(trials=make_table(people=1, images=19))) == "not judgeable"

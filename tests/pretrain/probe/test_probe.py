@@ -107,6 +107,8 @@ def trials_of(subjects: int, images: int, *, shared: bool = True) -> Trials:
         ),
         channels=["a", "b"],
         eeg_nCT=np.zeros((n, 2, 16), np.float16),
+        digests_n=np.arange(n),
+        window_s=0.5,
         metas=[{}] * n,
         electrodes=[{"n": 2, "positions": None}] * n,
         tokens={},
@@ -234,7 +236,7 @@ class TestFolds:
         scored = np.concatenate([fold.test for fold in folds])
         assert sorted(scored) == list(range(60))
         assert len(folds) == (15 if shared else 5)
-        assert (left_out["train"] > 0) == shared
+        assert (left_out["images"]["train"] > 0) == shared
         for fold in folds:
             pairs = [(fold.train, fold.test), *make_inner_folds(trials, fold)]
             assert len(pairs) > 2
@@ -247,12 +249,27 @@ class TestFolds:
         from data_sharding.common.errors import RequestError
 
         trials = trials_of(3, 8)
-        with pytest.raises(RequestError, match="every image of split 'test'"):
+        with pytest.raises(RequestError, match="every image or all EEG of split 'test'"):
             make_outer_folds(trials, request())
         trials.images_n[-3:] = ["new 1", "new 2", "new 3"]
         (fold,), left_out = make_outer_folds(trials, request())
         assert fold.test.tolist() == [21, 22, 23]
-        assert left_out == {"test": 5, "train": 0}
+        assert left_out == {"images": {"test": 5, "train": 0}, "eeg": {"test": 0, "train": 0}}
+
+    @pytest.mark.parametrize("folds", ["split", "subjects"])
+    def test_trials_with_the_same_eeg_are_not_on_both_sides(self, folds: str) -> None:
+        trials = trials_of(3, 8, shared=False)
+        trials.digests_n[-1] = trials.digests_n[0]
+        # The second last trial begins 0.25 s after a training trial of the same recording.
+        trials.splits_n[-3] = "train"
+        trials.table.times_n[-2] = trials.table.times_n[-3] + 0.25
+        found, left_out = make_outer_folds(trials, request(folds=folds))
+        if folds == "split":
+            assert found[0].test.tolist() == list(range(16, 21)) and left_out["eeg"] == {"test": 2, "train": 0}
+        else:
+            assert left_out["eeg"] == {"test": 0, "train": 2}
+        for fold in found:
+            assert not set(trials.digests_n[fold.train]) & set(trials.digests_n[fold.test])
 
     def test_copies_of_training_images_are_left_out_of_the_test_split(
         self, package: Path, dataset: Path, tmp_path: Path

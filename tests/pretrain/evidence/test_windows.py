@@ -1,0 +1,71 @@
+"""Tests of the search for test trials whose EEG is also in the training trials or in the pretraining data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_sharding.audit.leakage import Contents
+from data_sharding.dataset.dataset import EEGDataset, write_dataset
+from data_sharding.dataset.samples import Sample
+from data_sharding.processing.preprocess import PreprocessSpec
+from finetune.evaluation.evidence import Setting
+from finetune.generation.trials import list_trials
+from pretrain.evidence.windows import PRETRAINING, TRAINING, find_known_eeg
+
+SPEC = PreprocessSpec(sfreq=64.0, highpass=0.5, lowpass=25.0, window=64, stride=64)
+
+
+def make_sample(key: str, recording: str, start: float, seed: int, **facts: Any) -> Sample:
+    """Make a window of noise; windows with an equal seed have equal EEG."""
+    names = ["Fz", "Cz", "Pz"]
+    meta: dict[str, Any] = {
+        "n": 3, "ch_names": names, "positions": [None] * 3, "reference": "average", "sfreq": 64.0, "start": start,
+        "recording": recording, "subject": recording.split("-")[0], "session": "", "corpus": "tiny", "bads": [],
+    }  # fmt: skip
+    eeg = np.random.default_rng(seed).normal(0, 10, (3, 64)).astype(np.float32)
+    return Sample(key=key, eeg=eeg, meta=meta | facts)
+
+
+def make_trial(split: str, number: int, recording: str, start: float, seed: int) -> Sample:
+    facts = {"image_id": f"{split}-{number}", "label": number % 2, "label_name": "ab"[number % 2], "split": split}
+    return make_sample(f"{split}-{number:03d}", recording, start, seed, **facts)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a dataset whose test trials 1 and 2 have EEG of the train split: by time, and by content."""
+    path = tmp_path_factory.mktemp("windows") / "paired"
+    train = [make_trial("train", i, "p1-a", 2.0 * i, i) for i in range(4)]
+    test = [
+        make_trial("test", 0, "p1-a", 9.0, 100),
+        make_trial("test", 1, "p1-a", 6.9, 101),  # The last training window ends at 7 s.
+        make_trial("test", 2, "p2-a", 0.0, 3),  # The EEG is that of the last training trial, under another name.
+        make_trial("test", 3, "p2-a", 2.0, 103),
+        make_trial("test", 4, "p2-a", 7.0, 104),  # A window that begins where another window ends shares no EEG.
+    ]
+    write_dataset(path, {"train": train, "test": test}, SPEC, labels=["a", "b"])
+    return path
+
+
+def test_eeg_of_the_training_trials_is_found_by_time_and_by_content(dataset: Path) -> None:
+    train, data = (EEGDataset(dataset, split) for split in ("train", "test"))
+    assert find_known_eeg(train, data).trials[TRAINING].tolist() == [False, True, True, False, False]
+    # A trial that is the mean of several presentations is known if one of the presentations is known.
+    trials = list_trials(data, [[0], [2, 3], [3, 4]], [[0], [2, 3], [3, 4]])
+    setting = Setting.read(train, data, trials, copies=[])
+    assert setting.known_eeg.trials[TRAINING].tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("windows", [True, False], ids=["windows", "names"])
+def test_eeg_and_people_of_the_pretraining_data_are_found(dataset: Path, tmp_path: Path, windows: bool) -> None:
+    before = [make_sample("w-0", "p2-a", 1.5, 200), make_sample("w-1", "other-a", 0.0, 104)]
+    write_dataset(tmp_path / "unpaired", {"train": before}, SPEC)
+    train, data = (EEGDataset(dataset, split) for split in ("train", "test"))
+    contents = [Contents.read(path, windows=windows) for path in (tmp_path / "unpaired", dataset)]
+    known = find_known_eeg(train, data, *contents)
+    assert known.trials[PRETRAINING].tolist() == [False, False, False, True, windows]
+    assert known.people_in_pretraining == 1
