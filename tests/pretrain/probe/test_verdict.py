@@ -50,7 +50,7 @@ def make_trials(people: int = 8, images: int = 40, *, order: str = "random", see
             images_n=np.array([f"{i} {t}" for i, t in zip(image, test_n, strict=True)]),
             subjects_n=np.array([f"s{p}" for p in person]),
             sessions_n=np.full(n, ""),
-            recordings_n=np.array([f"r{label if order == 'recordings' else p}" for label, p in zip(labels_n, person)]),
+            recordings_n=np.array([f"r{number}" for number in (labels_n if order == "recordings" else person)]),
             times_n=np.concatenate(times).astype(float),
         ),
         channels=["a", "b"],
