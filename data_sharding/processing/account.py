@@ -1,4 +1,4 @@
-"""Counts the samples of a recording that were written to windows, and the samples that were left out, by reason."""
+"""Counts how much of a recording was written to windows, and how much was left out for each reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REST = "remainder shorter than a window"
 
 
 class Account:
-    """Counts windows and seconds of a recording.
+    """Counts the windows and the seconds of a recording that were written or left out.
 
     Parameters
     ----------
@@ -25,8 +25,8 @@ class Account:
     spec : PreprocessSpec
         Settings of the preprocessing.
     whole : bool
-        True if windows are cut from the whole recording; False if only trials are stored, so that seconds without a
-        window get no reason.
+        True if windows are cut from the whole recording. False if only trials are stored: then no reason is given for
+        the seconds outside trials.
     """
 
     def __init__(self, lengths: Sequence[int], faults: Faults, spec: PreprocessSpec, *, whole: bool) -> None:
@@ -34,8 +34,8 @@ class Account:
         self.windows: Counter[str] = Counter()
         """Number of windows or trials that were left out, by reason."""
         self.kinds: Counter[str] = Counter()
-        """Number of windows with a channel that is bad in this window but good in the recording as a whole, by kind of
-        fault."""
+        """For each kind of fault: number of windows in which a channel has this fault, although the channel is good in
+        the recording as a whole."""
         self._written: defaultdict[int, list[Interval]] = defaultdict(list)
         self._claims: defaultdict[str, defaultdict[int, list[Interval]]] = defaultdict(lambda: defaultdict(list))
         if whole:
@@ -46,7 +46,7 @@ class Account:
                     self.windows[reason] += max(1, round((gap.stop - gap.start) / spec.stride))
 
     def write(self, segment: int, start: int, stop: int, kinds: dict[int, str]) -> None:
-        """Count a window that was written, and the kinds of fault that channels have only in this window."""
+        """Count a window that was written, and the kinds of fault of channels that are bad in this window only."""
         self._written[segment].append((start, stop))
         self.kinds.update(set(kinds.values()))
 

@@ -1,11 +1,10 @@
 """Converts the bad spans of the raw signal to faults at the target sampling rate.
 
-A *gap* is a part of a segment in which no good channel has a signal. A gap divides its segment into *pieces*, and
-filters process each piece separately. If only some channels have no signal in a window, these channels are bad in the
-window, and the other channels are used.
+A *gap* is a time span inside a segment in which no good channel has a signal. A gap divides its segment into *pieces*,
+and filters process each piece separately. A channel without a signal in a part of a window is bad in this window; the
+other channels of the window are used.
 
-The *transient* of a filter is the part of its output that is wrong because the signal begins, ends or is missing
-nearby.
+The *transient* of a filter is the part of its output that is wrong because the input begins, ends or is missing nearby.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from data_sharding.processing.streaming import Scratch, resampler_reach
 
 Interval = tuple[int, int]
 MARKED = "marked bad"
-"""Kind of the fault of a channel that the source marks as bad, in the whole recording or in a span."""
+"""Kind of fault, if the file or its sidecar marks the channel as bad in the whole recording or in a span."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A part of a segment in which a channel is bad. Sample numbers are at the target sampling rate."""
+    """A time span in a segment in which a channel is bad. Sample numbers are at the target sampling rate."""
 
     start: int
     """First sample of the fault, counted from the start of the segment."""
@@ -41,8 +40,8 @@ class Fault:
     kind: str
     """Kind of the fault, for example "flat" (the values do not change)."""
     rings: bool = True
-    """Whether filters process the samples of the fault, so that a filter transient reaches the samples around the
-    fault. `rings` is False for a fault next to a gap (a part in which no good channel has a signal)."""
+    """True if filters process the samples of the fault. Then the samples around the fault contain a filter transient.
+    False for a fault next to a gap (a time span in which no good channel has a signal)."""
 
 
 @dataclass
@@ -52,10 +51,10 @@ class WindowFaults:
     bad: dict[int, str] = field(default_factory=dict)
     """Rows that are bad in the window, each with the kind of its fault."""
     silent: set[int] = field(default_factory=set)
-    """Rows that have no signal in a part of the window."""
+    """Rows without a signal in a part of the window."""
     near: set[int] = field(default_factory=set)
-    """Rows that have no signal shortly before or after the window, so that a filter transient reaches into the
-    window."""
+    """Rows without a signal shortly before or after the window. Because of this, the window contains a filter
+    transient."""
 
 
 @dataclass(kw_only=True)
@@ -68,13 +67,14 @@ class Faults:
     reach: int = 0
     """Length of a filter transient in samples."""
     pieces: list[list[Interval]]
-    """Start and stop of the pieces into which gaps divide each segment. A segment without a gap is a single piece."""
+    """For each segment: start and stop of the pieces between gaps. A segment without a gap is a single piece."""
     gaps: dict[int, list[Fault]] = field(default_factory=dict)
-    """Gaps of each segment, by the number of the segment."""
+    """For the number of each segment: the gaps of the segment."""
     dead: dict[int, dict[int, list[Fault]]] = field(default_factory=dict)
-    """Parts of each row without a signal, by the number of the segment and by row."""
+    """For the number of each segment, and for each row: the faults in which the row has no signal."""
     busy: dict[int, dict[int, list[Fault]]] = field(default_factory=dict)
-    """Parts of each row with muscle activity or mains noise, by the number of the segment and by row."""
+    """For the number of each segment, and for each row: the faults in which the row has muscle activity or mains
+    noise."""
 
     def judge(self, segment: int, start: int, stop: int) -> WindowFaults:
         """Find the bad rows of a window; `start` and `stop` are samples counted from the start of the segment."""
@@ -97,31 +97,31 @@ class Faults:
         return found
 
     def transient(self, piece: Interval, start: int, stop: int) -> int:
-        """Count the samples of a window that are inside the filter transients at the two ends of its piece."""
+        """Count the samples of a window that are affected by the filter transients at the two ends of `piece`."""
         begin, end = piece[0] + self.reach, piece[1] - self.reach
         return min(stop - start, max(0, min(stop, begin) - start) + max(0, stop - max(start, end)))
 
 
 class Bridge:
-    """Reads a piece of a segment. Each part in which a row has no signal is replaced by a straight line.
+    """Reads a piece of a segment. Where a row has no signal, its values are replaced by a straight line.
 
-    Without the straight line, the edges of such a part would cause large filter transients. The windows in the dataset
-    do not contain the straight line: they contain zeros where a row has no signal.
+    Without the straight line, a sudden loss of the signal would cause large filter transients. The windows in the
+    dataset do not contain the straight line: they contain zeros where a row has no signal.
 
     Parameters
     ----------
     scratch : Scratch
         The signal at the target rate.
     rows : sequence of int
-        Rows of the scratch file to read.
+        Rows to read from the scratch file.
     factor : float
         Factor that converts the values to microvolts.
     begin : int
-        First sample of the segment in the scratch file.
+        Number of the segment's first sample in the scratch file.
     piece : (int, int)
-        Start and stop of the piece in the segment.
+        Start and stop of the piece, counted from the start of the segment.
     dead : dict
-        Parts of each row without a signal (`Faults.dead`).
+        For each row: the faults in which the row has no signal (from `Faults.dead`).
     """
 
     def __init__(
@@ -182,7 +182,7 @@ def find_faults(
     rows : sequence of int
         Rows of the signal that the windows need.
     good : sequence of int
-        Positions in `rows` of the channels that are good in the recording as a whole.
+        Positions, in the list `rows`, of the channels that are good in the recording as a whole.
     segments : sequence of Segment
         Segments of the recording.
     lengths : sequence of int
@@ -197,7 +197,7 @@ def find_faults(
         Length of a filter transient in samples.
     marked : sequence of (int, float, float)
         Spans in which the file or its sidecar marks a single channel as bad: position in `rows`, and start and end in
-        seconds from the recording's beginning. Spans that are marked as bad are treated as parts without a signal.
+        seconds from the recording's beginning. In such a span, the channel is treated as if it had no signal.
 
     Returns
     -------
@@ -212,7 +212,8 @@ def find_faults(
             silent = span.kind in NO_SIGNAL
             more = around if silent else 0
             start = max(0, math.floor(span.start * ratio) - more)
-            # A span that ends with the segment must also cover the last resampled sample, which rounding can add.
+            # Resampling can round the length of a segment up, so a span up to the end of the segment must cover its
+            # last sample too.
             end = math.ceil(span.stop * ratio) + more if span.stop < whole else lengths[number]
             table = (faults.dead if silent else faults.busy).setdefault(number, {})
             table.setdefault(span.row, []).append(Fault(start, min(end, lengths[number]), span.kind))
@@ -235,11 +236,11 @@ def _add_marked(
     lengths: Sequence[int],
     sfreq: float,
 ) -> None:
-    """Add the spans in which the source marks a single channel as bad; `find_faults` explains the arguments."""
+    """Add the spans in which the file marks a single channel as bad; `find_faults` explains the arguments."""
     onsets = [segment.onset for segment in segments]
     for row, begin, end in marked:
         for number in range(max(0, bisect.bisect_right(onsets, begin) - 1), bisect.bisect_left(onsets, end)):
-            # A rounding error must not add a sample to the span.
+            # Subtract or add a thousandth of a sample, so that a rounding error does not make the span longer.
             start = max(0, math.floor((begin - onsets[number]) * sfreq + 1e-3))
             stop = min(lengths[number], math.ceil((end - onsets[number]) * sfreq - 1e-3))
             if start < stop:
@@ -256,7 +257,7 @@ def _overlapping(faults: list[Fault], start: int, stop: int) -> Iterable[Fault]:
 
 
 def _join(faults: list[Fault]) -> list[Fault]:
-    """Merge overlapping faults of one channel. A merged fault has the kind of the longest of its faults."""
+    """Merge overlapping faults of one channel. If faults are merged, the kind of the longer fault is used."""
     out: list[Fault] = []
     for fault in sorted(faults, key=lambda f: f.start):
         if out and fault.start <= out[-1].stop:
@@ -268,7 +269,7 @@ def _join(faults: list[Fault]) -> list[Fault]:
 
 
 def _cut_out(faults: list[Fault], gaps: list[Interval]) -> list[Fault]:
-    """Return the faults of a row without the parts of the faults that are inside gaps."""
+    """Remove the samples inside gaps from the faults of a row, and return the rest."""
     out = []
     for fault in faults:
         whole = (fault.start, fault.stop)
@@ -278,7 +279,7 @@ def _cut_out(faults: list[Fault], gaps: list[Interval]) -> list[Fault]:
 
 
 def _common(dead: dict[int, list[Fault]], good: Sequence[int]) -> list[Fault]:
-    """Return the parts in which no good channel has a signal."""
+    """Return the gaps: time spans in which no good channel has a signal."""
     if not good or not set(good) <= dead.keys():
         return []
     common = [(f.start, f.stop) for f in dead[good[0]]]
@@ -292,7 +293,10 @@ def _common(dead: dict[int, list[Fault]], good: Sequence[int]) -> list[Fault]:
 
 
 def intersect(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
-    """Return the intersection of two lists of intervals, which are sorted and do not overlap inside a list."""
+    """Return the intersection of two lists of intervals.
+
+    Each list must be sorted, without overlap between its intervals.
+    """
     out, i, j = [], 0, 0
     while i < len(a) and j < len(b):
         start, stop = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
@@ -306,7 +310,7 @@ def intersect(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
 
 
 def subtract(a: Sequence[Interval], b: Iterable[Interval]) -> list[Interval]:
-    """Return the parts of `a` outside `b`. The intervals of `a` must be sorted and must not overlap."""
+    """Remove the intervals `b` from the intervals `a`. The intervals `a` must be sorted and must not overlap."""
     rest: list[Interval] = []
     remove, j = sorted(b), 0
     for start, stop in a:

@@ -23,7 +23,7 @@ from data_sharding.processing.scaling import scale_windows, standard_deviation
 from data_sharding.processing.streaming import lookahead, resample, resampler_reach, zero_phase
 
 FILTER_BYTES = 8 * 2**20
-"""Size in bytes of a block of float64 samples that the filters process at a time."""
+"""Size in bytes of each block of float64 samples that the filters process."""
 
 
 BEFORE: dict[str, Any] = {
@@ -31,18 +31,20 @@ BEFORE: dict[str, Any] = {
     "notch_width_hz": 0.0,
     "quality": dataclasses.asdict(UNCHECKED),
 }
-"""Fields of `PreprocessSpec` that did not exist in older versions, with the value that means the older behaviour."""
+"""Fields of `PreprocessSpec` that did not exist in older versions. With the given values, the result is the same as in
+older versions."""
 MIN_HIGHPASS = 0.001
-"""Lowest value of `highpass` in Hz that is accepted. With a value below this limit, the response of the high-pass
-filter may be too long for the memory."""
+"""Lowest accepted value of `highpass` in Hz. Below this limit, the response of the high-pass filter may be too long for
+the memory."""
 LINE_FREQS = (10.0, 1000.0)
-"""Lowest and highest mains frequency in Hz that is accepted. Every harmonic inside the band needs a notch filter, so a
+"""Lowest and highest accepted mains frequency in Hz. Every harmonic inside the band needs a notch filter, so a
 frequency near zero would need too many filters."""
 NOTCH_GAIN = 1e-3
-"""A harmonic of the mains frequency needs no notch filter if the band-pass filter reduces the harmonic's amplitude to
-less than this fraction."""
+"""A harmonic of the mains frequency gets no notch filter if the band-pass filter reduces its amplitude to at most this
+fraction."""
 TRANSIENT_ENERGY = 3e-5
-"""The transient of a filter ends where the rest of its impulse response has this fraction of the total energy."""
+"""The transient of a filter is taken as finished when the rest of the impulse response has at most this fraction of the
+energy."""
 
 
 def check_line_freq(value: Any, what: str) -> float:
@@ -53,7 +55,7 @@ def check_line_freq(value: Any, what: str) -> float:
     value : Any
         The mains frequency in Hz: a number, or a text such as ``50 Hz``.
     what : str
-        Name of the value, for the error message.
+        Name of the value. The error message begins with this name.
 
     Returns
     -------
@@ -81,15 +83,15 @@ def check_line_freq(value: Any, what: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
-    """Settings of the preprocessing, which turns a recording into windows.
+    """Settings of the preprocessing, which makes windows from a recording.
 
-    The dataset id and the encoder package include the settings of the preprocessing.
+    The dataset id depends on these settings, and the encoder package contains them.
 
     References
     ----------
     The default band (5 to 95 Hz) and the default window (512 samples) come from DreamDiffusion (Bai et al., arXiv
-    2306.16934). The DreamDiffusion paper does not state sampling rate, reference and scaling, so the defaults of these
-    settings are common choices.
+    2306.16934). The paper does not state sampling rate, reference and scaling, so the defaults of these three settings
+    are common choices.
     """
 
     sfreq: float = 256.0
@@ -115,14 +117,15 @@ class PreprocessSpec:
     scale_uv: float = 10.0
     """With `scaling: constant`, windows are divided by this value in microvolts."""
     clip: float = 20.0
-    """Clip the scaled model input at plus and minus this value (0: do not clip). Stored windows are not clipped."""
+    """Clip the scaled model input at plus and minus this value. 0: do not clip. The windows in the dataset are never
+    clipped."""
     notch_width_hz: float = 4.0
     """Width in Hz of the notch filter around the mains frequency and around each harmonic. At the edges of the notch,
-    the filter halves the amplitude. The width must be larger than the drift of the mains frequency. 0 means the narrow
-    filter of older versions: the width of this filter is a thirtieth of the removed frequency."""
+    the filter halves the amplitude. The width must be larger than the drift of the mains frequency. With 0, the filter
+    has the width that older versions used: a thirtieth of the removed frequency."""
     reject_uv: float = 0.0
-    """Leave a window out if the peak-to-peak amplitude of a good channel exceeds this value in microvolts. 0 keeps all
-    windows."""
+    """Leave out each window in which the peak-to-peak amplitude of a good channel exceeds this value in microvolts. 0:
+    keep all windows."""
     quality: QualitySpec = field(default_factory=QualitySpec)
     """Settings that decide which parts of the recorded signal are bad."""
 
@@ -145,7 +148,7 @@ class PreprocessSpec:
         if self.reject_uv < 0:
             raise ValueError(f"preprocess.reject_uv must not be negative, got {self.reject_uv}")
         if isinstance(self.notch, bool):
-            # YAML reads the word off without quotes as false.
+            # Without quotes, YAML reads the word off as false, and the word on as true.
             object.__setattr__(self, "notch", "auto" if self.notch else "off")
         if not isinstance(self.notch, str) and not LINE_FREQS[0] <= self.notch < 0.5 * self.sfreq:
             raise ValueError(
@@ -175,7 +178,7 @@ class PreprocessSpec:
 
     @property
     def reference_name(self) -> str:
-        """Text that describes the reference in a sample's metadata."""
+        """Text in the metadata of a sample that says which reference the sample has."""
         if names := self.reference_channels:
             return "+".join(names)
         return "average" if self.reference == "average" else "recorded"
@@ -188,8 +191,8 @@ class PreprocessSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary.
 
-        A field that older versions did not have is left out if its value gives the behaviour of older versions, so that
-        specs from older versions keep their checksum.
+        A field that older versions did not have is left out if it has the value in `BEFORE`. Thus a spec from an older
+        version keeps its checksum.
         """
         values = dataclasses.asdict(self)
         for key, before in BEFORE.items():
@@ -204,7 +207,7 @@ class PreprocessSpec:
         Parameters
         ----------
         values : dict
-            The dictionary. It comes from a file, so the type and the range of every value are checked.
+            The dictionary. The type and the range of every value are checked, because the dictionary comes from a file.
         where : str
             Path of the file, for the message.
 
@@ -216,9 +219,9 @@ class PreprocessSpec:
         Raises
         ------
         RequestError
-            If a value has another type than its field, or `check_preprocess` refuses it.
+            If a value has another type than its field, or if `check_preprocess` refuses a value.
         ValueError
-            If the values do not fit together.
+            If the values contradict each other.
         """
         return cls(**check_fields(cls, {**BEFORE, **check_preprocess(values, where)}, where))
 
@@ -271,13 +274,13 @@ class PreprocessSpec:
         x_uv : ndarray or Tensor, shape (..., C, T)
             Windows in microvolts, float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
-            Number of recorded channels, for all windows or for each window. The rows after the recorded channels are
-            padding and are ignored. By default, all rows are used.
+            Number of recorded channels: an integer for all windows, or one integer for each window. All further rows
+            are padding and are ignored. By default, all rows are used.
 
         Returns
         -------
         float, or ndarray or Tensor, shape (..., 1, 1)
-            `scale_uv` for the constant scaling; otherwise the standard deviation of each window, at least 0.001.
+            `scale_uv` if `scaling` is constant; otherwise the standard deviation of each window, at least 0.001.
         """
         return self.scale_uv if self.scaling == "constant" else standard_deviation(x_uv, channels)
 
@@ -295,7 +298,7 @@ def band_of(sfreq: float, spec: PreprocessSpec) -> tuple[float, float]:
     Returns
     -------
     tuple of float
-        Lower and upper edge in Hz; the upper edge is limited to 0.45 of the recording's rate.
+        Lower and upper edge in Hz; the upper edge is at most 0.45 times the sampling rate of the recording.
     """
     return spec.highpass, min(spec.lowpass, 0.45 * sfreq)
 
@@ -310,13 +313,13 @@ def filters(sfreq: float, spec: PreprocessSpec, line_freq: float | None) -> np.n
     spec : PreprocessSpec
         Preprocessing settings.
     line_freq : float or None
-        Mains frequency of the recording in Hz, or None if the frequency is unknown or no mains noise is present. If
-        this value is None, notch filters are made only if `spec.notch` is a number.
+        Mains frequency of the recording in Hz; None if it is unknown, or if the recording has no mains noise. With
+        None, notch filters are made only if `spec.notch` is a number.
 
     Returns
     -------
     ndarray, shape (n_sections, 6)
-        Second-order sections, for filtering forward and backward.
+        Second-order sections. The caller must apply them forward and backward.
     """
     low, high = band_of(sfreq, spec)
     line = line_freq if spec.notch == "auto" else None if isinstance(spec.notch, str) else spec.notch
@@ -334,9 +337,9 @@ def _sections(low: float, high: float, sfreq: float, line: float | None, width: 
             np.asarray(tf2sos(*iirnotch(f, 30.0, fs=sfreq))) for f in np.arange(line, high, line) if f < nyquist
         ]
     elif line:
-        # The band-pass filter is not steep, so a harmonic above the band can also need a notch filter.
+        # The band-pass filter is not steep, so harmonics above the band are considered too.
         harmonics = np.arange(line, nyquist - width, line)
-        # The filter is applied forward and backward, which squares its gain.
+        # Square the gain, because the filter is applied forward and backward.
         gains = np.abs(sosfreqz(band, harmonics, fs=sfreq)[1]) ** 2
         for f in harmonics[gains > NOTCH_GAIN]:
             edges = [f - width / 2, f + width / 2]
@@ -345,7 +348,7 @@ def _sections(low: float, high: float, sfreq: float, line: float | None, width: 
 
 
 def transient_length(sfreq: float, spec: PreprocessSpec, line_freq: float | None) -> int:
-    """Compute how far the end of a segment affects the filtered signal.
+    """Compute how many samples of the filtered signal are affected by an end of the segment.
 
     Parameters
     ----------
@@ -359,9 +362,9 @@ def transient_length(sfreq: float, spec: PreprocessSpec, line_freq: float | None
     Returns
     -------
     int
-        Number of samples at the target rate. Beyond this number of samples, the resampling filter has no effect, and
-        the responses of the high-pass filter and of the notch filters have at most the fraction `TRANSIENT_ENERGY` of
-        their energy.
+        Number of samples at the target rate. Samples that are further from the end are not affected by the resampling
+        filter. For the high-pass filter and for the notch filters, these samples contain at most the fraction
+        `TRANSIENT_ENERGY` of the energy of the response.
     """
     reach = resampler_reach(sfreq, spec.sfreq, band_of(sfreq, spec)[1])
     return reach + _response_length(filters(sfreq, spec, line_freq).tobytes(), spec.highpass, spec.sfreq)
@@ -381,7 +384,8 @@ def _response_length(sections: bytes, highpass: float, sfreq: float) -> int:
         n = lookahead(sos)
         response = np.asarray(sosfilt(sos, np.eye(1, n)[0]))
         # The response of a filter that runs forward and backward is the autocorrelation of its impulse response. The
-        # peak of the autocorrelation stands for the signal itself; all other values are the filter's transient.
+        # peak of the autocorrelation is the contribution of the sample itself; all other values are the filter's
+        # transient.
         spectrum = np.asarray(rfft(response, 2 * n))
         energy = np.asarray(irfft(np.abs(spectrum) ** 2))[1:n] ** 2
         left = energy[::-1].cumsum()[::-1]
@@ -404,20 +408,21 @@ def clean_blocks(
     Parameters
     ----------
     read : callable
-        Function (start, stop) that returns the samples from `start` up to `stop` in microvolts, with shape (C, stop -
+        Function of (start, stop) that returns the samples from `start` to `stop - 1` in microvolts, shape (C, stop -
         start).
     n_samples : int
         Length of the segment, in samples at the target rate.
     sfreq : float
-        Sampling rate of the recording in Hz, which limits the band.
+        Sampling rate of the recording in Hz; the upper edge of the pass band depends on it.
     spec : PreprocessSpec
         Preprocessing settings.
     line_freq : float or None
         Mains frequency in Hz, or None (see the function `filters`).
     reference : sequence of int
-        Rows of the reference channels, whose mean is subtracted. Without reference rows, nothing is subtracted.
+        Rows of the reference channels. The mean of these rows is subtracted. If the list is empty, nothing is
+        subtracted.
     block : int, optional
-        Number of samples per block; by default as many as fit into `FILTER_BYTES`.
+        Number of samples per block. By default, a block has at most `FILTER_BYTES` bytes.
 
     Yields
     ------
@@ -425,14 +430,14 @@ def clean_blocks(
         The next block of the filtered signal, in microvolts.
     """
     sos = filters(sfreq, spec, line_freq)
-    # Extend both ends of the segment by two periods of the lowest frequency of the pass band. A segment shorter than
-    # these two periods is extended by less than two periods.
+    # Extend the segment at both ends by two periods of the lowest frequency of the pass band. (`zero_phase` extends a
+    # short segment by less.)
     pad = int(2 * spec.sfreq / spec.highpass)
     if block is None:
         block = FILTER_BYTES // (8 * max(1, read(0, 1).shape[0]))
     rows = list(reference)
     for x in zero_phase(read, n_samples, sos, pad, block):
-        # Compute the mean as a matrix product, because NumPy's mean over a list of rows would first copy the rows.
+        # Compute the mean as a matrix product, because `x[rows].mean()` would first copy the rows.
         if rows:
             weights = np.zeros(len(x))
             weights[rows] = 1 / len(rows)
@@ -457,13 +462,13 @@ def reference_rows(n_channels: int, spec: PreprocessSpec, bads: Sequence[int], n
     Returns
     -------
     list of int
-        Rows of the reference channels. With `reference: keep`, and with a single good channel for an average reference,
-        the list is empty.
+        Rows of the reference channels. The list is empty with `reference: keep`. It is also empty with an average
+        reference if the recording has only one good channel.
 
     Raises
     ------
     ValueError
-        If an average reference has no good channel, or if a named reference channel is missing or bad.
+        If no channel is good enough for an average reference, or if a reference channel in the spec is missing or bad.
     """
     if wanted := spec.reference_channels:
         row_of = {name.casefold(): i for i, name in enumerate(names)}
@@ -490,7 +495,7 @@ def preprocess(
     bads: list[int] | None = None,
     names: Sequence[str] = (),
 ) -> np.ndarray:
-    """Resample, filter and re-reference a recording without gaps, as a spec says.
+    """Resample, filter and re-reference a recording without gaps, with the settings of a spec.
 
     Parameters
     ----------
@@ -503,8 +508,8 @@ def preprocess(
     line_freq : float, optional
         Mains frequency in Hz, or None (see the function `filters`).
     bads : list of int, optional
-        Rows of the bad channels. The average reference is computed without the bad channels, but is also subtracted
-        from them.
+        Rows of the bad channels. The average reference is computed without the bad channels, but is subtracted from all
+        channels.
     names : sequence of str, optional
         Names of the channels; needed if the spec names reference channels.
 
@@ -517,8 +522,8 @@ def preprocess(
     Raises
     ------
     ValueError
-        If the array is empty, is not two-dimensional, or contains NaN or infinite values, if an average reference has
-        no good channel, or if a named reference channel is missing or bad.
+        If the array is empty, is not two-dimensional, or contains NaN or infinite values. Also if the reference
+        channels cannot be found (see `reference_rows`).
 
     Notes
     -----
@@ -548,7 +553,7 @@ def preprocess(
 
 
 def window_starts(n_samples: int, spec: PreprocessSpec) -> np.ndarray:
-    """Return the starts of the windows of a recording.
+    """Return where the windows of a recording begin.
 
     Parameters
     ----------

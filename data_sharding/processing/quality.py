@@ -1,11 +1,11 @@
 """Measure the quality of a raw (unfiltered) signal: missing values, dead and clipped channels, muscle and mains noise.
 
-The signal is divided into cells of a tenth of a second. Each cell of each channel gets flags while the signal is read.
-After the whole signal is read, neighbouring cells with the same flag are merged into spans. The flags are stored
-compressed, to save memory. A cell is *at the rail* if many of its samples are at the largest or smallest value of the
-channel.
+The signal of each channel is divided into *cells*: short intervals of a tenth of a second. While the signal is read,
+each cell gets flags. After the whole signal is read, consecutive cells with the same flag are merged into spans. The
+flags are stored compressed, to save memory. A cell is *at the rail* if many of its samples equal the largest or
+smallest value of the channel, as in a clipped signal.
 
-Letters in array shapes: n channels, k cells, L samples of a cell, b samples of a block.
+Letters in array shapes: n channels, k cells of one channel, L samples per cell, b samples per block.
 """
 
 from __future__ import annotations
@@ -25,55 +25,56 @@ SAMPLED = 4
 """Muscle activity, mains noise and repeated values are measured only in every fourth cell of a segment."""
 MISSING, CONSTANT, DEAD, HIGH, LOW, MUSCLE, MAINS_50, MAINS_60, LARGE = (1 << bit for bit in range(9))
 """Flags of a cell. MISSING: the cell has missing values. CONSTANT: all values are equal. DEAD: the signal is too small.
-HIGH, LOW: many samples equal the channel's largest or smallest value. MUSCLE, MAINS_50, MAINS_60: the cell contains
-muscle activity or mains noise. LARGE: the signal is too large."""
+HIGH (or LOW): many samples equal the channel's largest (or smallest) value. MUSCLE: muscle activity. MAINS_50,
+MAINS_60: mains noise at 50 or 60 Hz. LARGE: the signal is too large."""
 MISSING_UV = 1e12
 """A value above this limit (in microvolts) is treated as missing, because no amplifier can measure it."""
 RAIL_SHARE = 0.1
 """A cell is at the rail if more than this share of its samples, and at least 3 samples, equal the channel's largest or
 smallest value."""
 MOST_HARMONICS_HZ = 1000.0
-"""Harmonics of mains noise above this frequency are not removed from the measure of muscle activity."""
+"""When muscle activity is measured, harmonics of the mains frequency are removed only up to this frequency."""
 TONAL = 4.0
-"""The energy of a cell at the harmonics of mains noise counts as mains noise if it exceeds this factor times the energy
-that the same number of other frequencies have on average."""
+"""The harmonics of the mains frequency are removed from a cell only if their mean energy is more than 4 times the mean
+energy of the other frequencies."""
 LEAST_FREE = 4
-"""The harmonics of mains noise are removed only if the number of samples of a cell exceeds the number of removed
-signals (basis and harmonics) by at least this number."""
+"""The harmonics of the mains frequency are removed only if a cell has at least 4 samples more than the number of
+removed signals (basis and harmonics)."""
 SHORTEST = {"missing values": 1, "flat": 2, "clipped": 2, "too small": 3, "too large": 1, "muscle": 1, "mains noise": 1}
-"""Smallest number of cells (tenths of a second) in a span, for each kind of fault. (One cell with a small signal can be
-normal EEG.)"""
+"""A span is a fault only if it has at least this number of cells (tenths of a second). A single cell with a small
+signal can be normal EEG."""
 NO_SIGNAL = frozenset({"missing values", "flat", "clipped", "too small", "too large"})
-"""Kinds of fault with which a channel has no signal."""
+"""Kinds of fault that mean that the channel has no usable signal."""
 JOINED = 3
-"""Two spans without a signal are merged if fewer than this many cells (tenths of a second) are between them."""
+"""Two spans without a signal are merged if fewer than 3 cells (tenths of a second) are between the spans."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualitySpec:
     """Settings that decide which parts of a signal are bad.
 
-    Values in microvolts apply to the raw signal, before filters; `large_uv` applies to the filtered signal too.
+    Limits in microvolts apply to the raw signal before any filter; `large_uv` applies to the filtered signal too.
     """
 
     check: bool = True
-    """Check every window of every channel. If false, a channel is good or bad in the whole recording, and filter
-    transients at the ends of segments are ignored."""
+    """Check every channel in every window. If false, each channel is either good or bad in the whole recording, and
+    filter transients at the ends of segments are ignored."""
     leave_out_edges: bool = True
     """Leave out the beginning and the end of each segment, where the filters have a transient. Trials and epochs are
     kept, and their samples have the key `transient_s`."""
     dead_uv: float = 0.1
-    """A channel is dead where its standard deviation within a tenth of a second, without the linear trend, is below
-    this value in microvolts. Noise of an amplifier that records no EEG can be below this value."""
+    """A channel is dead where its standard deviation within a tenth of a second, after subtraction of a linear trend,
+    is below this value in microvolts. (The noise of an amplifier without electrodes can be that small.)"""
     large_uv: float = 5000.0
-    """A channel is too large in a window if the absolute value of its filtered signal exceeds this value. The raw
-    signal is too large where it changes by more than twice this value within a tenth of a second."""
+    """A channel is too large in a window if the absolute value of its filtered signal exceeds this value in microvolts.
+    A channel is also too large where its raw signal changes by more than twice this value within a tenth of a
+    second."""
     muscle_uv: float = 50.0
     """A channel has muscle activity in a window if its root mean square above 35 Hz, without mains noise, exceeds this
-    value in at least half of the window."""
+    value in microvolts in at least half of the window."""
     mains_uv: float = 500.0
-    """A channel has mains noise in a window if the root mean square at 50 or 60 Hz exceeds this value in at least half
-    of the window."""
+    """A channel has mains noise in a window if its root mean square at 50 or 60 Hz exceeds this value in microvolts in
+    at least half of the window."""
     max_bad_share: float = 0.5
     """Leave out a window if more than this fraction of the recording's good channels are bad in the window."""
 
@@ -86,7 +87,7 @@ class QualitySpec:
 
 
 UNCHECKED = QualitySpec(check=False, leave_out_edges=False)
-"""Settings with the behaviour of older versions, which checked only whole channels."""
+"""Settings that give the same result as older versions, which judged each channel only for the whole recording."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,16 @@ class Span:
 
 @dataclass
 class _Rail:
-    """Largest (or smallest) value of each channel, and how often the channel has this value."""
+    """The largest (or the smallest) value of each channel, and how many samples have this value."""
 
     value: np.ndarray
-    """[n], largest value of each channel so far. A `_Rail` for smallest values stores these values with the opposite
+    """Largest value of each channel so far, shape (n,). A `_Rail` for smallest values stores them with the opposite
     sign."""
     since: np.ndarray
-    """[n], number of the cell in which this value occurred first. A HIGH or LOW flag of an earlier cell is invalid,
-    because the flag was set for a value that a later cell exceeded."""
+    """Number of the cell in which `value` occurred first, shape (n,). HIGH (or LOW) flags of earlier cells are invalid,
+    because a later cell has a larger (or smaller) value."""
     samples: np.ndarray = field(init=False)
-    """[n], number of samples with the largest (or smallest) value in cells that are not at the rail."""
+    """How many samples have this value in cells that are not at the rail, shape (n,)."""
 
     def __post_init__(self) -> None:
         self.samples = np.zeros(len(self.value), int)
@@ -127,9 +128,9 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
     Returns
     -------
     basis : ndarray, shape (L, K)
-        Orthonormal columns. The energy of a cell without the components in `basis` is muscle activity and noise.
+        Orthonormal columns. What remains of a cell after these components are removed is muscle activity and noise.
     mains : dict
-        For each flag of mains noise (MAINS_50 or MAINS_60), the columns of `basis` that represent this noise.
+        For each flag of mains noise (MAINS_50 and MAINS_60): the columns of `basis` for this noise.
     n_free : int
         Number of samples of a cell minus number of basis signals: L - K.
     """
@@ -149,7 +150,7 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
 
 @functools.lru_cache(maxsize=16)
 def _harmonics(length: int, sfreq: float) -> np.ndarray:
-    """Return orthonormal signals [L, K] for the harmonics of mains noise.
+    """Return orthonormal signals [L, K] for the harmonics of 50 and 60 Hz.
 
     All returned signals are orthogonal to the signals of `_basis`.
     """
@@ -163,10 +164,10 @@ def _harmonics(length: int, sfreq: float) -> np.ndarray:
 
 
 def _without_harmonics(x: np.ndarray, rest: np.ndarray, sfreq: float) -> np.ndarray:
-    """Remove the harmonics of mains noise from the energy of cells, because the harmonics are no muscle activity.
+    """Remove the harmonics of mains noise from the energy of cells, because they are not muscle activity.
 
-    Muscle activity has energy at all frequencies. So the energy at the harmonics is removed only from cells in which
-    the harmonics have much more energy than the same number of other frequencies.
+    Muscle activity has energy at all frequencies. So the energy at the harmonics is removed only from cells in which a
+    harmonic has, on average, much more energy than another frequency.
 
     Parameters
     ----------
@@ -218,10 +219,12 @@ class Cells:
         self.low = _Rail(np.full(n_channels, -np.inf), np.zeros(n_channels, int))
         self.n_cells, self.n_all_constant = 0, 0
         self.constant, self.missing, self.dead = (np.zeros(n_channels, int) for _ in range(3))
-        """[n], number of cells with the flags CONSTANT, MISSING and DEAD."""
+        """Three counts of shape (n,): number of cells with the flag CONSTANT, with the flag MISSING, and with the flag
+        DEAD."""
         self.repeated, self.compared = np.zeros(n_channels, int), np.zeros(n_channels, int)
-        """[n], number of samples that equal the previous sample, and number of samples that were compared with the
-        previous sample. Samples are compared only in every fourth cell (see `SAMPLED`), and not in constant cells."""
+        """Two counts of shape (n,): number of samples that equal the previous sample, and number of samples that were
+        compared with the previous sample. Only samples in every fourth cell are compared (see `SAMPLED`), and none in
+        constant cells."""
         self._flags: list[tuple[int, int, bytes]] = []
         self._firsts: list[int] = []
         self._segment, self._done = 0, 0
@@ -256,7 +259,7 @@ class Cells:
             self._finish_segment()
 
     def _add(self, part: np.ndarray) -> None:
-        """Measure all complete cells of the next samples of a segment."""
+        """Add the next samples of a segment, and measure all cells that are complete now."""
         length, first = self.length, self._done % self.length
         held = self._recent[:, self._recent.shape[1] - first :] if first else part[:, :0]
         used = min(length - first, part.shape[1]) if first else 0
@@ -274,16 +277,19 @@ class Cells:
         self._recent = part[:, -keep:].copy()
 
     def _finish_segment(self) -> None:
-        """Measure the last samples of a segment, as one cell that overlaps the previous cell."""
+        """Measure the last samples of a segment, which do not fill a cell.
+
+        The last cell therefore overlaps the previous cell.
+        """
         if self._done % self.length:
             self._measure(self._recent[:, -min(self.length, self._done) :][:, None, :])
         self._segment, self._done = self._segment + 1, 0
         self._recent = self._recent[:, :0]
 
     def _measure(self, x: np.ndarray) -> None:
-        """Set the flags of `k` cells of all channels; `x` holds the samples of the cells, [n, k, L]."""
+        """Set the flags of `k` cells of each channel; `x` contains the samples of these cells, [n, k, L]."""
         flags = np.zeros(x.shape[:2], np.uint16)
-        # Process a few rows (2 MB) at a time, so that the rows stay in the CPU's cache.
+        # Process the rows in portions of 2 MB, so that a portion fits into the CPU's cache.
         portion = max(1, 2**18 // (x.shape[1] * x.shape[2]))
         with np.errstate(invalid="ignore", over="ignore"):
             for first in range(0, len(x), portion):
@@ -295,7 +301,7 @@ class Cells:
         self.n_cells += x.shape[1]
 
     def _measure_rows(self, rows: slice, x: np.ndarray, flags: np.ndarray) -> None:
-        """Set the flags of `k` cells of `r` rows; `x` holds the samples of the cells, [r, k, L].
+        """Set the flags of `k` cells in each of `r` rows; `x` contains the samples of these cells, [r, k, L].
 
         In most blocks, most rows have no fault. To save time, the minimum and maximum of a row and a few samples of
         each cell show whether the row can have a fault. Only rows that can have a fault are measured cell by cell.
@@ -304,8 +310,8 @@ class Cells:
         whole = x.reshape(len(x), -1) if n_cells == 1 else _join_cells(x)
         low, high = whole.min(axis=1), whole.max(axis=1)
         limit = MISSING_UV / self.to_uv
-        # Missing values are visible in the minimum and maximum: a NaN makes both NaN, and an infinite value is one of
-        # them.
+        # Minimum and maximum show missing values: both are NaN if a value is NaN, and one of them is infinite if a
+        # value is infinite.
         plain = (low >= -limit) & (high <= limit) & (high - low <= 2 * self.spec.large_uv / self.to_uv)
         plain &= length == self.length
         quiet = np.zeros(x.shape[:2], bool)
@@ -315,9 +321,8 @@ class Cells:
                 value = rail.value[rows]
                 found = np.flatnonzero(plain & (ends >= value))
                 if len(found):
-                    # The row reaches the channel's largest or smallest value. If one of the few samples in `thin` also
-                    # equals the channel's largest or smallest value, the row may be clipped, and is measured cell by
-                    # cell.
+                    # The row reaches the channel's largest or smallest value. If one of the few samples in `thin` has
+                    # this value too, the row may be clipped, so it is measured cell by cell.
                     at = (thin[found] == (ends if rail is self.high else low)[found][:, None, None]).any(axis=(1, 2))
                     plain[found[at]] = False
             thin = thin - thin[:, :, :1]
@@ -343,7 +348,7 @@ class Cells:
             self._measure_sampled(rows, x[:, offset::SAMPLED], flags[:, offset::SAMPLED])
 
     def _note_extremes(self, row: int, x: np.ndarray, low: float, high: float) -> None:
-        """Update the largest and smallest value of a row that is not clipped."""
+        """Update the largest and the smallest value of a row, if it is certain that the row is not clipped."""
         for rail, end, value in ((self.high, high, high), (self.low, -low, low)):
             if end < rail.value[row]:
                 continue
@@ -360,7 +365,7 @@ class Cells:
         return np.uint16(DEAD if self._is_dead(x[None])[0] else 0)
 
     def _is_dead(self, x: np.ndarray) -> np.ndarray:
-        """Return which cells [m, L] have too little signal after a linear trend is subtracted."""
+        """Return for each cell in `x` [m, L] whether its signal is too small after a linear trend is subtracted."""
         x = x - x.mean(axis=1, keepdims=True)
         energy = (x**2).sum(axis=1) - ((x @ _line(x.shape[1])) ** 2).sum(axis=1)
         return energy < x.shape[1] * (self.spec.dead_uv / self.to_uv) ** 2
@@ -393,7 +398,10 @@ class Cells:
         flags: np.ndarray,
         flag: int,
     ) -> None:
-        """Flag the cells at the rail, and count the samples at the largest or smallest value in all other cells."""
+        """Flag the cells at the rail.
+
+        In all other cells, count the samples that equal the largest (or smallest) value.
+        """
         if not finite.any():
             return
         signed = np.where(finite, sign * ends, -np.inf)
@@ -412,7 +420,7 @@ class Cells:
             np.add.at(rail.samples, rows[r[~found]], count[~found])
 
     def _measure_sampled(self, rows: slice, x: np.ndarray, flags: np.ndarray) -> None:
-        """Set the flags of muscle activity and mains noise in every fourth cell, and count repeated values there."""
+        """Measure every fourth cell: set the flags of muscle activity and mains noise, and count repeated values."""
         live = (flags & CONSTANT) == 0
         same = np.count_nonzero(x[:, :, 1:] == x[:, :, :-1], axis=2)
         self.repeated[rows] += np.where(live, same, 0).sum(axis=1)
@@ -450,7 +458,7 @@ class Cells:
         return self.repeated / np.maximum(1, self.compared)
 
     def summarise(self, stretches: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Measure how much of each channel is clipped, and how much of each stretch (a few seconds) has no signal.
+        """Measure how much of each channel is clipped, and how much of each stretch (some seconds) has no signal.
 
         Parameters
         ----------
@@ -460,13 +468,14 @@ class Cells:
         Returns
         -------
         samples : ndarray, shape (n,)
-            Larger of two fractions of the samples: those with the channel's largest value, and those with its smallest
-            value. Cells at the rail, constant cells and cells with missing values are left out.
+            Fraction of samples with the channel's largest value, or fraction of samples with its smallest value,
+            whichever is larger. Cells at the rail, constant cells and cells with missing values are left out.
         cells : ndarray, shape (n,)
             Fraction of each channel's cells that are at the rail (many samples equal the channel's largest or smallest
             value). Constant cells and cells with missing values are left out.
         dead : ndarray, shape (stretches, n)
-            Fraction of the cells in each stretch that have no signal: dead, missing, too large or at the rail.
+            For each stretch and channel: fraction of cells without a signal (dead, missing values, too large or at the
+            rail).
         """
         n = len(self.constant)
         at_rail, dead = np.zeros(n, int), np.zeros((len(stretches), n))
@@ -496,7 +505,7 @@ class Cells:
         return np.clip(count / max(1, self.n_cells - self.n_all_constant), 0, 1)
 
     def _read_flags(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the number of the first cell and the flags [n, k] of each block.
+        """Yield for each block: the number of its first cell, and the flags [n, k] of its cells.
 
         A cell loses its HIGH flag if the channel reached its largest value only in a later cell, and its LOW flag if
         the channel reached its smallest value only in a later cell.
@@ -512,21 +521,20 @@ class Cells:
             yield first, flags
 
     def spans(self, rows: Sequence[int], line_freq: float | None) -> dict[int, list[Span]]:
-        """Merge neighbouring cells into spans.
+        """Merge consecutive cells with the same fault into spans.
 
         Parameters
         ----------
         rows : sequence of int
             Rows of the channels.
         line_freq : float, optional
-            Mains frequency in Hz. If the mains frequency is None, both noise at 50 Hz and noise at 60 Hz count as mains
-            noise.
+            Mains frequency in Hz. If None, noise at 50 Hz and noise at 60 Hz are both taken as mains noise.
 
         Returns
         -------
         dict
-            For the number of each segment, the spans of the segment in which a channel is bad. Segments without spans
-            are not in the dictionary.
+            The key is the number of a segment, the value is a list of the spans of this segment in which a channel is
+            bad. Segments without spans are not in the dictionary.
         """
         if not self.spec.check:
             return {}
@@ -552,7 +560,8 @@ class Cells:
             for run in found:
                 if run.cells < SHORTEST[run.kind]:
                     continue
-                # A part without a signal ends somewhere inside the neighbouring cell, so include that cell.
+                # The signal returns somewhere inside the next cell, and is lost somewhere inside the previous cell, so
+                # include both cells.
                 margin = int(run.kind in NO_SIGNAL and run.kind != "missing values")
                 start, stop = max(0, run.start - margin), run.stop + margin
                 stop = min(stop * self.length, segment.stop - segment.start)
@@ -562,7 +571,7 @@ class Cells:
 
 @dataclass
 class _Run:
-    """A run: neighbouring cells of one channel with the same fault."""
+    """A run: consecutive cells of one channel with the same fault."""
 
     start: int
     stop: int
@@ -576,16 +585,16 @@ class _Runs:
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, int, str], list[_Run]] = {}
-        """Lists of runs in order of time. The key of a list is the number of the segment, the position of the channel,
-        and the name of the group of faults."""
+        """Lists of runs, sorted by time. The key has the number of the segment, the position of the channel, and the
+        name of a group of faults."""
 
     def add(
         self, segment: int, first: int, group: str, mask: np.ndarray, counts: dict[str, np.ndarray] | None = None
     ) -> None:
         """Add the cells of a block, [n, k].
 
-        With `counts` (a mask for each kind of fault), the kind of a run is the most common kind of fault of its cells.
-        If fewer than half of the cells of the run have the most common kind, the kind of the run is "too small".
+        If `counts` (a mask for each kind of fault) is given, the kind of a run is the most common kind of fault in its
+        cells. If fewer than half of its cells have this kind, the kind of the run is "too small".
         """
         gap = 1 if group in ("muscle", "mains noise") else JOINED
         for row in np.flatnonzero(mask.any(axis=1)).tolist():
@@ -604,7 +613,7 @@ class _Runs:
 
 
 def _widen(mask: np.ndarray) -> np.ndarray:
-    """Copy the flag of each measured cell to the following cells that were not measured."""
+    """Copy the flag of each measured cell to the three following cells, which were not measured."""
     if not mask.any():
         return mask
     wide = mask.copy()
@@ -614,7 +623,7 @@ def _widen(mask: np.ndarray) -> np.ndarray:
 
 
 def _join_cells(x: np.ndarray) -> np.ndarray:
-    """Return neighbouring cells [r, k, L] as rows of samples [r, k * L], without copying them."""
+    """Return consecutive cells [r, k, L] as rows of samples [r, k * L], without a copy."""
     shape, strides = (len(x), x.shape[1] * x.shape[2]), (x.strides[0], x.strides[2])
     return np.lib.stride_tricks.as_strided(x, shape, strides, writeable=False)
 

@@ -36,26 +36,26 @@ def scale_windows(x_uv: Any, *, scaling: str, scale_uv: float, clip: float, chan
 
 
 def standard_deviation(x_uv: Any, channels: Any = None) -> Any:
-    """Compute the standard deviation of each window over all its channels together, at least 0.001.
+    """Compute the standard deviation of each window: a single value for all its channels, at least 0.001.
 
     Parameters
     ----------
     x_uv : ndarray or Tensor, shape (..., C, T)
         Windows in microvolts, float32 or float64.
     channels : int, or sequence or Tensor of int, [B], optional
-        Number of recorded channels, for all windows or for each window. The rows after the recorded channels are
-        padding and are ignored. By default all rows are used.
+        Number of recorded channels: an integer for all windows, or one integer for each window. All further rows are
+        padding and are ignored. By default, all rows are used.
 
     Returns
     -------
     ndarray or Tensor, shape (..., 1, 1)
-        Standard deviations. The channels of a window share one standard deviation, so they keep their relative
-        amplitudes.
+        Standard deviations. Because all channels of a window are divided by the same value, their relative amplitudes
+        do not change.
 
     Notes
     -----
-    Padding rows repeat the recorded channels. Without `channels`, the padding rows are used too, so channels that are
-    repeated more often get a larger weight.
+    Padding rows repeat the recorded channels. Without `channels`, the padding rows are used too, so a channel that is
+    repeated more often has a larger weight.
     """
     if channels is None or isinstance(channels, int):
         rows = x_uv if channels is None else x_uv[..., :channels, :]

@@ -1,8 +1,8 @@
 """Process signals that are too long for memory: resampling and zero-phase filtering, block by block.
 
 Except for rounding, the result does not depend on the size of the blocks. SciPy's `resample_poly` and `sosfiltfilt` are
-not used, because they need the whole signal in memory; applied to each block separately, they would cause errors at the
-borders of the blocks.
+not used, because they need the whole signal in memory. If they were applied to each block separately, the samples near
+the borders of the blocks would be wrong.
 
 Letters in array shapes: n channels, S samples at the recorded rate, T samples at the target rate, b samples per block.
 """
@@ -27,14 +27,14 @@ BLOCK_BYTES = 24 * 2**20
 """Largest size of a block in bytes, with 8 bytes (float64) for each value. A reader may need several times this size to
 decode a block."""
 STOP_DB = 80.0
-"""Attenuation of aliased frequencies in dB. A larger attenuation is useless, because samples are stored as float16, and
-the rounding error of float16 is only 66 dB below the stored sample."""
+"""Attenuation of aliased frequencies in dB. More attenuation would be useless, because samples are stored as float16,
+and the rounding error of float16 is only 66 dB smaller than the sample."""
 TRUNCATION = 1e-7
-"""The lookahead of a filter is the number of samples after which its response has decayed to this fraction and is
-ignored."""
+"""The *lookahead* of a filter is the number of samples after which its response is smaller than this fraction. The rest
+of the response is ignored."""
 HELD_BYTES = 128 * 2**20
-"""If a block and its lookahead need more than this number of bytes (8 bytes for each value), filtered samples are kept
-on disk."""
+"""If a block and its lookahead need more than this number of bytes (8 bytes for each value), filtered samples are
+stored on disk."""
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ on disk."""
 
 @dataclass(frozen=True)
 class Piece:
-    """The samples of one segment in one block: the whole segment, or a part of the segment."""
+    """Those samples of a block that belong to one segment: the whole segment, or a part of the segment."""
 
     segment: int
     """Index of the segment in the signal."""
@@ -67,8 +67,8 @@ def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | N
     Yields
     ------
     list of Piece
-        Pieces of one block: a part of a long segment, or many short segments. The pieces of a block are neighbours in
-        the file and are read together.
+        Pieces of one block: a part of a long segment, or many short segments. In the file, each piece of a block begins
+        where the previous piece ends, so the block is read at once.
     """
     most = max(1024, (block_bytes or BLOCK_BYTES) // (8 * max(1, n_channels)))
     block: list[Piece] = []
@@ -86,7 +86,7 @@ def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | N
 
 
 class Scratch:
-    """Temporary file of samples without a file name, so that the system deletes it even if the process crashes.
+    """Temporary file for samples. The file has no name, so the system deletes it even if the process crashes.
 
     Parameters
     ----------
@@ -95,9 +95,9 @@ class Scratch:
 
     Notes
     -----
-    The temporary file lies in the folder that the environment variable DREAMSCALE_SCRATCH names, or else in the
-    system's temporary folder. The temporary file is not memory-mapped, because mapped pages would be counted as memory
-    of the process.
+    The file is in the folder in the environment variable DREAMSCALE_SCRATCH. If this variable is not set, the file is
+    in the system's temporary folder. The file is not memory-mapped, because mapped pages would be counted as memory of
+    the process.
     """
 
     def __init__(self, n_channels: int) -> None:
@@ -147,7 +147,7 @@ class Scratch:
         return out.T
 
     def close(self) -> None:
-        """Close the temporary file, which frees the file's disk space."""
+        """Close the temporary file, so that the system frees its disk space."""
         self._file.close()
 
     def __enter__(self) -> Scratch:
@@ -162,23 +162,22 @@ class Scratch:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Polyphase filter, stored as a few small matrices.
+    """Polyphase filter for resampling, stored as a few small matrices.
 
-    The signal is divided into frames: `inputs` input samples that give exactly `outputs` output samples. The outputs of
-    a frame are divided into groups, and one matrix computes the outputs of one group. All frames use the same matrices,
-    because the phases of the filter repeat after each frame.
+    The signal is divided into frames. From the `inputs` input samples of a frame, exactly `outputs` output samples are
+    computed. The outputs of a frame are divided into groups, and one matrix computes the outputs of one group. All
+    frames use the same matrices, because the phases of the filter are the same in each frame.
     """
 
     up: int
     down: int
     reach: int
-    """Number of input samples, before and after an output sample, that may contribute to the output sample."""
+    """An output sample depends on at most this many input samples before it, and on as many after it."""
     inputs: int
     outputs: int
     groups: tuple[tuple[int, int, np.ndarray], ...]
-    """For each group: the index of the group's first output in the frame, the index of the group's first input (index 0
-    is the input `reach` samples before the frame), and the group's matrix, of shape [inputs of the group, outputs of
-    the group]."""
+    """For each group: index of its first output in the frame; index of its first input, counted from `reach` samples
+    before the frame; and its matrix, of shape [inputs of the group, outputs of the group]."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -218,7 +217,7 @@ def resampled_length(n_samples: int, sfreq: float, target: float) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _plan(sfreq: float, target: float, passband: float) -> _Plan:
-    """Design the anti-aliasing filter and store the filter as matrices.
+    """Design the anti-aliasing filter, and store the filter as matrices.
 
     Resampling by ``up / down`` means: insert ``up - 1`` zeros after each input sample, apply the low-pass filter ``h``,
     and keep every ``down``-th sample. In the signal with the inserted zeros, output ``j`` is at position ``j * down``,
@@ -226,9 +225,9 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     ``i``, where ``half`` is the index of the middle of ``h``. Only the inputs ``i`` within `reach` samples of ``j *
     down / up`` contribute to output ``j``.
 
-    The weights of a group of `count` neighbouring outputs form a matrix. One matrix product computes the outputs of a
-    group in all frames. The matrices contain many zeros; still, the matrix products take a third of the time of SciPy's
-    `upfirdn`, because `upfirdn` computes one output at a time.
+    The weights of a group of `count` consecutive outputs form a matrix. One matrix product computes the outputs of this
+    group in all frames. The matrices contain many zeros, but the matrix products need only a third of the time of
+    SciPy's `upfirdn`, which computes each output separately.
     """
     from scipy.signal import firwin, kaiserord
 
@@ -236,27 +235,27 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     up, down = ratio.numerator, ratio.denominator
     lower = min(sfreq, target)
     passed = min(passband, 0.45 * lower)
-    # The filter need not remove frequencies between `passed` and `lower - passed`, because their aliases are above
-    # `passed`, outside the pass band.
+    # The transition band can extend from `passed` to `lower - passed`, because the aliases of these frequencies are
+    # above `passed`, outside the pass band.
     taps, beta = kaiserord(STOP_DB, (lower - 2 * passed) / (0.5 * up * sfreq))
     half = taps // 2 + 1
     h = up * np.asarray(firwin(2 * half + 1, 0.5 * lower, window=("kaiser", beta), fs=up * sfreq))  # type: ignore[arg-type]
     for phase in range(up):
-        # Scale the filter weights of each phase to a sum of exactly one. Without this scaling, the phases would change
-        # a constant signal by different factors, and the constant would become a tone.
+        # Scale the filter weights of each phase so that their sum is exactly one. Without this scaling, each phase
+        # would multiply a constant signal by another factor, and the output would contain a tone.
         h[phase::up] /= h[phase::up].sum()
     reach = half // up + 1
     count = max(4, min(64, round(2 * reach * up / down)))
     width = math.ceil(count * down / up) + 2 * reach + 1
-    # Make a frame at least as long as the inputs of a group. Then the group's inputs in one frame do not overlap with
-    # the group's inputs in the next frame, and BLAS can read all of these inputs in place, without a copy.
+    # Make a frame at least as long as the inputs of a group. Then the inputs of a group in consecutive frames do not
+    # overlap, and BLAS can read these inputs without a copy.
     times = max(math.ceil(width / down), math.ceil(4 * count / up))
     inputs, outputs = times * down, times * up
     groups = []
     for first in range(0, outputs, count):
         j = np.arange(first, min(first + count, outputs))
-        begin = j[0] * down // up  # Index of the group's first input; index 0 lies `reach` samples before the frame.
-        # Stop at the last input that the group needs, because later samples may not have been read yet.
+        begin = j[0] * down // up  # Index of the group's first input, counted from `reach` samples before the frame.
+        # Do not use inputs after the last input that the group needs, because these may not have been read yet.
         i = np.arange(begin - reach, j[-1] * down // up + reach + 1)
         k = half + j[None, :] * down - i[:, None] * up
         matrix = np.where((k >= 0) & (k < len(h)), h[np.clip(k, 0, len(h) - 1)], 0.0)
@@ -265,14 +264,14 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
 
 
 def resampler_reach(sfreq: float, target: float, passband: float) -> int:
-    """Return how far the effect of one recorded sample reaches on each side, in samples at the target rate."""
+    """Return how many samples at the target rate, on each side of a recorded sample, depend on this recorded sample."""
     if ratio_of(sfreq, target) == 1:
         return 0
     return math.ceil(_plan(sfreq, target, passband).reach * target / sfreq)
 
 
 def _odd(x: np.ndarray, before: int, after: int) -> np.ndarray:
-    """Extend a signal at both ends by its own samples, rotated by 180 degrees about the end points."""
+    """Extend a signal at both ends: its samples next to an end are rotated by 180 degrees about the end point."""
     return np.pad(x, ((0, 0), (before, after)), mode="reflect", reflect_type="odd")
 
 
@@ -284,25 +283,25 @@ class Resampler:
     sfreq, target : float
         Recorded rate and target rate in Hz.
     passband : float
-        Upper edge of the pass band in Hz, limited to 0.45 of the lower rate. Frequencies below the upper edge are not
-        attenuated and contain no aliases.
+        Upper edge of the pass band in Hz, at most 0.45 times the lower of the two rates. The pass band is not
+        attenuated, and the aliases in it are attenuated by `STOP_DB`.
 
     Notes
     -----
-    The filter is a Kaiser-windowed sinc. At both ends, the segment is extended by its own samples, rotated by 180
-    degrees about the end point. (Some libraries do not extend the segment but remove a linear trend. If a trend is
-    removed, every output sample depends on the length of the signal.)
+    The filter is a Kaiser-windowed sinc. The segment is extended at both ends: its samples next to an end are rotated
+    by 180 degrees about the end point. (Some libraries remove a linear trend instead. Then every output sample depends
+    on the length of the signal.)
 
-    Between two calls of `push`, `_held` contains the input samples that later outputs still need. The first sample in
-    `_held` is `reach` samples before the next frame. When `_held` contains a whole frame and `reach` samples after the
-    frame, the outputs of this frame are computed, and its inputs are dropped.
+    Between two calls of `push`, `_held` contains the input samples that are needed for later outputs. The first sample
+    in `_held` is `reach` samples before the next frame. When `_held` contains the whole next frame and `reach` samples
+    after the frame, the outputs of this frame are computed, and its inputs are dropped.
     """
 
     def __init__(self, sfreq: float, target: float, passband: float) -> None:
         self._same = ratio_of(sfreq, target) == 1
         self._plan = _plan(sfreq, target, passband) if not self._same else None
         self._held: np.ndarray | None = None
-        # Whether the signal was extended before its first sample. After the extension, `_held` begins `reach` samples
+        # True when the signal has been extended before its first sample. From then on, `_held` begins `reach` samples
         # before the next frame.
         self._begun = False
         self._n_channels = self._n_in = self._n_out = 0
@@ -319,7 +318,7 @@ class Resampler:
         scale : float
             Factor by which the samples are multiplied.
         offset : ndarray or float
-            Value that is subtracted after the multiplication; its shape must broadcast against the block.
+            Value that is subtracted after the multiplication: one value, or one value for each channel.
 
         Returns
         -------
@@ -331,7 +330,8 @@ class Resampler:
         plan = self._plan
         if plan is None:
             return x * scale - offset
-        # The filter is linear, so scale the output samples, which are usually fewer than the input samples.
+        # Scale the output samples and not the input samples, because there are usually fewer of them. (The filter is
+        # linear.)
         self._scale, self._offset = scale, offset
         kept = 0 if self._held is None else self._held.shape[1]
         lead = 0 if self._begun else plan.reach
@@ -392,7 +392,7 @@ class Resampler:
         extension = _odd(context, 0, plan.reach + 1)[:, context.shape[1] :]
         data = np.concatenate([data, extension], axis=1)
         if data.shape[1] < need:
-            # Fill the last frame with zeros. The outputs that depend on the added zeros are cut off from the result.
+            # Fill the last frame with zeros. The outputs that depend on these zeros are removed from the result.
             data = np.pad(data, ((0, 0), (0, need - data.shape[1])))
         return self._frames(data)[:, :missing]
 
@@ -407,7 +407,7 @@ def resample(x: np.ndarray, sfreq: float, target: float, passband: float | None 
     sfreq, target : float
         Recorded rate and target rate in Hz.
     passband : float, optional
-        Upper edge of the pass band in Hz; 0.4 of the lower rate by default.
+        Upper edge of the pass band in Hz; by default, 0.4 times the lower of the two rates.
 
     Returns
     -------
@@ -423,7 +423,7 @@ def resample(x: np.ndarray, sfreq: float, target: float, passband: float | None 
 
 
 def lookahead(sos: np.ndarray) -> int:
-    """Compute the number of samples after which a filter's initial state has no effect.
+    """Compute after how many samples a filter's initial state has practically no effect.
 
     Parameters
     ----------
@@ -433,7 +433,7 @@ def lookahead(sos: np.ndarray) -> int:
     Returns
     -------
     int
-        Number of samples after which the response of the slowest pole is below `TRUNCATION`.
+        Number of samples after which the response of the slowest pole is smaller than `TRUNCATION`.
     """
     radius = max(float(np.abs(np.roots(section[3:])).max()) for section in sos)
     return math.ceil(math.log(TRUNCATION) / math.log(min(max(radius, 1e-3), 1 - 1e-9)))
@@ -441,7 +441,7 @@ def lookahead(sos: np.ndarray) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _memory(sections: bytes, count: int) -> tuple[int, np.ndarray]:
-    """Return a filter's lookahead and its steady state for a constant input. Results are cached."""
+    """Return a filter's lookahead, and its steady state for a constant input."""
     from scipy.signal import sosfilt_zi
 
     sos = np.frombuffer(sections).reshape(count, 6)
@@ -456,33 +456,33 @@ def zero_phase(
     Parameters
     ----------
     read : callable
-        Function (start, stop) that returns the samples from `start` up to `stop` as an array of shape (n, stop -
+        Function of (start, stop) that returns the samples from `start` to `stop - 1` as an array of shape (n, stop -
         start).
     n_samples : int
         Length of the segment in samples.
     sos : ndarray, shape (n_sections, 6)
         Second-order sections of the filter.
     pad : int
-        Number of samples by which the segment is extended at each end (see `Resampler`). A segment of `pad` or fewer
-        samples is extended by fewer than `pad` samples.
+        Number of samples by which the segment is extended at each end (see `Resampler`). A segment with at most `pad`
+        samples is extended by its length minus one.
     block : int
-        Number of samples that are read at a time. If `block` is less than four times the filter's lookahead, four times
-        the lookahead is used, except for a signal that is kept on disk.
+        Number of samples per block. If `block` is less than four times the filter's lookahead, blocks have four times
+        the lookahead, except for a signal that is stored on disk.
 
     Yields
     ------
     ndarray, shape (n, b), float64
-        Filtered blocks in order. Together the blocks have `n_samples` samples.
+        Filtered blocks in order. All blocks together have `n_samples` samples.
 
     Notes
     -----
-    The forward pass starts each block with the filter state from the end of the previous block. The state of the
-    backward pass at the end of a block depends on all later samples, so the backward filter starts one lookahead after
-    the block, with an approximate state. When the backward filter reaches the block, the error of its state is below
-    `TRUNCATION`. For a single block, the result equals `scipy.signal.sosfiltfilt`.
+    The forward pass starts each block with the filter state from the end of the previous block. For the backward pass,
+    the exact state at the end of a block depends on all later samples. So the backward filter starts one lookahead
+    after the block, with an approximate state. When the backward filter reaches the block, the relative error of its
+    state is smaller than `TRUNCATION`. For a single block, the result equals `scipy.signal.sosfiltfilt`.
 
-    For a high-pass below about 0.1 Hz, the lookahead of many channels does not fit into memory, so the signal is kept
-    on disk as float32 between the two passes.
+    With many channels and a high-pass below about 0.1 Hz, a block with its lookahead does not fit into memory. Then the
+    signal is stored on disk as float32 between the two passes.
     """
     from scipy.signal import sosfilt
 
@@ -510,7 +510,7 @@ def zero_phase(
 
 
 def _initial_state(sos: np.ndarray, zi: np.ndarray, head: np.ndarray, pad: int) -> np.ndarray:
-    """Compute the forward filter's state at the start of a segment; `head` holds the segment's first samples."""
+    """Compute the forward filter's state at the start of a segment; `head` contains the segment's first samples."""
     from scipy.signal import sosfilt
 
     before = _odd(head, pad, 0)[:, :pad]
@@ -522,7 +522,7 @@ def _initial_state(sos: np.ndarray, zi: np.ndarray, head: np.ndarray, pad: int) 
 def _filter_extension(
     read: Callable[[int, int], np.ndarray], n_samples: int, sos: np.ndarray, pad: int, state: np.ndarray
 ) -> np.ndarray:
-    """Run the forward filter over the extension after the end of a segment."""
+    """Apply the forward filter to the extension after the end of a segment."""
     from scipy.signal import sosfilt
 
     tail = np.asarray(read(n_samples - 1 - pad, n_samples), np.float64)
@@ -532,7 +532,7 @@ def _filter_extension(
 def _zero_phase_on_disk(
     read: Callable[[int, int], np.ndarray], n_samples: int, sos: np.ndarray, pad: int, block: int
 ) -> Iterator[np.ndarray]:
-    """Run `zero_phase` for a filter with a long lookahead; the results of both passes are kept on disk."""
+    """Do the same as `zero_phase` for a filter with a long lookahead; the results of both passes are stored on disk."""
     from scipy.signal import sosfilt
 
     _, zi = _memory(sos.tobytes(), len(sos))
@@ -552,7 +552,7 @@ def _zero_phase_on_disk(
             x = once.read(start, min(start + block, n_samples)).astype(np.float64)
             backward, state = sosfilt(sos, x[:, ::-1], zi=state)
             twice.write(backward[:, ::-1])
-        # The backward pass wrote the blocks in reverse order.
+        # Read from the end of the file, because the backward pass wrote the blocks in reverse order.
         at = n_samples
         for start in starts:
             size = min(block, n_samples - start)

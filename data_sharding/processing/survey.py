@@ -1,8 +1,8 @@
 """Measure a recording's signal: its unit, bad channels, mains frequency, and fingerprint.
 
-Every sample is checked for clipping, constant runs and missing values. Amplitudes and spectra are measured only in
-*stretches* of the recording: intervals of at most four seconds, spread evenly. The total length of the stretches is
-limited, so measuring amplitudes and spectra does not take longer in a long recording.
+Every sample is checked for clipping, constant values and missing values. Amplitudes and spectra are measured only in
+*stretches*: intervals of about four seconds that are spread evenly over the recording. The total length of the
+stretches is limited, so a long recording does not need more time for amplitudes and spectra.
 
 Letters in array shapes: n channels, S samples at the recorded rate, P samples of the fingerprint, F frequencies.
 """
@@ -20,76 +20,79 @@ from data_sharding.processing.quality import MISSING_UV, UNCHECKED, Cells, Quali
 from data_sharding.processing.streaming import Resampler, resample, zero_phase
 
 PLAUSIBLE_UV = (0.2, 500.0)
-"""Range of robust amplitudes of EEG (between 1 and 40 Hz, in microvolts).
+"""Plausible range of the robust amplitude of EEG (between 1 and 40 Hz, in microvolts).
 
 If the unit is wrong by a factor of a thousand, the amplitude lies outside this range.
 """
 USABLE_UV = (0.1, 1000.0)
-"""Range of robust amplitudes in microvolts that a single channel may have in a plausible recording."""
+"""Smallest and largest robust amplitude, in microvolts, of a good channel."""
 FLAT_SHARE = 0.9
-"""A channel is flat if more than this fraction of its cells (tenths of a second) are constant, or if, in the other
-cells, more than this fraction of the samples equal the previous sample. Cells in which all channels are constant are
-ignored."""
+"""A channel is flat if more than this fraction of its cells (tenths of a second) are constant. A channel is also flat
+if, in its other cells, more than this fraction of the samples equal the previous sample. Cells in which all channels
+are constant are ignored."""
 CLIPPED_SHARE = 0.05
-"""A channel is clipped if more than this fraction of its samples equal its minimum or its maximum. Cells at the rail
-(see `CLIPPED_CELLS`) are left out of this fraction, because they make the channel bad only in some windows."""
+"""A channel is clipped if more than this fraction of its samples equal its minimum, or equal its maximum. Samples in
+cells at the rail (see `CLIPPED_CELLS`) are not counted, because these cells make the channel bad only in some
+windows."""
 CLIPPED_CELLS = 0.5
-"""A channel is also clipped if more than this fraction of its cells are at the rail: many samples of such a cell equal
-the largest or the smallest value of the channel."""
+"""A channel is also clipped if more than this fraction of its cells are at the rail. (A cell is at the rail if many of
+its samples equal the largest or the smallest value of the channel.)"""
 MISSING_SHARE = 0.9
 """A channel is left out if more than this fraction of its cells have missing values."""
 DEAD_SHARE = 0.05
-"""A channel is not measured in a stretch (about four seconds) if it has no signal in more than this fraction of the
-stretch's cells (tenths of a second)."""
+"""A stretch (about four seconds) is ignored for a channel if the channel has no signal in more than this fraction of
+the stretch's cells (tenths of a second)."""
 TRIGGER_LEVELS = 32
 """Largest number of distinct values of a trigger channel. A trigger channel changes rarely between a few values."""
 TRIGGER_UV = 200.0
-"""Smallest peak-to-peak value of a trigger channel, in microvolts if the unit of the file is right. The peak-to-peak
-value of a dead channel with one noisy bit is below this limit."""
+"""A channel is a trigger channel only if its peak-to-peak value is above this limit (in microvolts, if the unit in the
+file is right). A dead channel with one noisy bit is below this limit."""
 TONE_SHARE = 0.5
 """A channel is a test tone if a single frequency has more than this fraction of the channel's power above 1 Hz. The
-frequency must be above `TONE_ABOVE_HZ` and must not be a harmonic of the mains frequency."""
+frequency of the tone must be above `TONE_ABOVE_HZ`, and must not be a harmonic of the mains frequency."""
 TONE_ABOVE_HZ = 30.0
 NOISY_RATIO = 5.0
-"""A noisy channel exceeds the median over the channels by this factor and by `NOISY_Z`, in its amplitude above 45 Hz.
-(Muscle activity reaches a factor of 3.)"""
+"""A channel is noisy if its amplitude above 45 Hz is more than 5 times the median of all channels, and if the condition
+of `NOISY_Z` is true too. (With muscle activity, the amplitude is up to 3 times the median.)"""
 NOISY_Z = 5.0
-"""The log amplitude of a noisy channel exceeds the median over the channels by this many robust standard deviations
-(Bigdely-Shamlo et al. 2015), and by the factor `NOISY_RATIO`."""
+"""Second condition for a noisy channel: the logarithm of its amplitude above 45 Hz is more than this many robust
+standard deviations above the median of all channels (Bigdely-Shamlo et al. 2015)."""
 LONELY = 0.1
-"""A channel is also noisy if its correlation with every other channel is below this value, but most other channels are
-correlated: the median, over the channels, of a channel's largest correlation is above `TOGETHER`."""
+"""A channel is also noisy if its largest correlation with another channel is below this value. This is tested only if
+the median of the largest correlations of all channels is above `TOGETHER`."""
 TOGETHER = 0.6
 MIN_TO_COMPARE = 8
-"""Channels are compared with each other only if at least this many channels passed the other checks."""
+"""Channels are compared with each other only if at least this many channels are good after the other checks."""
 MEASURE_HZ = 128.0
 SURVEY_HZ = 1000.0
-"""A recording with at least twice this sampling rate is first resampled to a whole fraction of its rate."""
+"""If the sampling rate is at least twice this value, the signal is first resampled to its rate divided by a whole
+number."""
 STRETCH_S = 4.0
 STRETCHES_S = 256.0
 """Largest total length, in seconds, of the stretches in which amplitudes and spectra are measured."""
 STRETCHES_SHARE = 0.25
 LEAST_STRETCHES_S = 32.0
-"""In a short recording, the total length of the stretches is the fraction `STRETCHES_SHARE` of the recording, but at
-least this many seconds."""
+"""In a short recording, the total length of the stretches is a quarter of the recording, but at least this many
+seconds."""
 SPECTRUM_HZ = 0.45
-"""Spectra are compared up to this fraction of the sampling rate. Amplifiers remove higher frequencies."""
+"""Channels are compared only at frequencies below this fraction of the sampling rate, because amplifiers remove higher
+frequencies."""
 MAINS = (50.0, 60.0)
 LINE_RATIO = 5.0
-"""Mains noise is present if the power at its frequency exceeds the power of neighbouring frequencies by this factor."""
+"""A recording has mains noise if the power at 50 or 60 Hz is more than 5 times the power at neighbouring
+frequencies."""
 FINGERPRINT_STEP_S = 0.1
 FINGERPRINT_POINTS = 64
 HEAD_S = 10.0
-"""Length in seconds of the signal that gives the first samples of the fingerprint, including the transient of the
-filter."""
+"""The first samples of the fingerprint are computed from this many seconds at the beginning of the signal."""
 LATER_S = (8.0, 32.0, 128.0, 512.0, 2048.0, 8192.0)
-"""Start of each later interval of the fingerprint, in seconds. Because of the later intervals, the fingerprints of two
-recordings differ even if both begin with the same calibration signal."""
+"""Start of each later interval of the fingerprint, in seconds. With the later intervals, two recordings that begin with
+the same calibration signal have different fingerprints."""
 LATER_POINTS = 32
-"""Number of samples of the fingerprint in each later interval."""
+"""Number of fingerprint samples from each later interval."""
 SETTLE_S = 2.0
-"""Seconds of signal that are filtered before and after each later interval of the fingerprint, for the transient of the
-filter."""
+"""Each later interval of the fingerprint is filtered together with this many seconds before and after it, so that
+filter transients do not change the fingerprint."""
 
 
 @dataclass(kw_only=True)
@@ -97,29 +100,32 @@ class Verdict:
     """Result of the survey of a signal: unit, bad channels, mains frequency and fingerprint."""
 
     amplitude_uv: float
-    """Median over the good channels of the robust amplitude (1.4826 times the median absolute value, between 1 and 40
-    Hz) in microvolts."""
+    """Median of the robust amplitudes of the good channels, in microvolts. The *robust amplitude* of a channel is
+    1.4826 times the median absolute value of its signal between 1 and 40 Hz."""
     factor: float
-    """Factor that corrects the unit of the values to microvolts: 1, or the factor from the config."""
+    """Factor that converts the values to microvolts: 1, or the factor from the config."""
     unit: str
-    """State of the unit: plausible, configured (the config gives the factor), or unknown."""
+    """Whether the unit is right. "plausible": EEG can have the measured amplitude. "configured": the config gives the
+    factor, so the unit is not checked. "unknown": EEG cannot have the measured amplitude."""
     bads: dict[int, str] = field(default_factory=dict)
-    """Rows of bad channels, each with its reason: flat, clipped, trigger, test tone, noisy, too small or too large."""
+    """Bad channels: the key is the row, the value is the reason (flat, clipped, trigger, test tone, noisy, too small or
+    too large)."""
     not_eeg: dict[int, str] = field(default_factory=dict)
-    """Rows whose signal cannot be EEG, each with the kind of the signal; `bads` contains these rows too."""
+    """Channels whose signal cannot be EEG: the key is the row, the value is the kind of signal. `bads` contains these
+    rows too."""
     not_finite: list[int] = field(default_factory=list)
     """Rows that consist almost only of NaN or infinite values."""
     line_freq: float | None = None
     """Mains frequency in Hz, from the spectrum of the good channels."""
     fingerprint: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    """Fingerprint [n, P]: samples of the filtered signal, 64 from the beginning and 32 from each later interval. Each
-    row has norm 1; the row of a flat channel is zero."""
+    """Fingerprint, shape (n, P): samples of the filtered signal, 64 from the beginning and 32 from each later interval.
+    Each row has the norm 1; the row of a flat channel is zero."""
     channel_uv: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """Robust amplitude of each channel in microvolts, [n]; see `amplitude_uv`."""
+    """Robust amplitude of each channel in microvolts, shape (n,); see `amplitude_uv`."""
 
 
 def filter_to_band(x_uv: np.ndarray, sfreq: float) -> tuple[np.ndarray, float]:
-    """Filter a signal to the band in which amplitudes are measured.
+    """Filter a signal to the band from 1 to 40 Hz, in which amplitudes are measured.
 
     Parameters
     ----------
@@ -169,7 +175,8 @@ def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, i
     Returns
     -------
     list of (int, int)
-        Start and stop sample of each stretch, in order and spread evenly. Each stretch lies inside one segment.
+        Start and stop sample of each stretch, in the order of time. The stretches are spread evenly, and no stretch
+        crosses the end of a segment.
     """
     length = max(1, round(STRETCH_S * sfreq))
     every = []
@@ -184,7 +191,10 @@ def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, i
 
 
 class _StretchBuffer:
-    """Collects the blocks of a stretch, resampled and in microvolts; the first sample of the stretch is subtracted."""
+    """Collects the blocks of a stretch.
+
+    The blocks are resampled, converted to microvolts, and the first sample is subtracted.
+    """
 
     def __init__(self, sfreq: float, rate: float, scale: float) -> None:
         self._resampler, self._scale = Resampler(sfreq, rate, 0.45 * rate), scale
@@ -250,7 +260,7 @@ class Survey:
         after = LATER_POINTS * FINGERPRINT_STEP_S + SETTLE_S
         spans = [(0.0, HEAD_S), *((begin - SETTLE_S, begin + after) for begin in LATER_S)]
         self._spans = [(round(begin * sfreq), round(end * sfreq)) for begin, end in spans]
-        """Range of samples of each interval of the fingerprint, counted in the order of the `push` calls."""
+        """Start and stop of each interval of the fingerprint, in samples counted over all calls of `push`."""
         self._prints: dict[int, _StretchBuffer] = {}
         longest = max((b - a for a, b in self._plan), default=0)
         self._n_fft = int(longest * self._rate / sfreq) if longest >= 2 * sfreq else 0
@@ -275,15 +285,15 @@ class Survey:
         Returns
         -------
         ndarray, shape (n, b), float64
-            The same values, but each missing value is replaced by the last value before it, because filters cannot
-            process NaN. `cells` stores where values are missing, and no window uses missing values.
+            The same values, but each missing value is replaced by the last valid value before it, because filters
+            cannot process NaN. `cells` stores where values are missing, so that windows do not use them.
         """
         if not x.shape[1]:
             return x
         x = np.ascontiguousarray(x, np.float64)
         missing = self.cells.missing.sum()
         self.cells.push(start, x)
-        # The last samples belong to an incomplete cell, which is not measured yet.
+        # Check the last samples separately, because they belong to an incomplete cell that is not measured yet.
         tail = x[:, -min(x.shape[1], self.cells.length) :]
         if missing != self.cells.missing.sum() or not (np.abs(tail) < MISSING_UV / self.cells.to_uv).all():
             x = self._hold_values(x)
@@ -305,7 +315,7 @@ class Survey:
         return x
 
     def _hold_values(self, x: np.ndarray) -> np.ndarray:
-        """Replace each missing value by the last valid value before it; at the beginning, by the first valid value."""
+        """Replace each missing value by the last valid value before it. At the beginning, use the first valid value."""
         with np.errstate(invalid="ignore"):
             valid = np.abs(x) < MISSING_UV / self.cells.to_uv
         x = x.copy()
@@ -322,7 +332,7 @@ class Survey:
         return _StretchBuffer(self.sfreq, self._rate, self.scale)
 
     def _find_levels(self, x: np.ndarray) -> None:
-        """Search for trigger channels: count the changes of each channel, and collect its distinct values."""
+        """To find trigger channels, count how often each channel changes, and collect its distinct values."""
         n = x.shape[1]
         pairs = np.unique(np.linspace(0, max(0, n - 2), 64).astype(int)) if n > 1 else np.zeros(0, int)
         rows = np.arange(len(x))
@@ -368,15 +378,16 @@ class Survey:
                 self._rough_at.append(len(self._amplitudes) - 1)
 
     def _measure_mains(self, spectrum: np.ndarray) -> None:
-        """Add the power of a stretch near the mains frequencies, relative to neighbouring frequencies.
+        """Measure the power of a stretch near 50 and 60 Hz, and add it to the sums over all stretches.
 
         The power of each stretch is divided by the median power at the neighbouring frequencies, so that artefacts in a
-        few stretches do not hide the mains noise. An artefact that all channels share can also hide the mains noise, so
-        the power is measured a second time after the median over channels is subtracted.
+        few stretches do not hide the mains noise. An artefact in all channels can also hide the mains noise. So the
+        power is measured a second time, after the median over channels is subtracted.
         """
         for line, totals in self._mains.items():
             bins = np.flatnonzero(np.abs(self._frequencies - line) < 6)
-            # The median over channels takes long to compute, so it is subtracted in only some of the stretches.
+            # Computing the median over channels takes long, so the second measurement is made only in some of the
+            # stretches.
             with_common = len(spectrum) >= MIN_TO_COMPARE and (self._n_power <= 8 or self._n_power % 4 == 0)
             if self._rate / 2 <= line + 3 or not len(bins):
                 continue
@@ -401,7 +412,8 @@ class Survey:
         Parameters
         ----------
         factor : float, optional
-            Known factor that converts scaled values to microvolts. If `factor` is given, the unit is not checked.
+            Known factor that converts the values, after multiplication by `scale`, to microvolts. If `factor` is given,
+            the unit is not checked.
 
         Returns
         -------
@@ -462,7 +474,7 @@ class Survey:
         return bool(returns and high and still and not self._restless[i])
 
     def _robust_amplitudes(self, live: np.ndarray) -> np.ndarray:
-        """Return 1.4826 times the median absolute value of each channel in microvolts, [n].
+        """Return the robust amplitude of each channel, [n]: 1.4826 times the median absolute value.
 
         For each channel, stretches in which the channel has no signal are ignored.
         """
@@ -474,7 +486,7 @@ class Survey:
         return 1.4826 * robust.astype(float)
 
     def _tone(self) -> np.ndarray:
-        """Return the rows with a test tone: one frequency that is neither an EEG rhythm nor a mains harmonic."""
+        """Return which channels have a test tone: one frequency that is neither an EEG rhythm nor a mains harmonic."""
         if not self._n_power:
             return np.zeros(len(self._steps), bool)
         frequency = self._frequencies
@@ -490,14 +502,14 @@ class Survey:
         return share > TONE_SHARE
 
     def _noisy(self, live: np.ndarray, live_in: np.ndarray) -> list[int]:
-        """Return rows with much more high-frequency noise than other rows, or with no correlation to any other row.
+        """Return the rows with much more high-frequency noise than other rows, or without correlation to any other row.
 
         Parameters
         ----------
         live : ndarray of int
             Rows to compare.
         live_in : ndarray of bool, shape (stretches, n)
-            Whether a channel (column) has a signal in a stretch of about four seconds (row).
+            True where a channel (a column) has a signal in a stretch (a row) of about four seconds.
         """
         if len(live) < MIN_TO_COMPARE:
             return []
@@ -525,8 +537,8 @@ class Survey:
         Returns
         -------
         float or None
-            50 or 60 Hz. None if the spectrum shows no mains noise, every stretch is shorter than two seconds, or the
-            sampling rate is too low.
+            50 or 60 Hz. None if the spectrum shows no mains noise, if every stretch is shorter than two seconds, or if
+            the sampling rate is too low.
         """
         best, ratio = None, LINE_RATIO
         for line, totals in self._mains.items():
@@ -557,7 +569,10 @@ class Survey:
         return np.where(norm > 1e-6, points / np.maximum(norm, 1e-12), 0.0).astype(np.float32)
 
     def _stretch_points(self, number: int, begin_s: float, count: int) -> np.ndarray:
-        """Return at most `count` fingerprint samples of an interval, beginning `begin_s` seconds after its start."""
+        """Return at most `count` fingerprint samples of an interval.
+
+        The first sample is `begin_s` seconds after its start.
+        """
         x = self._prints[number].finish() if number in self._prints else np.zeros((len(self._steps), 0))
         if x.shape[1] < 2:
             return np.zeros((len(x), 0))
@@ -568,7 +583,7 @@ class Survey:
 
 
 def _row_medians(x: np.ndarray) -> np.ndarray:
-    """Return the median of each row without NaN, as np.median does, but in half the time."""
+    """Return the median of each row, like np.median, but in half the time if no value is NaN."""
     if np.isnan(x).any():
         return np.median(x, axis=1)
     middle = x.shape[1] // 2
@@ -578,7 +593,7 @@ def _row_medians(x: np.ndarray) -> np.ndarray:
 
 
 def _median(x: np.ndarray) -> np.ndarray:
-    """Return the median over stretches, ignoring NaN; zero for a channel that has only NaN."""
+    """Return the median of each channel over all stretches, without NaN; zero for a channel with only NaN."""
     if np.isnan(x).any():
         return np.array([np.median(row[~np.isnan(row)]) if not np.isnan(row).all() else 0.0 for row in x.T])
     return np.median(x, axis=0)
