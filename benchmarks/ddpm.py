@@ -113,7 +113,7 @@ def ours(backbone: Any, options: argparse.Namespace, device: torch.device) -> tu
 
 
 def plain(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, float, Step, Step]:
-    """Return the functions to measure of a plain loop over diffusers' UNet2DModel.
+    """Make a plain training loop with diffusers' UNet2DModel, to measure it.
 
     The result is the network, the GiB of its training state, its training step, and a few steps of sampling.
     The network has the sizes of the backbone `unet2d`.

@@ -42,8 +42,8 @@ def count_words(name: str, seeds: int, resamples: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        Settings, true verdict, counts of all verdicts, and means over the seeds of the model's own score and of its
-        chance.
+        Settings, true verdict, counts of all verdicts, and the model's own score and its chance level, averaged over
+        the seeds.
     """
     design, truth = SETS[name]
     words: Counter[str] = Counter()

@@ -20,7 +20,7 @@ from pretrain.evidence.trials import TrialTable, derange_within, find_neighbourh
 
 WIDTH = 8
 FEATURES = 12
-"""Features of a trial: six channels in two parts of the window after the picture, or before it."""
+"""Features of a trial: six channels, each in two parts of the window after the picture or before the picture."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,14 +60,14 @@ class Design:
     """ridge: shows the predicted embedding. memory: shows the training image that is nearest to the predicted
     embedding. constant: shows the most common training label. collapsed: shows the same embedding in all trials."""
     search: bool = False
-    """Whether the score of a trial is the share of all other test images that are less similar than the seen image, as
-    in a retrieval. By default, the score is 1 for the right category; for new concepts, the score is the share of
-    images of other concepts that are less similar."""
+    """Whether the score of a trial is the share of all other test images that are less similar to the shown image than
+    the seen image is, as in a retrieval. By default, the score is 1 for the right category. For new concepts, the score
+    is that share among the images of other concepts."""
     copies: int = 1
     """Number of names under which each image is stored. The names of equal images are merged, as after a search for
     copies."""
     forged: bool = False
-    """Whether the shuffled control has the EEG of the trial itself."""
+    """Whether the control with shuffled EEG is wrong: each trial gets its own EEG."""
 
 
 CLEAN = Design(category=0.6)
@@ -215,7 +215,7 @@ def _make_images(design: Design, rng: np.random.Generator) -> _Images:
     own_ID = rng.normal(0, 0.5, (len(label_I), WIDTH))
     embedding_ID = prototype_LD[label_I] + own_ID
     if design.category == 0:
-        # The responses to single images must have nothing to do with the embeddings.
+        # The responses to single images must be independent of the embeddings.
         own_ID = rng.normal(0, 0.5, own_ID.shape)
     to_eeg_DF = rng.normal(0, 1 / np.sqrt(WIDTH), (WIDTH, FEATURES))
     response_IF = (design.category * prototype_LD[label_I] + design.exemplar * own_ID) @ to_eeg_DF
@@ -364,7 +364,7 @@ class _Measure:
         return self.hits(self.centre_LD[np.searchsorted(self.known, labels_n)])
 
     def identify(self, shown_nD: np.ndarray) -> np.ndarray:
-        """Return the share of other images of the same category that are farther than the seen image."""
+        """Return the share of the category's other images that are farther from the shown image than the seen image."""
         return self._rank(shown_nD, self.seen_n, same_label=True)
 
     def judge(self) -> np.ndarray:

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        The worst exit code of this machine's training processes; 75 after a requested stop.
+        The most serious exit code of this machine's training processes; 75 after a requested stop.
     """
     kind, *words = sys.argv[1:] if argv is None else argv
     end_with_parent()

@@ -113,8 +113,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         )
     try:
         with torch.serialization.safe_globals([(_ForeignConfig, name) for name in foreign]):
-            # Memory-map the file, so that only the needed parts are read. In the 5 GB of a fine-tuned Stable Diffusion,
-            # only a tenth is the encoder.
+            # Memory-map the file, so that only the needed parts are read. The encoder is only a tenth of the 5 GB of a
+            # fine-tuned Stable Diffusion.
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise RequestError(f"{path}: damaged ({one_line(error)[:200]}); download it again") from None
@@ -219,7 +219,7 @@ def convert_weights(
         fixed = _get_positions(weights, "decoder_pos_embed", narrow)
         if len(fixed) != len(table) or _distance(fixed) > 1e-4:
             raise RequestError(
-                "decoder_pos_embed is not the fixed sine and cosine code of the encoder's tokens, so this is not the "
+                "decoder_pos_embed is not the table of sines and cosines for the encoder's tokens, so this is not the "
                 "decoder of DreamDiffusion's released code"
             )
         decoder = DecoderConfig(dim=narrow, **shape)

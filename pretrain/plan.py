@@ -79,8 +79,8 @@ class PlanConfig:
     """What is kept in the CPU's memory. By default, the key offload of the config is used, or 'none' if there is no
     config."""
     checkpointing: bool | None = None
-    """Whether activations are recomputed in the backward pass. By default, the key of the model's config decides
-    whether activations are recomputed. The printed table shows the memory with and without recomputed activations."""
+    """Whether activations are recomputed in the backward pass. By default, the setting in the model's config is used.
+    The printed table shows the memory with and without recomputed activations."""
     channels: int | None = None
     """Number of recorded channels of a window, for the montage tokenizer. By default, a window has the largest number
     of channels that the montage tokenizer allows."""

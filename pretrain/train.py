@@ -114,7 +114,7 @@ def pretrain(config: PretrainConfig) -> int:
     RequestError
         If the run cannot be started with this config.
     StopRequested
-        If a stop was requested; a checkpoint has been written before.
+        If a stop was requested; a checkpoint is written first.
     """
     train, held_out = check_request(config)
     from pretrain.runs.distributed import choose_device, import_deepspeed, launched_world, process_group

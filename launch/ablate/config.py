@@ -43,7 +43,8 @@ class AblationConfig:
     """Path of the EEG-image dataset for all commands. If dataset is empty, the dataset in the configs of `stages` is
     used."""
     split: Literal["val", "test"] = "val"
-    """Split from whose trials the images are generated. Choose settings with val; give test only for final results."""
+    """Split with the trials for which images are generated. Choose settings with val; give test only for final
+    results."""
     control: bool = True
     """Whether images are also generated from shuffled EEG."""
     generate: dict[str, Any] = field(default_factory=dict)

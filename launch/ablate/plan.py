@@ -79,8 +79,8 @@ def _check_stages(ablation: Ablation, where: str) -> list[str]:
         last = number == len(stages) - 1
         if name not in papers | {ALIGN} or (name in papers) != last:
             raise RequestError(
-                f"{where}: stages: '{name}' cannot stand {'at the end' if last else 'there'}; the last command must be "
-                f"one of {', '.join(sorted(papers))}, and only {ALIGN} can come before it"
+                f"{where}: stages: '{name}' cannot {'be the last command' if last else 'come before another command'}; "
+                f"the last command must be one of {', '.join(sorted(papers))}, and only {ALIGN} can come before it"
             )
     return stages
 

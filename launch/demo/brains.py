@@ -23,9 +23,9 @@ N_SOURCES = 40
 RESPONSE_GAIN = 5.5
 """Scale of the evoked responses. A larger value makes it easier to decode the category from a single trial."""
 PERSON_DELAY_S = 0.020
-"""Each person has one delay of all components; this is the standard deviation of the delay over people, in seconds."""
+"""Standard deviation over people, in seconds, of a person's delay. The delay is the same for all components."""
 TRIAL_DELAY_S = 0.025
-"""Standard deviation over trials, in seconds, of a delay of all components, so that no component has a fixed time."""
+"""Standard deviation over trials, in seconds, of a trial's delay. The delay is the same for all components."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Component:
     duration: float
     """Standard deviation of the Gaussian peak in time, in seconds."""
     gain: float
-    """Amplitude at the peak of the potential in microvolts, if the picture feature is 1."""
+    """Potential at the peak in microvolts, if the picture feature is 1."""
     feature: str
     """Name of the picture feature that scales this component; see `compute_features`."""
 

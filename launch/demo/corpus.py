@@ -147,7 +147,7 @@ def _fit_directions(positions: dict[str, NDArray[np.float64]]) -> NDArray[np.flo
 
 
 def _compute_directions(positions: dict[str, NDArray[np.float64]], reference: str) -> NDArray[np.float64]:
-    """Return the unit vectors to the electrodes, and last the unit vector to the reference electrode, if any."""
+    """Return the unit vectors to the electrodes; the last row is for the reference electrode, if there is one."""
     directions = _fit_directions(positions)
     if reference == "average":
         return directions

@@ -33,7 +33,7 @@ class Scores:
     images_B: NDArray[np.str_]
     """Id of the seen picture of each trial."""
     new_B: NDArray[np.bool_]
-    """Whether the seen picture has a combination of category and colour that was never trained on."""
+    """Whether the seen picture has a combination of category and colour that no training picture has."""
     values: dict[str, NDArray[np.float64]]
     """For each measure of `MEASURES`, a value from 0 (wrong) to 1 (right) for each trial."""
 

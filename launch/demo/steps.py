@@ -24,7 +24,7 @@ Profile = Literal["full", "smoke"]
 
 
 def name_images(kind: str, control: str) -> str:
-    """Return the name of the folder with the images of a generator for a control."""
+    """Return the name of the folder for the images that a generator makes with a control."""
     return kind if control == "none" else f"{kind}-{control}"
 
 
@@ -36,7 +36,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _replace_folder(value: Any, out: Path) -> Any:
-    """In all strings of a config, replace the demo's default folder at the start of paths with another folder."""
+    """Replace the demo's default folder with another folder in all paths of a config."""
     if isinstance(value, dict):
         return {key: _replace_folder(item, out) for key, item in value.items()}
     if isinstance(value, list):
@@ -155,7 +155,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
             words=words + _flags(images["generate"].get(kind, {})),
             outputs=[folder, *(f"generated/{name_images(kind, control)}" for control in controls)],
             needs=[run],
-            # After a stop, the command keeps finished images, and it replaces images of other settings.
+            # After a stop, the command keeps finished images, and replaces images that were made with other settings.
             resumes=True,
         )
 
@@ -164,7 +164,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
         title = f"generate pictures with {kind.replace('_', ' ')} from the EEG of new people, and for the controls"
         steps.append(generation(kind, run, title, CONTROLS[1:]))
         own = out / "generated" / kind
-        # All controls are named, so that a folder that is missing ends the step with an error.
+        # All controls are named, so that a missing folder ends the step with an error.
         words = [
             "evaluate",
             str(own),

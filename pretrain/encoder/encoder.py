@@ -185,8 +185,9 @@ class EEGEncoder(nn.Module):
             Windows in microvolts, padded or not; float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
             Number of recorded channels of each window. The montage tokenizer computes the scale of a window over the
-            recorded channels only. By default, this is the number of electrode positions stored in the encoder, or all
-            rows if none are stored. The temporal tokenizer always computes the scale over the whole padded window.
+            recorded channels only. By default, this is the number of electrode positions stored in the encoder, or the
+            number of rows if no positions are stored. The temporal tokenizer always computes the scale over the whole
+            padded window.
 
         Returns
         -------

@@ -42,7 +42,7 @@ class CoverageReport:
     """Number of windows that were not encoded, by reason. Sharding and encoding leave out windows for the same
     reasons."""
     seconds_left_out: dict[str, float]
-    """Length of the signal outside the encoded windows in seconds, by reason."""
+    """Seconds of signal that are in no encoded window, by reason."""
     bad_in_windows: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of encoded windows with a channel that is bad only in some windows, by kind of fault."""
 

@@ -94,7 +94,7 @@ class EncoderConfig:
         return TOKENIZERS[self.tokenizer].token_rows(channels or self.channels)
 
     def signal_rows(self, channels: int | None = None) -> int:
-        """Return how many rows of signal the model reads for a window with this number of recorded channels."""
+        """Return how many rows of a window the model reads if the window has `channels` recorded channels."""
         return TOKENIZERS[self.tokenizer].signal_rows(channels or self.channels, self.channels)
 
 

@@ -139,7 +139,7 @@ def _noise(state_B: np.ndarray, draws: int) -> np.ndarray:
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """Apply one step of the hash SplitMix64: its 64 bits look independent even for neighbouring inputs."""
+    """Apply one step of the hash SplitMix64; the results look independent even for neighbouring inputs."""
     with np.errstate(over="ignore"):
         value = (value + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

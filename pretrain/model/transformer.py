@@ -1,4 +1,4 @@
-"""Transformer blocks, and the fixed sine and cosine code of positions in time.
+"""Transformer blocks, and fixed position embeddings made of sines and cosines over time.
 
 The docstring of `pretrain.model` explains letters such as BND in `x_BND`. In this file, N is the number of all tokens
 of a sequence, class token included.

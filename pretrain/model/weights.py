@@ -76,9 +76,9 @@ class _TooLargeError(Exception):
 def check_network(build: Callable[[], Any], size: WeightsSize, where: str | Path) -> None:
     """Check that a network that a config describes is not larger than its weights file.
 
-    The network is built without memory (on PyTorch's meta device), and the building ends at the first parameter that
-    the weights file cannot hold. A small file with a damaged or changed config therefore cannot make the code build a
-    huge network.
+    The network is built without memory (on PyTorch's meta device), and the building stops as soon as the network has
+    more parameters than the weights file can contain. A small file with a damaged or changed config therefore cannot
+    make the code build a huge network.
 
     Parameters
     ----------

@@ -113,7 +113,7 @@ def compare(
 
 
 def _compute_features(trials: Trials, sfreq: float, config: ProbeConfig) -> dict[str, np.ndarray]:
-    """Return the features of all trials for each encoder and each other method, before standardisation."""
+    """Return the features that each encoder and each other method gives for all trials, before standardisation."""
     eeg_nCT = trials.eeg_nCT.astype(np.float32)
     makers = {
         "band power": lambda: band_power(eeg_nCT, sfreq),

@@ -1,4 +1,4 @@
-"""Fine-tune a whole encoder on the trials of a probe, to compare pretrained weights with random weights as a start.
+"""Fine-tune a whole encoder on the trials of a probe, to compare pretrained with random initial weights.
 
 The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
@@ -83,7 +83,8 @@ def finetune_and_predict(
             right = float((_predict(model, trials, held, device) == trials.labels_n[held]).mean())
             if right > best[0]:
                 best = (right, rate, model)
-    # If there is a val split, the best model was already trained on all of the fold's training trials, so use it.
+    # If there is a val split, the model with the best rate was already trained on all training trials of the fold, so
+    # use this model.
     model = best[2] if same and best[2] is not None else train(fold.train, best[1])
     return _predict(model, trials, fold.test, device), best[1]
 

@@ -120,7 +120,7 @@ def probe(config: ProbeConfig) -> int:
 
 
 def _record_opening(config: ProbeConfig, splits: list[str], dataset_id: str) -> str | None:
-    """Record that the test split is opened; return how often, or None if the probe does not read the test split."""
+    """Record that the test split is opened, and say how often it was opened; None if the probe does not read it."""
     from pretrain.encoder.package import read_package
     from pretrain.model.weights import WEIGHTS
 
@@ -140,14 +140,14 @@ def _record_opening(config: ProbeConfig, splits: list[str], dataset_id: str) -> 
 
 
 def _read_baseline(config: ProbeConfig, splits: list[str]) -> NDArray[np.float32] | NotApplicable:
-    """Compute features of the EEG before the picture [n, F] for the trials of all splits, if the shards hold it."""
+    """Compute features [n, F] of the EEG before the picture, for the trials of all splits, if the shards have it."""
     parts = [EEGDataset(config.dataset, split) for split in splits]
     features = compute_baseline_features([(part, range(len(part))) for part in parts])
     return features if isinstance(features, NotApplicable) else np.concatenate(features)
 
 
 def _judge(setting: Setting, predicted_s: NDArray[np.int64], config: ProbeConfig) -> dict[str, Any]:
-    """Return the verdict on the encoder, with the meaning of a trial's score and the chance of the score."""
+    """Return the verdict on the encoder, with the meaning of a trial's score and the chance level of the score."""
     evidence = collect_evidence(setting, predicted_s)
     verdict = judge(evidence, resamples=max(500, config.resamples), seed=config.seed)
     return {**verdict.as_json(), "measure": MEASURE, "chance": evidence.chance}

@@ -105,7 +105,7 @@ _TYPES: dict[str, Any] = {
     "epochs": float,
     "evaluation_due": bool,
 }
-"""Types of values in a manifest; no number is negative."""
+"""Types of values in a manifest; numbers must not be negative."""
 _DATA_TYPES: dict[str, Any] = {
     "dataset_id": str,
     "versions": dict[str, int],

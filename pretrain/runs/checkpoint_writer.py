@@ -88,8 +88,8 @@ class CheckpointWriter:
             complete.
         """
         assert self._step is None
-        # Make a deep copy of the manifest, because training may change lists in it while a thread still writes the
-        # checkpoint.
+        # Make a deep copy of the manifest, because training may change lists in the manifest while a thread still
+        # writes the checkpoint.
         self._step, self._error = step, None
         self._manifest = copy.deepcopy({**manifest, "world_size": self._world.size})
         folder = partial_folder(self._checkpoints, step)

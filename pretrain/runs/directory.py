@@ -52,7 +52,7 @@ class RunDirectory:
         all keys of the nested config.
     upgrade : callable, optional
         Function that converts the stored config of an older version, so that it can be compared with `config`. Old keys
-        that ``RENAMED`` of a config class lists are always renamed.
+        in the table ``RENAMED`` of a config class are always renamed.
 
     Attributes
     ----------

@@ -102,8 +102,8 @@ class Watchdog:
 
     A thread in each process reports the progress of this process's training loop through the key-value store of the
     process group. If a training loop makes no progress for too long, its thread compares the reports of all processes.
-    A process hangs if it does not report any more, or if it is furthest behind, so that all other processes wait for
-    it. After the comparison, the thread ends its process, so that a launcher can restart the run.
+    A process counts as hanging if its reports have stopped, or if its progress is the smallest, because then all other
+    processes wait for it. After the comparison, the thread ends its process, so that a launcher can restart the run.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ from pretrain.runs.checkpoint import read_values
 
 
 def find_run_versions(runs: Sequence[str | Path], paths: Iterable[str], command: str) -> dict[str, str]:
-    """Return the dataset ids of the versions with which a run began, by the path of the dataset.
+    """Return a dictionary from the path of each dataset to the id of the dataset version with which the run began.
 
     If recordings were added to a dataset after the run began, the dataset has a newer version, but the run continues to
     read the old version. If the dataset does not have the version with which the run began, the id is empty, and the
@@ -34,7 +34,7 @@ def find_run_versions(runs: Sequence[str | Path], paths: Iterable[str], command:
     Returns
     -------
     dict
-        Dataset ids.
+        Dataset id of the version to read, for each path.
 
     Raises
     ------

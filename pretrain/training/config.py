@@ -222,7 +222,7 @@ class PretrainConfig:
 
     @property
     def micro(self) -> int:
-        """The value of `micro_batch_size`; if it is not set, the whole share that each process has of the batch."""
+        """The value of `micro_batch_size`, or, if it is not set, each process's whole share of the batch."""
         return self.micro_batch_size or self.batch_size // self.num_processes
 
     def total_steps(self, samples: int) -> int:

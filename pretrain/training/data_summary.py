@@ -29,12 +29,12 @@ def describe_people(dataset: EEGDataset | Mixture) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``subjects``: number of known subjects, None if it is not known. ``recordings``, ``unknown`` and
-        ``not_confirmed``: number of recordings, of recordings of an unknown subject, and of recordings whose subject
-        was recognised from the path. ``sex``, ``group`` and ``age`` (in decades): number of subjects with each value.
-        ``device``, ``device_filters``, ``task``, ``license`` and ``recording_year``: number of recordings with each
-        value. An empty text stands for an unknown value. If the dataset has no ledger, only ``subjects`` is returned;
-        if such a dataset has more than 20,000 samples, ``subjects`` is None.
+        ``subjects``: number of identified subjects; None if this number is unknown. ``recordings``: number of
+        recordings. ``unknown``: number of recordings with an unknown subject. ``not_confirmed``: number of recordings
+        whose subject was only recognised from the path. ``sex``, ``group`` and ``age`` (in decades): number of subjects
+        with each value. ``device``, ``device_filters``, ``task``, ``license`` and ``recording_year``: number of
+        recordings with each value. An empty text stands for an unknown value. If the dataset has no ledger, only
+        ``subjects`` is returned; if such a dataset has more than 20,000 samples, ``subjects`` is None.
     """
     if isinstance(dataset, Mixture):
         return _merge([describe_people(part) for part in dataset.parts])
@@ -193,8 +193,8 @@ def describe_people_in_words(people: Mapping[str, Any]) -> list[str]:
     Parameters
     ----------
     people : mapping
-        Result of `describe_people`, or an empty mapping if the run is from an older version of Dreamscale. For an empty
-        mapping, or one without the number of recordings, the returned list is empty.
+        Result of `describe_people`, or an empty mapping if the run is from an older version of Dreamscale. If the
+        mapping is empty or has no number of recordings, the returned list is empty.
     """
     if not people.get("recordings"):
         return []

@@ -74,7 +74,7 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
 
 
 def tokens_of(model: MaskedAutoencoderConfig, channels: int | None = None) -> tuple[int, int]:
-    """Count the tokens that the encoder and the decoder see of one window.
+    """Count the tokens of one window in the encoder and in the decoder.
 
     Parameters
     ----------
@@ -153,9 +153,9 @@ def exchanged_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: s
     Returns
     -------
     float
-        Number of bytes, if the GPUs use ring algorithms. Gradients are sent in float32, weights at the run's precision
-        (at ZeRO stage 0, no weights are sent). Stages 2 and 3 sum the gradients over the GPUs for every micro batch,
-        and stage 3 gathers the weights for every micro batch.
+        Number of bytes, if the GPUs use ring algorithms. Gradients are sent in float32, and weights in the run's number
+        format. At ZeRO stage 0, no weights are sent. Stages 2 and 3 sum the gradients over the GPUs for every micro
+        batch, and stage 3 gathers the weights for every micro batch.
     """
     value = 2 if precision == "bf16" else 4
     reduced = 4 * (micro_batches if zero_stage >= 2 else 1)

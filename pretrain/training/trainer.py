@@ -87,7 +87,7 @@ class Trainer:
         self.total_steps = config.total_steps(len(train))
         self.global_step = self.skipped = self.skipped_in_a_row = 0
         self.stopping = False
-        # Whether `loop` must evaluate the model before it trains: before the first step, and if a requested stop has
+        # Whether `loop` must evaluate the model before it trains: before the first step, and after a stop that
         # interrupted an evaluation.
         self.evaluation_due = True
         self.throughput = Throughput(config, world)
@@ -116,8 +116,8 @@ class Trainer:
         if fault is not None:
             raise RequestError(fault)
         if folder is None:
-            # Delete the metrics and the list of left-out batches that an earlier attempt may have written before it was
-            # stopped without a checkpoint.
+            # Delete the metrics and the list of left-out batches that an earlier attempt may have written, if it ended
+            # without a checkpoint.
             self.run.rewind_metrics(-1)
             self.left_out = []
             if self.world.first:

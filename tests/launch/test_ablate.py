@@ -1,4 +1,4 @@
-"""Ablations: rows are checked before anything runs, finished work is kept, and the tables compare paired trials."""
+"""Tests of ablations: variants are checked before anything runs, finished work is kept, and trials are paired."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_two_rows_are_trained_stopped_resumed_and_compared(folder: Path, tmp_pat
         ("l1.yaml", "- a", r"l1\.yaml: holds no keys"),
         ("l1.yaml", "a: [", r"l1\.yaml: cannot be read as YAML"),
         ("l 2.yaml", "ddpm: {loss: l1}", r"l 2\.yaml: rows: 'l 2' is not the name of a row"),
-        ("ablation.yaml", "output: x\nstages: {align: a.yaml}", r"stages: 'align' cannot stand at the end"),
+        ("ablation.yaml", "output: x\nstages: {align: a.yaml}", r"stages: 'align' cannot be the last command"),
         ("ablation.yaml", "output: x\nstages: {ddpm: none.yaml}", r"row 'base': none\.yaml: no such config file"),
         ("ablation.yaml", "output: x\nstages: {ddpm: none.yaml}\nstage: 3", r"ablation\.yaml.*stage"),
     ],

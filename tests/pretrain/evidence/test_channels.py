@@ -1,4 +1,5 @@
-"""Tests of features that compare trials channel by channel, although the recordings have other caps and orders."""
+"""Tests of features that compare trials channel by channel, although caps and channel orders differ between
+recordings."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ ORDERS = (["Oz", "Fz", "C3", "C4", "Pz"], ["C4", "Pz", "Oz", "Fz"], ["Fz", "T7",
 
 
 def write_caps(path: Path, source: Path, orders: Any = ORDERS, places: Any = None) -> Path:
-    """Write trials whose alpha rhythm before the picture, at Oz, is strong for one label, in several caps."""
+    """Write trials with several caps. Before the picture, the alpha rhythm is strong at Oz for label 1, at Fz for label
+    0."""
     old = EEGDataset(source, "train")
     rng, splits = np.random.default_rng(0), {"train": [], "test": []}
     for number in range(90):
@@ -55,7 +57,8 @@ def test_the_baseline_compares_channels_by_name(paired_dataset: Path, tmp_path: 
     features = compute_baseline_features(parts)
     assert not isinstance(features, NotApplicable)
     train, test = (tabulate_trials(part) for part, _ in parts)
-    # Rows of other caps would mix Oz, where the label is seen, with other places, and would hide the leak.
+    # If rows were compared across caps by their numbers, Oz, which shows the label, would be mixed with other
+    # electrodes, and the leak would be hidden.
     found = predict_from_features(features[0], train.labels_n, features[1], groups_n=group_recordings(train))
     assert np.mean(found == test.labels_n) > 0.9
     one_cap = compute_baseline_features(read_parts(write_caps(tmp_path / "cap", paired_dataset, ORDERS[:1] * 3)))

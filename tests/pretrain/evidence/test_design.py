@@ -1,4 +1,4 @@
-"""Tests of the design of a dataset: texts from the manifest are checked, and a block design cannot be declared away."""
+"""Tests of the design of a dataset: texts from the manifest are checked, and a declaration changes no block design."""
 
 from __future__ import annotations
 

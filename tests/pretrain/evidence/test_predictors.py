@@ -66,7 +66,7 @@ class TestTime:
         table = make_trials(person, recordings_n=recordings, times_n=np.full(self.n, np.nan))
         assert score(table, last) == 1.0
         assert score(table, self.random_split) == 1.0
-        # A person's test recording may be the only one besides a single training recording.
+        # A person may have only two recordings: one for training and one for the test.
         two = make_trials(person, recordings_n=np.array([f"r{i // 30}" for i in range(self.n)]))
         assert score(two, np.tile(np.arange(TRIALS) >= 30, PEOPLE)) == 1.0
 

@@ -246,7 +246,7 @@ class TestWhatCanBeJudged:
 
     def test_trials_without_a_control_are_left_out_and_counted(self) -> None:
         left_out = np.arange(320) < 40
-        # In these trials, the score of the control is as high as the model's; these trials must not count.
+        # In these trials, the control has the same score as the model, so these trials must not count.
         hits = np.where(left_out, draw(0.6, 320, 1), draw(0.25, 320, 4))
         control = Control(hits_n=hits, checked=True, left_out_n=left_out)
         verdict = judge(make_evidence(shuffle_within=control), resamples=500)

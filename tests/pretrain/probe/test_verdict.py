@@ -141,7 +141,7 @@ class TestEvidence:
     def test_eeg_is_exchanged_within_a_fold_with_trials_of_other_images(self) -> None:
         setting = make_setting(make_trials(), folds="subjects")
         fold_s = np.repeat(np.arange(len(setting.folds)), [len(fold.test) for fold in setting.folds])
-        # Each fold predicts one label only, so an exchange within the fold leaves every prediction as it is.
+        # Each fold predicts one label only, so an exchange within the fold changes no prediction.
         found = collect_evidence(setting, fold_s % 2)
         for name in ("shuffle", "shuffle_within"):
             control = found.controls[name]
@@ -172,7 +172,8 @@ class TestEvidence:
 
 
 def write_trials(path: Path, *, split_recordings: bool = False, images_known: bool = True) -> Path:
-    """Write trials of two labels in random order: the label is the sign of a bump. A baseline is stored.
+    """Write trials of two labels in random order: the label is the sign of a bump. EEG before the picture is stored
+    too.
 
     With `split_recordings`, all trials of a recording have the same label.
     """
@@ -301,7 +302,7 @@ def test_rest_against_arithmetic_is_confounded(tmp_path: Path) -> None:
     assert shard_main([str(tmp_path / "job.yaml"), "--output", str(tmp_path / "data")]) == 0
     spec = EEGDataset(tmp_path / "data").spec
     package = save_encoder(tmp_path / "encoder", spec, 16)
-    # A claim of a random order does not help: the order is measured.
+    # A declared random order changes nothing, because the order was measured.
     options = ["--folds", "subjects", "--methods", '["band power"]', "--design_evidence", DECLARED]
     verdict = run_probe(package, tmp_path / "data", tmp_path / "probe.json", *options, "--require", "signal", code=1)
     assert verdict["word"] == "confounded"

@@ -96,7 +96,7 @@ class TestCheckpoints:
             path.write_bytes(b"")
         assert main([str(config), "--output", str(copy)]) == 2
         assert "every checkpoint is damaged" in capsys.readouterr().err
-        # The second start must be refused, too: the first start must leave the damaged checkpoints where they are.
+        # A second start must be refused, too, so the first start must not rename the damaged checkpoints.
         assert main([str(config), "--output", str(copy)]) == 2
 
     def test_repeated_steps_are_not_in_the_metrics_twice(

@@ -318,7 +318,7 @@ def test_a_hanging_process_is_named(runs: Path, run: Path) -> None:
 
 
 def test_bad_data_on_one_process_skips_the_step_on_all(runs: Path) -> None:
-    """Check the losses of runs with two epochs of three steps, each with one step that uses the window of NaN."""
+    """Check the losses of runs with two epochs of three steps. In each epoch, one step uses a window of NaN."""
     for name in ("0_fp32", "1_fp32", "2_fp32", "3_fp32", "1_bf16", "2_bf16", "3_bf16"):
         found = losses(runs / f"bad_{name}")
         lines = [line for line in metrics(runs / f"bad_{name}") if "loss" in line]
