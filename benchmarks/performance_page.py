@@ -14,11 +14,11 @@ RESULTS = Path(__file__).with_name("results")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 HEAD = """# Performance
 
-The command `python benchmarks/performance_page.py` writes this page from the files `benchmarks/results/*.json`, which
-the benchmark commands below wrote with the option `--out`. In every comparison, all programs ran on the same
-machine. No GPU has been measured yet.
+This page compares the speed of Dreamscale with the speed of other programs. `python benchmarks/performance_page.py`
+writes this page from the files `benchmarks/results/*.json`. These files come from the benchmark commands below, with
+the option `--out`. In every comparison, all programs ran on the same machine. No GPU has been measured yet.
 
-Where a section names no date and no machine, the measurements are of 2026-11-21, on a machine with two cores of an
+If a section gives no date and no machine, its measurements were made on 2026-11-21, on a machine with two cores of an
 Intel Xeon with AMX, 24 GB of memory, and no GPU. The versions of the packages were
 {versions}.
 """
@@ -114,7 +114,8 @@ def planning(found: dict[str, Any]) -> str:
 This measurement was made with the command
 `python benchmarks/planning.py --sizes 1000 10000 100000`. The benchmark creates EDF files, finds these
 files, recognises their format by the headers, and plans the job. Then the benchmark finds duplicates through simulated
-signatures, and distributes the recordings over shards.
+signatures, and distributes the recordings over shards. The column "identities" gives the time to compute the checksums
+by which a resumed job recognises finished recordings.
 
 {table(["recordings", *names, "total (s)", "peak memory (GB)"], rows)}
 
@@ -245,8 +246,8 @@ This measurement was made with the command
 `{command}`, and it ran on
 one thread of the CPU (OMP_NUM_THREADS=1), in float32, with diffusers {found["versions"]["diffusers"]}. The images have
 {size} x {size} pixels, and a step has {settings["batch"]} images. These sizes are small: the preset of the paper has
-64 x 64 pixels and 57.7M parameters. The three programs take steps in turn. "plain loop" is a loop after the tutorial of
-diffusers over `UNet2DModel` with the same sizes. A training step of EG-DDPM also
+64 x 64 pixels and 57.7M parameters. The three programs take steps in turn. "plain loop" is the loop of the
+diffusers tutorial, with a `UNet2DModel` of the same size. A training step of EG-DDPM also
 averages the weights. A step of sampling is one evaluation of the network, so an image of the paper's preset takes 1000
 steps. The memory in the table is the state (weights, and in training the moments of AdamW and the averaged weights)
 plus the largest growth within a step.
