@@ -25,6 +25,7 @@ from data_sharding.common.progress import progress
 from data_sharding.common.storage import AnyPath, as_path
 from data_sharding.dataset.ledger import NAME as LEDGER
 from data_sharding.dataset.ledger import read_ledger
+from data_sharding.dataset.manifest import NAME as MANIFEST
 from data_sharding.dataset.manifest import WORK, Manifest, Shard, current_file
 from data_sharding.dataset.shard_reader import HEADER, padded_size, read_entries
 from data_sharding.dataset.splits import SPLITS
@@ -141,6 +142,8 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
     manifest = Manifest.read(root)
     shards = [shard for split in manifest.splits.values() for shard in split]
     faults: list[str] = []
+    if not any(manifest.samples(split) for split in manifest.splits):
+        faults.append(f"{MANIFEST}: no split has samples, so the dataset is empty")
     with progress("verifying shards", len(shards)) as advance:
         for shard in shards:
             faults += shard_faults(root, shard)

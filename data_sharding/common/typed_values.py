@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin
 
 from data_sharding.common.errors import RequestError, show
-from data_sharding.common.untrusted import check_count, check_group, check_list, check_number, check_text
+from data_sharding.common.untrusted import MAX_TEXT, check_count, check_group, check_list, check_number, check_text
 
 MAX_INTEGER = 2**63
 """Largest whole number of a field, as in a Parquet column of 64 bits."""
@@ -76,10 +76,14 @@ def check_typed(hint: Any, value: Any, where: str, what: str, *, least: float = 
         If the value has another type. The message names the file and the value.
     """
     # Shortcuts for the most frequent cases, because a ledger may have millions of values.
-    if type(value) is hint and (hint is str or (hint in (int, float) and least <= value < MAX_INTEGER)):
+    if type(value) is hint and (
+        len(value) <= MAX_TEXT if hint is str else hint in (int, float) and least <= value < MAX_INTEGER
+    ):
         return value
     origin, parts = _origin(hint)
     if origin is list and type(value) is list and parts[0] is str and {*map(type, value)} <= {str}:
+        for text in value:
+            check_text(text, where, what, most=MAX_TEXT)
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None and types.NoneType in parts:
@@ -113,7 +117,7 @@ def check_typed(hint: Any, value: Any, where: str, what: str, *, least: float = 
             raise RequestError(f"{where}: {what} is {show(value)}, which is below {least}")
         return value
     if hint is str:
-        return check_text(value, where, what)
+        return check_text(value, where, what, most=MAX_TEXT)
     raise TypeError(f"{what}: no check for the type {hint}")
 
 

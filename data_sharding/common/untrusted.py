@@ -43,6 +43,10 @@ more memory."""
 MAX_POSITION = 1000.0
 """Largest coordinate of an electrode in metres. The limit is so large that positions in millimetres are accepted,
 too."""
+MAX_NAME = 4096
+"""Largest number of characters of a name in a file, such as a subject, a label or the path of a recording."""
+MAX_TEXT = 2**17
+"""Largest number of characters of a longer text in a file, such as a caption or a note about a recording."""
 MAX_FILE = 2**50
 """Largest size of a file in bytes that a manifest may state."""
 LEAST_SAMPLE = 2048
@@ -72,7 +76,8 @@ _META: dict[str, tuple[Any, float | None]] = {
 }
 
 
-def _refuse(where: str, fault: str) -> RequestError:
+def refusal(where: str, fault: str) -> RequestError:
+    """Return the error to raise for a file with an invalid value."""
     return RequestError(f"{where}: damaged or changed ({fault}); get the file again from its source")
 
 
@@ -97,14 +102,14 @@ def check_key(value: Any, where: str) -> str:
         If the value is not a valid key.
     """
     if not isinstance(value, str) or not _KEY.fullmatch(value):
-        raise _refuse(where, f"'{show(value)}' is not a key; a key has only letters, digits, '_' and '-'")
+        raise refusal(where, f"'{show(value)}' is not a key; a key has only letters, digits, '_' and '-'")
     return value
 
 
 def check_sha256(value: Any, where: str) -> str:
     """Check that a value is a SHA-256 checksum: 64 digits from 0 to 9 and from a to f; return the checksum."""
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise _refuse(where, f"'{show(value)}' is not a sha256, which has 64 hexadecimal digits")
+        raise refusal(where, f"'{show(value)}' is not a sha256, which has 64 hexadecimal digits")
     return value
 
 
@@ -129,7 +134,7 @@ def check_path(value: Any, where: str) -> str:
         If the path is absolute, if a part is ``..`` or hidden, or if it has a character that Dreamscale never uses.
     """
     if not isinstance(value, str) or not _PATH.fullmatch(value):
-        raise _refuse(where, f"'{show(value)}' is not a path of a file inside the folder")
+        raise refusal(where, f"'{show(value)}' is not a path of a file inside the folder")
     return value
 
 
@@ -157,35 +162,37 @@ def check_count(value: Any, where: str, what: str, *, least: int = 0, most: floa
     """
     if type(value) is not int or not least <= value <= most:
         limit = f"from {least}" if most == math.inf else f"from {least} to {most}"
-        raise _refuse(where, f"{what} is '{show(value)}', not a whole number {limit}")
+        raise refusal(where, f"{what} is '{show(value)}', not a whole number {limit}")
     return value
 
 
 def check_number(value: Any, where: str, what: str) -> float:
     """Check that a value is a finite number; return the number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise _refuse(where, f"{what} is '{show(value)}', not a finite number")
+        raise refusal(where, f"{what} is '{show(value)}', not a finite number")
     return value
 
 
-def check_text(value: Any, where: str, what: str) -> str:
-    """Check that a value is a text; return the text."""
+def check_text(value: Any, where: str, what: str, *, most: int = MAX_NAME) -> str:
+    """Check that a value is a text of at most `most` characters; return the text."""
     if not isinstance(value, str):
-        raise _refuse(where, f"{what} is '{show(value)}', not a text")
+        raise refusal(where, f"{what} is '{show(value)}', not a text")
+    if len(value) > most:
+        raise refusal(where, f"{what} has {len(value)} characters; at most {most} characters are allowed")
     return value
 
 
 def check_group(value: Any, where: str, what: str = "the content") -> dict[str, Any]:
     """Check that a JSON value is an object (keys with values); return the object."""
     if not isinstance(value, dict):
-        raise _refuse(where, f"{what} is not an object with keys and values")
+        raise refusal(where, f"{what} is not an object with keys and values")
     return value
 
 
 def check_list(value: Any, where: str, what: str = "the content") -> list[Any]:
     """Check that a JSON value is a list; return the list."""
     if not isinstance(value, list):
-        raise _refuse(where, f"{what} is not a list")
+        raise refusal(where, f"{what} is not a list")
     return value
 
 
@@ -302,7 +309,7 @@ def read_limited(path: Any, most: int = MAX_JSON) -> bytes:
     with stream:
         data = stream.read(most + 1)
     if len(data) > most:
-        raise _refuse(str(path), f"larger than {most} bytes")
+        raise refusal(str(path), f"larger than {most} bytes")
     return data
 
 
@@ -349,9 +356,9 @@ def check_entry(entry: Any, where: str, members: Mapping[str, int], *, tar_bytes
     check_count(entry.get("samples", 0), where, "samples", most=longest)
     for name, place in check_group(entry.get("members"), where, "members").items():
         if name not in members:
-            raise _refuse(where, f"a member '{show(name)}'")
+            raise refusal(where, f"a member '{show(name)}'")
         if not isinstance(place, list) or len(place) != 2:
-            raise _refuse(where, f"the value of {name} is not an offset and a size")
+            raise refusal(where, f"the value of {name} is not an offset and a size")
         size = check_count(place[1], where, f"the size of {name}", most=min(tar_bytes, members[name]))
         check_count(place[0], where, f"the offset of {name}", most=tar_bytes - size)
 
@@ -383,66 +390,7 @@ def check_preprocess(values: Any, where: str) -> dict[str, Any]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             check_number(value, where, f"preprocess.{key}")
     if check_number(values.get("sfreq", 1.0), where, "preprocess.sfreq") > MAX_SFREQ:
-        raise _refuse(where, f"preprocess.sfreq is {show(values['sfreq'])}; the largest sampling rate is {MAX_SFREQ:g}")
-    return values
-
-
-def check_manifest(values: Any, where: str) -> dict[str, Any]:
-    """Check the content of a dataset's manifest.
-
-    Parameters
-    ----------
-    values : Any
-        Parsed content of the manifest.
-    where : str
-        Path of the manifest, for the error message.
-
-    Returns
-    -------
-    dict
-        The content.
-
-    Raises
-    ------
-    RequestError
-        If a path is not inside the dataset, a checksum or a value has the wrong form, or a shard is too small for its
-        number of samples.
-    """
-    check_group(values, where)
-    check_key(values.get("dataset_id"), where)
-    check_preprocess(values.get("preprocess"), where)
-    for split, shards in check_group(values.get("splits"), where, "splits").items():
-        for shard in check_list(shards, where, f"splits.{check_key(split, where)}"):
-            path = check_path(check_group(shard, where, "a shard").get("path"), where)
-            if not path.endswith(".tar"):
-                raise _refuse(where, f"the shard '{show(path)}' is not a tar")
-            check_sha256(shard.get("sha256"), where)
-            check_sha256(shard.get("index_sha256"), where)
-            size = check_count(shard.get("bytes"), where, f"bytes of {path}", most=MAX_FILE)
-            samples = check_count(shard.get("samples"), where, f"samples of {path}", most=size // LEAST_SAMPLE)
-            last = 0
-            for one in check_list(shard.get("withdrawn", []), where, f"withdrawn of {path}"):
-                if len(check_list(one, where, f"withdrawn of {path}")) != 2:
-                    raise _refuse(where, f"withdrawn samples of '{show(path)}' are not pairs of numbers")
-                start, stop = (check_count(number, where, f"withdrawn of {path}", most=samples) for number in one)
-                if not last <= start < stop:
-                    raise _refuse(where, f"withdrawn samples of '{show(path)}' are not in order")
-                last = stop
-    for label in check_list(values.get("labels", []), where, "labels"):
-        check_text(label, where, "a label")
-    for name, count in check_group(values.get("counts", {}), where, "counts").items():
-        check_count(count, where, f"counts.{show(name)}", most=MAX_FILE)
-    for name, hours in check_group(values.get("hours", {}), where, "hours").items():
-        check_number(hours, where, f"hours.{show(name)}")
-    for name in ("config", "versions", "extra"):
-        check_group(values.get(name, {}), where, name)
-    config = values.get("config", {})
-    for name in ("split", "preprocess", "hold_back"):
-        check_group(config.get(name) or {}, where, f"config.{name}")
-    for corpora in (config.get("corpora") or [], values.get("extra", {}).get("corpora") or []):
-        for corpus in check_list(corpora, where, "corpora"):
-            check_group(corpus, where, "a corpus")
-    check_count(values.get("extra", {}).get("version", 1), where, "extra.version", least=1, most=999_999)
+        raise refusal(where, f"preprocess.sfreq is {show(values['sfreq'])}; the largest sampling rate is {MAX_SFREQ:g}")
     return values
 
 
@@ -472,8 +420,10 @@ def check_meta(values: Any) -> dict[str, Any]:
             raise ValueError(f"{name} is '{show(value)}'")
         if least is not None and not value >= least:
             raise ValueError(f"{name} is {show(value)}")
-    if not all(isinstance(name, str) for name in values.get("ch_names", ())):
-        raise ValueError("a channel has no name")
+        if types is str and len(value) > (MAX_TEXT if name == "caption" else MAX_NAME):
+            raise ValueError(f"{name} has {len(value)} characters")
+    if not all(isinstance(name, str) and len(name) <= MAX_NAME for name in values.get("ch_names", ())):
+        raise ValueError("a channel has no name, or a name that is too long")
     check_positions(values.get("positions") or [], "the metadata")
     return values
 
@@ -483,7 +433,7 @@ def check_positions(values: Any, where: str) -> list[Any]:
     for place in check_list(values, where, "positions"):
         is_point = isinstance(place, list) and len(place) == 3 and {*map(type, place)} <= {float, int}
         if place is not None and not (is_point and max(map(abs, place)) < MAX_POSITION):
-            raise _refuse(where, "the position of an electrode is not three numbers, or is far outside a room")
+            raise refusal(where, "the position of an electrode is not three numbers, or is far outside a room")
     return values
 
 
@@ -514,7 +464,7 @@ def unpack_zstd(data: bytes, where: str) -> bytes:
         with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data) as stream:
             out = stream.read(most + 1)
     except zstandard.ZstdError as error:
-        raise _refuse(where, f"not compressed by zstd, or damaged: {show(error)}") from None
+        raise refusal(where, f"not compressed by zstd, or damaged: {show(error)}") from None
     check_unpacked([len(out)], len(data), where)
     return out
 
@@ -571,7 +521,7 @@ def check_unpacked(sizes: Iterable[int], packed: int, where: str) -> None:
     """
     total = sum(sizes)
     if total > max(FREE_UNPACKED, MAX_UNPACKED * packed):
-        raise _refuse(where, f"its {packed} bytes unpack to {total} bytes")
+        raise refusal(where, f"its {packed} bytes unpack to {total} bytes")
 
 
 def open_npz(path: str | os.PathLike[str]) -> Any:
@@ -601,7 +551,7 @@ def open_npz(path: str | os.PathLike[str]) -> Any:
         with zipfile.ZipFile(path) as archive:
             sizes = [entry.file_size for entry in archive.infolist()]
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise _refuse(str(path), f"not a .npz file: {show(error)}") from None
+        raise refusal(str(path), f"not a .npz file: {show(error)}") from None
     check_unpacked(sizes, Path(path).stat().st_size, str(path))
     return np.load(path, allow_pickle=False)
 
@@ -632,7 +582,7 @@ def check_hdf5(path: str | os.PathLike[str]) -> None:
     def look(group: Any, seen: set[int]) -> None:
         for name in group:
             if not isinstance(link := group.get(name, getlink=True), h5py.HardLink | h5py.SoftLink):
-                raise _refuse(str(path), f"'{show(name)}' is a link of the kind {type(link).__name__}")
+                raise refusal(str(path), f"'{show(name)}' is a link of the kind {type(link).__name__}")
             try:
                 entry = group[name]
             except (KeyError, OSError, RuntimeError):
@@ -643,7 +593,7 @@ def check_hdf5(path: str | os.PathLike[str]) -> None:
             seen.add(address)
             if isinstance(entry, h5py.Dataset):
                 if entry.external or entry.is_virtual:
-                    raise _refuse(str(path), f"the values of '{show(name)}' are in another file")
+                    raise refusal(str(path), f"the values of '{show(name)}' are in another file")
                 sizes.append(entry.size * entry.dtype.itemsize if entry.size is not None else 0)
             elif isinstance(entry, h5py.Group):
                 look(entry, seen)
@@ -654,7 +604,7 @@ def check_hdf5(path: str | os.PathLike[str]) -> None:
     except RequestError:
         raise
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise _refuse(str(path), show(error)) from None
+        raise refusal(str(path), show(error)) from None
     check_unpacked(sizes, size, str(path))
 
 

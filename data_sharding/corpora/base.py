@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from data_sharding.common.config_errors import find_fault
-from data_sharding.common.errors import one_line
+from data_sharding.common.errors import one_line, show
+from data_sharding.common.reason import Reason
+from data_sharding.common.untrusted import MAX_NAME, MAX_TEXT, check_text
 from data_sharding.corpora.item import Item
 from data_sharding.corpora.patch import patch_signal
 from data_sharding.formats.open_signal import open_signal
@@ -19,6 +21,8 @@ from data_sharding.processing.preprocess import check_line_freq
 
 ADAPTERS: dict[str, Adapter] = {}
 """Dictionary from the name of each kind of corpus to its adapter."""
+TRIAL_TEXTS = {**dict.fromkeys(("image_id", "label_name", "concept", "block"), MAX_NAME), "caption": MAX_TEXT}
+"""Largest number of characters of each text of a trial."""
 COMMON_KEYS = ("kind", "root", "name", "line_freq", "license", "options")
 """Config keys that are valid for every kind of corpus."""
 
@@ -282,9 +286,27 @@ def list_items(config: CorpusConfig) -> list[Item]:
     """
     given = {"license": config.license} if config.license else {}
     return [
-        dataclasses.replace(item, kind=config.kind, about=item.about | given)
+        dataclasses.replace(_check_texts(item, config), kind=config.kind, about=item.about | given)
         for item in ADAPTERS[config.kind].items(config)
     ]
+
+
+def _check_texts(item: Item, config: CorpusConfig) -> Item:
+    """Exclude a recording if a name or caption of its trials is too long for a dataset.
+
+    Raises
+    ------
+    RequestError
+        If the name of the subject or of the session is too long for the ledger.
+    """
+    for what in ("subject", "session"):
+        check_text(getattr(item, what), f"{config.root}, recording '{show(item.path)}'", f"the {what}")
+    for trial in item.trials or ():
+        for what, most in TRIAL_TEXTS.items():
+            if len(text := getattr(trial, what)) > most:
+                detail = f"the {what} of a trial has {len(text)} characters; at most {most} characters are allowed"
+                return dataclasses.replace(item, trials=(), reason=Reason("text too long", detail))
+    return item
 
 
 def open_item(item: Item) -> Signal:

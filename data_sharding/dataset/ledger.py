@@ -16,7 +16,7 @@ from data_sharding.common.files import atomic_write_bytes
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath
 from data_sharding.common.typed_values import MAX_INTEGER, check_typed
-from data_sharding.common.untrusted import parse_json, read_limited
+from data_sharding.common.untrusted import MAX_TEXT, check_text, parse_json, read_limited
 from data_sharding.dataset.manifest import current_file
 from data_sharding.dataset.rows import Rows
 
@@ -221,7 +221,9 @@ class LedgerRow:
     def to_columns(self) -> dict[str, Any]:
         """Return the values of the row as they are stored, with dictionaries as JSON text."""
         values = {name: getattr(self, name) for name in COLUMNS}
-        return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in values.items()}
+        return {
+            name: json.dumps(value) if isinstance(value, dict) else _shorten(value) for name, value in values.items()
+        }
 
     @classmethod
     def from_columns(cls, values: dict[str, Any], where: str) -> LedgerRow:
@@ -250,6 +252,15 @@ class LedgerRow:
         return cls(**known)
 
 
+def _shorten(value: Any) -> Any:
+    """Cut a text that is too long for the ledger. Readers refuse a ledger with a text of more than `MAX_TEXT`."""
+    if isinstance(value, list):
+        return [_shorten(entry) for entry in value]
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        return f"{value[: MAX_TEXT - 100]} ... (shortened; the whole text has {len(value)} characters)"
+    return value
+
+
 def _check_value(column: str, value: Any, where: str) -> Any:
     """Check a stored value, and parse the JSON of a dictionary."""
     if column in JSON_COLUMNS and isinstance(value, str):
@@ -257,6 +268,8 @@ def _check_value(column: str, value: Any, where: str) -> Any:
             value = parse_json(value)
         except ValueError as error:
             raise RequestError(f"{where}: {column} is not valid JSON ({show(error)})") from None
+    if column in _NAMES:
+        check_text(value, where, column)
     return check_typed(_TYPES[column], value, where, column, least=-MAX_INTEGER if column in _SIGNED else 0)
 
 
@@ -267,6 +280,8 @@ JSON_COLUMNS = frozenset(name for name in COLUMNS if typing.get_origin(_TYPES[na
 """Columns that hold dictionaries as JSON text."""
 
 
+_NAMES = frozenset({"key", "corpus", "path", "subject", "session"})
+"""Columns whose texts are names, which have at most `untrusted.MAX_NAME` characters."""
 _SIGNED = frozenset({"unit_factor", "trial_tmin", "trial_tmax"})
 """Columns whose numbers may be negative."""
 

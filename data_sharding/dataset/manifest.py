@@ -16,7 +16,20 @@ import numpy as np
 from data_sharding.common.errors import RequestError, show
 from data_sharding.common.files import read_json, write_json
 from data_sharding.common.storage import AnyPath, as_path, fresh
-from data_sharding.common.untrusted import check_manifest
+from data_sharding.common.untrusted import (
+    LEAST_SAMPLE,
+    MAX_FILE,
+    check_count,
+    check_group,
+    check_key,
+    check_list,
+    check_number,
+    check_path,
+    check_preprocess,
+    check_sha256,
+    check_text,
+    refusal,
+)
 from data_sharding.processing.preprocess import PreprocessSpec
 
 SCHEMA = 1
@@ -143,7 +156,7 @@ class Manifest:
                     f"{directory / NAME}: the file has schema {show(schema)}, but this version reads only schema "
                     f"{SCHEMA}; make the dataset again with 'dreamscale shard CONFIG --output DIR'"
                 )
-            check_manifest(values, where)
+            _check_manifest(values, where)
             values["preprocess"] = PreprocessSpec.from_dict(values["preprocess"], where)
             values["splits"] = {
                 split: [Shard(**shard) for shard in shards] for split, shards in values["splits"].items()
@@ -156,6 +169,65 @@ class Manifest:
                 f"{directory / NAME}: damaged ({show(error, longest=300)}); copy the dataset again, or run "
                 "'dreamscale shard' again"
             ) from None
+
+
+def _check_manifest(values: Any, where: str) -> dict[str, Any]:
+    """Check the content of a dataset's manifest.
+
+    Parameters
+    ----------
+    values : Any
+        Parsed content of the manifest.
+    where : str
+        Path of the manifest, for the error message.
+
+    Returns
+    -------
+    dict
+        The content.
+
+    Raises
+    ------
+    RequestError
+        If a path is not inside the dataset, a checksum or a value has the wrong form, or a shard is too small for its
+        number of samples.
+    """
+    check_group(values, where)
+    check_key(values.get("dataset_id"), where)
+    check_preprocess(values.get("preprocess"), where)
+    for split, shards in check_group(values.get("splits"), where, "splits").items():
+        for shard in check_list(shards, where, f"splits.{check_key(split, where)}"):
+            path = check_path(check_group(shard, where, "a shard").get("path"), where)
+            if not path.endswith(".tar"):
+                raise refusal(where, f"the shard '{show(path)}' is not a tar")
+            check_sha256(shard.get("sha256"), where)
+            check_sha256(shard.get("index_sha256"), where)
+            size = check_count(shard.get("bytes"), where, f"bytes of {path}", most=MAX_FILE)
+            samples = check_count(shard.get("samples"), where, f"samples of {path}", most=size // LEAST_SAMPLE)
+            last = 0
+            for one in check_list(shard.get("withdrawn", []), where, f"withdrawn of {path}"):
+                if len(check_list(one, where, f"withdrawn of {path}")) != 2:
+                    raise refusal(where, f"withdrawn samples of '{show(path)}' are not pairs of numbers")
+                start, stop = (check_count(number, where, f"withdrawn of {path}", most=samples) for number in one)
+                if not last <= start < stop:
+                    raise refusal(where, f"withdrawn samples of '{show(path)}' are not in order")
+                last = stop
+    for label in check_list(values.get("labels", []), where, "labels"):
+        check_text(label, where, "a label")
+    for name, count in check_group(values.get("counts", {}), where, "counts").items():
+        check_count(count, where, f"counts.{show(name)}", most=MAX_FILE)
+    for name, hours in check_group(values.get("hours", {}), where, "hours").items():
+        check_number(hours, where, f"hours.{show(name)}")
+    for name in ("config", "versions", "extra"):
+        check_group(values.get(name, {}), where, name)
+    config = values.get("config", {})
+    for name in ("split", "preprocess", "hold_back"):
+        check_group(config.get(name) or {}, where, f"config.{name}")
+    for corpora in (config.get("corpora") or [], values.get("extra", {}).get("corpora") or []):
+        for corpus in check_list(corpora, where, "corpora"):
+            check_group(corpus, where, "a corpus")
+    check_count(values.get("extra", {}).get("version", 1), where, "extra.version", least=1, most=999_999)
+    return values
 
 
 def version_folder(dataset: str | AnyPath, number: int) -> AnyPath:

@@ -59,7 +59,7 @@ from data_sharding.processing.preprocess import (
     reference_rows,
     transient_length,
 )
-from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, resampled_length
+from data_sharding.processing.streaming import MAX_UPSAMPLING, Resampler, Scratch, blocks_of, resampled_length
 from data_sharding.processing.survey import Survey, Verdict
 
 PART_SCHEMA = 11
@@ -385,6 +385,11 @@ class _Reading:
         low, high = band_of(info.sfreq, spec)
         if high < 2 * low:
             text = f"a sampling rate of {info.sfreq:g} Hz is too low for the band from {low:g} to {2 * low:g} Hz"
+            raise SetAside("excluded", Reason("rate too low", text))
+        if spec.sfreq > MAX_UPSAMPLING * info.sfreq:
+            text = (
+                f"{info.sfreq:g} Hz, and windows of {spec.sfreq:g} Hz have more than {MAX_UPSAMPLING} times this rate"
+            )
             raise SetAside("excluded", Reason("rate too low", text))
         self.names = list(channels.names)
         self.picks = list(channels.picks)

@@ -36,6 +36,9 @@ older versions."""
 MIN_HIGHPASS = 0.001
 """Lowest accepted value of `highpass` in Hz. Below this limit, the response of the high-pass filter may be too long for
 the memory."""
+MAX_SFREQ_BY_HIGHPASS = 500_000
+"""Largest accepted ratio of `sfreq` to `highpass`. The length of the high-pass filter's response in samples grows with
+this ratio. At the largest ratio, the response needs about one gigabyte of memory."""
 LINE_FREQS = (10.0, 1000.0)
 """Lowest and highest accepted mains frequency in Hz. Every harmonic inside the band needs a notch filter, so a
 frequency near zero would need too many filters."""
@@ -136,6 +139,11 @@ class PreprocessSpec:
             raise ValueError(f"preprocess: need 0 < highpass < lowpass, got {self.highpass} and {self.lowpass}")
         if self.highpass < MIN_HIGHPASS:
             raise ValueError(f"preprocess.highpass must be at least {MIN_HIGHPASS} Hz, got {self.highpass}")
+        if self.sfreq > MAX_SFREQ_BY_HIGHPASS * self.highpass:
+            raise ValueError(
+                f"preprocess.highpass must be at least {self.sfreq / MAX_SFREQ_BY_HIGHPASS:g} Hz with sfreq "
+                f"{self.sfreq:g}, got {self.highpass}; otherwise the filter is too long"
+            )
         if self.lowpass > 0.45 * self.sfreq:
             raise ValueError(
                 f"preprocess.lowpass {self.lowpass} Hz needs sfreq of at least {self.lowpass / 0.45:.1f} Hz, "

@@ -32,6 +32,9 @@ and the rounding error of float16 is only 66 dB smaller than the sample."""
 TRUNCATION = 1e-7
 """The *lookahead* of a filter is the number of samples after which its response is smaller than this fraction. The rest
 of the response is ignored."""
+MAX_UPSAMPLING = 8
+"""Recordings are resampled to at most this many times their own sampling rate. A higher rate adds no information, but
+the work and the scratch file grow with the rate."""
 HELD_BYTES = 128 * 2**20
 """If a block and its lookahead need more than this number of bytes (8 bytes for each value), filtered samples are
 stored on disk."""

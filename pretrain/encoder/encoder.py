@@ -289,11 +289,12 @@ class EEGEncoder(nn.Module):
             If the recording has no EEG channel, or more EEG channels than the encoder takes; if its unit is unknown; if
             values are missing; if the recording is shorter than a window; or if an argument has an impossible value.
         """
-        from pretrain.encoder.recording import windows_of
+        from pretrain.encoder.recording import MAX_BATCH, windows_of
 
         if batch_size < 1:
             raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
         spec, device = self.spec, next(self.parameters()).device
+        batch_size = min(batch_size, max(1, MAX_BATCH // (self.config.channels * self.config.samples)))
         times: list[float] = []
         with (
             _evaluation_mode(self),

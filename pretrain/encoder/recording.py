@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 LINE_FREQS = (40.0, 70.0)
 """Lowest and highest mains frequency in Hz that a user may give. The power grid has 50 or 60 Hz, but the frequency of
 small generators can differ."""
+MAX_OVERLAP = 64
+"""Largest number of windows of an encoder that may contain the same sample of a recording. The work of encoding grows
+with this number."""
+MAX_BATCH = 2**27
+"""Largest number of values in one forward pass. For long windows, fewer windows than `batch_size` are encoded
+together."""
 
 
 @dataclass(kw_only=True)
@@ -91,6 +97,12 @@ def windows_of(
         impossible value.
     """
     check_numbers(unit_factor=unit_factor, line_freq=line_freq)
+    if spec.window > MAX_OVERLAP * spec.stride:
+        raise RequestError(
+            f"the preprocessing of the encoder cuts a window of {spec.window} samples every {spec.stride} samples; "
+            f"encoding needs a stride of at least 1/{MAX_OVERLAP} of the window, so set the key 'stride' in the file "
+            "preprocess.json of the encoder package"
+        )
     from data_sharding.corpora import Item
     from data_sharding.formats.open_signal import Recording
     from data_sharding.job.cut_windows import clean_windows, plan_windows

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.common.untrusted import check_count, check_group, check_list, check_number, check_text
+from data_sharding.common.untrusted import MAX_TEXT, check_count, check_group, check_list, check_number, check_text
 from data_sharding.formats.signal import About, Segment, SignalInfo
 
 MOST = 2**50
@@ -70,13 +70,15 @@ def info_from_json(values: Any, where: str) -> SignalInfo:
         return check_number(value, where, what)
 
     def texts(name: str) -> list[str]:
-        return [check_text(v, where, name) for v in check_list(values[name], where, name)]
+        return [check_text(v, where, name, most=MAX_TEXT) for v in check_list(values[name], where, name)]
 
     def numbers(name: str) -> dict[str, float]:
         return {key: number(v, name) for key, v in check_group(values[name], where, name).items()}
 
     def named(name: str) -> dict[str, str]:
-        return {key: check_text(v, where, name) for key, v in check_group(values[name], where, name).items()}
+        return {
+            key: check_text(v, where, name, most=MAX_TEXT) for key, v in check_group(values[name], where, name).items()
+        }
 
     def flag(name: str) -> bool:
         if not isinstance(values[name], bool):
@@ -90,7 +92,7 @@ def info_from_json(values: Any, where: str) -> SignalInfo:
         out = []
         for value in check_list(values[name], where, name):
             start, stop, text = check_list(value, where, name)
-            out.append((number(start, name), number(stop, name), check_text(text, where, name)))
+            out.append((number(start, name), number(stop, name), check_text(text, where, name, most=MAX_TEXT)))
         return out
 
     names_, total = texts("ch_names"), check_count(values["n_samples"], where, "n_samples", most=MOST)
@@ -130,8 +132,8 @@ def info_from_json(values: Any, where: str) -> SignalInfo:
             age=None if age is None else number(age, "age"),
             sex=check_text(about.get("sex"), where, "sex"),
             year=None if year is None else check_count(year, where, "year", most=9999),
-            device=check_text(about.get("device"), where, "device"),
-            filters=check_text(about.get("filters"), where, "filters"),
+            device=check_text(about.get("device"), where, "device", most=MAX_TEXT),
+            filters=check_text(about.get("filters"), where, "filters", most=MAX_TEXT),
         ),
         notes=texts("notes"),
     )

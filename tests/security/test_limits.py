@@ -1,0 +1,122 @@
+"""Values in files that are valid, but ask for very much work: long texts, extreme sampling rates, empty datasets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mne
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_sharding.common.errors import RequestError
+from data_sharding.common.typed_values import check_typed
+from data_sharding.common.untrusted import MAX_NAME, MAX_TEXT, check_meta, check_text
+from data_sharding.corpora import CorpusConfig, list_items
+from data_sharding.dataset.ledger import LedgerRow, read_ledger_file, write_ledger
+from data_sharding.processing.preprocess import PreprocessSpec
+from launch.cli import main
+from pretrain.encoder.encoder import EEGEncoder
+from pretrain.model.config import EncoderConfig
+from tests.security.conftest import make_samples
+
+
+def make_encoder(folder: Path, **changes: Any) -> EEGEncoder:
+    """Write a small encoder package, change its preprocessing, and load the package."""
+    spec = PreprocessSpec(sfreq=128.0, lowpass=50.0, window=128, stride=128)
+    EEGEncoder(EncoderConfig(samples=128, dim=8, depth=1, heads=2, mlp_ratio=1.0), spec).save_pretrained(folder)
+    path = folder / "preprocess.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return EEGEncoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"sfreq": 100_000.0}, "more than 8 times this rate"), ({"stride": 1}, "stride of at least 1/64 of the window")],
+    ids=["rate", "overlap"],
+)
+def test_an_encoder_cannot_ask_for_endless_work(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    encoder = make_encoder(tmp_path / "encoder", **changes)
+    x = np.random.default_rng(0).normal(0, 10, (2, 1000))
+    with pytest.raises(RequestError, match=message) as caught:
+        encoder.encode((x, ["Cz", "Pz"], 100.0, "uV"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_filter_that_needs_gigabytes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"preprocess\.json is damaged .preprocess\.highpass must be at least 0\.2"):
+        make_encoder(tmp_path / "encoder", sfreq=100_000.0, highpass=0.001)
+    assert PreprocessSpec(sfreq=256.0, highpass=0.001) and PreprocessSpec(sfreq=100_000.0)
+
+
+def test_texts_have_a_largest_length() -> None:
+    assert check_text("x" * MAX_NAME, "file.json", "subject") and check_typed(str, "x" * MAX_TEXT, "", "")
+    with pytest.raises(RequestError, match=r"file\.json: damaged .*subject has 4097 characters"):
+        check_text("x" * (MAX_NAME + 1), "file.json", "subject")
+    for hint, value in ((str, "x" * (MAX_TEXT + 1)), (list[str], ["a", "x" * (MAX_TEXT + 1)])):
+        with pytest.raises(RequestError, match=r"file\.json: damaged .*note has 131073 characters"):
+            check_typed(hint, value, "file.json", "note")
+    meta = make_samples(1)[0].meta
+    assert check_meta({**meta, "caption": "x" * MAX_TEXT})
+    for name in ("subject", "label_name", "recording", "caption"):
+        with pytest.raises(ValueError, match=f"{name} has 131073 characters"):
+            check_meta({**meta, name: "x" * (MAX_TEXT + 1)})
+    with pytest.raises(ValueError, match="a name that is too long"):
+        check_meta({**meta, "ch_names": ["Cz", "x" * (MAX_NAME + 1)]})
+
+
+def test_a_long_subject_in_generated_images_is_refused(
+    tmp_path: Path, run_command: Callable[..., Any], assert_refused: Callable[..., None]
+) -> None:
+    trial = {
+        "key": "k",
+        "image_id": "i",
+        "subject": "x" * 20_000_000,
+        "label": 0,
+        "file": "a.png",
+        "real_file": "b.png",
+    }
+    about = {"dataset": "d", "dataset_id": "d", "split": "test", "control": "none", "labels": ["a"], "trials": [trial]}
+    (tmp_path / "generated.json").write_text(json.dumps(about))
+    assert_refused(run_command("evaluate", tmp_path), "generated.json", "subject of a trial has 20000000 characters")
+
+
+def test_a_ledger_never_has_a_text_that_readers_refuse(tmp_path: Path) -> None:
+    row = LedgerRow(key="a", corpus="c", path="p", subject="s", files=["p"], status="sharded", device="y" * 10**6)
+    row.notes = ["x" * 10**6]
+    write_ledger(tmp_path / "ledger.parquet", [row])
+    (found,) = read_ledger_file(tmp_path / "ledger.parquet")
+    assert found.device.endswith("(shortened; the whole text has 1000000 characters)")
+    row.subject = "s" * (MAX_NAME + 1)
+    write_ledger(tmp_path / "ledger.parquet", [row])
+    with pytest.raises(RequestError, match="subject has 4097 characters"):
+        read_ledger_file(tmp_path / "ledger.parquet")
+
+
+def test_a_recording_whose_trials_have_very_long_names_is_excluded(tmp_path: Path) -> None:
+    images, root = tmp_path / "images", tmp_path / "eeg"
+    images.mkdir()
+    Image.new("RGB", (8, 8)).save(images / "cat.png")
+    for name, label in (("a", "x" * (MAX_NAME + 1)), ("b", "cat")):
+        folder = root / f"sub-{name}"
+        folder.mkdir(parents=True)
+        info = mne.create_info(["Cz", "Pz"], 100.0, "eeg")
+        mne.io.RawArray(np.zeros((2, 200)), info, verbose="ERROR").save(folder / f"{name}_raw.fif", verbose="ERROR")
+        (folder / f"{name}_raw_events.tsv").write_text(f"onset\timage\tlabel_name\n1.0\tcat.png\t{label}\n")
+    long, short = list_items(CorpusConfig(kind="events", root=str(root), images=str(images)))
+    assert long.reason is not None and long.reason.category == "text too long" and not long.trials
+    assert short.reason is None and short.trials
+
+
+def test_a_dataset_without_samples_is_not_valid(dataset: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset.change_manifest(lambda values: values["splits"].update(val=[]))
+    assert main(["verify", str(dataset.root)]) == 0
+    for splits in ({}, {"train": []}, {"train": [], "val": [], "test": []}):
+        dataset.change_manifest(lambda values, splits=splits: values.update(splits=splits))
+        dataset.tar.unlink(missing_ok=True)
+        capsys.readouterr()
+        assert main(["verify", str(dataset.root)]) == 1
+        assert "manifest.json: no split has samples, so the dataset is empty" in capsys.readouterr().out
