@@ -91,10 +91,18 @@ def _use_model(generator: Generator, dataset: EEGDataset, config: GenerateConfig
             guidance_scale=sampling.guidance_scale,
             sampler=sampling.sampler,
             source=source,
-            metas=[trial.meta for trial in batch],
+            metas=[_describe_eeg(dataset, trial) for trial in batch],
         )
 
     return make
+
+
+def _describe_eeg(dataset: EEGDataset, trial: Trial) -> dict[str, Any]:
+    """Return the metadata of a trial, with the channels of the EEG that is used, which may be of another trial."""
+    if not trial.source or trial.source[0] in trial.numbers:
+        return trial.meta
+    other = dataset.meta(trial.source[0])
+    return trial.meta | {name: other[name] for name in ("n", "ch_names", "positions") if name in other}
 
 
 def _open_train(dataset: EEGDataset, config: GenerateConfig) -> EEGDataset:

@@ -89,6 +89,11 @@ class Generator(Protocol):
         -------
         str
             Reason why the model cannot generate the images; empty if the model can generate them.
+
+        Raises
+        ------
+        RequestError
+            If the model can read no EEG of this dataset, for example because channels are missing.
         """
         ...
 
@@ -116,7 +121,8 @@ class Generator(Protocol):
         source : str
             Condition from which the images are generated.
         metas : sequence of dict, optional
-            Metadata of the trials, with their category; needed only for the source ``class``.
+            Metadata of the trials. The source ``class`` needs the categories, and the linear baseline needs the names
+            of the channels.
 
         Returns
         -------

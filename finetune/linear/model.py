@@ -10,18 +10,20 @@ W columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.errors import RequestError, one_line, show
 from data_sharding.common.files import atomic_directory, write_json
-from data_sharding.common.untrusted import check_count
+from data_sharding.common.untrusted import check_count, check_list, check_text
+from data_sharding.dataset.samples import N_PADDED
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.diffusion import SamplerName, Sampling
 from finetune.eeg import scale_eeg
@@ -33,26 +35,24 @@ KIND = "linear"
 Floats = NDArray[np.float32]
 
 
-def compute_time_courses(eeg_BCT: Tensor, spec: PreprocessSpec, *, channels: int, bins: int) -> Floats:
+def compute_time_courses(eeg_BCT: Tensor, spec: PreprocessSpec, *, bins: int) -> Floats:
     """Average the scaled EEG over time bins, and divide each trial by its standard deviation.
 
     Parameters
     ----------
     eeg_BCT : Tensor, shape (B, C, T)
-        EEG in microvolts, padded by repeating channels.
+        EEG of the same channels of each trial, in microvolts.
     spec : PreprocessSpec
         Preprocessing of the EEG, which defines the scale.
-    channels : int
-        Number of channels to use. Only the first `channels` rows of each trial are used.
     bins : int
         Number of time bins.
 
     Returns
     -------
-    ndarray of float32, shape (B, channels x bins)
+    ndarray of float32, shape (B, C x bins)
         Features.
     """
-    features_BF = time_courses(scale_eeg(eeg_BCT[:, :channels], spec).cpu().numpy(), bins)
+    features_BF = time_courses(scale_eeg(eeg_BCT, spec).cpu().numpy(), bins)
     scale_B1 = features_BF.std(axis=1, keepdims=True)
     return (features_BF / np.where(scale_B1 > 1e-6, scale_B1, np.inf)).astype(np.float32)
 
@@ -61,8 +61,8 @@ def compute_time_courses(eeg_BCT: Tensor, spec: PreprocessSpec, *, channels: int
 class LinearModel:
     """Weights of the linear map, and the training images among which the model searches."""
 
-    channels: int
-    """Number of channels that the model reads."""
+    channels: tuple[str, ...]
+    """Names of the channels that the model reads, in the order of the features."""
     bins: int
     """Number of time bins."""
     mean_F: Floats
@@ -77,6 +77,21 @@ class LinearModel:
     """Principal components of the pixels of each training image."""
     images_MHW3: NDArray[np.uint8]
     """Pixels of the training images."""
+
+    def read_eeg(self, eeg_BCT: Tensor, names_B: Sequence[Sequence[str]], spec: PreprocessSpec) -> Floats:
+        """Compute the features [B, F] of trials whose rows have the channel names `names_B`.
+
+        Every trial must have all channels of the model, as `find_missing_channels` checks.
+        """
+        rows_BC = torch.as_tensor([[list(names).index(name) for name in self.channels] for names in names_B])
+        return compute_time_courses(eeg_BCT[torch.arange(len(eeg_BCT))[:, None], rows_BC], spec, bins=self.bins)
+
+    def find_missing_channels(self, names_B: Iterable[Sequence[str]]) -> list[str]:
+        """Return the channels of the model that a trial does not have, for the first trial without all channels."""
+        for names in names_B:
+            if missing := [name for name in self.channels if name not in names]:
+                return missing
+        return []
 
     def predict(self, features_BF: Floats) -> tuple[Floats, Floats]:
         """Return the scores of the categories [B, K] and the image components [B, P] for features [B, F]."""
@@ -131,8 +146,21 @@ def save_model(folder: Path, model: LinearModel, spec: PreprocessSpec, extra: di
     with atomic_directory(folder) as root:
         save_file({name: np.ascontiguousarray(getattr(model, name)) for name in _ARRAYS}, root / "model.safetensors")
         write_json(root / "preprocess.json", spec.to_dict())
-        values = {"kind": KIND, "schema": SCHEMA, "channels": model.channels, "bins": model.bins}
+        values = {"kind": KIND, "schema": SCHEMA, "channels": list(model.channels), "bins": model.bins}
         write_json(root / "dreamscale.json", {**values, **extra})
+
+
+def _check_channels(value: Any, where: str) -> tuple[str, ...]:
+    """Check the channel names of a package."""
+    if isinstance(value, int):
+        raise RequestError(
+            f"{where}: channels is a number, as in models that read channels by their rows; train the model again with "
+            "'dreamscale linear CONFIG'"
+        )
+    names = tuple(check_text(name, where, "channels") for name in check_list(value, where, "channels"))
+    if not 1 <= len(names) == len(set(names)) <= N_PADDED:
+        raise RequestError(f"{where}: channels must be 1 to {N_PADDED} different names; copy the model again")
+    return names
 
 
 class LinearGenerator:
@@ -173,7 +201,7 @@ class LinearGenerator:
         try:
             arrays = {name: value.numpy() for name, value in read_tensors(self.folder / WEIGHTS).items()}
             self.model = LinearModel(
-                channels=check_count(values["channels"], where, "channels", least=1, most=128),
+                channels=_check_channels(values["channels"], where),
                 bins=check_count(values["bins"], where, "bins", least=1, most=self.spec.window),
                 **{name: arrays[name] for name in _ARRAYS},
             )
@@ -187,7 +215,7 @@ class LinearGenerator:
         images, components = model.components_MP.shape
         fits = (
             model.mean_F.shape == (features,)
-            and features == model.channels * model.bins
+            and features == len(model.channels) * model.bins
             and model.bias_L.shape == (outputs,)
             and outputs > components
             and model.labels_M.shape == (images,)
@@ -215,11 +243,25 @@ class LinearGenerator:
         return Sampling(sampler=sampler or "ddim", steps=steps or 1, guidance_scale=guidance_scale or 1.0)
 
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
-        """Return why the model cannot generate from `source`; empty for EEG (see `finetune.generators.Generator`)."""
-        del metas
-        if source == "eeg":
-            return ""
-        return f"{self.folder}: the linear baseline needs EEG, so it has no control '{source}'; use 'none' or 'shuffle'"
+        """Return why the model cannot generate from `source`; empty for EEG (see `finetune.generators.Generator`).
+
+        Raises
+        ------
+        RequestError
+            If a trial does not have all channels of the model.
+        """
+        if source != "eeg":
+            return (
+                f"{self.folder}: the linear baseline needs EEG, so it has no control '{source}'; use 'none' or "
+                "'shuffle'"
+            )
+        if missing := self.model.find_missing_channels(meta["ch_names"] for meta in metas):
+            names = ", ".join(map(show, missing[:5])) + (" and others" if len(missing) > 5 else "")
+            raise RequestError(
+                f"{self.folder}: the model reads {len(self.model.channels)} channels by name, and a trial of the "
+                f"dataset has no channel {names}; train the model on a dataset with the channels of these trials"
+            )
+        return ""
 
     def generate(
         self,
@@ -235,14 +277,19 @@ class LinearGenerator:
         """Choose a training image for each trial (see `finetune.generators.Generator`).
 
         The linear model uses no random numbers and no sampler, so this method ignores the seeds and the sampling
-        settings.
+        settings. `metas` is needed for the names of the channels.
 
         Raises
         ------
         RequestError
-            If the source is not the EEG, because the linear map needs EEG.
+            If the source is not the EEG, because the linear map needs EEG, or if a trial does not have all channels of
+            the model.
         """
         if obstacle := self.find_obstacle(source, metas or []):
             raise RequestError(obstacle)
-        features_BF = compute_time_courses(eeg_B128T, self.spec, channels=self.model.channels, bins=self.model.bins)
-        return self.model.images_MHW3[self.model.look_up(features_BF)]
+        if metas is None:
+            raise RequestError(
+                f"{self.folder}: the linear baseline finds channels by name; give the metadata of trials"
+            )
+        names_B = [meta["ch_names"] for meta in metas]
+        return self.model.images_MHW3[self.model.look_up(self.model.read_eeg(eeg_B128T, names_B, self.spec))]

@@ -38,4 +38,4 @@ def read_time_courses(
     rows_BC = torch.as_tensor(np.stack([find_rows(group[0]) for group in groups]))
     eeg_BCT = read_means(dataset, groups)
     picked_BCT = eeg_BCT[torch.arange(len(groups))[:, None], rows_BC]
-    return compute_time_courses(picked_BCT, dataset.spec, channels=len(channels), bins=bins)
+    return compute_time_courses(picked_BCT, dataset.spec, bins=bins)

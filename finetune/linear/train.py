@@ -8,6 +8,7 @@ Array shapes: B trials, F features, K categories, P image components, M images.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,10 +16,12 @@ import numpy as np
 from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.dataset.dataset import EEGDataset
-from finetune.eeg import EEGConfig, group_repeats, read_means
+from finetune.eeg import EEGConfig, group_repeats
 from finetune.images import ImageTable, find_components, open_train_val
-from finetune.linear.model import Floats, LinearModel, compute_time_courses, save_model
+from finetune.linear.model import Floats, LinearModel, save_model
+from finetune.linear.time_courses import read_time_courses
 from finetune.training.accelerate import quiet_libraries, report_finished, use_run
+from pretrain.evidence.channels import find_common_channels
 from pretrain.evidence.ridge import STRENGTHS, ridge_scores
 from pretrain.runs.tracking import TrackerConfig
 
@@ -37,8 +40,8 @@ class LinearConfig:
     eeg: EEGConfig = field(default_factory=EEGConfig)
     """Part of each trial that the model reads, and how repeated presentations are averaged in val trials."""
     channels: int = 128
-    """Number of channels that the model reads, from 1 to 128. The channels of a trial with fewer channels are
-    repeated."""
+    """Largest number of channels that the model reads, from 1 to 128. The model reads channels that all trials of the
+    splits train and val have in common, in the order of the first trial. Channels are compared by name."""
     bins: int = 25
     """Number of time bins. The EEG of a channel is averaged over each time bin."""
     image_size: int = 32
@@ -55,14 +58,19 @@ class LinearConfig:
             raise ValueError(f"need bins >= 1 and components >= 1, got {self.bins} and {self.components}")
 
 
-def _read_features(data: EEGDataset, groups: list[list[int]], config: LinearConfig) -> Floats:
+def _read_features(data: EEGDataset, groups: list[list[int]], channels: Sequence[str], bins: int) -> Floats:
     parts = [groups[start : start + BATCH] for start in range(0, len(groups), BATCH)]
-    return np.concatenate(
-        [
-            compute_time_courses(read_means(data, part), data.spec, channels=config.channels, bins=config.bins)
-            for part in parts
-        ]
-    )
+    return np.concatenate([read_time_courses(data, part, channels, bins) for part in parts])
+
+
+def _choose_channels(config: LinearConfig, data: EEGDataset, val: EEGDataset) -> list[str]:
+    found = find_common_channels([(split, range(len(split))) for split in (data, val)])
+    if not found:
+        raise RequestError(
+            f"{config.dataset}: the trials of the splits train and val have no channel in common, so no map can be "
+            "fitted; make a dataset from recordings with common channels"
+        )
+    return found[: config.channels]
 
 
 def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) -> tuple[LinearModel, dict[str, float]]:
@@ -87,7 +95,7 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
     Raises
     ------
     RequestError
-        If a time bin would be shorter than one sample.
+        If a time bin would be shorter than one sample, or if the trials have no channel in common.
     """
     if config.bins > data.n_times:
         raise RequestError(f"bins is {config.bins}, but a trial has {data.n_times} samples; set bins to {data.n_times}")
@@ -96,10 +104,11 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
     components_MP, held_MP = find_components(images, held, config.components)
     one_hot_MK = np.eye(len(data.labels), dtype=np.float32)[tables[0].labels]
 
+    channels = _choose_channels(config, data, val)
     groups = group_repeats(data, 1)
-    x_BF = _read_features(data, groups, config)
+    x_BF = _read_features(data, groups, channels, config.bins)
     val_groups = group_repeats(val, config.eeg.average_repeats)
-    val_BF = _read_features(val, val_groups, config)
+    val_BF = _read_features(val, val_groups, channels, config.bins)
     targets_ML = np.concatenate([one_hot_MK, components_MP], axis=1)
     y_BL = targets_ML[tables[0].row_of]
     rows = tables[1].row_of[[group[0] for group in val_groups]]
@@ -120,7 +129,7 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
     # If several penalties are equally good, use the strongest penalty.
     best = max(range(len(found)), key=lambda i: (sum(found[i]), i))
     model = LinearModel(
-        channels=config.channels,
+        channels=tuple(channels),
         bins=config.bins,
         mean_F=mean_F.astype(np.float32),
         weight_FL=maps[best][0].astype(np.float32),

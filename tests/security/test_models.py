@@ -346,7 +346,7 @@ def test_a_changed_linear_model_is_refused(name: str, tmp_path: Path) -> None:
     from finetune.linear.model import LinearModel, save_model
 
     model = LinearModel(
-        channels=2,
+        channels=("Fz", "Cz"),
         bins=3,
         mean_F=np.zeros(6, np.float32),
         weight_FL=np.ones((6, 3), np.float32),
