@@ -1,11 +1,11 @@
-"""Find copies of a recording in files of any format, by comparing fingerprints of the channels.
+"""Find copies of a recording, even in files of another format, by comparing fingerprints of the signals.
 
-A fingerprint contains the signal of each channel between 1 and 40 Hz, with one value (a point) every 0.1 s: 64 points
-from the beginning of the recording, and 32 points from each of a few later excerpts (see
+A fingerprint contains the signal of each channel between 1 and 40 Hz, with one value (a *point*) every 0.1 s: 64 points
+from the beginning of the recording, and 32 points from each of some later excerpts (see
 `data_sharding.processing.survey`). Comparing the fingerprints of all pairs of a hundred thousand recordings would take
 too long, so there are two steps. In the first step, a *signature* of a few numbers is computed from the beginning of
-each recording; pairs of recordings with similar signatures are candidates. In the second step, only the fingerprints of
-the candidate pairs are loaded and compared.
+each recording. Pairs of recordings with similar signatures are *candidate pairs*. In the second step, only the
+fingerprints of the candidate pairs are loaded and compared.
 
 Letters in shapes: `n` or `m` channels, `P` points of a fingerprint.
 """
@@ -26,47 +26,47 @@ from data_sharding.dataset.ledger import LedgerRow
 SAME = 0.99
 """Two channels have the same signal if their correlation is above this value."""
 SHARE = 0.6
-"""Two recordings have the same signal if at least this fraction of the channels of the recording with fewer channels
-are also in the other recording."""
+"""Two recordings have the same signal if, in the recording with fewer channels, at least this fraction of the channels
+have the same signal as a channel of the other recording."""
 LENGTH_S = 1.5
 """The lengths of two recordings count as equal if they differ by at most this number of seconds, because some formats
 add padding at the end."""
 MIN_POINTS = 16
-"""Minimum number of points for a comparison of fingerprints, because fewer points can be equal by chance. Recordings
-with fewer points are compared only by the checksums of their files."""
+"""Fingerprints with fewer points than this are not compared, because so few points can be equal by chance. Such
+recordings are compared only by the checksums of their files."""
 ALIKE = 0.95
 """If the median correlation between the channels of a recording is above this value, the recording may be a calibration
 signal."""
 BANDS = ((0, 32), (16, 48), (32, 64))
-"""Ranges of points of a channel, each of which is hashed separately. Each point is in at most two ranges, so a changed
-sign of one point changes at most two hashes."""
+"""Ranges of points of a channel. Each range is hashed separately. A point is in at most two ranges, so if the sign of
+one point changes, at most two hashes change."""
 FIRST = BANDS[-1][1]
 """Number of points of a fingerprint from the beginning of the recording. Fingerprints that older versions of Dreamscale
 wrote contain only these points."""
 LATER = 32
 """Number of points of each later excerpt in a fingerprint."""
 DEAD = 1e-4
-"""A channel is flat in an excerpt if the norm of its points in the excerpt is below this fraction of the norm of all
+"""A channel is flat in an excerpt if the norm of its points in this excerpt is below this fraction of the norm of all
 its points."""
 SKETCH = 16
 """Largest number of hashes in a signature."""
 NEIGHBOURS = 64
-"""If many recordings have the same hash, each recording is compared with at most this number of recordings of similar
-length."""
+"""If many recordings have the same hash, each of these recordings forms pairs with at most this number of recordings of
+similar length before it and after it."""
 
 MOST_RANK = 40
-"""Largest rank of a recording (number of linearly independent channels) for which linear combinations are searched. If
-the rank is higher, 64 points cannot show that the channels of one recording are linear combinations of the channels of
-another recording."""
+"""Linear combinations are searched only if the rank of the recording (its number of linearly independent channels) is
+at most 40. With a higher rank, 64 points are too few to show that the channels of one recording are linear combinations
+of the channels of another recording."""
 RANK = 2e-3
-"""Singular values below this fraction of the largest singular value are treated as rounding errors and do not count for
-the rank."""
+"""When the rank is computed, singular values below this fraction of the largest singular value are treated as rounding
+errors."""
 CODE_BITS = 62
 NEAR_BITS = 12
-"""Maximum number of different bits in the mixing codes of two recordings of the same signal."""
+"""Two recordings can have the same signal only if at most this many bits of their mixing codes differ."""
 MIXED = 0.1
-"""Maximum residual of a channel after the linear fit by the channels of the other recording, as a fraction of the
-channel's norm."""
+"""A channel is a linear combination of the channels of the other recording if the residual of the linear fit is below
+this fraction of the channel's norm."""
 
 SHORT_PIECE_S = 10.0
 """If the mean length of the segments in a file is below this number of seconds, the segments are epochs of a longer
@@ -78,12 +78,12 @@ HOW: dict[Relation, str] = {
     "beginning": "same beginning",
     "remixed": "same signal under another reference",
 }
-"""Text that describes each relation of two recordings in messages."""
+"""Texts for messages: how two recordings are related."""
 
 
 @dataclass(kw_only=True)
 class RecordingFingerprint:
-    """Data of a recording for the comparison with other recordings."""
+    """Data of a recording that are needed to compare the recording with others."""
 
     key: str
     """Key of the recording."""
@@ -104,7 +104,7 @@ class Copy:
     """A recording that is left out because another recording has the same signal."""
 
     kept: str
-    """Key of the recording that is kept in place of the duplicate."""
+    """Key of the other recording, which is kept."""
     difference: str = ""
     """Description of the difference, if the lengths or references of the two recordings differ."""
 
@@ -113,7 +113,9 @@ class Copy:
 
 
 def signature(points: np.ndarray) -> list[int]:
-    """Compute a signature: a few numbers, of which several are equal for recordings of the same signal.
+    """Compute the signature of a recording: a few numbers.
+
+    If two recordings have the same signal, several of these are equal.
 
     Parameters
     ----------
@@ -123,8 +125,8 @@ def signature(points: np.ndarray) -> list[int]:
     Returns
     -------
     list of int
-        At most `SKETCH` hashes (positive, below 2**63), sorted. If the mixing code can be computed, it becomes the
-        first number of the list, as a negative number. The list is empty if the fingerprint has too few points.
+        At most `SKETCH` hashes (positive, below 2**63), sorted. If a mixing code can be computed, the first number of
+        the list is negative and contains the mixing code. The list is empty if the fingerprint has too few points.
 
     Notes
     -----
@@ -133,11 +135,11 @@ def signature(points: np.ndarray) -> list[int]:
     in common, the more hashes they have in common. The hashes do not depend on the order or the names of the channels.
 
     *Mixing code.* The mixing code finds recordings with channels that are linear combinations of the channels of
-    another recording. Each channel is a vector over time, and the vectors of all channels span a space. The diagonal of
-    the projection matrix onto the space of the channels (the leverage of each point) does not change if the channels
-    are replaced by invertible linear combinations of the channels. The mixing code has one bit for each point: whether
-    the leverage of the point is above the median. So another reference, a bipolar montage, or the removal of a few
-    components changes only a few bits of the mixing code.
+    another recording. Each channel is a vector over time, and the vectors of all channels span a space. The projection
+    matrix onto this space has one diagonal element for each point, the *leverage* of the point. The leverage does not
+    change if the channels are replaced by invertible linear combinations of the channels. The mixing code has one bit
+    for each point, which is set if the leverage of the point is above the median. So another reference, a bipolar
+    montage, or the removal of a few components changes only a few bits of the mixing code.
     """
     points = np.asarray(points, np.float32)
     if points.ndim != 2 or points.shape[1] < MIN_POINTS:
@@ -150,8 +152,8 @@ def signature(points: np.ndarray) -> list[int]:
     for place, (start, stop) in enumerate(bands):
         bits = positive[:, start:stop]
         ups = bits.sum(axis=1)
-        # Skip a range of a channel in which almost all signs are equal: a slow drift causes equal signs in any
-        # recording, so equal signs do not identify a recording.
+        # Skip a range of a channel in which almost all signs are equal. In any recording, a slow drift can cause equal
+        # signs, so they do not identify a recording.
         telling = (ups >= 4) & (ups <= bits.shape[1] - 4)
         word = (bits * (np.uint64(1) << np.arange(bits.shape[1], dtype=np.uint64))).sum(axis=1, dtype=np.uint64)
         numbers.append(word[telling] + np.uint64((place + 1) << 32))
@@ -160,13 +162,13 @@ def signature(points: np.ndarray) -> list[int]:
 
 
 def _span(rows: np.ndarray) -> np.ndarray:
-    """Compute an orthonormal basis of the space that the channels span, from shape (n, P) to shape (rank, P)."""
+    """Return an orthonormal basis, shape (rank, P), of the space that the channels, shape (n, P), span."""
     _, size, basis = np.linalg.svd(_normalize_rows(rows), full_matrices=False)
     return basis[size > RANK * size[0]]
 
 
 def _mixing_code(rows: np.ndarray) -> list[int]:
-    """Return a list with the mixing code of channels, shape (n, P); the list is empty if there is no mixing code."""
+    """Return a list with the mixing code of channels, shape (n, P); an empty list if no mixing code can be computed."""
     if len(rows) < 2 or rows.shape[1] < BANDS[-1][1]:
         return []
     basis = _span(rows)
@@ -221,16 +223,16 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
     Returns
     -------
     str or None
-        same: most channels of the recording with fewer channels are in the other recording, and the lengths are equal.
-        beginning: most channels are equal in this way, but one recording is longer. remixed: the lengths are equal, and
-        the channels of one recording are linear combinations of the channels of the other recording, as after a change
-        of the reference. None: the signals are different.
+        "same": most channels of the recording with fewer channels are also in the other recording, and the lengths are
+        equal. "beginning": most channels are also in the other recording, but one recording is longer. "remixed": the
+        lengths are equal, and most channels of one recording are linear combinations of the channels of the other
+        recording, as after a change of the reference. None: the signals are different.
 
     Notes
     -----
-    The correlation of two channels must be high in the first half and in the second half of the points from the
-    beginning. An amplifier makes a large transient when it is switched on, and this transient looks the same in every
-    recording. In a correlation over all points, the transient of the amplifier would hide the differences between the
+    For the 64 points from the beginning, the correlation of two channels must be high in the first half, and also in
+    the second half. The reason: when an amplifier is switched on, its signal has a large transient, which looks the
+    same in every recording. In a correlation over all 64 points, this transient would hide the differences between the
     later points.
 
     Recordings of different people can begin with the same calibration signal. So if there are later excerpts,
@@ -253,15 +255,15 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
         agree &= _normalize_rows(x[:, start:stop]) @ _normalize_rows(y[:, start:stop]).T > SAME
     same_length = abs(seconds_a - seconds_b) <= LENGTH_S
     later = _later_stretches(x, y, agree)
-    # A copy with a different length may have been cut, so its excerpts can contain other parts of the signal. One equal
-    # excerpt is therefore enough for recordings of different length.
+    # If the lengths differ, parts of one recording may have been cut out, and then its excerpts come from other parts
+    # of the signal. For recordings of different length, one equal excerpt is therefore enough.
     enough = 2 * sum(later) > len(later) if same_length else any(later)
     if agree.any(axis=1).mean() < SHARE or (later and not enough):
         return "remixed" if same_length and _is_linear_combination(x, y) else None
     if same_length:
         return "same"
-    # Different recordings often begin with the same calibration signal, which is nearly equal in all channels. So two
-    # recordings of different length do not count as the same if all channels are nearly equal at the beginning.
+    # Different recordings often begin with the same calibration signal, which is nearly equal in all channels. So if
+    # the lengths differ and the channels are nearly equal to each other, the recordings are taken as different.
     alike = len(x) < 2 or float(np.median(np.abs(_normalize_rows(x[1:]) @ _normalize_rows(x[:1]).T))) > ALIKE
     return None if alike or n_points < FIRST else "beginning"
 
@@ -274,13 +276,13 @@ def _later_stretches(x: np.ndarray, y: np.ndarray, agree: np.ndarray) -> list[bo
     x, y : ndarray, shapes (n, P) and (m, P)
         Fingerprints of the two recordings; `n` is not larger than `m`.
     agree : ndarray of bool, shape (n, m)
-        Whether a channel of `x` and a channel of `y` agree at the beginning of the recordings.
+        True where a channel of `x` and a channel of `y` agree at the beginning of the recordings.
 
     Returns
     -------
     list of bool
-        For each later excerpt, whether enough channels of `x` are also in `y`. Excerpts in which most channels of `x`
-        or of `y` are flat are left out.
+        One value for each later excerpt: True if enough channels of `x` are also in `y`. Excerpts in which most
+        channels of `x` or of `y` are flat have no value.
     """
     found = []
     for start in range(FIRST, x.shape[1] - LATER + 1, LATER):
@@ -318,13 +320,13 @@ def _pairs_by_hashes(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple
     numbers = np.fromiter((number for sketch in sketches for number in sketch), np.int64, total)
     who = np.repeat(np.arange(len(fingerprints)), sizes)
     seconds = np.array([p.seconds for p in fingerprints], float)
-    # Sort all hashes, so that equal hashes are neighbours. Entries with the same hash are sorted by the length of their
+    # Sort all hashes, so that equal hashes follow each other. Equal hashes are sorted by the length of their
     # recordings.
     order = np.lexsort((who, seconds[who], numbers))
     numbers, who = numbers[order], who[order]
     pairs = []
-    # Each entry of the sorted list is compared only with the next NEIGHBOURS entries, so that the time stays linear
-    # even if all recordings have the same hash.
+    # Compare each hash of the sorted list only with the next NEIGHBOURS hashes. Thus the time is linear even if all
+    # recordings have the same hash.
     for step in range(1, min(NEIGHBOURS, total - 1) + 1):
         meet = numbers[step:] == numbers[:-step]
         if not meet.any():
@@ -364,15 +366,15 @@ def find_matches(
     load_ours: Callable[[str], np.ndarray],
     load_theirs: Callable[[str], np.ndarray],
 ) -> list[tuple[int, int, Relation]]:
-    """Find recordings of one collection that have the same signal as a recording of another collection.
+    """Find the recordings of one collection that have the same signal as a recording of another collection.
 
     Parameters
     ----------
     ours, theirs : sequence of RecordingFingerprint
         Recordings of the two collections, with their signatures.
     load_ours, load_theirs : callable
-        Functions that return the full fingerprint, shape (n, P), for the key of a recording. The functions are called
-        only for recordings of candidate pairs.
+        Functions that take the key of a recording, and return its full fingerprint, shape (n, P). They are called only
+        for recordings in candidate pairs.
 
     Returns
     -------
@@ -398,16 +400,15 @@ def find_duplicates(
     Parameters
     ----------
     fingerprints : sequence of RecordingFingerprint
-        Recordings in the order of preference (see `preference`). Of several recordings of the same signal, the first
-        one is kept.
+        Recordings, sorted by `preference`. Of several recordings of the same signal, the first recording is kept.
     load_points : callable, optional
-        Function that returns the full fingerprint, shape (n, P), for the key of a recording. The function is called
-        only for recordings of candidate pairs without `RecordingFingerprint.points`.
+        Function that takes the key of a recording, and returns its full fingerprint, shape (n, P). Needed if
+        `RecordingFingerprint.points` is None for a recording in a candidate pair.
 
     Returns
     -------
     dict of str to Copy
-        For the key of each recording that can be left out, the recording that is kept in its place.
+        The key is the key of a recording that can be left out, the value says which recording is kept in its place.
     """
     duplicates: dict[str, Copy] = {}
     kept_for: dict[str, RecordingFingerprint] = {}
@@ -447,8 +448,8 @@ def find_duplicates(
                     difference = f"{HOW['beginning']}, {item.seconds:.1f} of {kept.seconds:.1f} s"
                 duplicates[item.key] = Copy(kept=kept.key, difference=difference)
                 break
-    # If recording A has the same bytes as recording B, the entry of A names B as the kept recording. If B is itself a
-    # duplicate of recording C, the entry of A must name C.
+    # If recording A has the same bytes as recording B, the entry of A contains B so far. If B is itself a duplicate of
+    # recording C, replace B by C in the entry of A.
     for key, duplicate in duplicates.items():
         if not duplicate.difference and duplicate.kept in kept_for:
             duplicates[key] = Copy(kept=kept_for[duplicate.kept].key)
@@ -456,23 +457,25 @@ def find_duplicates(
 
 
 def preference(row: LedgerRow, *, trials: bool) -> tuple:
-    """Make a sort key for a recording. Of recordings with the same signal, the one with the smallest key is kept.
+    """Make a sort key for a recording.
+
+    Of several recordings with the same signal, the recording with the smallest sort key is kept.
 
     Parameters
     ----------
     row : LedgerRow
         Ledger row of the recording.
     trials : bool
-        Whether the recording has trials of an EEG-image corpus.
+        True if the recording has trials of an EEG-image corpus.
 
     Returns
     -------
     tuple
-        Sort key. The sort key prefers, in this order, recordings with trials, recordings with a known subject, longer
-        recordings (in whole minutes, because some formats pad the end), recordings whose file shows more interruptions,
-        recordings with more channels, and recordings whose key is earlier in alphabetical order.
+        Sort key. Sort key. Preferred are, in this order: a recording with trials; a known subject; a greater length (in
+        whole minutes, because some formats pad the end); a file that shows more interruptions; more channels; a key
+        that is earlier in alphabetical order.
     """
-    # Windows must not cross an interruption, so prefer the file that shows more interruptions. If the segments of a
-    # file are short, they are epochs, and their borders are not interruptions.
+    # Windows must not cross an interruption, so prefer the file that shows more interruptions. Short segments are
+    # epochs, so the borders between them are not counted as interruptions.
     segments = row.segments if row.seconds >= SHORT_PIECE_S * row.segments else 0
     return (not trials, row.subject == row.key, -int(row.seconds // 60), -segments, -row.n_kept, row.key)

@@ -1,4 +1,4 @@
-"""Fingerprints of recordings, windows and images, which do not depend on the file format or the dataset.
+"""Fingerprints of recordings, windows and images. A fingerprint does not depend on the file format or the dataset.
 
 Letters in shapes: `n` channels, `T` time points of a window, `P` points of a recording's fingerprint.
 """
@@ -27,8 +27,8 @@ from data_sharding.dataset.rows import Rows
 
 NAME = "fingerprints.parquet"
 ROWS_A_GROUP = 256
-"""Number of recordings in one row group of the Parquet file. To read the fingerprint of one recording, the whole row
-group of the recording is read."""
+"""Number of recordings in a row group of the Parquet file. To read the fingerprint of one recording, all fingerprints
+of its row group are read."""
 
 NEAR_BITS = 10
 """Two images count as similar only if at most this number of the 64 bits of their perceptual hashes differ."""
@@ -36,8 +36,8 @@ NEAR_LEVELS = 8.0
 """Two images count as similar only if the root mean square difference of their thumbnails is at most this number, on
 the scale of pixel values from 0 to 255."""
 NEAR_SHARE = 0.25
-"""Maximum difference of the thumbnails of two similar images, as a fraction of the thumbnails' contrast. Without a
-limit relative to the contrast, all images of low contrast would count as similar."""
+"""Two images count as similar only if the difference of their thumbnails is at most this fraction of their contrast.
+Without this limit, all images of low contrast would count as similar."""
 THUMB = 16
 """Width and height of a thumbnail in pixels."""
 
@@ -139,8 +139,7 @@ class Fingerprints:
     Attributes
     ----------
     recordings : list of RecordingFingerprint
-        One fingerprint for each recording. In each returned fingerprint, `points` is None, because only `load` reads
-        points.
+        One entry for each recording. In these entries, `points` is None; call `load` to read the points.
 
     Raises
     ------
@@ -219,7 +218,7 @@ def window_digest(eeg: np.ndarray) -> int:
     Returns
     -------
     int
-        First 64 bits of the SHA-256 over the shape and the values of the window.
+        First 64 bits of the SHA-256 of the window's shape and values.
     """
     eeg = np.ascontiguousarray(eeg, "<f2")
     return int.from_bytes(hashlib.sha256(repr(eeg.shape).encode() + eeg.tobytes()).digest()[:8], "little")
@@ -227,7 +226,7 @@ def window_digest(eeg: np.ndarray) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFingerprint:
-    """Data of an image for the comparison with other images."""
+    """Data of an image that are needed to compare the image with others."""
 
     sha256: str
     """Checksum of the image file."""
@@ -245,7 +244,7 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
     data : bytes
         Content of the image file.
     sha256 : str, optional
-        Checksum of the image file; by default, the function computes the checksum.
+        Checksum of the image file, if the caller has already computed the checksum.
 
     Returns
     -------
@@ -268,8 +267,8 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
         return ImageFingerprint(sha256=sha256)
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), float)
     low = np.asarray(dctn(grey, norm="ortho"))[:8, :8].ravel()
-    # In an image of one colour, all coefficients are rounding errors. Rounding errors must not change the hash, so set
-    # small coefficients to 0.
+    # In an image of a single colour, all coefficients are rounding errors, which must not change the hash. So set small
+    # coefficients to 0.
     low = np.where(np.abs(low) < 1.0, 0.0, low)
     bits = low > np.median(low[1:])
     thumb = image.resize((THUMB, THUMB), Image.Resampling.BOX)
@@ -279,7 +278,7 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
 
 
 def find_similar_images(ours: Sequence[ImageFingerprint], theirs: Sequence[ImageFingerprint]) -> list[tuple[int, int]]:
-    """Find pairs of similar images, for example an image and a resized or newly encoded version of this image.
+    """Find pairs of similar images, for example an image and a copy that was resized or encoded again.
 
     Parameters
     ----------
@@ -289,14 +288,14 @@ def find_similar_images(ours: Sequence[ImageFingerprint], theirs: Sequence[Image
     Returns
     -------
     list of (int, int)
-        Index into `ours` and index into `theirs` of each pair. Images of equal bytes are similar, too, if Pillow can
-        open them.
+        Index into `ours` and index into `theirs` of each pair. Images of equal bytes are also returned as a pair, if
+        Pillow can open them.
 
     Notes
     -----
-    Two images are similar if at most `NEAR_BITS` bits of their hashes differ, and if their thumbnails differ by at most
-    `NEAR_LEVELS` and by at most `NEAR_SHARE` of their contrast. Crops, mirror images, rotations and changes of colour
-    are not found.
+    Two images are similar if at most `NEAR_BITS` bits of their hashes differ, and if the difference of their thumbnails
+    is at most `NEAR_LEVELS` and at most the fraction `NEAR_SHARE` of their contrast. Crops, mirror images, rotations
+    and changes of colour are not found.
     """
     a = [i for i, p in enumerate(ours) if p.phash is not None]
     b = [j for j, p in enumerate(theirs) if p.phash is not None]
@@ -319,5 +318,5 @@ def find_similar_images(ours: Sequence[ImageFingerprint], theirs: Sequence[Image
 
 
 def _contrast(thumb: np.ndarray) -> float:
-    """Return the contrast of a thumbnail: the largest standard deviation of a colour channel over the pixels."""
+    """Return the contrast of a thumbnail: the largest of the standard deviations of red, green and blue."""
     return float(thumb.reshape(-1, 3).std(axis=0).max())

@@ -1,10 +1,10 @@
-"""Hold benchmarks back: keep their data out of a dataset, so that a pretrained model can be tested on them.
+"""Hold benchmarks back: leave their data out of a dataset, so that a pretrained model can be tested on the benchmarks.
 
-The key `hold_back` of the config names subjects, recordings, text files that list subjects and recordings, or whole
-datasets. All names are looked up in the corpora before any recording is read. A name that matches nothing is refused,
-because a typing error must not let a benchmark into the training data. Recordings that are held back are read and
-fingerprinted like all other recordings, so that a copy of a benchmark recording with another name or in another format
-is found and held back, too.
+The key `hold_back` of the config lists subjects, recordings and whole datasets, or text files that list subjects,
+recordings and checksums. All names are looked up in the corpora before any recording is read. If a name matches
+nothing, the job stops with an error, because a typing error must not let a benchmark into the training data. Recordings
+that are held back are read and fingerprinted like all other recordings, so that a copy of a benchmark recording with
+another name or in another format is found and held back, too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from data_sharding.corpora import Item
 
 IMAGE_REASON = "image is held back"
-"""Reason in ``windows_left_out`` for trials with an image that is held back."""
+"""Reason in the ledger column ``windows_left_out`` for trials with an image that is held back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class HoldBackConfig:
     """Recordings, subjects and images of benchmarks, which must not be in the dataset."""
 
     subjects: list[str] = field(default_factory=list)
-    """Names of subjects, as they are in the paths of the files (sub-11 or 11). The form CORPUS/SUBJECT names a subject
-    of one corpus."""
+    """Names of subjects, as they are in the paths of the files (sub-11 or 11). Without a corpus, a name means this
+    subject in every corpus; CORPUS/SUBJECT means the subject of one corpus only."""
     recordings: list[str] = field(default_factory=list)
     """Glob patterns that are matched against CORPUS/PATH of each recording, where PATH is relative to the root folder
     of the corpus."""
@@ -48,7 +48,8 @@ class HoldBackConfig:
     """Paths of text files. Each line of a file is ``subject NAME``, ``recording GLOB`` or ``sha256 HEX``; # begins a
     comment."""
     datasets: list[str] = field(default_factory=list)
-    """Folders of datasets from ``dreamscale shard`` whose recordings, subjects and images are all held back."""
+    """Folders of datasets from ``dreamscale shard``. All recordings, subjects and images of these datasets are held
+    back."""
 
     def __bool__(self) -> bool:
         return bool(self.subjects or self.recordings or self.lists or self.datasets)
@@ -63,7 +64,7 @@ class Entry:
     value: str
     """Name of a subject, glob pattern of recordings, or checksum of a file."""
     source: str
-    """Place of the entry, for messages: a key of the config, or a list file and a line number."""
+    """Where the entry is, for messages: a key of the config, or the name of a list file and a line number."""
 
 
 def read_list(path: str) -> list[Entry]:
@@ -115,7 +116,7 @@ def _bare(subject: str) -> str:
 
 
 class _Names:
-    """Keys of the recordings, indexed by subject and by path, so that many names are looked up quickly."""
+    """Keys of the recordings, indexed by subject and by path, so that many names can be looked up quickly."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.subjects: defaultdict[str, list[str]] = defaultdict(list)
@@ -124,7 +125,8 @@ class _Names:
             if item.subject != item.key:  # If subject and key are equal, the subject is unknown.
                 for name in {_bare(item.subject), f"{item.corpus}/{_bare(item.subject)}"}:
                     self.subjects[name].append(item.key)
-            # If the corpus has the name of the first folder, the path already begins with the name of the corpus.
+            # If the name of the corpus is the name of the first folder, the path already begins with the name of the
+            # corpus.
             inside = item.path.startswith(f"{item.corpus}/")
             for name in {f"{item.corpus}/{item.path}", *([item.path] if inside else [])}:
                 self.paths[name].append(item.key)
@@ -149,24 +151,24 @@ class _Names:
 
 @dataclass(kw_only=True)
 class HoldBack:
-    """Request to hold benchmarks back, after the requested names were looked up in the corpora."""
+    """What to hold back: recordings, checksums and datasets. All names were already looked up in the corpora."""
 
     named: dict[str, str]
-    """Keys of the recordings that are held back by name. The value of a key is a text with the entry that names the
-    recording and the place of the entry."""
+    """Recordings that are held back by name. The key is the key of a recording, the value is a text with the entry that
+    matches the recording, and where this entry is."""
     sha256: dict[str, str]
-    """Checksums that are held back, each with the place of its entry."""
+    """Checksums that are held back. The key is the checksum, the value says where the entry is."""
     datasets: list[Contents]
     """Contents of the datasets that are held back."""
     identity: dict[str, Any]
-    """Settings of the request that change the dataset; they are part of the checksum of the job's plan."""
+    """Those settings of `hold_back` that change the dataset. They are part of the checksum of the job's plan."""
     images_left_out: dict[str, int] = field(default_factory=dict)
-    """Number of trials with a held-back image for each recording, by key. `drop_held_back_images` fills this
+    """For the key of each recording: number of its trials with a held-back image. `drop_held_back_images` fills this
     dictionary."""
 
     @classmethod
     def plan(cls, config: HoldBackConfig, items: Iterable[Item]) -> HoldBack:
-        """Look up the names of the request in the corpora, before any recording is read.
+        """Look up the names in the config in the corpora, before any recording is read.
 
         Parameters
         ----------
@@ -178,7 +180,7 @@ class HoldBack:
         Returns
         -------
         HoldBack
-            Object with the methods `drop_held_back_images` and `mark` for the following steps of the job.
+            Its methods `drop_held_back_images` and `mark` are called in later steps of the job.
 
         Raises
         ------
@@ -224,8 +226,8 @@ class HoldBack:
     def drop_held_back_images(self, items: Sequence[Item]) -> list[Item]:
         """Remove the trials with an image that is in a held-back dataset.
 
-        An image counts as part of a dataset if the dataset has an image of equal bytes, an image of similar pixels, or
-        an image of the same name in the same corpus.
+        An image is in a dataset if the dataset has an image of equal bytes, an image of similar pixels, or an image of
+        the same name and the same corpus.
 
         Parameters
         ----------
@@ -235,7 +237,7 @@ class HoldBack:
         Returns
         -------
         list of Item
-            The same recordings without the removed trials; `images_left_out` contains the number of removed trials.
+            The recordings without the removed trials. The numbers of removed trials are in `images_left_out`.
 
         Raises
         ------
@@ -268,7 +270,7 @@ class HoldBack:
 
         A recording is held back if one of the following conditions is true; the first true condition gives the reason:
 
-        1. the config or a list names the recording, its subject, or its checksum;
+        1. the recording, its subject, or its checksum is listed in the config or in a list file;
         2. a held-back dataset contains a recording of equal bytes, the same subject of the same corpus, or the same
            signal;
         3. the same subject has another recording that is held back by condition 2;
@@ -281,12 +283,12 @@ class HoldBack:
         fingerprints : mapping of str to RecordingFingerprint
             Fingerprint of each recording, by key.
         load_points : callable
-            Function that returns the fingerprint, shape (n, P), for the key of a recording.
+            Function that takes the key of a recording, and returns its fingerprint, shape (n, P).
 
         Returns
         -------
         dict
-            Number of held-back recordings for each name, list and dataset.
+            For each entry of `hold_back`: number of recordings that the entry holds back.
         """
         usable = [row for row in rows if row.status == "sharded"]
         why: dict[str, tuple[str, str]] = {}
@@ -333,7 +335,7 @@ class HoldBack:
             for i, j, relation in find_matches(ours, theirs, load_points, contents.fingerprints.load):
                 reason = f"recording of {name} ({HOW[relation]} as {theirs[j].key})"
                 why.setdefault(rest[i].key, (name, reason))
-        # If one recording of a subject is in the benchmark, all recordings of this subject are held back.
+        # If a recording of a subject is in the benchmark, hold back all recordings of this subject.
         people = {
             (row.corpus, row.subject) for row in rows if why.get(row.key, ("",))[0] == name and row.subject != row.key
         }
@@ -360,7 +362,7 @@ class HoldBack:
             why.setdefault(rest[i].key, (name, f"copy of {original.key}, {name}"))
 
     def count_images(self, rows: Iterable[LedgerRow]) -> None:
-        """Add the numbers of `images_left_out` to the column ``windows_left_out`` of the ledger rows.
+        """Write the numbers of `images_left_out` to the column ``windows_left_out`` of the ledger rows.
 
         Parameters
         ----------
@@ -373,7 +375,7 @@ class HoldBack:
 
 
 def _find_held_back_images(paths: Sequence[str], datasets: Sequence[Contents]) -> set[str]:
-    """Return the image files that have equal bytes or similar pixels with an image of a held-back dataset."""
+    """Return the image files whose bytes are equal to an image of a held-back dataset, or whose pixels are similar."""
     from concurrent.futures import ThreadPoolExecutor
 
     from data_sharding.audit.fingerprints import ImageFingerprint, find_similar_images, fingerprint_image

@@ -18,9 +18,9 @@ from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
 
 FLAGS = ("recordings", "markdown", "json")
-"""Command-line options that may be given without a value; an option without a value is true."""
+"""Command-line options whose value may be left out. Without a value, the option is true."""
 MOST_VALUES = 8
-"""Largest number of different values of a property that the table about people shows."""
+"""The table about people shows at most this many values of each property."""
 
 
 @dataclass(kw_only=True)
@@ -32,11 +32,11 @@ class InspectConfig:
     recordings: bool = False
     """Also show a table of all recordings."""
     recording: str = ""
-    """Show all ledger columns of the recording with this key, path, or CORPUS/PATH."""
+    """Key, path or CORPUS/PATH of a recording. Show all ledger columns of this recording."""
     json: bool = False
     """Print JSON instead of tables."""
     markdown: bool = False
-    """Print tables in Markdown, with all recordings, for pages such as docs/real_corpus.md."""
+    """Print tables in Markdown, with a table of all recordings, for pages such as docs/real_corpus.md."""
 
 
 @dataclass(kw_only=True)
@@ -44,7 +44,7 @@ class Grid:
     """Table that ``dreamscale inspect`` prints."""
 
     title: str
-    """Title above the table; in JSON, the key of the table."""
+    """Title above the table. In JSON, this title is the key of the table."""
     head: list[str]
     """Names of the columns."""
     lines: list[list[str | int | float]]
@@ -72,7 +72,7 @@ def _make_group_grid(
     value: Callable[[LedgerRow], Any],
     statuses: Sequence[str] = STATUSES,
 ) -> Grid:
-    """Make a table of hours and recordings with one line for each value of a property; the last line is the total."""
+    """Make a table of hours and recordings, with a line for each result of `value`, and a last line with the sum."""
     groups: defaultdict[Any, list[LedgerRow]] = defaultdict(list)
     for row in rows:
         groups[value(row)].append(row)
@@ -100,7 +100,7 @@ def _make_split_grid(rows: Sequence[LedgerRow], manifest: Manifest) -> Grid:
 
 
 def _make_people_grid(rows: Sequence[LedgerRow]) -> Grid:
-    """Make a table with the data about people, devices and rights of the recordings in the dataset."""
+    """Make a table of the people, devices, tasks and licences of the recordings in the dataset."""
     lines: list[list[str | int | float]] = []
     for name in ("subject_from", "sex", "group", "age", "recording_year", "device", "task", "license"):
         values = Counter(_describe_value(name, getattr(row, name)) for row in rows)
@@ -226,7 +226,10 @@ def _print_markdown(grids: Iterable[Grid]) -> None:
 
 
 def _print_tables(grids: Iterable[Grid]) -> None:
-    """Print tables. On a terminal, tables have frames; otherwise, they are aligned text that programs can read."""
+    """Print tables.
+
+    On a terminal, the tables have frames. In a pipe or file, they are aligned text, which other programs can read.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -250,7 +253,7 @@ def _print_tables(grids: Iterable[Grid]) -> None:
         if terminal:
             Console(highlight=False).print(table)
             continue
-        # Use a large width, so that rich does not break lines: other programs may read one line at a time.
+        # Use a large width, so that rich does not break lines, because other programs may read the output line by line.
         width = 20 + sum(max(map(len, column)) + 4 for column in zip(grid.head, *lines, strict=True))
         text = io.StringIO()
         Console(file=text, width=width, highlight=False).print(table)

@@ -1,19 +1,19 @@
 """Find leakage: subjects, recordings, windows and images that are in two datasets, or in two splits of a dataset.
 
-Subjects, recordings, windows and images are recognised as the same by the following rules:
+The following rules decide when two subjects, recordings, windows or images are the same:
 
-- **Subject**: same corpus and same name. A recording with an unknown subject counts as a separate subject. Equal
-  subject names in two corpora are no proof of leakage, but a question for the user, because "sub-01" is usually a
-  different person in each corpus.
+- **Subject**: same corpus and same name. A recording with an unknown subject counts as a separate subject. Equal names
+  in two corpora are not a proof of leakage, but a question for the user, because "sub-01" is usually a different person
+  in each corpus.
 - **Recording**: equal bytes (checksum over all files), the same signal (`data_sharding.audit.duplicates`), or the same
-  key. Two recordings with the same key but different checksums are no proof of leakage, but a question for the user.
-- **Window**: equal values, or overlapping times within a shared recording. The times of windows are compared, too,
-  because different preprocessing gives different values for the same second of a recording.
+  key. Two recordings with the same key but different checksums are not a proof of leakage, but a question for the user.
+- **Window**: equal values, or overlapping times in a shared recording. The times are needed too, because the values of
+  the same second of a recording differ if the preprocessing differs.
 - **Image**: equal bytes, similar pixels (`find_similar_images` in `data_sharding.audit.fingerprints`), or the same name
   in the same corpus.
 
 Each finding is either a proof of leakage or a question that a person must answer. For example, a finding is a question
-if only the names are equal, or if the config of the dataset allows that a subject or image is in several splits.
+if only the names are equal, or if the config of the dataset allows a subject or image in several splits.
 
 Letters in shapes: `W` windows of a dataset, `R` recordings.
 """
@@ -65,11 +65,10 @@ class Finding:
     kind: Kind
     """Kind of the shared data: subject, recording, window or image."""
     text: str
-    """One line of text that names the shared subject, recording, windows or image."""
+    """Text of one line that says which subject, recording, windows or image are shared."""
     proof: bool = True
-    """Whether the finding is a proof of leakage. A finding that is not a proof is a question for a person, for example
-    because only the names are equal, or because the config of the dataset allows that the subject or image is in
-    several splits."""
+    """True if the finding is a proof of leakage. False if the finding is a question for a person, for example because
+    only the names are equal, or because the config of the dataset allows the subject or image in several splits."""
 
 
 @dataclass(kw_only=True)
@@ -83,7 +82,7 @@ class Findings:
     not_compared: list[str] = field(default_factory=list)
     """Description of each comparison that could not be made, with the reason."""
     to_confirm: list[str] = field(default_factory=list)
-    """Description of each comparison that uses names that no person has confirmed."""
+    """Description of each comparison with subject names that come from the paths and were not confirmed."""
 
     @property
     def proofs(self) -> list[Finding]:
@@ -107,7 +106,7 @@ class ImageUse:
 
 @dataclass(kw_only=True)
 class Contents:
-    """Contents of a dataset, for the comparison with other datasets."""
+    """Contents of a dataset that are needed to compare the dataset with others."""
 
     name: str
     """Path of the dataset as the user wrote it."""
@@ -226,9 +225,9 @@ class Contents:
         )
 
     def checksums(self) -> dict[str, str]:
-        """Return, for each checksum of a recording, the key of the recording.
+        """Return a dictionary from checksums to the keys of the recordings in the dataset.
 
-        For the checksum of a duplicate, the key of the kept recording is returned.
+        The checksum of a duplicate has the key of the kept recording.
         """
         present = set(self.recordings)
         kept = {row.sha256: key if key in present else row.duplicate_of for key, row in self.rows.items()}
@@ -245,7 +244,7 @@ class Contents:
         Returns
         -------
         ndarray of int
-            Indices into `start` and the other arrays with one entry for each window.
+            Indices of the windows in `start`, and in all other arrays with one entry for each window.
         """
         if self._order is None:
             self._order = np.argsort(self.recording, kind="stable")
@@ -253,7 +252,7 @@ class Contents:
         return self._order[self._bounds[number] : self._bounds[number + 1]]
 
     def known_subjects(self) -> set[tuple[str, str]]:
-        """Return corpus and name of each known subject. A subject is unknown if its name equals the recording's key."""
+        """Return corpus and name of each subject whose name is known: neither empty nor equal to the recording's key."""
         return {(c, s) for (c, s), key in zip(self.people, self.recordings, strict=True) if s and s != key}
 
     def count_unnamed(self) -> int:
@@ -266,7 +265,7 @@ class Contents:
 
 
 class _Sample(NamedTuple):
-    """Data of a window that the comparison needs; other metadata of the window is dropped, to save memory."""
+    """Data of a window that the comparison needs. To save memory, the other metadata of the window are not stored."""
 
     recording: str
     corpus: str
@@ -282,7 +281,7 @@ class _Sample(NamedTuple):
 def _read_samples(
     root: AnyPath, shard: Shard, spec: PreprocessSpec, windows: bool
 ) -> Iterator[tuple[_Sample, bytes | None]]:
-    """Yield every sample of a shard that belongs to the dataset, together with the sample's image or None."""
+    """Yield each sample of a shard (without withdrawn samples) and the bytes of its image (None without an image)."""
     tar = root / shard.path
 
     def window(data: bytes, meta: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
@@ -301,7 +300,7 @@ def _read_samples(
                     return stream.read(size)
 
                 meta = check_meta(parse_json(member("json")))
-                # Use only the part of a trial that models read by default, because the baselines of neighbouring trials
+                # Use only the part of a trial that models read by default, because the baselines of consecutive trials
                 # can overlap.
                 begin = max(int(meta.get("onset", 0)), 0)
                 first = float(meta.get("start", 0.0))
@@ -325,7 +324,7 @@ def _read_samples(
 
 
 def _match_values(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the index in `a` of each value that is also in `b`, and an index in `b` of the same value."""
+    """For each value of `a` that is also in `b`, return its index in `a`, and one index of this value in `b`."""
     if not len(a) or not len(b):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     order_a, order_b = np.argsort(a), np.argsort(b, kind="stable")
@@ -336,17 +335,17 @@ def _match_values(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _overlaps(a: np.ndarray, length_a: Any, b: np.ndarray, length_b: Any) -> np.ndarray:
-    """Return for each window of a first group whether it overlaps in time with a window of a second group.
+    """Return a mask of those windows of a first group that overlap in time with a window of a second group.
 
-    `a` and `b` are the start times of the windows in the two groups, and `length_a` and `length_b` are their lengths,
-    in seconds. A length is one number for all windows of the group, or an array with one number for each window.
+    `a` and `b` are the start times of the windows of the two groups, and `length_a` and `length_b` the lengths of these
+    windows, in seconds. Each length is one number for the whole group, or an array with one number for each window.
     """
     if not len(a) or not len(b):
         return np.zeros(len(a), bool)
     order = np.argsort(b)
     ends = np.maximum.accumulate((b + length_b)[order])
-    # For each window of the first group, find the windows of the second group that start before it ends. Start times of
-    # windows are rounded, so use a tolerance.
+    # For each window of the first group, find the last window of the second group that starts before the end of this
+    # window. Start times of windows are rounded, so use a tolerance.
     last = np.searchsorted(b[order], a + length_a - 1e-4) - 1
     return (last >= 0) & (ends[np.maximum(last, 0)] > a + 1e-4)
 
@@ -415,7 +414,7 @@ def _report_unnamed(contents: Contents, out: Findings) -> None:
 
 
 def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[str, str]]:
-    """Add findings about recordings to `out`. Return the key of each shared recording in `a` and in `b`."""
+    """Add findings about recordings to `out`. Return, for each shared recording, its key in `a` and its key in `b`."""
     pairs: dict[tuple[str, str], str] = {}
     sums_a, sums_b = a.checksums(), b.checksums()
     for sha in sums_a.keys() & sums_b.keys():
@@ -479,7 +478,7 @@ def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]],
 
 
 def find_shared_windows(a: Contents, b: Contents) -> np.ndarray:
-    """Tell for each window of `b` if it equals a window of `a`, or overlaps in time with `a` in a shared recording."""
+    """Return for each window of `b` whether it equals, or overlaps in a shared recording with, a window of `a`."""
     found = np.zeros(len(b.recording), bool)
     found[_match_values(b.digest, a.digest)[0]] = True
     number_a, number_b = ({key: i for i, key in enumerate(c.recordings)} for c in (a, b))
@@ -534,7 +533,7 @@ def _report_unreadable_images(out: Findings, *contents: Contents) -> None:
 
 
 def holds_out_subjects(manifest: Manifest) -> bool:
-    """Return whether the config of a dataset holds out subjects; true for a dataset without a config."""
+    """Return whether the config of a dataset holds out subjects. Return True if the manifest has no section `split`."""
     return not _allowed_crossings(manifest)[0]
 
 
@@ -559,10 +558,10 @@ def compare_splits(contents: Contents) -> Findings:
     Returns
     -------
     Findings
-        Proofs of leakage, and questions for a person to answer. Two windows of different splits always prove leakage if
-        they are equal, or if the parts that models read by default overlap in time. If the config does not hold out
-        subjects, a subject in several splits is no proof of leakage, but a question for the user. The same is true for
-        images if the config does not hold out images.
+        Proofs of leakage, and questions for a person to answer. Two windows in different splits always prove leakage if
+        they are equal, or if the parts that models read by default overlap in time. A subject in several splits is a
+        question, and not a proof, if the config does not hold out subjects. An image in several splits is a question if
+        the config does not hold out images.
     """
     out = Findings()
     free_subjects, free_images = _allowed_crossings(contents.manifest)
@@ -598,7 +597,7 @@ def compare_splits(contents: Contents) -> Findings:
 
 
 def _question_two_names(contents: Contents, of_subject: dict[tuple[str, str], set[int]], out: Findings) -> None:
-    """Add a question to `out` if copies of one recording have different subject names that are in different splits."""
+    """Add a question to `out` for each two subjects in different splits that have copies of the same recording."""
     asked: set[frozenset[tuple[str, str]]] = set()
     for row in contents.rows.values():
         kept = contents.rows.get(row.duplicate_of)

@@ -1,4 +1,4 @@
-"""The report of a dataset: an HTML page with the hours and recordings that were found, written and left out."""
+"""The report of a dataset: an HTML page about the hours and recordings that were found, written and left out."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from data_sharding.dataset.splits import SPLITS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MAX_CORPORA = 25
-"""Maximum number of corpora in the report's table of corpora."""
+"""The report's table of corpora shows at most this many corpora."""
 MAX_RECORDINGS = 200
-"""Maximum number of recordings in the report's table of recordings."""
+"""The report's table of recordings shows at most this many recordings."""
 EXAMPLES = 3
 """Number of recordings that the report names as examples of each reason."""
 WARN_QUARANTINED = 0.05
@@ -35,7 +35,7 @@ WARN_QUARANTINED = 0.05
 
 
 def format_hours(hours: float) -> str:
-    """Format a duration as hours, minutes or seconds, with three digits."""
+    """Format a duration in hours as a text with hours, minutes or seconds."""
     if hours == 0:
         return "0"
     if hours >= 1:
@@ -48,7 +48,7 @@ def _hours_cell(hours: float) -> Cell:
 
 
 def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
-    """Sum the hours of EEG: the hours found, the hours left out for each reason, and the hours written to the dataset.
+    """Sum the hours of EEG that were found, left out (for each reason) and written to the dataset.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
     Returns
     -------
     list of (str, float)
-        Name and number of hours of each entry. The first entry, "found", is the sum of all other entries.
+        Names and hours. The first entry, "found", is the sum of all other entries.
     """
     seconds: defaultdict[str, float] = defaultdict(float)
     for row in rows:
@@ -75,7 +75,7 @@ def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
 
 
 def _make_bars(rows: Sequence[LedgerRow]) -> list[dict[str, Any]]:
-    """Make the bars of a waterfall chart from hours found to hours written, with positions in percent of the width."""
+    """Return the bars of a waterfall chart from hours found to hours written. Positions are in percent of the width."""
     fates = sum_hours_by_fate(rows)
     total = max(fates[0][1], 1e-12)
     left = 100.0
@@ -96,7 +96,7 @@ def _make_bars(rows: Sequence[LedgerRow]) -> list[dict[str, Any]]:
 
 
 def _known_subjects(rows: Iterable[LedgerRow]) -> set[tuple[str, str]]:
-    """Return corpus and subject of the rows whose subject is known."""
+    """Return corpus and subject of each row with a known subject."""
     return {(row.corpus, row.subject) for row in rows if row.has_subject}
 
 
@@ -132,9 +132,9 @@ def _make_cards(rows: Sequence[LedgerRow], manifest: Manifest) -> list[tuple[str
 
 
 def _designs_by_corpus(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Return the entry of each corpus in the manifest, by name.
+    """Return a dictionary from the name of each corpus to its entry in the manifest.
 
-    An entry has the kind and the experimental design of the corpus.
+    An entry contains the kind and the experimental design of the corpus.
     """
     listed = manifest.extra.get("corpora") or []
     if isinstance(listed, dict):
@@ -193,7 +193,7 @@ def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
 
 
 def _format_range(values: Iterable[float]) -> str:
-    """Format numbers as text: up to two different numbers as a list, more numbers as a range."""
+    """Format numbers as text: one or two different numbers as a list, more numbers as a range."""
     found = sorted(set(values))
     if len(found) < 3:
         return ", ".join(f"{value:g}" for value in found)
@@ -241,7 +241,7 @@ def _make_corpus_table(rows: Sequence[LedgerRow], manifest: Manifest) -> Table:
 
 
 def _make_split_table(rows: Sequence[LedgerRow], manifest: Manifest) -> tuple[Table, str, bool]:
-    """Return the table of the splits, a sentence about shared subjects, and whether the splits share no subject."""
+    """Return the table of the splits, a sentence about shared subjects, and True if certainly no subject is shared."""
     rows_by_split: dict[str, list[LedgerRow]] = {split: [] for split in SPLITS}
     for row in rows:
         for split in row.splits:
@@ -316,7 +316,7 @@ def _status_cell(status: str) -> Cell:
 
 
 def _full_path(row: LedgerRow) -> str:
-    """Return ``CORPUS/PATH`` of a recording; if its path already begins with the corpus, return the path unchanged."""
+    """Return ``CORPUS/PATH`` of a recording, or only its path if the path already begins with the corpus."""
     return row.path if row.path.startswith(f"{row.corpus}/") else f"{row.corpus}/{row.path}"
 
 
@@ -393,8 +393,8 @@ def write_report(
     manifest : Manifest
         The dataset's manifest.
     root : Path or UPath, optional
-        Folder of the dataset with the shards; by default, the folder of the HTML file. If the shards cannot be found,
-        the report has a note in place of the spectra and traces.
+        Folder of the dataset, which contains the shards; by default, the folder of the HTML file. Without shards, the
+        report has a note in place of the spectra and traces.
     """
     root = as_path(path).parent if root is None else root
     windows = sample_windows(root, rows, manifest.preprocess.window)

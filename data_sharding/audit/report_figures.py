@@ -34,11 +34,11 @@ COLOURS = {
 }
 """Colours of the statuses and of the other bars in the chart of hours."""
 MAX_CORPORA = 12
-"""Maximum number of corpora for which a spectrum and a trace are drawn."""
+"""Spectra and traces are drawn for at most this many corpora."""
 RECORDINGS = 10
-"""Number of recordings from which the spectrum of a corpus is computed."""
+"""The spectrum of a corpus is computed from at most this many recordings."""
 WINDOWS = 3
-"""Number of windows of a recording from which its spectrum is computed."""
+"""The spectrum of a recording is computed from at most this many windows."""
 MAX_TRACES = 12
 """Maximum number of channels in a chart of EEG traces."""
 WIDTH = 3.7
@@ -91,13 +91,13 @@ def draw_overview(rows: Sequence[LedgerRow]) -> list[Picture]:
 
 
 def _draw_hours(rows: Sequence[LedgerRow], column: str, title: str) -> Picture:
-    """Draw the hours written for each value of a column."""
+    """Draw how many hours were written for each value of a ledger column."""
     figure, axis = _make_figure(2.6)
     hours: defaultdict[float, float] = defaultdict(float)
     for row in rows:
         hours[getattr(row, column)] += row.seconds_written / 3600
     values = sorted(hours)
-    if len(values) > 14:  # There are too many different values for one bar per value, so draw a histogram.
+    if len(values) > 14:  # There are too many values for one bar per value, so draw a histogram.
         edges = np.linspace(values[0], values[-1], 21)
         axis.hist(values, bins=edges, weights=[hours[v] for v in values], color=COLOURS["sharded"])
     else:
@@ -142,14 +142,14 @@ class Window:
 
 
 def _pick_evenly(values: Sequence[Any], n: int) -> list[Any]:
-    """Return at most `n` of the values, at evenly spaced positions of the list."""
+    """Return at most `n` values, at evenly spaced positions in the list."""
     if len(values) <= n:
         return list(values)
     return [values[i] for i in np.linspace(0, len(values) - 1, n).round().astype(int)]
 
 
 def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dict[str, list[list[Window]]]:
-    """Read a few windows of each corpus, from evenly spaced recordings in the order of their keys.
+    """Read a few windows of each corpus. The recordings are sorted by key, and evenly spaced recordings are used.
 
     Parameters
     ----------
@@ -163,8 +163,9 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dic
     Returns
     -------
     dict
-        For each corpus, a list of recordings; each recording is a list of windows. The corpora with the most hours come
-        first. A corpus without readable shards is left out.
+        The key is the name of a corpus; the value is a list of recordings, and each recording is a list of windows.
+        Corpora are sorted by hours, beginning with the most hours. A corpus is left out if none of its shards can be
+        found.
     """
     hours: defaultdict[str, float] = defaultdict(float)
     rows_by_corpus: defaultdict[str, list[LedgerRow]] = defaultdict(list)
@@ -182,8 +183,7 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dic
             if not tar.is_file():
                 continue
             if shard not in indices:
-                # Keep only the index of the last shard in memory, because neighbouring rows are usually in the same
-                # shard.
+                # Only the index of the last shard is stored, because consecutive rows are usually in the same shard.
                 indices = {shard: read_entries(tar.with_suffix(".idx"), tar.stat().st_size)}
             entries = [entry for entry in indices[shard] if entry["key"].rpartition("-")[0] == row.key]
             if entries:
@@ -194,7 +194,7 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dic
 
 
 def _read_windows(tar: AnyPath, entries: Sequence[dict[str, Any]], length: int) -> list[Window]:
-    """Read the samples of the given index entries from a shard."""
+    """Read the samples of some index entries from a shard."""
     windows = []
     with tar.open("rb") as stream:
         for entry in entries:
@@ -211,7 +211,7 @@ def _read_windows(tar: AnyPath, entries: Sequence[dict[str, Any]], length: int) 
 
 
 def compute_spectrum(windows: Sequence[Window], sfreq: float) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the power spectrum of a recording, as the median over its windows and its good channels.
+    """Compute the power spectrum of a recording: the median over all windows and good channels.
 
     Parameters
     ----------
@@ -239,7 +239,7 @@ def compute_spectrum(windows: Sequence[Window], sfreq: float) -> tuple[np.ndarra
 
 
 def measure_mains_peaks(frequency: np.ndarray, power: np.ndarray) -> dict[float, float]:
-    """Measure the strength of mains hum relative to the frequencies around the mains frequency.
+    """Measure how much larger the power at 50 and 60 Hz is than the power at neighbouring frequencies.
 
     Parameters
     ----------
@@ -249,9 +249,9 @@ def measure_mains_peaks(frequency: np.ndarray, power: np.ndarray) -> dict[float,
     Returns
     -------
     dict
-        For each of 50 Hz and 60 Hz that the spectrum contains, the power of the peak divided by the median power at a
-        distance of 3 to 8 Hz from the peak. The larger of the medians below and above the peak is used, so that there
-        is no false peak if a notch filter or the band-pass filter removed the frequencies on one side of the peak.
+        The keys are 50 and 60 Hz, if the spectrum contains them. The value is the power of the peak, divided by the
+        median power at a distance of 3 to 8 Hz from the peak. This median is computed below and above the peak, and the
+        larger value is used. Otherwise, a false peak would result if a filter removed the frequencies on one side.
     """
     peaks = {}
     for line in (50.0, 60.0):
@@ -264,7 +264,7 @@ def measure_mains_peaks(frequency: np.ndarray, power: np.ndarray) -> dict[float,
 
 
 def draw_spectra(windows: dict[str, list[list[Window]]], manifest: Manifest) -> list[Picture]:
-    """Draw the spectrum of each corpus: the median of its recordings, and a band that contains half of them.
+    """Draw the spectrum of each corpus: the median over its recordings, and a band with half of the recordings.
 
     Parameters
     ----------

@@ -41,9 +41,9 @@ class VerifyConfig:
     """Folder of a second dataset. If a second dataset is given, the command checks only that no subject, recording,
     window or image is in both datasets."""
     content: bool = True
-    """If true, decode every window and compare the splits. If `content` is false, check only bytes and counts."""
+    """True: also decode every window and compare the splits. False: check only bytes and counts."""
     lines: int = 20
-    """Maximum number of findings of each kind that are printed; 0 prints all findings."""
+    """Print at most this many findings of each kind; 0: print all findings."""
 
     def __post_init__(self) -> None:
         if self.lines < 0:
@@ -68,7 +68,7 @@ def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
     Returns
     -------
     list of str
-        Description of each fault, beginning with the name of the file; empty if the shard is intact.
+        One description for each fault, which begins with the name of the file; empty if the shard is intact.
     """
     name = f"{shard.path.removesuffix('.tar')}.idx"
     tar, index = root / shard.path, root / name
@@ -96,10 +96,9 @@ def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
 
 
 def _list_members(tar: AnyPath, size: int) -> dict[str, list[int]] | None:
-    """Return offset and size of each member of a shard; None if the tar has a member that Dreamscale does not write.
+    """Return offset and size of each member of a shard; None if the tar has a member of an unexpected kind.
 
-    `tarfile.open` is not used, because it reads special members, such as a long name, completely into memory, whatever
-    their size is.
+    `tarfile.open` is not used, because it reads special members (such as long names) of any size into memory.
     """
     members: dict[str, list[int]] = {}
     with tar.open("rb") as stream:
@@ -149,8 +148,8 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
             faults += shard_faults(root, shard)
             advance(1)
     known = {shard.path for shard in shards}
-    # If the work folder exists, a job that adds recordings is running or was interrupted, so shards may not be in the
-    # manifest yet.
+    # If the work folder exists, a job is adding recordings or was interrupted. Then shards that are not in the manifest
+    # are no fault.
     growing = (root / WORK).is_dir()
     for split in manifest.splits if not growing else ():
         for tar in sorted((root / split).glob("*.tar")):
@@ -200,7 +199,7 @@ def _ledger_faults(root: AnyPath, manifest: Manifest) -> list[str]:
 
 
 def _print_findings(findings: Findings, lines: int) -> None:
-    """Print the findings by kind, then the comparisons that were made and those that could not be made."""
+    """Print the findings by kind, then the comparisons that were made, and then those that could not be made."""
     for proof in (True, False):
         for kind in KINDS:
             these = [f for f in findings.found if f.kind == kind and f.proof == proof]
@@ -263,8 +262,8 @@ def verify(config: VerifyConfig) -> int:
     Returns
     -------
     int
-        Exit code: 0 if no fault and no shared data were found, 1 if a fault or shared data were found, and 3 if nothing
-        was found but some subjects are unknown, so that one person may be in two splits or datasets.
+        Exit code. 0: no fault and no shared data were found. 1: a fault or shared data were found. 3: nothing was
+        found, but some subjects are unknown, so one person may be in two splits or datasets.
 
     Raises
     ------
@@ -301,7 +300,7 @@ def verify(config: VerifyConfig) -> int:
 
 
 def _conclude(config: VerifyConfig, contents: Contents, findings: Findings) -> int:
-    """Print the result line if no shared data were found in the splits, and return the exit code."""
+    """Print the last line for splits in which no shared data were found, and return the exit code."""
     manifest = contents.manifest
     stage = "align" if manifest.labels else "pretrain"
     following = f"next: dreamscale {stage} CONFIG --dataset {config.dataset}"

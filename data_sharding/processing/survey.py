@@ -466,7 +466,7 @@ class Survey:
         )
 
     def _is_trigger(self, i: int) -> bool:
-        """Return whether a channel is a trigger channel: it changes rarely, between a few values that occur again."""
+        """Return whether a channel is a trigger channel, which changes rarely and has only a few distinct values."""
         levels = len(self._levels[i])
         returns = 2 <= levels <= TRIGGER_LEVELS and self._steps[i] >= max(3, 2 * (levels - 1))
         high = self.scale * (self.cells.high.value[i] + self.cells.low.value[i]) > TRIGGER_UV
