@@ -1,7 +1,7 @@
 """Starts the sharding job. `ray job submit` uses ``python -m data_sharding CONFIG.yaml --output DIR``.
 
-All imports take time, and the import of the job takes seconds on a busy machine, so this module imports only the
-handling of stop signals at first.
+The import of the job takes seconds on a busy machine, so this module first imports only the code that handles stop
+signals.
 """
 
 import sys

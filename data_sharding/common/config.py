@@ -43,8 +43,8 @@ def parse_config(
     prog : str
         The command as the user types it, for help and messages.
     positionals : sequence of str
-        Meaning of each positional argument (an argument without a key): the name of a field, or ``"config"`` for a YAML
-        file.
+        For each positional argument (an argument without a key), the name of its field, or ``"config"`` if the argument
+        is the path of a YAML file.
     aliases : mapping, optional
         Field name for each short flag, for example ``{"-o": "output"}``.
 

@@ -105,8 +105,8 @@ def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = Fals
     values : Any
         Values that the user wrote for the keys of this class.
     where : str
-        Place of the values in the config: empty at the top level, otherwise for example ``preprocess`` or ``corpora[0]
-        (kind folder)``.
+        Position of the values in the config: empty at the top level, otherwise for example ``preprocess`` or
+        ``corpora[0] (kind folder)``.
     is_entry : bool
         Whether the values are an entry of a list.
 
@@ -120,7 +120,8 @@ def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = Fals
         if is_entry:
             return f"{where} must be keys with values, such as '{_example(cls)}: ...', not {_show(values)}"
         return f"{where} must be a group of keys ({', '.join(known)}), not {_show(values)}"
-    # Messages begin with "preprocess.sfreq" for a key of a group, and with "corpora[0] (kind folder): root" in a list.
+    # A message begins with "preprocess.sfreq" for a key of a group, and with "corpora[0] (kind folder): root" for a key
+    # of a list entry.
     start, path = (f"{where}: ", "") if is_entry else ("", f"{where}." if where else "")
     for key, value in values.items():
         if key not in known:

@@ -1,7 +1,7 @@
 """End a command that receives a stop signal before it has done any work.
 
 This module imports little, so that a command can call `end_on_stop_signals` before its slow imports. Without this
-module, a signal during these imports would end the command with another exit code and without a message.
+module, a signal during the slow imports would end the command with another exit code and without a message.
 """
 
 import os
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def stop_reason(number: int) -> str:
-    """Return which signal stopped a command, and what to do, as one line."""
+    """Return one line for the user: which signal stopped the command, and how to resume."""
     return f"{signal.Signals(number).name}: all finished work is kept; run the same command to resume"
 
 
@@ -23,7 +23,7 @@ def _end(number: int, _: FrameType | None) -> None:
 
 
 def end_on_stop_signals() -> None:
-    """From now on, end this process at once if SIGTERM or SIGINT arrives.
+    """Install signal handlers that end this process immediately if SIGTERM or SIGINT arrives.
 
     Call this function only while the process has no child processes and has written no files.
     """

@@ -29,7 +29,7 @@ class RequestError(ValueError):
 
 
 class RankError(RequestError):
-    """A `RequestError` that occurs in only one training process. This process must print the error itself."""
+    """A `RequestError` in only one training process, so this process must print the error itself."""
 
 
 class StopRequested(BaseException):

@@ -169,9 +169,9 @@ def atomic_directory(path: str | AnyPath, last: str = "manifest.json") -> Iterat
     path : str, Path or UPath
         Final path. An existing directory is replaced only when the new directory is complete.
     last : str
-        File that marks a complete directory. An object store cannot rename a directory. On an object store, the file
-        `last` of the old directory is therefore deleted first, and the file `last` of the new directory is written
-        last.
+        File that marks a complete directory. An object store cannot rename a directory. So on an object store, the file
+        `last` of the old directory is deleted first, and the file `last` of the new directory is written after all
+        other files.
 
     Yields
     ------
@@ -198,7 +198,7 @@ def atomic_directory(path: str | AnyPath, last: str = "manifest.json") -> Iterat
 
 
 def replace_directory(new: Path, path: Path) -> None:
-    """Rename a complete directory to its final path, and delete an old directory of this path.
+    """Rename a complete directory to its final path, and delete the old directory at this path.
 
     Parameters
     ----------

@@ -115,7 +115,7 @@ class JobProgress:
         channels : int
             Number of channels of the recording.
         from_earlier_run : bool
-            Whether an earlier run had already read the recording.
+            Whether an earlier run of the job had already read the recording.
         """
         self.statuses[status] += 1
         size = self.sizes.get(key, 0)

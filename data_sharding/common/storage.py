@@ -72,7 +72,7 @@ def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
     ------
     RequestError
         If the protocol is unknown, if the library for the protocol is not installed, or if the path is too long or
-        names an unknown user.
+        contains an unknown user (``~name``).
     """
     if isinstance(text, UPath):
         return text if is_remote(text) else Path(text.path)
@@ -169,8 +169,8 @@ def scratch_folder() -> Iterator[Path]:
     Yields
     ------
     Path
-        The temporary folder. The temporary folder is created in the folder that the environment variable
-        DREAMSCALE_SCRATCH names (choose a fast local disk), or else in the system's temporary folder.
+        The temporary folder. The temporary folder is created in the folder given by the environment variable
+        DREAMSCALE_SCRATCH (choose a fast local disk), or in the system's temporary folder if this variable is not set.
     """
     base = os.environ.get("DREAMSCALE_SCRATCH")
     if base:

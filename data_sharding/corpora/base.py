@@ -125,7 +125,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
-    """Options of a kind of corpus that has no options."""
+    """Empty dataclass for kinds of corpora that have no options."""
 
 
 class Adapter:

@@ -271,7 +271,7 @@ def _rows(path: AnyPath, faults: list[str] | None = None) -> list[dict[str, str]
 
 
 def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
-    """Collect the data about a recording from its sidecars, as the argument `patch` of `patch_signal`."""
+    """Collect the data about a recording from its sidecars, in the form of the argument `patch` of `patch_signal`."""
     patch: dict[str, Any] = {}
     notes: list[str] = []
     about: dict[str, Any] = {}
@@ -361,7 +361,7 @@ def _positions(sidecars: _Sidecars, recording: AnyPath, notes: list[str]) -> dic
         place = [own[axis] for axis in SYSTEMS[system]]
         place[0] *= -1 if system == "eeglab" else 1
         if not math.dist(place, (0, 0, 0)) <= FARTHEST_M:
-            far = f"one is more than {FARTHEST_M:g} m from the middle of the head"
+            far = f"one position is more than {FARTHEST_M:g} m from the middle of the head"
             notes.append(f"the positions are not used, because {far}; check the unit '{unit}'")
             return {}
         out[row["name"]] = place

@@ -187,7 +187,7 @@ def _tables(path: Path, content: Any) -> tuple[list[dict[str, Any]], list[str], 
         if not all(isinstance(entry[key], int | np.integer) for key in ("image", "label", "subject")):
             raise RequestError(f"{path}: image, label or subject of trial {index} is not a whole number")
         if not (0 <= int(entry["label"]) < len(labels) and 0 <= int(entry["image"]) < len(names)):
-            raise RequestError(f"{path}: trial {index} names a category or an image that is not in its list")
+            raise RequestError(f"{path}: the category or the image of trial {index} is not in the file's list")
     return list(entries), [str(label) for label in labels], [str(name) for name in names]
 
 

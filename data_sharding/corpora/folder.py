@@ -29,7 +29,7 @@ NAME_IN_PATH = "the path contains the name or number of the patient in the heade
 the path."""
 INTRACRANIAL = re.compile(r"(?:^|[_\W])(ecog|ieeg|seeg)(?:$|[_\W])", re.IGNORECASE)
 KEYS = frozenset({"exclude", "unit_factors", "subject_pattern", "subjects", "salt_variable", "intracranial"})
-"""Config keys that are valid for all corpora of recordings in the file formats of EEG manufacturers."""
+"""Config keys for corpora whose recordings are in the file formats of EEG manufacturers."""
 TRIAL_KEYS = frozenset({"images", "tmin", "tmax", "stimulus_delay_ms"})
 """Config keys that are valid for corpora with trials."""
 

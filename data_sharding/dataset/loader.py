@@ -63,7 +63,7 @@ class _ShardPrefetcher:
         turn = os.getpid() % len(shards)
         for shard in shards[turn:] + shards[:turn]:
             if self.windows.get(stream) != window:
-                # If the loader already reads another window of shards, the remaining shards of the old window are not
+                # The loader already reads another window of shards, so the remaining shards of the old window are not
                 # needed.
                 return
             try:
@@ -377,6 +377,6 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
     if need > limit:
         advice = "read it with order: shards, or " if order == "global" else f"lower its window of {window} shards, or "
         raise RequestError(
-            f"{dataset.path} ({dataset.split}): order '{order}' reads {need / 1e9:.3g} GB at a time, but the cache "
-            f"holds only {limit / 1e9:.3g} GB; {advice}raise DREAMSCALE_CACHE_GB"
+            f"{dataset.path} ({dataset.split}): order '{order}' needs {need / 1e9:.3g} GB in the cache, which is "
+            f"limited to {limit / 1e9:.3g} GB; {advice}raise DREAMSCALE_CACHE_GB"
         )

@@ -35,7 +35,7 @@ class RayConfig:
     """The Ray cluster that runs the job, and limits for each recording."""
 
     address: str = ""
-    """Address of the Ray cluster, e.g. auto or ray://head:10001. If the key is empty, the environment variable
+    """Address of the Ray cluster, for example auto or ray://head:10001. If the key is empty, the environment variable
     RAY_ADDRESS is used. If the key is empty and RAY_ADDRESS is not set, a new cluster is started on this machine."""
     num_cpus: int = 0
     """Number of workers in a new cluster on this machine; 0 means one worker for each core."""

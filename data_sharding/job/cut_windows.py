@@ -81,7 +81,7 @@ class CleanWindow:
 
 
 class Judge:
-    """Decides which rows of a window are bad, decides whether the window can be used, and subtracts the reference."""
+    """Decides which rows of a window are bad and whether the window can be used, and subtracts the reference."""
 
     def __init__(self, clean: Clean, info: SignalInfo, spec: PreprocessSpec) -> None:
         self.clean, self.info, self.spec = clean, info, spec
@@ -469,6 +469,6 @@ def _describe_trials(row: LedgerRow, spans: list[tuple[int, int]], missing: Coun
     reasons = {why: number for why, number in sorted(missing.items()) if why}
     if reasons:
         row.notes.append(
-            f"{sum(reasons.values())} of {len(spans)} trials are stored without their whole part before or after the "
-            f"window: {', '.join(f'{number} {why}' for why, number in reasons.items())}"
+            f"{sum(reasons.values())} of {len(spans)} trials are stored without a part before or after the window that "
+            f"models read: {', '.join(f'{number} {why}' for why, number in reasons.items())}"
         )

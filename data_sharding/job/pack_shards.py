@@ -27,7 +27,7 @@ from data_sharding.job.task import PartResult
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A range of samples of one recording that is copied into one shard."""
+    """Consecutive samples of one recording that are copied into one shard."""
 
     key: str
     """Key of the recording."""

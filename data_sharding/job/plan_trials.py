@@ -82,7 +82,7 @@ def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: 
     Returns
     -------
     dict
-        Trials of each segment in order of time, by the number of the segment.
+        Dictionary from the number of each segment to its trials, sorted by time.
     """
     item, spec = task.item, task.spec
     trials = item.trials or ()

@@ -68,7 +68,7 @@ job does not use parts of the older code."""
 RESULT = "result.json"
 """Name of the file that stores the `PartResult` of a recording in its part."""
 MIN_SAMPLES = 16
-"""A recording with fewer samples is excluded, because its signal is too short for the measurements."""
+"""A recording with fewer samples than this is excluded, because its signal is too short for the measurements."""
 
 
 def get_library_versions() -> dict[str, str]:

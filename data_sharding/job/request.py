@@ -138,7 +138,7 @@ class Plan:
 
 
 def _content(item: Item) -> dict[str, Any]:
-    """Return the values of a recording for a checksum, without `dataclasses.asdict`, which copies every trial."""
+    """Return the values of a recording for a checksum; `dataclasses.asdict` would copy every trial."""
     values = {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if f.name not in WITHOUT_EFFECT}
     recording = item.recording
     values["recording"] = [recording.format, [str(f) for f in recording.files], recording.problem]

@@ -88,7 +88,7 @@ def _find_former(output: AnyPath) -> Manifest | None:
 
 
 def _plan_growth(config: ShardConfig, plan: Plan, manifest: Manifest, output: AnyPath) -> Former | None:
-    """Return the finished dataset that this job will change; None if there is nothing to do.
+    """Return the finished dataset that this job will change; None if the dataset is already up to date.
 
     Raises
     ------

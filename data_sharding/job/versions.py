@@ -121,7 +121,7 @@ class Former:
         return PartResult.from_json(known.result)
 
     def prefer(self, key: str, content: str, result: PartResult) -> PartResult:
-        """Return the former result of a recording that was read again, if its content has not changed."""
+        """Return the former result of a recording that was read again; `result` if its content has changed."""
         known = self.stored.get(key)
         if known is None or key not in self.pieces or known.content != content or result.row.status != "sharded":
             return result
@@ -252,7 +252,7 @@ def check_growth(config: ShardConfig, values: Mapping[str, Any], manifest: Manif
     if other:
         raise RequestError(
             f"output '{output}': holds a finished dataset that was made with other settings ({', '.join(other)}); "
-            "choose another folder, or remove it first"
+            "choose another folder, or delete this dataset first"
         )
     names = {corpus["name"] for corpus in values["corpora"]}
     for corpus in manifest.config.get("corpora", []):

@@ -1,4 +1,4 @@
-"""Small files that would cause huge or endless work: each gives an error of one line, with limited time and memory."""
+"""Small files that would cause huge or endless work are refused with one error line, in limited time and memory."""
 
 from __future__ import annotations
 

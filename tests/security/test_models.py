@@ -1,4 +1,4 @@
-"""Models that somebody changed, so that a small config asks for a huge network or for code, are refused in one line."""
+"""Changed models, whose small config asks for a huge network or for code, are refused with one error line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluated images that somebody changed: `dreamscale compare` and `dreamscale evaluate` end in one line."""
+"""Tests of `dreamscale compare` and `dreamscale evaluate` with results that somebody changed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_names_of_metrics_do_not_change_a_terminal(
 def test_a_very_long_name_is_refused(
     key: str, tmp_path: Path, run_command: Callable[..., Any], assert_refused: Callable[..., None]
 ) -> None:
-    """An array of the type str would have the size of the longest text for every trial."""
+    """In a NumPy array of the type str, every entry would take as much memory as the longest text."""
     folders = [write_results(tmp_path / name, "psnr", **{key: "x" * 5_000_000}) for name in "ab"]
     for folder in folders:
         values = json.loads((folder / "trials.json").read_text())

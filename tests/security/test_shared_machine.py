@@ -119,7 +119,7 @@ def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_links_in_a_corpus_do_not_bring_in_other_files(tmp_path: Path) -> None:
-    """A link to a file that is not a recording is not listed, and a link to a device does not block a job."""
+    """A job ignores a link to a file that is not a recording, and a link to a device does not block a job."""
     (tmp_path / "a.edf").symlink_to("/dev/zero")
     (tmp_path / "b.edf").symlink_to("/etc/passwd")
     (tmp_path / "c").symlink_to(tmp_path)

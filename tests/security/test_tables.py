@@ -1,4 +1,4 @@
-"""Ledgers and fingerprints that somebody changed: one line names the file, the row and the column."""
+"""Changed ledgers and fingerprints are refused with one error line that contains the file, the row and the column."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def repeat(value: Any, times: int, kind: Any) -> Any:
 
 
 def write_bomb(path: Path, kind: str) -> None:
-    """Write a table of a few hundred kB that stands for gigabytes."""
+    """Write a table of a few hundred kB that unpacks to gigabytes."""
     count = 2 * 10**7
     if kind in ("channels", "names"):
         flat = repeat("Cz", count, pa.string())

@@ -126,7 +126,7 @@ def test_stop_request_exits_with_code_75() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """An entry of a list, which checks its own values."""
+    """Class of a list entry; the class checks the values of the entry."""
 
     kind: str = "plain"
     """Kind."""

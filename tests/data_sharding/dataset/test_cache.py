@@ -116,8 +116,7 @@ def count_cached_bytes(cache: Path) -> int:
 def list_open_files() -> list[str]:
     names = []
     for link in Path("/proc/self/fd").iterdir():
-        # One of these links belongs to the descriptor through which this folder was listed. That descriptor is already
-        # closed.
+        # One link belongs to the file descriptor that was used to list the folder. This descriptor is already closed.
         with contextlib.suppress(FileNotFoundError):
             names.append(str(link.readlink()))
     return names

@@ -1,4 +1,4 @@
-"""The order of samples, batches, workers, resuming, and the errors of damaged shards."""
+"""Tests of the loader: order of samples, batches, workers, resuming, and errors for damaged shards."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_loader_resumes_in_mid_epoch_with_another_world_size(unpaired_dataset: P
     first = Loader(data, 8, 3, num_workers=workers, order=order, window=2)  # type: ignore[arg-type]
     for _, step in zip(first, range(5), strict=False):
         assert first.step == step + 1
-    # `zip` has read a sixth batch before it noticed the end of the range. So set `step` of the loader's state from 6 to
+    # `zip` reads a sixth batch before it notices the end of the range, so change `step` in the loader's state from 6 to
     # 5.
     state = json.loads(json.dumps(first.state_dict() | {"step": 5}))
     ranks = [Loader(data, 8, 3, rank=r, world_size=2, order=order, window=2) for r in (0, 1)]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A mixture reads several datasets like one dataset: shares, order, resuming, and invalid requests."""
+"""Tests of mixtures of datasets: weights, order, resuming, and invalid requests."""
 
 from __future__ import annotations
 

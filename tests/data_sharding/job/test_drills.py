@@ -273,7 +273,7 @@ def test_a_full_disk_stops_the_job_until_there_is_space(drill: Drill, undisturbe
 
 
 class TestCluster:
-    """Tests on a running Ray cluster. One test kills the Ray processes of the cluster's second node."""
+    """Tests on a Ray cluster with two nodes. One test kills the Ray processes of the cluster's second node."""
 
     @pytest.fixture(scope="class")
     def ports(self) -> tuple[int, int]:
