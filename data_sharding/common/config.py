@@ -215,7 +215,7 @@ def to_yaml(config: Any) -> str:
     Returns
     -------
     str
-        Text from which `parse_config` reads an equal config.
+        YAML text; `parse_config` reads an equal config from this text.
     """
     import yaml
 

@@ -264,7 +264,8 @@ def find_fault_in_words(cls: type, words: Sequence[str]) -> str | None:
             value = parse_yaml(text)
         except (yaml.YAMLError, ValueError):
             continue
-        # Arguments are text, so an argument is valid if the text or the parsed YAML value of the text fits the type.
+        # Arguments are text, so an argument is valid if the text fits the type, or if the value that YAML reads from
+        # the text fits the type.
         fits = value is None or hint is str or _fits(hint, text)
         if not fits and (fault := _value_fault(hint, value, key)):
             return fault

@@ -41,7 +41,7 @@ class StopRequested(BaseException):
 
 
 def one_line(text: object) -> str:
-    """Convert a message of several lines to one line.
+    """Join the lines of a message into one line.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def show(value: object, longest: int = 80) -> str:
     ----------
     value : object
         The value. Lists, dictionaries and other containers are described by their type only, because their text can be
-        far longer than the file.
+        far longer than the file that they come from.
     longest : int
         Largest number of characters.
 

@@ -41,7 +41,7 @@ def check_yaml(text: str | bytes) -> None:
 
 
 def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Return the number of values below a YAML node, including repetitions by aliases, and their largest depth."""
+    """Return the number of values below a YAML node, including repetitions by aliases, and the depth of the nesting."""
     if node is None or isinstance(node.value, str):
         return 1, 0
     if id(node) not in known:

@@ -26,7 +26,7 @@ from data_sharding.common.early_stop import EXIT_STOPPED, SIGNALS, stop_reason
 from data_sharding.common.errors import StopRequested
 
 GRACE_S = 8.0
-"""Number of seconds that a command has after a signal to end by itself. Docker kills a process 10 s after the
+"""After a signal, a command has this number of seconds to end by itself. Docker kills a process 10 s after the
 signal."""
 IMPORT_S = 0.1
 """Seconds between two checks whether an import has ended. A signal during an import takes effect after the import."""
@@ -66,7 +66,7 @@ class _Stop:
         if self.raised_at is None:
             self.waits_for_import = is_import(frame)
             if self.waits_for_import:
-                return  # `watch` sends the signal again.
+                return  # After the import, `watch` sends the signal again.
             self.raised_at = time.monotonic()
             raise self.error()
         if time.monotonic() - self.raised_at > SAME_REQUEST_S:

@@ -14,7 +14,7 @@ from data_sharding.common.errors import RequestError, show
 from data_sharding.common.untrusted import MAX_TEXT, check_count, check_group, check_list, check_number, check_text
 
 MAX_INTEGER = 2**63
-"""Largest whole number of a field, as in a Parquet column of 64 bits."""
+"""Largest whole number that a field may have; a Parquet column of 64 bits has the same limit."""
 
 
 def check_fields(kind: type, values: Any, where: str, *, least: float = -MAX_INTEGER) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _hints(kind: type) -> Mapping[str, Any]:
 
 
 def check_typed(hint: Any, value: Any, where: str, what: str, *, least: float = -MAX_INTEGER) -> Any:
-    """Check that a value has the type of a type hint. `where` and `what` name the file and the value in messages.
+    """Check that a value has the type of a type hint. `where` (the file) and `what` (the value) are used in messages.
 
     Returns
     -------

@@ -86,7 +86,8 @@ class CorpusConfig:
     """Options that are valid only for this kind of corpus. The file docs/corpora.md lists all options."""
 
     def __post_init__(self) -> None:
-        # The messages below do not name the corpus, because the caller adds the index of the corpus in the list.
+        # The messages below do not say which corpus is wrong, because the caller adds the index of the corpus in the
+        # list.
         adapter = ADAPTERS.get(self.kind)
         if adapter is None:
             near = difflib.get_close_matches(self.kind, ADAPTERS, n=1)
@@ -200,7 +201,7 @@ class Adapter:
         return measured
 
     def read_options(self, config: CorpusConfig) -> Any:
-        """Read the options of a config into the dataclass of this kind.
+        """Read the options of a config into the dataclass of this kind of corpus.
 
         Parameters
         ----------

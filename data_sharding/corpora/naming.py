@@ -140,7 +140,7 @@ def confirming_pattern(schemes: Iterable[Scheme], subjects: dict[str, str]) -> s
     Parameters
     ----------
     schemes : iterable of Scheme
-        The schemes that were recognised.
+        Naming schemes that were recognised in the paths.
     subjects : dict of str to str
         The recognised subject of each path.
 

@@ -68,8 +68,8 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
     if inside := patch.get("inside"):
         listed = {find(name) for name in given}
         for i, kind in enumerate(types):
-            # Most file formats do not distinguish EEG from SEEG. Because of grid=True, contacts with the names A1 and
-            # A2 are taken as electrodes and not as ears.
+            # Most file formats do not distinguish EEG from SEEG. Because of grid=True, the names A1 and A2 mean
+            # contacts of a grid and not earlobes.
             if kind == "eeg" and i not in listed and kind_of(canonical_name(info.ch_names[i]), grid=True) is None:
                 types[i] = inside
     for name, place in patch.get("positions", {}).items():

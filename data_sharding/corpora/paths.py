@@ -186,7 +186,7 @@ class Folders:
         Returns
         -------
         dict
-            Name to path, sorted by name.
+            Dictionary from name to path, sorted by name.
         """
         key = str(folder)
         if key not in self._names:

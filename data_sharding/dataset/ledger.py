@@ -178,8 +178,8 @@ class LedgerRow:
     def category(self) -> str:
         """Category of `reason`, used to count recordings.
 
-        Ledgers from older versions of Dreamscale have no `reason_category`. Then the status is used as the category of
-        a duplicate or held-back recording, and the whole text of `reason` as the category of any other recording.
+        Rows from older versions of Dreamscale have no `reason_category`. For such a row, the category is the status of
+        a duplicate or held-back recording, or the whole text of `reason` of any other recording.
         """
         if self.reason_category is not None:
             return self.reason_category

@@ -119,7 +119,7 @@ class _StepSampler:
 
 @contextlib.contextmanager
 def _block_signal(number: signal.Signals) -> Iterator[None]:
-    """Block a signal in this thread, and in all processes that this thread starts inside the context."""
+    """Block a signal in this thread, and in all processes that this thread starts during the ``with`` block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
@@ -292,8 +292,8 @@ class Loader:
         if self.num_workers and Slots.supported():
             known = [int(part.index["n"].max()) if part.index["n"].all() else N_PADDED for part in self.dataset.parts]
             rows = self.global_batch // self.world_size * max(known)
-            # Each worker has two slots more than prefetched batches, because the worker writes to one slot while the
-            # training process copies the batch of another slot.
+            # Each worker has two more slots than prefetched batches: the worker writes to one slot while the training
+            # process copies the batch from another slot.
             slots = Slots(self.num_workers, _PREFETCH_BATCHES + 2, rows, self.dataset.n_times)
         reader = DataLoader(
             _StepDataset(self, slots),  # type: ignore[arg-type]

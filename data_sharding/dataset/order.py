@@ -1,14 +1,14 @@
-"""Random order of the training samples, computed from the seed, the epoch and the place.
+"""Random order of the training samples, which is computed from a seed and is not stored.
 
 A place is a position in the endless order of the samples of all epochs. With `n` samples, place 0 is the first sample
 of epoch 0, place `n` is the first sample of epoch 1, and so on. The functions in this module compute the sample at any
 place directly. So every rank, every worker and a resumed run find the same sample at the same place without any saved
 state.
 
-`numpy.random.permutation` is not used. For a hundred million samples, its result takes 0.8 GB in every worker of every
-rank. NumPy also does not promise the same permutation in every release. The Feistel network of `permute` needs about a
-microsecond for each sample and no memory, and its result never changes. `EpochOrder` keeps only a few numbers for each
-shard in memory.
+`numpy.random.permutation` is not used. A permutation of a hundred million samples would take 0.8 GB in every worker of
+every rank, and NumPy does not promise the same permutation in every release. The Feistel network of `permute` needs
+about a microsecond for each sample and no memory, and its result never changes. `EpochOrder` keeps only a few numbers
+for each shard in memory.
 
 Letters in shapes: `b` places, `S` shards.
 """

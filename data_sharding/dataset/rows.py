@@ -87,7 +87,7 @@ class Rows:
         Yields
         ------
         dict
-            Values of a row, by column.
+            Dictionary from the name of each column to the value in the row.
 
         Raises
         ------

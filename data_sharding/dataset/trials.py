@@ -167,8 +167,8 @@ class TrialTable:
 class _Builder:
     """Collects the columns of a table sample by sample.
 
-    Each different text or list is stored only once, with a number. For each sample, only this number is stored. For
-    661,600 trials, the stored numbers take about 60 MB, whatever the size of the JSON.
+    Each different text or list is stored only once, with a number. For each sample, only the number of its text or list
+    is stored. For 661,600 trials, the stored numbers take about 60 MB, whatever the size of the JSON.
     """
 
     def __init__(self) -> None:

@@ -127,7 +127,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         except ClusterFailed:
             if folder:
                 say(f"ray: the logs of Ray are in {folder}")
-                (folder / KEEP).touch()  # A temporary folder with this file is not removed.
+                (folder / KEEP).touch()  # A temporary folder that contains the file `KEEP` is not removed.
             raise
 
 

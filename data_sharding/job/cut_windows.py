@@ -42,9 +42,9 @@ class Clean:
     """Rows of the scratch file that are read and filtered. The rows of `channels` come first; rows that only the
     reference needs come last."""
     reference: list[int]
-    """Positions in `rows` of the channels whose mean is the reference."""
+    """Indices in `rows` of the channels whose mean is the reference."""
     bads: list[int]
-    """Positions in `channels` of the bad channels."""
+    """Indices of the bad channels in `channels`."""
     factor: float
     """Factor that converts the values in the scratch file to microvolts."""
     line_freq: float | None
@@ -183,7 +183,7 @@ def plan_windows(clean: Clean, info: SignalInfo, spec: PreprocessSpec, split: st
     Returns
     -------
     dict
-        Windows of each segment in order of time, by the number of the segment. No window contains a gap. If
+        Dictionary from the number of each segment to its windows, sorted by time. No window contains a gap. If
         `spec.quality.leave_out_edges` is set, no window is next to a gap or to an end of a segment, because the filters
         have a transient there. Exceptions are epochs, and short recordings that would otherwise have no window: they
         can have windows next to gaps and to ends of segments.
@@ -225,7 +225,7 @@ def clean_windows(
     spec : PreprocessSpec
         Settings of the preprocessing.
     cuts : dict
-        Windows of each segment in order of time, by the number of the segment.
+        Dictionary from the number of each segment to its windows, sorted by time.
     account : Account
         Counter of the recording's windows. This function adds the windows that cannot be used to the counter.
 

@@ -327,7 +327,7 @@ def _portable(error: Exception) -> Exception:
 def _serve(pipe: Connection, parent: int, name: str, memory_gb: float) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # The parent has died before prctl was called.
+    if os.getppid() != parent:  # The parent died before prctl was called.
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Only the main process of the job handles Ctrl-C.
     faulthandler.enable()

@@ -49,7 +49,7 @@ class Journal:
         segments = sorted(fresh(folder).glob("*.jsonl"), key=lambda p: p.name) if folder.is_dir() else []
         for segment in segments:
             for line in segment.read_text().splitlines():
-                # Ignore the last line if it is incomplete: the run that wrote it may have been killed.
+                # Ignore the last line if it is incomplete: the job may have been killed while it wrote this line.
                 with contextlib.suppress(ValueError):
                     entry = json.loads(line)
                     self.rows[entry["key"]] = (entry["identity"], entry["row"])

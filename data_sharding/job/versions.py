@@ -69,7 +69,7 @@ class Former:
 
     @classmethod
     def read(cls, root: AnyPath, manifest: Manifest) -> Former:
-        """Read the files of a finished dataset that a job needs to extend it.
+        """Read the files that a job needs to extend a finished dataset.
 
         Raises
         ------
@@ -277,7 +277,7 @@ class NewVersion:
     first: dict[str, int]
     """Number of the first new shard of each split."""
     changes: dict[str, list[str]]
-    """Keys of the recordings that were added, removed, changed or set aside."""
+    """For each kind of change (such as added or removed), the keys of the recordings."""
 
 
 def plan_version(former: Former | None, kept: list[PartResult], plan: Plan, *, compact: bool) -> NewVersion:

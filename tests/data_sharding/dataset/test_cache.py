@@ -196,7 +196,7 @@ def test_order_that_would_download_shards_repeatedly_is_refused(tmp_path: Path, 
     write_dataset(tmp_path / "d", {"train": make_samples(120)}, SPEC, samples_per_shard=10)
     size = max(p.stat().st_size for p in (tmp_path / "d" / "train").iterdir())
     data = EEGDataset(f"logged://{tmp_path}/d", cache_gb=5 * size / 1e9)
-    with pytest.raises(RequestError, match=r"order 'global' reads .* read it with order: shards, or raise"):
+    with pytest.raises(RequestError, match=r"order 'global' needs .* read it with order: shards, or raise"):
         Loader(data, 6, 0)
     with pytest.raises(RequestError, match="lower its window of 3 shards"):
         Loader(data, 6, 0, order="shards", window=3)

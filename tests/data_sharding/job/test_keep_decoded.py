@@ -120,8 +120,8 @@ def test_other_settings_give_the_same_parts_without_reading_the_files(
     process("first", FIRST)
     assert parts(tmp_path / "first") == parts(tmp_path / "plain")
     assert len(list((tmp_path / "decoded" / "signals").rglob("*.kept"))) == 5
-    # Overwrite the complete content of the recordings. The items of the corpus were listed before, because listing them
-    # reads headers.
+    # Overwrite the complete content of the recordings. The test has listed the items of the corpus before this, because
+    # listing reads the headers.
     wipe(recordings)
     monkeypatch.setitem(process.__globals__, "list_items", lambda _: items)
     assert process("other", OTHER) == fresh

@@ -119,7 +119,7 @@ class TestReaders:
         apart = [f for f in tmp_path.rglob("*") if f.suffix in (".eeg", ".fdt", ".dat") or f.name == "signal1.bin"]
         data = (apart or [tmp_path / (CORPUS / path).name])[0]
         data.chmod(0o600)
-        # In the Neuroscan file, the signal ends at byte 796420. In the file, events and other data follow the signal.
+        # In the Neuroscan file, the signal ends at byte 796420; events and other data follow the signal.
         size = 796420 if recording.format == "neuroscan" else data.stat().st_size
         with data.open("r+b") as stream:
             stream.truncate(size - size // 10 - 1)

@@ -165,7 +165,7 @@ def test_too_many_quarantined_recordings_are_reported(folder_corpus: Path, tmp_p
 def test_benchmarks_are_held_back(folder_corpus: Path, dataset: Path, tmp_path: Path) -> None:
     """Check that no window of a benchmark's recordings is written into the dataset.
 
-    The config names the benchmark's recordings in a list, by subject, or by another dataset. Copies of a listed
+    The config selects the benchmark's recordings by a list, by subject, or by another dataset. Copies of a listed
     recording are held back too.
     """
     (tmp_path / "benchmark.txt").write_text("recording lab/sub-01/*  # the copy of it is in another folder\n")
