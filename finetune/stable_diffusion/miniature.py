@@ -162,7 +162,9 @@ class _Training:
         self, model: torch.nn.Module, lr: float, steps: int, world: World, *, weight_decay: float = 0.01
     ) -> None:
         self.model, self.world = model.train(), world
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True
+        )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=steps + 1, pct_start=0.1)
 
     def step(self, loss: Tensor) -> None:
@@ -331,7 +333,7 @@ def _train_unet(
         norm_num_groups=16,
         cross_attention_dim=width,
         attention_head_dim=4,
-    )
+    ).to(memory_format=torch.channels_last)
     # Use the scheduler settings of Stable Diffusion 1.5.
     scheduler = PNDMScheduler(
         num_train_timesteps=1000,
@@ -364,7 +366,7 @@ def _train_unet(
             rows = rows[own]
             condition = states[torch.where(dropped, len(captions), text[rows])]
             noisy = noising.add_noise(latents[rows], noise, times)  # pyright: ignore[reportArgumentType] - the library's annotation is too narrow
-            guess = unet(noisy, times, condition).sample
+            guess = unet(noisy.contiguous(memory_format=torch.channels_last), times, condition).sample
             loss = F.mse_loss(guess, noise)
             training.step(loss)
             with torch.no_grad():
@@ -374,7 +376,7 @@ def _train_unet(
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             parameter.copy_(ema[name])
-    return unet.eval(), scheduler
+    return unet.to(memory_format=torch.contiguous_format).eval(), scheduler
 
 
 def make_miniature(
