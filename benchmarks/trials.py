@@ -179,6 +179,8 @@ def main() -> int:
         run_one(args.program, Path(args.root))
         return 0
     found: dict[str, Any] = {"trials": args.trials, "windows": args.windows}
+    if args.folder:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         root = Path(folder)
         begin = time.perf_counter()
