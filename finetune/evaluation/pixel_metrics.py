@@ -18,6 +18,10 @@ Images = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 SSIM_WINDOW = 11
 """Width in pixels of the Gaussian window of `ssim`."""
+SSIM_SIGMA = 1.5
+"""Standard deviation in pixels of the Gaussian window of `ssim`."""
+SSIM_STRIP = 32
+"""Number of rows of an image for which the structural similarity is computed at once."""
 TOO_SMALL = f"not computed: the images are smaller than {SSIM_WINDOW} pixels"
 
 
@@ -114,7 +118,7 @@ def ssim(a_BHW3: ImageSource, b_BHW3: ImageSource) -> Floats:
 
     The variant of Wang et al. has a Gaussian window of 11 pixels with a standard deviation of 1.5 pixels, population
     variances and covariances, and the constants K1 = 0.01 and K2 = 0.03. The similarity is averaged over the three
-    colours and over all positions where the window lies inside the image. scikit-image computes the similarity.
+    colours and over all positions where the window lies inside the image.
 
     Parameters
     ----------
@@ -135,19 +139,61 @@ def ssim(a_BHW3: ImageSource, b_BHW3: ImageSource) -> Floats:
     ----------
     Wang et al., "Image quality assessment: from error visibility to structural similarity", IEEE TIP 13 (2004).
     """
-    from skimage.metrics import structural_similarity
-
     if min(a_BHW3.shape[1:3]) < SSIM_WINDOW:
         height, width = a_BHW3.shape[1:3]
         raise ValueError(f"images of {height} x {width} pixels are smaller than the window of {SSIM_WINDOW}")
+    return _compare_pairs(a_BHW3, b_BHW3, _compute_ssim)
 
-    def compare(a: Images, b: Images) -> float:
-        found: Any = structural_similarity(
-            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=-1
-        )
-        return float(found)
 
-    return _compare_pairs(a_BHW3, b_BHW3, compare)
+def _compute_ssim(a_HW3: Images, b_HW3: Images) -> float:
+    """Compute the structural similarity of two images, colour by colour and in strips that fit into the CPU's cache."""
+    rows, columns = (size - SSIM_WINDOW + 1 for size in a_HW3.shape[:2])
+    total = 0.0
+    for a_HW, b_HW in zip(np.moveaxis(a_HW3, -1, 0), np.moveaxis(b_HW3, -1, 0), strict=True):
+        for start in range(0, rows, SSIM_STRIP):
+            part = slice(start, min(start + SSIM_STRIP, rows) + SSIM_WINDOW - 1)
+            total += float(_compute_ssim_map(a_HW[part].astype(np.float64), b_HW[part].astype(np.float64)).sum())
+    return total / a_HW3.shape[-1] / (rows * columns)
+
+
+def _compute_ssim_map(a_HW: Floats, b_HW: Floats) -> Floats:
+    """Compute the structural similarity at every position where the window lies inside two images of one colour.
+
+    The windows are computed for the sum s and the difference d of the images instead of the images a and b, because the
+    formula needs only four windows of s and d: 4 cov(a, b) = var(s) - var(d), and 2 (var(a) + var(b)) = var(s) +
+    var(d).
+    """
+    height, width = a_HW.shape
+    values_4HW = np.empty((4, height, width))
+    # Smaller values have smaller squares, so that the variance has smaller rounding errors.
+    np.add(a_HW, b_HW - 255, out=values_4HW[0])
+    np.subtract(a_HW, b_HW, out=values_4HW[1])
+    np.square(values_4HW[:2], out=values_4HW[2:])
+    s_HW, d_HW, s2_HW, d2_HW = _blur(_blur(values_4HW, 1), 2)
+    var_s_HW, var_d_HW = s2_HW - s_HW**2, d2_HW - d_HW**2
+    s2_HW, d2_HW = (s_HW + 255) ** 2, d_HW**2
+    c1, c2 = 2 * (0.01 * 255) ** 2, 2 * (0.03 * 255) ** 2
+    return (s2_HW - d2_HW + c1) * (var_s_HW - var_d_HW + c2) / ((s2_HW + d2_HW + c1) * (var_s_HW + var_d_HW + c2))
+
+
+def _blur(values_nHW: Floats, axis: int) -> Floats:
+    """Average over the window of `ssim` along one axis, at every position where the window lies inside the image."""
+    middle = SSIM_WINDOW // 2
+    weights = np.exp(-0.5 * (np.arange(-middle, middle + 1) / SSIM_SIGMA) ** 2)
+    weights /= weights.sum()
+    size = values_nHW.shape[axis] - 2 * middle
+
+    def shift(by: int) -> Floats:
+        return values_nHW[:, by : by + size] if axis == 1 else values_nHW[:, :, by : by + size]
+
+    out_nHW = weights[middle] * shift(middle)
+    pair_nHW = np.empty_like(out_nHW)
+    # The window is symmetric, so that two positions share a weight.
+    for by in range(middle):
+        np.add(shift(by), shift(2 * middle - by), out=pair_nHW)
+        pair_nHW *= weights[by]
+        out_nHW += pair_nHW
+    return out_nHW
 
 
 def pixel_correlation(a_BHW3: ImageSource, b_BHW3: ImageSource) -> Floats:

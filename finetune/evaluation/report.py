@@ -13,7 +13,7 @@ import numpy as np
 
 from data_sharding.common.html.render import Cell, Picture, Table, embed_png, render_page
 from finetune.evaluation.generated import GeneratedSet
-from finetune.evaluation.verdict import make_comparison_table
+from finetune.evaluation.verdict import explain_comparisons, make_comparison_table
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PUBLISHED = (
@@ -198,6 +198,7 @@ def render_report(
         has_control=control is not None,
         verdict=result["verdict"],
         comparisons=make_comparison_table(result["verdict"]),
+        comparison_note=explain_comparisons(result["verdict"]),
         protocol=result["protocol"],
         origin=Table(head=["what", "value"], rows=_describe_origin(result, generated)),
         published=Table(

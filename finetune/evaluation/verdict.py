@@ -5,6 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from data_sharding.common.html.render import Cell, Table
+from pretrain.evidence.rules import CONTROLS
+
+OTHER_SCORES = {
+    "own": "the model's score with the right EEG",
+    "chance": "the score by chance",
+    "identification": "the share of other images of the same category that are less similar than the seen image",
+}
+"""Names of scores that are no controls, and their meaning."""
 
 
 def _percent(value: float | None, sign: str = "") -> Cell:
@@ -34,6 +42,7 @@ def make_comparison_table(verdict: dict[str, Any]) -> Table:
         rows.append(
             [
                 found["name"],
+                Cell(text=f"{found['n']:,}", is_number=True),
                 _percent(found["left"]),
                 _percent(found["right"]),
                 _percent(more["mean"], "+"),
@@ -41,7 +50,43 @@ def make_comparison_table(verdict: dict[str, Any]) -> Table:
                 _interval(more["over_people"]),
                 Cell(text=f"{found['p_corrected']:.2g}", is_number=True),
                 "yes" if found["holds"] else "no",
+                _find_need(found),
             ]
         )
-    head = ["comparison", "left", "right", "difference", "over images", "over people", "p (Holm)", "larger"]
-    return Table(head=head, rows=rows)
+    head = ["A - B", "trials", "A", "B", "difference", "over images", "over people", "p (Holm)", "A is better"]
+    return Table(head=[*head, "signal needs"], rows=rows)
+
+
+def _find_need(comparison: dict[str, Any]) -> str:
+    """Return the entry of the column "A is better" that the verdict *signal* needs."""
+    if comparison["question"] == "signal" or comparison["name"] == "identification - chance":
+        return "yes"
+    # Eye channels may hold a response to the picture. The nearest training image decides only about new concepts.
+    return {"eyes - chance": "no, or own - eyes: yes", "own - nearest": "yes for new concepts"}.get(
+        comparison["name"], "no"
+    )
+
+
+def explain_comparisons(verdict: dict[str, Any]) -> str:
+    """Explain the names in the table of all comparisons that led to a verdict.
+
+    Parameters
+    ----------
+    verdict : dict
+        Result of `pretrain.evidence.rules.Verdict.as_json`.
+
+    Returns
+    -------
+    str
+        Sentences for a report; empty if no comparison was made.
+    """
+    names = {part for found in verdict["comparisons"] for part in found["name"].split(" - ")}
+    meanings = [f"{name}: {meaning}" for name, meaning in (OTHER_SCORES | CONTROLS).items() if name in names]
+    if not meanings:
+        return ""
+    return (
+        "Each row compares two scores, A and B, of the same trials. The intervals are 95 % intervals of the "
+        "difference. A is better only if the interval that decides lies above 0 and p is small enough. "
+        + "; ".join(meanings)
+        + "."
+    )

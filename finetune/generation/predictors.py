@@ -160,7 +160,7 @@ def _find_common_face_channels(parts: Sequence[Part]) -> list[str]:
     for names, places in iterate_layouts(parts):
         common &= set(find_face_channels(names, places))
     if not common:
-        raise NotApplicableError("the trials have no eye or face channel that all trials have")
+        raise NotApplicableError("no eye or face channel is in all trials")
     return sorted(common)
 
 

@@ -198,10 +198,11 @@ class LinearGenerator:
         self.part = read_part(values, where)
         again = "train it again with 'dreamscale linear CONFIG'"
         self.spec = read_spec(self.folder)
+        channels = _check_channels(values.get("channels"), where)
         try:
             arrays = {name: value.numpy() for name, value in read_tensors(self.folder / WEIGHTS).items()}
             self.model = LinearModel(
-                channels=_check_channels(values["channels"], where),
+                channels=channels,
                 bins=check_count(values["bins"], where, "bins", least=1, most=self.spec.window),
                 **{name: arrays[name] for name in _ARRAYS},
             )

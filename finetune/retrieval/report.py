@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.common.html.render import Cell, Table, render_page
-from finetune.evaluation.verdict import make_comparison_table
+from finetune.evaluation.verdict import explain_comparisons, make_comparison_table
 
 PUBLISHED = (
     ("NICE", "15.6 / 42.8", ""),
@@ -67,6 +67,7 @@ def _make_row(name: str, row: Any) -> dict[str, Any]:
         "scores": scores,
         "people": people,
         "comparisons": make_comparison_table(row["verdict"]),
+        "comparison_note": explain_comparisons(row["verdict"]),
         "matching": f"Bipartite matching finds {matching['accuracy']:.1%} of the images (chance "
         f"{matching['chance']:.1%}; {matching['note']}).",
         "hubness": f"Hubness: the most frequent image is among the {hubness['k']} nearest images of "

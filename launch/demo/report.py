@@ -10,7 +10,7 @@ from typing import Any
 from data_sharding.common.files import atomic_write_text, read_json, write_json
 from data_sharding.common.html.render import Picture, Table, embed_png, render_page
 from finetune.evaluation.classifier import ImageClassifier
-from finetune.evaluation.verdict import make_comparison_table
+from finetune.evaluation.verdict import explain_comparisons, make_comparison_table
 from launch.chain import Step
 from launch.demo import figures
 from launch.demo.scores import MEASURES, Scores, compare, score_folder
@@ -297,7 +297,12 @@ def write_report(
         **_describe_corpus(read_json(out / "corpus" / "truth.json"), summary),
         **_make_score_tables(summary),
         verdicts=[
-            (TITLES[kind], found["verdict"], make_comparison_table(found["verdict"]))
+            (
+                TITLES[kind],
+                found["verdict"],
+                make_comparison_table(found["verdict"]),
+                explain_comparisons(found["verdict"]),
+            )
             for kind, found in summary["models"].items()
         ],
         columns=[

@@ -247,7 +247,7 @@ def _finish(case: _Case, found: _Found) -> Verdict:
     word, why = found
     evidence = case.evidence
     notes = [f"The design is {evidence.design}: {evidence.design_evidence or 'no evidence was given'}."]
-    notes += [f"Not applicable: {name}, because {reason}" for name, reason in case.not_applicable.items()]
+    notes += [f"Not applicable: {name}, because {reason.rstrip('.')}." for name, reason in case.not_applicable.items()]
     notes += [*case.notes, *_describe_left_out(case)]
     return Verdict(
         word=word,

@@ -232,7 +232,7 @@ def test_a_control_that_the_data_cannot_give_says_why(
     cases = [
         ("baseline", bare, None, "72 of 72 trials are stored with less than 0.05 s before the picture"),
         ("shuffle_within", bare, None, "24 of 24 trials, such as a-001, have no neighbour in their recording"),
-        ("eyes", paired_dataset, model, "the trials have no eye or face channel that all trials have"),
+        ("eyes", paired_dataset, model, "no eye or face channel is in all trials"),
         ("class", blocks, None, "the linear baseline needs EEG"),
     ]
     for control, dataset, given, reason in cases:

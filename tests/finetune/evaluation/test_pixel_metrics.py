@@ -63,6 +63,21 @@ def test_ssim_against_plain_loops() -> None:
     assert pixel_metrics.ssim(a, a) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("shape", [(11, 11), (11, 40), (43, 97), (75, 12)])
+def test_ssim_against_scikit_image(shape: tuple[int, int]) -> None:
+    from skimage.metrics import structural_similarity
+
+    rng = np.random.default_rng(1)
+    height, width = shape
+    a = rng.integers(0, 256, (3, height, width, 3), np.uint8)
+    b = a.copy()
+    b[1] = rng.integers(0, 256, (height, width, 3))
+    a[2], b[2] = 255, 250  # Flat and bright images have the largest rounding errors.
+    options: Any = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    for one, other, found in zip(a, b, pixel_metrics.ssim(a, b), strict=True):
+        assert found == pytest.approx(structural_similarity(one, other, channel_axis=-1, **options), abs=1e-12)
+
+
 def test_pixel_correlation_against_numpy() -> None:
     rng = np.random.default_rng(0)
     a = _images(rng, 4)
