@@ -62,6 +62,8 @@ def write_page(folder: Path, held_out: dict) -> Path:
             "comparisons": [
                 {
                     "name": "own - shuffle",
+                    "question": "signal",
+                    "n": 8,
                     "left": 0.75,
                     "right": 0.25,
                     "difference": {"mean": 0.5, "over_images": [0.25, 0.75], "over_people": None},
@@ -102,6 +104,7 @@ def test_numbers_and_names(page: Path) -> None:
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 3 * 6 + 3 * 3 * 6
     assert "Signal." in text and "Scope: new people" in text and "+25.0% to +75.0%" in text
+    assert "signal needs" in text and "shuffle: EEG of another trial of the whole split." in text
     assert "1 findings of shared data" in text and "opened once" in text and "not applicable: no &lt;script&gt;" in text
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)") > 3 and "&lt;script&gt;alert(2)" in text
     assert "75.0%" in text and "0.750 [0.40, 0.90]\np = 0.03" in text and "fid: not computed: no weights" in text
