@@ -28,7 +28,7 @@ RATE = 250.0
 
 
 def make_eeg(seed: int, n: int = 8, seconds: float = 10.0, rate: float = RATE, alpha: float = 1.0) -> np.ndarray:
-    """Make pink noise, partly common to all channels, with alpha bursts; about 20 microvolts."""
+    """Make pink noise of about 20 microvolts with alpha bursts. A part of the noise is the same in all channels."""
     rng = np.random.default_rng(seed)
     size = int(seconds * rate)
     spectrum = np.fft.rfft(rng.normal(size=(n + 1, size)), axis=1)
@@ -74,8 +74,8 @@ def test_changed_copy_is_found(what: str) -> None:
 
 
 def test_copies_beyond_the_documented_limits_are_not_found() -> None:
-    """Two copies that are not found: a part from the middle of a recording, and a copy with another reference and more
-    than 40 channels (see docs/leakage.md)."""
+    """Two kinds of copies are not found: a part from the middle of a recording, and a copy with another reference if
+    there are more than 40 channels (see docs/leakage.md)."""
     x, many = make_eeg(0, alpha=0.0), make_eeg(1, 80, alpha=0.0)
     assert find_duplicates([make_fingerprint("a", x), make_fingerprint("b", x[:, 500:])]) == {}
     assert find_duplicates([make_fingerprint("a", many), make_fingerprint("b", many - many[:1])]) == {}
@@ -120,8 +120,8 @@ def test_different_recordings_are_different(seeds: list[int], n: int, seconds: f
 
 
 def test_switch_on_transient_is_not_a_match() -> None:
-    """When an amplifier is switched on, the signal makes a step of some millivolts. After filtering, the step of an
-    amplifier that is switched on has the same shape in every recording."""
+    """When an amplifier is switched on, the signal has a step of some millivolts. After filtering, this step has the
+    same shape in every recording."""
     step = np.where(np.arange(2500) < 20, -5e3, 0.0)
     prints = [make_fingerprint(str(i), make_eeg(i) + step) for i in range(12)]
     corr = [np.corrcoef(prints[0].points[0], p.points[0])[0, 1] for p in prints[1:]]  # type: ignore[index]
@@ -144,8 +144,8 @@ def test_calibration_signal_at_the_start_is_not_a_match() -> None:
 @pytest.mark.parametrize("seconds", [20.0, 60.0, 200.0])
 @pytest.mark.parametrize("longer", [0.0, 9.0])
 def test_two_people_with_the_same_calibration_are_two_recordings(seconds: float, longer: float) -> None:
-    """The calibration signal differs between the channels, as EEG does, and is longer than the first 64 points of
-    the fingerprint."""
+    """The calibration signal is different in each channel, like EEG, and is longer than the first 64 points of the
+    fingerprint."""
     calibration = make_eeg(50, 6, 9.0)
     prints = [
         make_fingerprint(str(i), np.concatenate([calibration, make_eeg(i, 6, seconds - 9 + i * longer)], axis=1))
@@ -213,7 +213,7 @@ def test_preferred_copy_has_trials_then_known_subject_then_length(make_row) -> N
 
 
 def test_candidate_pairs_of_100_000_recordings_fit_in_memory() -> None:
-    """Compare signatures of 100,000 recordings: 200 are copies, and one hash is common to all recordings."""
+    """Compare the signatures of 100,000 recordings, of which 200 are copies. All recordings have one hash in common."""
     rng = np.random.default_rng(0)
     numbers = rng.integers(0, 2**62, (100_000, SKETCH - 1))
     numbers[100:300] = numbers[10_000:10_200]

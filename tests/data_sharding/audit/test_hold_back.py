@@ -1,4 +1,5 @@
-"""Benchmarks are held back by name, list, content, subject and image. A config entry without a match is refused."""
+"""Benchmarks are held back by name, list, content, subject and image. An entry in the config that matches nothing is
+refused."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def items(folder_corpus: Path) -> list:
 
 
 class Rows:
-    """Makes ledger rows for signals in memory, like the rows that workers return."""
+    """Makes ledger rows and fingerprints for signals in memory, like those that workers return."""
 
     def __init__(self, make_row, make_raw) -> None:
         self.make_row, self.make_raw = make_row, make_raw

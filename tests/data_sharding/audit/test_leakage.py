@@ -1,4 +1,4 @@
-"""All data that two datasets or two splits share are reported, and nothing else."""
+"""All data in two datasets or in two splits are reported, and nothing else."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class TestAgainst:
     def test_shared_recording_is_found_despite_other_format_and_preprocessing(
         self, dataset, publish, make_raw, tmp_path, capsys
     ) -> None:
-        """A rounded copy has other channel names, another subject and other windows: only its signal shows that it is
-        a copy."""
+        """The second dataset has a copy with rounded values, other channel names, another subject and other windows.
+        Only the signal shows that it is a copy."""
         raw = make_raw(6, 200, 8, seed=2, names=["a", "b", "c", "d", "e", "f"])
         raw.apply_function(lambda x: np.round(x * 1e7) / 1e7)
         more = [{"key": "x", "subject": "anon", "corpus": "clinic", "raw": raw, "starts": [410]}]
@@ -84,7 +84,7 @@ class TestAgainst:
     def test_equal_windows_are_found_without_ledger_and_fingerprints(
         self, dataset, publish, make_raw, tmp_path, capsys
     ) -> None:
-        """Without a ledger and fingerprints, equal windows still show the leakage."""
+        """Even without ledger and fingerprints, equal windows show the leakage."""
         publish(tmp_path / "b", [{"key": "x", "subject": "x", "corpus": "c", "raw": make_raw(6, 200, 8, seed=3)}])
         for name in ("ledger.parquet", "fingerprints.parquet"):
             (tmp_path / "b" / name).unlink()
@@ -155,7 +155,8 @@ class TestSplits:
         assert "8 windows of r4 (val) equal to windows of r6 (test)" in out
 
     def test_overlapping_trials_in_two_splits_are_found(self, publish, make_raw, tmp_path, capsys) -> None:
-        """With fast presentation, the window of a training image overlaps the window of a test image."""
+        """If images are shown quickly one after another, the window of a training image overlaps the window of a test
+        image."""
         raw = make_raw(6, 200, 8, seed=0)
         trials = [(0, "train"), (300, "train"), (350, "test"), (600, "test")]
         publish(tmp_path / "a", [{"key": "r", "subject": "s", "raw": raw, "trials": trials}])

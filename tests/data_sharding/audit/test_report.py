@@ -1,4 +1,4 @@
-"""The report and the tables count every recording of a dataset, with eight recordings or with 100,000."""
+"""The report and the tables count every recording of a dataset, whether it has eight recordings or 100,000."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def render(dataset: Path, tmp_path: Path, rows: list[LedgerRow] | None = None, *
 
 
 class TagChecker(html.parser.HTMLParser):
-    """Parser that keeps a list of open tags, to find a tag that is never closed."""
+    """Parser that stores a list of open tags, to find tags that are never closed."""
 
     def __init__(self) -> None:
         super().__init__()

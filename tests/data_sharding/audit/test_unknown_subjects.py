@@ -1,4 +1,4 @@
-"""If subjects are unknown, neither ``dreamscale verify`` nor ``dreamscale inspect`` calls the splits clean."""
+"""If subjects are unknown, ``dreamscale verify`` and ``dreamscale inspect`` do not say that no subject is shared."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Compares sharded samples with the true signal of synthetic recordings; this signal is known at any time.
+"""Compares sharded samples with the true signal of synthetic recordings, which can be computed for any time.
 
-The true signals are sums of sinusoids. The file ``truth.py`` in the folder that `DREAMSCALE_CASES` names has computed
-the true signals of the recordings in this folder. `true_uv` computes the same signals, so that tests can write other
-recordings.
+The true signals are sums of sinusoids. The environment variable `DREAMSCALE_CASES` contains the path of a folder with
+recordings. The signals of these recordings were computed by the file ``truth.py`` in this folder. `true_uv` computes
+the same signals, so that tests can write further recordings.
 
 In array shapes, `n` is the number of channels, `S` a number of samples, and `T` the number of samples in a window.
 """
@@ -33,7 +33,7 @@ SPEC = PreprocessSpec(window=256, stride=256)
 
 
 def true_uv(seed: int, n: int, seconds: np.ndarray) -> np.ndarray:
-    """Return the true signal [n, S] in microvolts at the times `seconds`: 60 sinusoids from 3 to 28 Hz, about 20 uV."""
+    """Return the true signal [n, S] in microvolts at the times `seconds`: 60 sinusoids from 3 to 28 Hz, about 20 µV."""
     random = np.random.default_rng(seed)
     hertz = random.uniform(3.0, 28.0, 60)
     weight = 1 / np.sqrt(hertz)
@@ -68,7 +68,7 @@ class Sharded:
 
 @pytest.fixture
 def shard_all(tmp_path: Path) -> Callable[..., dict[str, Sharded]]:
-    """Return a function that shards every recording below a folder, without Ray and without the search for copies."""
+    """Return a function that shards every recording below a folder, without Ray, and without a search for copies."""
 
     def run(root: Path, spec: PreprocessSpec = SPEC, **corpus) -> dict[str, Sharded]:
         out = {}
@@ -116,12 +116,13 @@ def assert_true(
     spec : PreprocessSpec
         Settings with which the recording was sharded.
     clock : callable
-        Converts the start of a window, in seconds from the recording's start, to the time of the true signal.
+        Function that converts the start of a window, in seconds from the recording's start, to the time of the true
+        signal.
     skip : iterable of str
         Channels that are not compared, because they are marked as bad or are missing.
     ends : bool
-        Whether to also compare the first and the last window of each run of neighbouring windows. Near the ends of a
-        segment, the filters have a transient, so the result differs from the true signal.
+        If True, also compare the first and the last window of each row of consecutive windows. By default, these
+        windows are not compared, because the filters have a transient near the ends of a segment.
     """
     from scipy.signal import sosfiltfilt
 
@@ -160,7 +161,7 @@ def true_uv_fixture():
 
 @pytest.fixture(scope="session")
 def cases() -> Path:
-    """Return the folder of recordings with known truth; skip the test if there is none."""
+    """Return the folder of recordings with a known true signal; skip the test if there is no such folder."""
     if not CASES.is_dir():
         pytest.skip("DREAMSCALE_CASES does not name the folder of recordings with known truth")
     return CASES
@@ -178,7 +179,7 @@ def write_edf(
     high: list[str] | None = None,
     bdf: bool = False,
 ) -> Path:
-    """Write an EDF or BDF file with records of 1 s. All main fields of the header can be chosen.
+    """Write an EDF or BDF file with records of 1 s, in which all main fields of the header can be chosen.
 
     Parameters
     ----------
@@ -194,7 +195,7 @@ def write_edf(
         For each channel, the value in the channel's physical unit that equals one microvolt. The physical range in the
         header is from -500 to 500 times this value.
     low, high : list of str, optional
-        Texts for the physical minimum and maximum, instead of the correct numbers.
+        Texts that replace the correct physical minimum and maximum.
     bdf : bool
         Whether to write BDF.
     """

@@ -1,4 +1,4 @@
-"""Names and positions of channels: repeated labels, and positions in other coordinate systems."""
+"""Channels with repeated labels or with positions in other coordinate systems get the right names and positions."""
 
 from __future__ import annotations
 

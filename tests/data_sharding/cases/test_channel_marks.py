@@ -27,8 +27,7 @@ BAD = ["F4"]
 
 @pytest.fixture
 def signal(true_uv) -> np.ndarray:
-    """Return the true signal with an artefact in F4; the artefact is so small that only a mark makes the channel
-    bad."""
+    """Return the true signal with an artefact in F4. The artefact is so small that F4 is bad only if a mark says so."""
     t = np.arange(RATE * SECONDS) / RATE
     uv = true_uv(SEED, 8, t)
     marked = (t >= BEGIN) & (t < BEGIN + LENGTH)
@@ -163,8 +162,8 @@ def test_only_the_named_channel_is_bad_in_the_span(
     assert len(far) > 40 and not any(meta["bads"] for meta in far)
     assert sharded.row.bad_in_windows["marked bad"] >= len(overlapping)
     assert not sharded.row.windows_left_out and not sharded.row.bads
-    # The artefact of F4 does not change the reference of the other channels, and it does not change windows further
-    # away than the filter's transient.
+    # The artefact in F4 changes neither the reference of the other channels, nor windows that are further away than the
+    # filter's transient.
     marked, clear = ([pair for pair in sharded.samples if bool(pair[0]["bads"]) is bad] for bad in (True, False))
     assert_true(dataclasses.replace(sharded, samples=marked), SEED, skip=["F4"], ends=True)
     assert_true(dataclasses.replace(sharded, samples=clear), SEED)
@@ -220,7 +219,7 @@ def test_a_mark_of_a_channel_that_is_not_read_changes_nothing(tmp_path: Path, si
 
 
 class TestEEGLAB:
-    """The channels of an EEGLAB event are numbers or names. If the channels are unclear, the mark belongs to all
+    """An EEGLAB event gives its channels as numbers or names. If the channels are unclear, the mark belongs to all
     channels."""
 
     @pytest.mark.parametrize(
@@ -264,8 +263,8 @@ class TestEEGLAB:
         assert "the channels of 1 bad-span marks are not known" in info.notes[0]
 
     def test_numbers_after_channels_were_removed(self, tmp_path: Path, signal: np.ndarray) -> None:
-        """Channels before the first removed channel keep their numbers. Channel number 6 means one channel before
-        channels were removed, and another channel after that."""
+        """Channels before the first removed channel keep their numbers. The number 6 is unclear: before and after the
+        removal of channels, it belongs to different channels."""
         path = write_set(tmp_path, signal, [3, 6, 10], urchan=[1, 2, 3, 4, 6, 7, 9, 10])
         info = info_of(path)
         assert info.bad_channel_spans == [(20.5, 22.5, "F3")] and len(info.bad_spans) == 2

@@ -11,7 +11,7 @@ from data_sharding.common.files import read_json
 
 
 def load_prints(work: Path) -> list[RecordingFingerprint]:
-    """Load the fingerprints that the job wrote to the parts of the recordings."""
+    """Load the fingerprints that the job wrote to the folders of the recordings."""
     out = []
     for file in work.rglob("result.json"):
         row = read_json(file)["row"]

@@ -1,4 +1,5 @@
-"""A recording consists of the files that its main file names, and a reader opens exactly these files."""
+"""A recording consists of its main file and of the files whose names are in the main file. A reader opens only
+these."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ def write_fif(path: Path, uv: np.ndarray, **options) -> None:
 
 
 def write_set(path: Path, uv: np.ndarray, named: str, fdt: str | None = None, *, compress: bool = False) -> None:
-    """Write an EEGLAB .set file that names the signal file `named`. Write the signal to the file `fdt`, by default to
-    the file `named`."""
+    """Write an EEGLAB .set file that contains the file name `named`. Write the signal to the file `fdt` (default:
+    `named`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     locations = np.array([(name,) for name in NAMES], dtype=[("labels", object)])
     eeg = {"setname": "a", "nbchan": 8, "pnts": uv.shape[1], "trials": 1, "srate": float(RATE), "xmin": 0.0}
@@ -49,7 +50,7 @@ def write_set(path: Path, uv: np.ndarray, named: str, fdt: str | None = None, *,
 
 
 def write_vhdr(path: Path, uv: np.ndarray, stem: str) -> None:
-    """Write a BrainVision recording. The header has the path `path`, and names data and marker files with the base name
+    """Write a BrainVision recording. The header is written to `path`. Its data and marker files have the base name
     `stem`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(f"Ch{i}={name},,0.01,µV\n" for i, name in enumerate(NAMES, start=1))
@@ -77,7 +78,7 @@ class TestFif:
 
     @pytest.mark.parametrize("naming", ["neuromag", "bids"])
     def test_parts_are_what_the_file_says(self, tmp_path: Path, shard_all, assert_true, true_uv, naming: str) -> None:
-        """A file next to a split recording has the name of a further part, but is another recording."""
+        """A file next to a split recording is named like a further part, but is another recording."""
         uv = make_uv(true_uv, 70, 330)
         name = "sub-1_task-x_eeg.fif" if naming == "bids" else "a_raw.fif"
         write_fif(tmp_path / "f" / name, uv, split_size="2MB", split_naming=naming)
@@ -100,7 +101,7 @@ class TestFif:
         row = sharded["a_raw.fif"].row
         assert (row.status, row.category) == ("quarantined", "sidecar missing")
         assert "a_raw.fif names its next part 'a_raw-1.fif', which does not exist" in row.reason
-        # The renamed part and the next part are a valid separate recording.
+        # The renamed part and the part after it are a valid separate recording.
         assert sharded["renamed_raw.fif"].row.files == ["a_raw-2.fif", "renamed_raw.fif"]
         assert sorted(sharded) == ["a_raw.fif", "renamed_raw.fif"]
         (tmp_path / "f" / "a_raw-2.fif").unlink()
@@ -181,7 +182,8 @@ class TestBrainVision:
     def test_renamed_triple_beside_the_one_that_it_names_is_refused(
         self, tmp_path: Path, shard_all, assert_true, true_uv
     ) -> None:
-        """S01.vhdr and S02.vhdr were renamed by hand, and still name the data and marker files of 'raw'."""
+        """S01.vhdr and S02.vhdr were renamed by hand, and still contain the names of the data and marker files of
+        'raw'."""
         write_vhdr(tmp_path / "b" / "S01.vhdr", make_uv(true_uv, 80), "S01")
         for name in ("S01", "S02", "raw"):
             write_vhdr(tmp_path / "b" / f"{name}.vhdr", make_uv(true_uv, 81), "raw")
@@ -237,8 +239,8 @@ print(json.dumps(out))
 
 
 def trace(root: Path) -> dict[str, list]:
-    """Read every recording below a folder in a child process. Return the format and the status of each recording, and
-    the opened files that the recording does not list."""
+    """Read every recording below a folder in a child process. Return for each recording: its format, its status, and
+    those opened files that do not belong to the recording."""
     done = subprocess.run(
         [sys.executable, "-c", TRACE, str(root)], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
@@ -270,7 +272,7 @@ class TestOpenedFiles:
         assert {row[0] for row in found.values() if row[1] == "read"} >= {"ant", "curry", "mff", "nihon", "persyst"}
 
     def test_files_beside_a_recording_do_not_matter(self, tmp_path: Path, true_uv) -> None:
-        """A marker file that no header names, and a signal file that no .set file names, are not opened."""
+        """A marker file or signal file is not opened if its name is in no header and in no .set file."""
         folder = tmp_path / "all"
         write_vhdr(folder / "v.vhdr", make_uv(true_uv, 91), "v")
         shutil.copy(folder / "v.vmrk", folder / "w.vmrk")

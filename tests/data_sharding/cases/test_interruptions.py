@@ -1,4 +1,4 @@
-"""Recordings with interruptions, bad-span marks and damaged headers: each window has the true signal at the right
+"""In recordings with interruptions, bad-span marks or damaged headers, each window has the true signal at the right
 time."""
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ def test_spans_that_are_marked_or_missing_are_left_out(cases: Path, shard_all, a
     [("eeglab/s01_b99.set", 901, 0.0), ("edf/e23_biosemi_epoch.bdf", 907, 0.0), ("edf/e15_C_gap.edf", 906, 70.0)],
 )
 def test_no_window_crosses_a_stop(cases: Path, shard_all, assert_true, path: str, seed: int, jump: float) -> None:
-    """Only the EDF+C file stores the length of the pause, so only in this file the windows after the pause begin 70 s
-    later."""
+    """Only the EDF+C file stores the length of the pause (70 s). So only in this file, the windows after the pause have
+    the right times."""
     sharded = shard_all((cases / path).parent)[Path(path).name]
 
     def clock(seconds: float) -> float:
         return seconds if seconds < 30.9 else seconds - jump + 70.0
 
-    # The windows next to the pause are at the ends of segments, where the filters have a transient.
+    # Do not compare the windows next to the pause: they are at the ends of segments, where the filters have a
+    # transient.
     beside = {30.0, 31.0 + jump}
     inner = [(meta, x) for meta, x in sharded.samples if meta["start"] not in beside]
     assert_true(dataclasses.replace(sharded, samples=inner), seed, clock=clock)

@@ -1,4 +1,4 @@
-"""Electrodes inside the skull are used with ``intracranial: true``, under the names in the file."""
+"""With ``intracranial: true``, electrodes inside the skull are used, and keep their names from the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 
 SPEC = PreprocessSpec(window=256, stride=256)
 SEEG = ["A1", "A2", "T3", "P3", "LO1", "Z1", "X2", "EMG1"]
-"""Names of depth electrodes, which look like names of ears, scalp electrodes and other channels."""
+"""Names of depth electrodes that look like the names of ear electrodes, scalp electrodes and other channels."""
 PLAIN = ["A1", "A2", "T3", "P3", "B'4", "TM5", "LH6", "C3"]
 
 
@@ -93,7 +93,7 @@ def test_a_folder_of_recordings(
 def test_scalp_and_depth_electrodes_together(
     tmp_path: Path, shard_all: Callable, assert_true: Callable, true_uv: Callable
 ) -> None:
-    """With intracranial: false, only the scalp electrodes of a mixed recording are used."""
+    """With ``intracranial: false``, only the scalp electrodes are used if a recording has both kinds of electrodes."""
     names = ["Fp1", "Fp2", "C3", "C4", "LA1", "LA2", "T3", "A1"]
     path = tmp_path / "f" / "a_raw.fif"
     write(path, true_uv, 10, names)

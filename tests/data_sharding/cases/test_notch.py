@@ -1,4 +1,4 @@
-"""The notch filter removes the mains noise and its harmonics, also if the mains frequency drifts."""
+"""The notch filter removes the mains noise and its harmonics, even if the mains frequency drifts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CORPUS = Path(os.environ.get("DREAMSCALE_EEG_CORPUS") or "/nonexistent")
 
 
 def make_pink(n: int, sfreq: float, seed: int = 0) -> np.ndarray:
-    """Make pink noise of 20 microvolts, with some white noise, as amplifiers have."""
+    """Make pink noise of 20 microvolts, and add some white noise, like the noise of an amplifier."""
     rng, samples = np.random.default_rng(seed), int(SECONDS * sfreq)
     spectrum = np.fft.rfft(rng.normal(size=(n, samples)), axis=1)
     spectrum /= np.sqrt(np.maximum(np.fft.rfftfreq(samples, 1 / sfreq), 0.5))
@@ -33,7 +33,8 @@ def filter_spectrum(x: np.ndarray, spec: PreprocessSpec, line: float) -> tuple[n
 
 
 def measure_peak(frequency: np.ndarray, power: np.ndarray, line: float) -> float:
-    """Return the largest power within 1.5 Hz of the mains frequency, divided by the power just outside the notch."""
+    """Return the largest power at most 1.5 Hz from the mains frequency, divided by the median power just outside the
+    notch."""
     distance = np.abs(frequency - line)
     return float(power[distance <= 1.5].max() / np.median(power[(distance > 4) & (distance < 9)]))
 
@@ -51,7 +52,7 @@ def test_no_peak_is_left_at_the_mains_frequency_and_its_harmonics(line: float, d
     # The harmonic at twice the mains frequency is above the pass band. The mains noise of this signal has no higher
     # harmonics.
     assert measure_peak(frequency, power, 2 * line) < 1.5
-    # The filter keeps the frequencies next to the mains frequency.
+    # The filter does not change the frequencies next to the notch.
     _, without = filter_spectrum(x, PreprocessSpec(sfreq=300.0, notch="off"), line)
     beside = (np.abs(frequency - line) > 5) & (frequency > 10) & (frequency < line + 20)
     np.testing.assert_allclose(power[beside] / without[beside], 1.0, atol=0.25)

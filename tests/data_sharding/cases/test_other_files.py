@@ -25,7 +25,7 @@ def rows(root: Path) -> dict[str, Recording]:
 
 @pytest.fixture(scope="module")
 def fif_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write FIF files of every kind that MNE can write, with names that do not show the kind."""
+    """Write FIF files of every kind that MNE can write. The names of the files do not show the kind."""
     root, random = tmp_path_factory.mktemp("fif"), np.random.default_rng(0)
     with mne.utils.use_log_level("ERROR"):
         info = mne.create_info(NAMES, 100.0, "eeg")

@@ -1,4 +1,4 @@
-"""Bad parts of a signal are left out or marked in each window, and the good parts are not changed."""
+"""Bad parts of a signal are left out, or are marked in each window. The good parts are not changed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class TestCases:
 
 
 class TestDropouts:
-    """For some time, no channel has a signal."""
+    """In a part of the recording, no channel has a signal."""
 
     @pytest.mark.parametrize(
         ("value", "sfreq"),
@@ -140,7 +140,7 @@ class TestDropouts:
 
 
 class TestBadChannels:
-    """Some channels are bad for some time. Channels that are bad for some time must not change the other channels."""
+    """Some channels are bad in a part of the recording. These channels must not change the other channels."""
 
     @pytest.mark.parametrize(
         ("kind", "n_bad"), [("flat", 3), ("clipped", 1), ("too small", 3), ("missing values", 1), ("too large", 2)]
@@ -169,7 +169,7 @@ class TestBadChannels:
                 assert meta["bads"] == []
         clean = dataclasses.replace(sharded, samples=[s for s in sharded.samples if not s[0]["bads"]])
         assert_true(clean, 9, ends=True)
-        # The reference is the mean over the good channels, without the bad channels.
+        # The reference is the mean over the good channels only.
         for meta, x in sharded.samples:
             if meta["bads"]:
                 own = x[n_bad:]

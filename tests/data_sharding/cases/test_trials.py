@@ -1,4 +1,4 @@
-"""Trials are stored with their baseline, all repeats are stored, and every time is exact to the sample."""
+"""Trials are stored with their baseline, all repeats of an image are stored, and every time is exact to the sample."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def test_a_missing_baseline_shortens_the_trial_and_is_counted(
     spans = [(10.0, 10.1, "BAD_muscle"), (20.0, 20.2, "BAD"), (30.0, 32.0, "BAD_ACQ_SKIP")]
     write_raw(path, true_uv(4, 8, np.arange(10_000) / 250), 250.0, spans)
     write_images(tmp_path)
-    # The eight trials in the order of `onsets`: no baseline at the start of the recording; bad span in the baseline;
-    # bad span in the window; gap in the baseline; gap in the window; complete trial; no samples after the window at the
-    # end of the recording; window beyond the end of the recording.
+    # What is special in the eight trials, in the order of `onsets`: (1) the recording begins in the baseline; (2) a bad
+    # span is in the baseline; (3) a bad span is in the window; (4) a gap is in the baseline; (5) a gap is in the
+    # window; (6) nothing; (7) the recording ends soon after the window; (8) the recording ends in the window.
     onsets = [0.1, 10.15, 19.5, 32.05, 29.5, 25.0, 38.9, 39.5]
     write_table(path.parent / "a_events.tsv", onsets)
     (sharded,) = shard_all(path.parent, **events(path.parent, tmp_path, tmin=-0.2, tmax=1.3)).values()
@@ -162,8 +162,8 @@ def assert_epochs_true(sharded, true_uv: Callable, seed: int, sfreq: float, onse
 def test_epochs_know_their_onset(
     tmp_path: Path, shard_all: Callable, true_uv: Callable, name, sfreq, tmin, times
 ) -> None:
-    """An events table can contain times in the original recording, or times in the file, where each epoch begins at the
-    end of the epoch before it."""
+    """An events table can contain times in the original recording, or times in the file. In the file, each epoch begins
+    at the end of the previous epoch."""
     onsets, root = [3.0, 9.5, 17.25, 31.0], tmp_path / "eeg"
     write_epochs(root / name, true_uv, 5, sfreq, tmin, onsets)
     write_images(tmp_path)
@@ -203,8 +203,8 @@ def test_a_table_of_other_times_gives_no_epoch_a_wrong_image(
     write_table(root / "a-epo_events.tsv", onsets)
     (sharded,) = shard_all(root, **events(root, tmp_path)).values()
     assert sharded.row.windows_left_out == {"the table does not describe the epochs": 4}
-    # Write the times that events had in the file before one epoch was rejected. In the file, three of these times now
-    # belong to other epochs.
+    # Write the times that the events had in the file before an epoch was rejected. Now, three of these times are in
+    # other epochs of the file.
     write_table(root / "a-epo_events.tsv", [1.0, 6.0, 11.0, 16.0])
     (sharded,) = shard_all(root, **events(root, tmp_path)).values()
     assert sharded.row.reason == "no window left: 4 the table does not describe the epochs"

@@ -1,4 +1,4 @@
-"""If all recordings of a corpus have the same wrong unit, the job suggests a line for the config, and changes no
+"""If all recordings of a corpus have the same wrong unit, the job suggests a line for the config. It changes no
 value."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Units are understood in any spelling. Unknown units and missing scales are reported."""
+"""Units are recognised in any spelling. Unknown units and missing scales are reported."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ def test_units_mixed_in_one_gdf_file(
 def test_a_gdf_file_with_several_rates(
     tmp_path: Path, shard_all: Callable, assert_true: Callable, true_uv: Callable, write_gdf: Callable, rate: int
 ) -> None:
-    """If a channel of a GDF file is left out, MNE reads the wrong channels, but this project's reader does not."""
+    """If a channel of a GDF file is left out, MNE reads wrong channels. This project's reader reads the right
+    channels."""
     ramp = np.linspace(-400, 400, 40 * rate)
     signals = {"Resp": (ramp, rate)}
     signals |= {name: (x, 250) for name, x in zip(NAMES, true_uv(9, 8, SECONDS), strict=True)}

@@ -1,7 +1,7 @@
 """XDF files with lost packets, jitter and faulty clocks are read with the right sampling rate, segments and times.
 
-The true signal is a function of the amplifier's time; this time is the sample number divided by the rate. The time
-stamps of the recording computer have jitter, drift and faults.
+The true signal is a function of the amplifier's time, that is, of the sample number divided by the sampling rate. The
+time stamps come from the recording computer, and have jitter, drift and faults.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from data_sharding.processing.quality import QualitySpec
 
 NAMES = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4"]
 SPEC = PreprocessSpec(window=256, stride=256, quality=QualitySpec(leave_out_edges=False))
-"""Settings that keep the windows at the ends of segments, so that the first window shows the onset of its segment."""
+"""Settings that do not leave out the windows at the ends of segments, so that the first window shows the onset of its
+segment."""
 SECONDS = 40
 BEGIN = 1000.0
 """First time stamp in seconds."""
@@ -45,10 +46,12 @@ def write_xdf(
     marker_format: str = "string",
     marker_type: str = "Markers",
 ) -> None:
-    """Write a stream of EEG [n, S] in microvolts. `own` is a mask of the samples whose time stamp is stored.
+    """Write an XDF file with a stream of EEG [n, S] in microvolts.
 
-    `markers` are the time stamps and texts (or numbers) of a second stream, which has the clock offsets
-    `marker_offsets`.
+    `own` is a mask of the samples whose time stamp is stored.
+
+    `markers` contains the time stamps and texts (or numbers) of a second stream. `marker_offsets` contains its clock
+    offsets.
     """
 
     def chunk(tag: int, content: bytes) -> bytes:
@@ -108,7 +111,7 @@ def add_jitter(stamps: np.ndarray, kind: str, chunks: list[int], rate: float) ->
         return stamps + random.normal(0, 0.002, len(stamps)), None
     if kind == "chunk":
         return stamps + late, own
-    if kind == "equal":  # All samples of a chunk have the arrival time of the chunk.
+    if kind == "equal":  # All samples of a chunk have the same time stamp: the time at which the chunk arrived.
         return np.repeat((stamps + late)[first], chunks), None
     if kind == "drift":
         return BEGIN + (stamps - BEGIN) * (1 + 50e-6) + random.normal(0, 0.0003, len(stamps)), None
@@ -141,15 +144,15 @@ def test_lost_packets_end_a_segment(
     assert sharded.row.sfreq == rate
     assert not sharded.touches(cut / rate, (cut + lost) / rate - 0.0015)
     behind = [a for a, _ in sharded.spans if a > cut / rate]
-    # The first window after the gap begins with the first sample after the gap. Because of the jitter, the time of the
-    # first window after the gap is right only within 1.5 ms.
+    # The first window after the gap begins with the first sample after the gap. Because of the jitter, its time can be
+    # wrong by 1.5 ms.
     assert behind and abs(behind[0] - (cut + lost) / rate) <= max(1.01 / rate, 0.0015)
     assert sharded.row.seconds_written > SECONDS - lost_s - 4
     assert_true(sharded, 50)
 
 
 def _without_ends(sharded, cut: float):
-    """Leave out the two windows next to a cut without a gap, because the filters have a transient at the ends of
+    """Remove the two windows next to a cut without a gap, because the filters have a transient at the ends of
     segments."""
     kept = [sample for sample, (a, b) in zip(sharded.samples, sharded.spans, strict=True) if a > cut or b < cut - 0.01]
     return dataclasses.replace(sharded, samples=kept)
@@ -248,8 +251,8 @@ def test_other_faults_of_stamps_are_mended(
 
 
 def test_clock_set_anew_is_corrected_by_the_offsets(tmp_path: Path, shard_all, assert_true, true_uv) -> None:
-    """The computer of the amplifier is restarted after 20 s. The pause takes 30 s, and the clock offsets in the file
-    show it."""
+    """The computer of the amplifier is restarted after 20 s, which takes 30 s. The clock offsets in the file show the
+    pause."""
     index = np.concatenate([np.arange(5000), np.arange(12500, 17500)])
     stamps = BEGIN + index / 250
     stamps[5000:] -= 990.0
@@ -294,12 +297,13 @@ def test_streams_without_a_steady_clock_are_refused(tmp_path: Path, shard_all, t
 
 
 class TestMarkerStreams:
-    """Markers of a marker stream divide the recording at the sample that has the time of the marker."""
+    """A marker of a marker stream divides the recording at the sample with the time of the marker."""
 
     RATE = 250
 
     def write(self, folder: Path, true_uv, index: np.ndarray, markers: Sequence[tuple[float, Any]], **more) -> Path:
-        """Write samples with the numbers `index`, and markers with times in seconds after the first sample."""
+        """Write the samples with the numbers `index`, and markers. The times of markers are in seconds after the first
+        sample."""
         later = more.pop("later", 0.0)
         stamps = BEGIN + index * (1 + more.pop("drift", 0.0)) / self.RATE
         write_xdf(
@@ -388,7 +392,8 @@ class TestMarkerStreams:
         assert not any(event.duration for event in events)
 
     def test_other_streams_of_numbers_are_not_read(self, tmp_path: Path, true_uv) -> None:
-        """The unknown format of the second stream does not matter, because the second stream has no events."""
+        """The second stream has an unknown number format. This causes no error, because the second stream contains no
+        events."""
         path = self.write(tmp_path, true_uv, np.arange(5000), [(8.0, 1.0)], marker_format="int32", marker_type="Gaze")
         path.write_bytes(path.read_bytes().replace(b"<channel_format>int32<", b"<channel_format>int99<"))
         assert self.segments(path) == ([(0, 5000, 0.0)], [])

@@ -1,4 +1,4 @@
-"""Age, sex, year, device and filters are read from headers of any format, but no data that identify a person."""
+"""Age, sex, year, device and filters are read from headers of any format. Data that identify a person are not read."""
 
 from __future__ import annotations
 

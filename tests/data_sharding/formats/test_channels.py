@@ -31,8 +31,8 @@ def pick(names: Sequence[str], types: Sequence[str] = (), positions: Places = ()
     return pick_channels(make_info(names, types, positions))
 
 
-# For each channel: its name in the file, its canonical name, and whether the canonical name is a position (or a bipolar
-# pair) of the 10-05 system.
+# For each channel: its name in the file, its canonical name, and True if the canonical name is an electrode (or a
+# bipolar pair of electrodes) of the 10-05 system.
 NAMES = [
     ("Fc5.", "FC5", True),  # BCI2000
     ("Cz..", "Cz", True),
@@ -144,11 +144,11 @@ class TestSleepAndClinic:
 
 
 def compute_mne_positions(montage: str, names: list[str]) -> list[Any]:
-    """Compute the positions that MNE gives to the electrodes `names` with the montage `montage`."""
+    """Compute the positions that the electrodes `names` have in MNE's montage `montage`."""
     import mne
 
     with warnings.catch_warnings():
-        # Ignore the warning of MNE about names that change in MNE 1.14.
+        # Ignore MNE's warning that names of montages change in MNE 1.14.
         warnings.simplefilter("ignore", FutureWarning)
         raw = mne.io.RawArray(np.zeros((len(names), 10)), mne.create_info(names, 100.0, "eeg"), verbose="error")
         raw.set_montage(montage, verbose="error")

@@ -1,4 +1,4 @@
-"""If a part of a header or of a marker file is damaged, the rest is read, and the ledger gets a note."""
+"""If a part of a header or marker file is damaged, the rest of the recording is read, and the ledger gets a note."""
 
 from __future__ import annotations
 
@@ -202,8 +202,8 @@ class TestEEGLAB:
 
     @pytest.mark.parametrize("count", [3, 5])
     def test_wrong_number_of_labels_costs_all_labels(self, tmp_path: Path, count: int) -> None:
-        """The file stores all channels of a sample together, so a wrong number of channels would mix up the
-        channels."""
+        """The file stores the values of all channels for each sample, so with a wrong number of channels, each value
+        would get a wrong channel."""
         channels = [*self.channels(), {"labels": "Cz", "X": 0.0, "Y": 0.0, "Z": 85.0}][:count]
         signal = open_file(self.write(tmp_path, channels))
         names = ["EEG 000", "EEG 001", "EEG 002", "EEG 003"]
@@ -384,7 +384,7 @@ class TestMFF:
 
 class TestMissingValuesOfGDF:
     def write(self, folder: Path, x: np.ndarray) -> Path:
-        """Write GDF 2.2 with 32-bit floats, records of 0.5 s at 100 Hz, and a digital range of +-30000."""
+        """Write GDF 2.2 with 32-bit floats, records of 0.5 s at 100 Hz, and a digital range from -30000 to 30000."""
         n, count = len(x), x.shape[1] // 50
         head = bytearray(256)
         head[:8] = b"GDF 2.20"

@@ -1,4 +1,4 @@
-"""A damaged header is read or refused, without an unexpected exception, an endless loop or too much memory."""
+"""A damaged header is read or refused. It never causes an unexpected exception, an endless loop or too much memory."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ FALSE_VALUES = [
 ]
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 MEMORY = 24 << 20
-"""Memory limit in bytes. The data that are read need far less memory; a header that states too large numbers would make
-a reader without checks need far more."""
+"""Memory limit in bytes. The data in the files need far less memory. A reader without checks would need far more, if
+the numbers in a header are too large."""
 
 
 def make_gdf() -> bytes:
@@ -92,7 +92,7 @@ def make_nedf() -> bytes:
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory, make_raw: Callable, write_raw: Callable) -> dict[str, Path]:
-    """Small intact files of every format, each in its own folder, and real files if a corpus is available."""
+    """Return small intact files of every format, each in its own folder, and real files if there is a corpus."""
     import mne
 
     root = tmp_path_factory.mktemp("seeds")
@@ -142,7 +142,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory, make_raw: Callable, write_ra
 
 @st.composite
 def draw_damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """Choose random damage: changed, removed, repeated or false bytes, mostly in headers."""
+    """Choose a random damage: changed, removed, repeated or wrong bytes, mostly in headers."""
     kind = draw(st.sampled_from(["flip", "cut", "splice", "lie", "digits", "double"]))
     seed = draw(st.integers(0, 2**32 - 1))
     near = draw(st.sampled_from([64, 256, 1024, 4096, 1 << 20]))
@@ -193,7 +193,7 @@ class TestSniff:
         sound = path.read_bytes()
         for damage in data.draw(st.lists(draw_damage(), min_size=1, max_size=3)):
             sound = damage(sound)
-        # Write the damaged file into the folder of the intact file, so that its sidecars are found.
+        # Write the damaged file into the folder of the intact file, so that its sidecar files are found.
         broken = path.with_name(f"broken{path.suffix}")
         broken.write_bytes(sound)
         tracemalloc.start()

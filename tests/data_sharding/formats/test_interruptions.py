@@ -1,4 +1,4 @@
-"""Every row of the table of interruptions in docs/formats.md is tested with small files of the row's formats. The
+"""Every row of the table of interruptions in docs/formats.md is tested with small files of the formats in this row. The
 segments and bad spans must be exact to the sample."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HZ = 100
 
 @dataclass(frozen=True)
 class Example:
-    """A file of at least 6 seconds at 100 Hz, and the expected segments, bad spans and notes."""
+    """A function that writes a file of at least 6 seconds at 100 Hz; and the expected segments, bad spans and notes."""
 
     write: Callable[[Path], Path | Signal]
     segments: list[tuple[int, int, float]]
@@ -52,7 +52,8 @@ def make_raw(marks: Sequence[tuple[float, float, str]] = (), samples: int = 600)
 
 
 def memory(format_: str, marks: list[tuple[float, float, str]]) -> Callable[[Path], Signal]:
-    """Return a function that makes a recording in memory, as if MNE had read it from a file of the format `format_`."""
+    """Return a function that makes a recording in memory. This recording is treated as a file of the format
+    `format_`."""
     return lambda folder: RawSignal(make_raw(marks), format_=format_)
 
 
@@ -148,11 +149,9 @@ def edf(
     status: np.ndarray | None = None,
     name: str = "a",
 ) -> Callable[[Path], Path]:
-    """Return a function that writes an EDF or BDF file with records of 1 s.
-
-    `times` are the onsets of the records, and `status` the values of the Status channel. `notes` contains the text of
-    annotations for each pair of a record and an annotation signal.
-    """
+    """Return a function that writes an EDF or BDF file with records of 1 s. `times` contains the onsets of the records,
+    and `status` contains the values of the Status channel. `notes` contains the text of annotations for each pair of a
+    record and an annotation signal."""
 
     def write(folder: Path) -> Path:
         width, count = (3, len(times)) if suffix == ".bdf" else (2, len(times))
@@ -179,8 +178,8 @@ def edf(
 
 
 def biosemi(changes: dict[int, int], seconds: int = 6) -> Callable[[Path], Path]:
-    """Return a function that writes a BDF file. `changes` maps a sample to the value that Status has from this sample
-    on."""
+    """Return a function that writes a BDF file. The keys of `changes` are sample numbers; from such a sample on, the
+    Status channel has the value of this key."""
     status = np.zeros(HZ * seconds, int)
     for at, value in changes.items():
         status[at:] = value
@@ -334,7 +333,8 @@ def persyst(times: str, comments: str = "") -> Callable[[Path], Path]:
 
 
 def nihon(lengths: list[int]) -> Callable[[Path], Path]:
-    """Return a function that writes a Nihon Kohden file. `lengths` are the numbers of samples of the data blocks."""
+    """Return a function that writes a Nihon Kohden file. `lengths` contains the number of samples of each data
+    block."""
 
     def write(folder: Path) -> Path:
         data = bytearray(0x1800)
@@ -385,9 +385,9 @@ def fif_epochs(folder: Path) -> Path:
 
 
 def fif_marked_epochs(folder: Path) -> Path:
-    """Write epochs of 2 s from 0.5, 3.0 and 5.5 s on, with marks from 1.0 to 1.5 s and from 4.5 to 5.75 s.
+    """Write epochs of 2 s that begin at 0.5, 3.0 and 5.5 s, with marks from 1.0 to 1.5 s and from 4.5 to 5.75 s.
 
-    The rate of the epochs is half of the rate of the recording. The first sample of the recording has the number 1000.
+    The epochs have half the sampling rate of the recording. The first sample of the recording has the number 1000.
     """
     import mne
 
@@ -636,7 +636,7 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "fif": Example(fif_epochs, TRIALS),
     },
 }
-"""Examples for every row of the table of interruptions."""
+"""Examples for each row of the table of interruptions."""
 CASES = [(mark.name, label) for mark in TABLE for label in EXAMPLES.get(mark.name) or {"no example": None}]
 
 

@@ -1,4 +1,4 @@
-"""Marks divide segments at the exact sample, and the tables in the documentation are up to date."""
+"""Marks divide segments at the exact sample. The tables in docs/formats.md are up to date."""
 
 from __future__ import annotations
 

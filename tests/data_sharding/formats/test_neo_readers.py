@@ -1,4 +1,4 @@
-"""Tests with tiny files of Micromed, Blackrock, Neuralynx, Nicolet and NWB, whose signal is known."""
+"""Tiny files of Micromed, Blackrock, Neuralynx, Nicolet and NWB with a known signal are read correctly."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Files are recognised by their content and opened with their gaps. Every file that looks like a recording is
-listed."""
+"""Files are recognised by their content, and their gaps are found. Every file that may be a recording is listed."""
 
 from __future__ import annotations
 
@@ -65,7 +64,7 @@ def write_persyst(path: Path, x: np.ndarray, times: str = "") -> Path:
 
 
 def write_xdf(path: Path, streams: list[tuple[str, str, np.ndarray, np.ndarray]]) -> Path:
-    """Write XDF; each stream is a tuple (type, unit, time stamps, samples [S, n])."""
+    """Write an XDF file. Each stream is a tuple (type, unit, time stamps, samples [S, n])."""
 
     def chunk(tag: int, content: bytes) -> bytes:
         return b"\x04" + struct.pack("<IH", len(content) + 2, tag) + content
@@ -94,7 +93,8 @@ def write_xdf(path: Path, streams: list[tuple[str, str, np.ndarray, np.ndarray]]
 
 
 def write_gdf(path: Path, x: np.ndarray, runs: list[int]) -> Path:
-    """Write GDF 1.25 of 16 bits, with records of 50 samples (0.5 s) and a 'new run' event at each sample of `runs`."""
+    """Write a GDF 1.25 file of 16 bits, with records of 50 samples (0.5 s), and an event 0x7ffe at each sample in
+    `runs`."""
     n, n_records = len(x), x.shape[1] // 50
     head = bytearray(256)
     head[:8] = b"GDF 1.25"
@@ -327,7 +327,7 @@ class TestSegments:
         raw = make_raw(2, 100, 6)
         raw.set_annotations(mne.Annotations([1.995, 4.0, 5.0], [3.0, 0.5, 0.0], ["boundary", "BAD", "target"]))
         signal = open_file(write_raw(raw, tmp_path / "a.set"))
-        # The duration of a boundary is the time that was cut out, so the samples after the boundary are good.
+        # The duration of a boundary is the length of the removed signal, so the samples after the boundary are good.
         assert list_segments(signal) == [(0, 200, 0.0), (200, 600, 2.0)]
         assert [(round(a, 3), round(b, 3), word) for a, b, word in signal.info.bad_spans] == [(4.0, 4.5, "BAD")]
         np.testing.assert_allclose(signal.read(150, 450, [1, 0]), raw.get_data()[::-1, 150:450], atol=1e-9)
@@ -380,7 +380,7 @@ class TestSegments:
         np.testing.assert_allclose(read_all(signal), x * 0.1e-6, atol=1e-9)
 
     def test_data_blocks_of_nihon_kohden_are_segments(self, tmp_path: Path) -> None:
-        """Samples are also right if a read crosses the border of two data blocks."""
+        """The samples are also right if the requested range crosses the border of two data blocks."""
         rng, n = np.random.default_rng(0), 2
         blocks = [rng.integers(-300, 300, (100, n + 1)), rng.integers(-300, 300, (200, n + 1))]
         data = bytearray(0x1800)
@@ -483,7 +483,7 @@ class TestSeveralSamplingRates:
         assert info.left_out == {"Sound": "another rate: 400 Hz"} and "Oz 32 Hz" in info.notes[0]
         whole = read_all(signal)
         assert whole.shape == (5, 1800)
-        # After resampling, all channels have the same sine.
+        # After resampling, all channels contain the same sine.
         np.testing.assert_allclose(whole[:, 200:1600], np.broadcast_to(whole[0, 200:1600], (5, 1400)), atol=0.5e-6)
         for block in (1, 37, 450):
             parts = [signal.read(a, min(a + block, 1800), [3, 0, 2, 4]) for a in range(0, 1800, block)][:40]

@@ -1,4 +1,4 @@
-"""Formats that are each defined by one file of ``data_sharding/formats/readers``."""
+"""Tests of the formats that have one module each in ``data_sharding/formats/readers``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Resampling and filtering in blocks, with a scratch file in between, gives the same result as processing the whole
-signal."""
+"""Resampling and filtering in blocks, with a scratch file between these two steps, gives the same result as processing
+the whole signal."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class TestResampling:
     def test_resampling_equals_convolution_with_its_filter(self) -> None:
         x = make_noise(1, 4000)
         plan = streaming._plan(1000.0, 200.0, 75.0)
-        # The signal is only downsampled (by 5), so one filter makes all outputs: the first column of the matrix.
+        # The signal is only downsampled (by 5), so the filter has a single phase. Its weights are the first column of
+        # the matrix.
         taps = plan.groups[0][2][: 2 * plan.reach + 1, 0]
         wanted = np.correlate(x[0], taps, mode="same")[::5]
         np.testing.assert_allclose(resample(x, 1000.0, 200.0, 75.0)[0, 50:-50], wanted[50:-50], atol=1e-9)
@@ -100,7 +101,7 @@ class TestFiltering:
         for block, tolerance in ((40_000, 1e-9), (10_000, 1e-6), (1, 1e-6)):
             got = np.concatenate(list(zero_phase(lambda a, b: x[:, a:b], 40_000, sos, pad, block)), axis=1)
             assert got.shape == wanted.shape
-            # Compare the error with the amplitude of the input, because the input has a large, slow drift.
+            # The limit is relative to the amplitude of the input, because the input has a large, slow drift.
             assert np.abs(got - wanted).max() < tolerance * np.abs(x).max(), block
 
     @pytest.mark.parametrize(("samples", "pad"), [(40_000, 5000), (1000, 999), (1, 0)])

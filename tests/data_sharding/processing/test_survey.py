@@ -1,4 +1,4 @@
-"""The survey of a recording finds its unit, bad channels and mains frequency. Fingerprints find duplicates."""
+"""The survey finds the unit, the bad channels and the mains frequency of a recording. Fingerprints find duplicates."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class TestUnits:
         x[4] += rng.normal(0, 60, x.shape[1])
         x[7] = make_eeg(1, 20, seed=9)[0]
         assert assess(x, RATE).bads == {4: "noisy", 7: "noisy"}
-        # No channel is called noisy in three cases: muscle activity, uncorrelated channels, or few channels.
+        # In three cases, no channel is noisy: with muscle activity, with uncorrelated channels, and with few channels.
         x = common + 0.3 * make_eeg(12, 20, seed=1)
         x[4] += rng.normal(0, 2 * np.std(np.diff(x[4])), x.shape[1])
         assert assess(x, RATE).bads == {} == assess(make_eeg(12, 20), RATE).bads
@@ -110,7 +110,8 @@ class TestSurvey:
         assert one.bads == other.bads == {1: "flat", 2: "clipped", 5: "trigger"}
         assert one.not_eeg == other.not_eeg == {5: "trigger"} and one.not_finite == other.not_finite == [3]
         np.testing.assert_array_equal(one.fingerprint, other.fingerprint)
-        # The amplitude of row 3 depends on the size of the blocks, because NaN values are replaced block by block.
+        # Leave out row 3: NaN values are replaced block by block, so the amplitude of this row depends on the size of
+        # the blocks.
         rows = [0, 4, 6, 7, 8]
         np.testing.assert_array_equal(one.channel_uv[rows], other.channel_uv[rows])
 
