@@ -115,7 +115,7 @@ class Copy:
 def signature(points: np.ndarray) -> list[int]:
     """Compute the signature of a recording: a few numbers.
 
-    If two recordings have the same signal, several of these are equal.
+    If two recordings have the same signal, several numbers of their signatures are equal.
 
     Parameters
     ----------
@@ -373,8 +373,8 @@ def find_matches(
     ours, theirs : sequence of RecordingFingerprint
         Recordings of the two collections, with their signatures.
     load_ours, load_theirs : callable
-        Functions that take the key of a recording, and return its full fingerprint, shape (n, P). They are called only
-        for recordings in candidate pairs.
+        Functions that take the key of a recording, and return its full fingerprint, shape (n, P). These functions are
+        called only for recordings in candidate pairs.
 
     Returns
     -------
@@ -408,7 +408,8 @@ def find_duplicates(
     Returns
     -------
     dict of str to Copy
-        The key is the key of a recording that can be left out, the value says which recording is kept in its place.
+        The entries are indexed by the key of the recording that can be left out. The entry says which recording is
+        kept.
     """
     duplicates: dict[str, Copy] = {}
     kept_for: dict[str, RecordingFingerprint] = {}

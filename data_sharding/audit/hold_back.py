@@ -3,8 +3,8 @@
 The key `hold_back` of the config lists subjects, recordings and whole datasets, or text files that list subjects,
 recordings and checksums. All names are looked up in the corpora before any recording is read. If a name matches
 nothing, the job stops with an error, because a typing error must not let a benchmark into the training data. Recordings
-that are held back are read and fingerprinted like all other recordings, so that a copy of a benchmark recording with
-another name or in another format is found and held back, too.
+that are held back are read and fingerprinted like all other recordings. Thus a copy of a benchmark recording, under
+another name or in another format, is found and held back too.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class HoldBack:
         Returns
         -------
         HoldBack
-            Its methods `drop_held_back_images` and `mark` are called in later steps of the job.
+            Object whose methods `drop_held_back_images` and `mark` are called in later steps of the job.
 
         Raises
         ------

@@ -228,7 +228,8 @@ def _print_markdown(grids: Iterable[Grid]) -> None:
 def _print_tables(grids: Iterable[Grid]) -> None:
     """Print tables.
 
-    On a terminal, the tables have frames. In a pipe or file, they are aligned text, which other programs can read.
+    On a terminal, the tables have frames. In a pipe or file, the tables are aligned text, which other programs can
+    read.
     """
     from rich import box
     from rich.console import Console

@@ -7,8 +7,8 @@ The following rules decide when two subjects, recordings, windows or images are 
   in each corpus.
 - **Recording**: equal bytes (checksum over all files), the same signal (`data_sharding.audit.duplicates`), or the same
   key. Two recordings with the same key but different checksums are not a proof of leakage, but a question for the user.
-- **Window**: equal values, or overlapping times in a shared recording. The times are needed too, because the values of
-  the same second of a recording differ if the preprocessing differs.
+- **Window**: equal values, or overlapping times in a shared recording. Times are compared because different
+  preprocessing gives different values for the same second of a recording.
 - **Image**: equal bytes, similar pixels (`find_similar_images` in `data_sharding.audit.fingerprints`), or the same name
   in the same corpus.
 
@@ -478,7 +478,7 @@ def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]],
 
 
 def find_shared_windows(a: Contents, b: Contents) -> np.ndarray:
-    """Return for each window of `b` whether it equals, or overlaps in a shared recording with, a window of `a`."""
+    """Return a mask of the windows of `b` that are equal to a window of `a`, or that overlap in time with one."""
     found = np.zeros(len(b.recording), bool)
     found[_match_values(b.digest, a.digest)[0]] = True
     number_a, number_b = ({key: i for i, key in enumerate(c.recordings)} for c in (a, b))

@@ -251,7 +251,8 @@ def measure_mains_peaks(frequency: np.ndarray, power: np.ndarray) -> dict[float,
     dict
         The keys are 50 and 60 Hz, if the spectrum contains them. The value is the power of the peak, divided by the
         median power at a distance of 3 to 8 Hz from the peak. This median is computed below and above the peak, and the
-        larger value is used. Otherwise, a false peak would result if a filter removed the frequencies on one side.
+        larger value is used. With the smaller value, there would be a false peak if a filter removed the frequencies on
+        one side.
     """
     peaks = {}
     for line in (50.0, 60.0):

@@ -148,8 +148,8 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
             faults += shard_faults(root, shard)
             advance(1)
     known = {shard.path for shard in shards}
-    # If the work folder exists, a job is adding recordings or was interrupted. Then shards that are not in the manifest
-    # are no fault.
+    # If the work folder exists, a job is adding recordings or was interrupted. In both cases, shards that are not in
+    # the manifest are not a fault.
     growing = (root / WORK).is_dir()
     for split in manifest.splits if not growing else ():
         for tar in sorted((root / split).glob("*.tar")):

@@ -1,7 +1,8 @@
 """Read the metadata about the person, the date and the device of a recording.
 
-Headers can hold a name, a birth date and a patient number. These are not stored: `About` has only an age in years and
-the year of the recording, and `Patient` is used only to compute a hash (see docs/privacy.md).
+Headers can hold a name, a birth date and a patient number. Name, birth date and patient number are not stored: `About`
+has only an age in years and the year of the recording, and `Patient` is used only to compute a hash (see
+docs/privacy.md).
 """
 
 from __future__ import annotations

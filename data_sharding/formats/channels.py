@@ -142,7 +142,7 @@ def _montage(name: str) -> dict[str, list[float]]:
     """Return the positions of a standard montage, in the head coordinates that files use.
 
     MNE's montage templates use MRI coordinates. Recordings use head coordinates, which are defined by ears and nose.
-    In these two coordinate systems, the positions of Cz are five centimetres apart.
+    The position of Cz in MRI coordinates is five centimetres away from its position in head coordinates.
     """
     import warnings
 
@@ -246,8 +246,8 @@ def clean_position(xyz: list[float]) -> list[float] | None:
     Returns
     -------
     list of float or None
-        The position, rounded to a hundredth of a millimetre; None if the position cannot be on a head: less than 2 cm
-        (zero means "not measured") or at least 50 cm from the origin.
+        The position, rounded to a hundredth of a millimetre. None if the position cannot be on a head, because its
+        distance from the origin is less than 2 cm or at least 50 cm. (The position zero means "not measured".)
     """
     good = len(xyz) == 3 and np.isfinite(xyz).all() and 0.02 < np.linalg.norm(xyz) < 0.5
     return [round(float(v), 5) for v in xyz] if good else None
@@ -276,8 +276,8 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
         return nothing, "none"
     numbers = [int(m.group(1)) for m in map(NET_NAME.fullmatch, names) if m]
     if len(numbers) >= 25 and len(numbers) + sum(n.upper() in VERTEX for n in names) == len(names):
-        # The vertex electrode of a net has the highest number. If more than a fifth of the electrodes are missing, the
-        # positions stay unknown.
+        # The vertex electrode of a net has the highest number. If more than a fifth of the electrodes of a net are
+        # missing, no positions are returned.
         size = next((s for s in NETS if max(numbers) <= s + 1), 0)
         if len(set(numbers)) < 0.8 * size or not size:
             return nothing, "none"
@@ -299,9 +299,9 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
 def pick_channels(info: SignalInfo) -> Channels:
     """Find the EEG channels of a recording.
 
-    Contacts inside the skull are used only if `SignalInfo.intracranial` is set. The names of these contacts are not
-    changed, because T3 or A1 can be a contact of a depth electrode, and is then not the scalp electrode T3 or A1.
-    The positions of these contacts are read only from the file.
+    Contacts inside the skull are used only if `SignalInfo.intracranial` is set. Names of contacts inside the skull are
+    not changed, because a contact of a depth electrode can be named T3 or A1, but is not the scalp electrode T3 or A1.
+    Positions of contacts inside the skull are read only from the file.
 
     Parameters
     ----------

@@ -39,9 +39,8 @@ class RecordsSignal(RawSignal):
     raw : mne.io.BaseRaw
         Channels with the main sampling rate.
     others : list of (mne.io.BaseRaw, Fraction)
-        Groups of channels with other sampling rates. Each group has the ratio of the main rate to the rate of the
-        group. These channels are resampled to the main rate; the result is the same as if each segment were resampled
-        as a whole.
+        Groups of channels with other sampling rates, each with the ratio of the main rate to the rate of the group. All
+        groups are resampled to the main rate; the result is the same as if each segment were resampled as a whole.
     **more : Any
         Further arguments of `RawSignal`.
     """

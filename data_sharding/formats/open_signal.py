@@ -220,8 +220,8 @@ def _as_named(
     text : str, optional
         Repaired text of the header. By default, the text of the header is read from `path`.
     contents : mapping of str to str, optional
-        Repaired content of files whose names are in the header, by the key of the header that has the file name as its
-        value.
+        Repaired contents of files. Each key is a key of the header (such as MarkerFile) whose value is the name of the
+        file.
 
     Returns
     -------

@@ -572,7 +572,8 @@ def _place_segments(
         gained = (bases[j] - bases[:j]) / period
         back = np.flatnonzero(np.abs(gained) < doubt)
         if gained[-1] < 0 and len(back):
-            # The time stamps return to an earlier line. The time stamps between were only late, and no sample was lost.
+            # The time stamps return to an earlier line. The time stamps since that line were only late, and no sample
+            # was lost.
             lost[back[-1] : j + 1] = lost[back[-1]]
             continue
         possible = [more for i in timelines if (more := lost[i] + gained[i] - lost[j - 1]) > -doubt]

@@ -327,7 +327,7 @@ def filters(sfreq: float, spec: PreprocessSpec, line_freq: float | None) -> np.n
     Returns
     -------
     ndarray, shape (n_sections, 6)
-        Second-order sections. The caller must apply them forward and backward.
+        Second-order sections. The caller must apply the sections forward and backward.
     """
     low, high = band_of(sfreq, spec)
     line = line_freq if spec.notch == "auto" else None if isinstance(spec.notch, str) else spec.notch
@@ -371,8 +371,8 @@ def transient_length(sfreq: float, spec: PreprocessSpec, line_freq: float | None
     -------
     int
         Number of samples at the target rate. Samples that are further from the end are not affected by the resampling
-        filter. For the high-pass filter and for the notch filters, these samples contain at most the fraction
-        `TRANSIENT_ENERGY` of the energy of the response.
+        filter. For the high-pass filter and for the notch filters, at most the fraction `TRANSIENT_ENERGY` of the
+        energy of the filter's response is further from the end.
     """
     reach = resampler_reach(sfreq, spec.sfreq, band_of(sfreq, spec)[1])
     return reach + _response_length(filters(sfreq, spec, line_freq).tobytes(), spec.highpass, spec.sfreq)
@@ -470,8 +470,8 @@ def reference_rows(n_channels: int, spec: PreprocessSpec, bads: Sequence[int], n
     Returns
     -------
     list of int
-        Rows of the reference channels. The list is empty with `reference: keep`. It is also empty with an average
-        reference if the recording has only one good channel.
+        Rows of the reference channels. The list is empty with `reference: keep`. The list is also empty with an average
+        reference, if the recording has only one good channel.
 
     Raises
     ------
@@ -530,8 +530,8 @@ def preprocess(
     Raises
     ------
     ValueError
-        If the array is empty, is not two-dimensional, or contains NaN or infinite values. Also if the reference
-        channels cannot be found (see `reference_rows`).
+        If the array is empty, is not two-dimensional, or contains NaN or infinite values. The error is also raised if
+        there are no usable reference channels (see `reference_rows`).
 
     Notes
     -----

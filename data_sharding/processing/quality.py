@@ -128,7 +128,8 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
     Returns
     -------
     basis : ndarray, shape (L, K)
-        Orthonormal columns. What remains of a cell after these components are removed is muscle activity and noise.
+        Orthonormal columns. What remains of a cell, after the components in `basis` are removed, is muscle activity and
+        noise.
     mains : dict
         For each flag of mains noise (MAINS_50 and MAINS_60): the columns of `basis` for this noise.
     n_free : int
@@ -594,7 +595,7 @@ class _Runs:
         """Add the cells of a block, [n, k].
 
         If `counts` (a mask for each kind of fault) is given, the kind of a run is the most common kind of fault in its
-        cells. If fewer than half of its cells have this kind, the kind of the run is "too small".
+        cells. If fewer than half of the cells have the most common kind, the kind of the run is "too small".
         """
         gap = 1 if group in ("muscle", "mains noise") else JOINED
         for row in np.flatnonzero(mask.any(axis=1)).tolist():

@@ -258,7 +258,7 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     for first in range(0, outputs, count):
         j = np.arange(first, min(first + count, outputs))
         begin = j[0] * down // up  # Index of the group's first input, counted from `reach` samples before the frame.
-        # Do not use inputs after the last input that the group needs, because these may not have been read yet.
+        # Do not use inputs after the last input that the group needs, because later inputs may not have been read yet.
         i = np.arange(begin - reach, j[-1] * down // up + reach + 1)
         k = half + j[None, :] * down - i[:, None] * up
         matrix = np.where((k >= 0) & (k < len(h)), h[np.clip(k, 0, len(h) - 1)], 0.0)
@@ -304,8 +304,8 @@ class Resampler:
         self._same = ratio_of(sfreq, target) == 1
         self._plan = _plan(sfreq, target, passband) if not self._same else None
         self._held: np.ndarray | None = None
-        # True when the signal has been extended before its first sample. From then on, `_held` begins `reach` samples
-        # before the next frame.
+        # True when the signal has been extended before its first sample. After the extension, `_held` begins `reach`
+        # samples before the next frame.
         self._begun = False
         self._n_channels = self._n_in = self._n_out = 0
         self._scale: float = 1.0
@@ -484,8 +484,8 @@ def zero_phase(
     after the block, with an approximate state. When the backward filter reaches the block, the relative error of its
     state is smaller than `TRUNCATION`. For a single block, the result equals `scipy.signal.sosfiltfilt`.
 
-    With many channels and a high-pass below about 0.1 Hz, a block with its lookahead does not fit into memory. Then the
-    signal is stored on disk as float32 between the two passes.
+    With many channels and a high-pass below about 0.1 Hz, a block with its lookahead does not fit into memory. In this
+    case, the signal is stored on disk as float32 between the two passes.
     """
     from scipy.signal import sosfilt
 

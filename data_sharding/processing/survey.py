@@ -571,7 +571,7 @@ class Survey:
     def _stretch_points(self, number: int, begin_s: float, count: int) -> np.ndarray:
         """Return at most `count` fingerprint samples of an interval.
 
-        The first sample is `begin_s` seconds after its start.
+        The first fingerprint sample is `begin_s` seconds after the start of the interval.
         """
         x = self._prints[number].finish() if number in self._prints else np.zeros((len(self._steps), 0))
         if x.shape[1] < 2:

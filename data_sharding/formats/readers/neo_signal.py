@@ -1,6 +1,6 @@
 """Read recordings with the raw readers of the package neo.
 
-These read samples on demand and report the time of each part.
+The raw readers of neo read samples on demand, and report the time of each part of a recording.
 
 In array shapes, n is the number of channels, and S the number of samples.
 """

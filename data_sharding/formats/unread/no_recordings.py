@@ -109,7 +109,8 @@ def _describe_fif(path: Any, head: bytes, size: int) -> str:
                 stream.seek(at)
                 tag = stream.read(20)
             else:
-                # The rest of the file is unknown, so the file may be a recording. If it is not, its reader fails later.
+                # The rest of the file is unknown, so the file may be a recording. If the file is not a recording, the
+                # reader fails later.
                 return ""
             if len(tag) < 16:
                 return ""

@@ -261,7 +261,7 @@ def _recognise_unknown(file: Any) -> Finding | None:
 
 
 def _is_table(head: bytes) -> bool:
-    """Return whether a .npy array has numbers and 2 or 3 dimensions, of which one of the last two has 200 or more."""
+    """Return whether a .npy array has numbers and 2 or 3 dimensions, and the longer of the last two is at least 200."""
     match = re.search(rb"'descr': '[<>|=]([fiu])\d+'.*'shape': \(([\d, ]+)\)", head[:512])
     if head[:6] != b"\x93NUMPY" or not match:
         return False

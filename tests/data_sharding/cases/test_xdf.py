@@ -144,8 +144,8 @@ def test_lost_packets_end_a_segment(
     assert sharded.row.sfreq == rate
     assert not sharded.touches(cut / rate, (cut + lost) / rate - 0.0015)
     behind = [a for a, _ in sharded.spans if a > cut / rate]
-    # The first window after the gap begins with the first sample after the gap. Because of the jitter, its time can be
-    # wrong by 1.5 ms.
+    # The first window after the gap begins with the first sample after the gap. Because of the jitter, the time of this
+    # window can be wrong by 1.5 ms.
     assert behind and abs(behind[0] - (cut + lost) / rate) <= max(1.01 / rate, 0.0015)
     assert sharded.row.seconds_written > SECONDS - lost_s - 4
     assert_true(sharded, 50)

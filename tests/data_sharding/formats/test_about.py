@@ -1,4 +1,5 @@
-"""Age, sex, year, device and filters are read from headers of any format. Data that identify a person are not read."""
+"""Age, sex, year, device and filters are read from headers of any format. The result contains no data that identify a
+person."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A damaged header is read or refused. It never causes an unexpected exception, an endless loop or too much memory."""
+"""A damaged header is read or refused. A damaged header never causes an unexpected exception, an endless loop or too
+much memory."""
 
 from __future__ import annotations
 
