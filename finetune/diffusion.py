@@ -208,8 +208,8 @@ def sample(
         is used. With values above 1, guidance moves the prediction with the condition away from the prediction with the
         null condition.
     generators : list of torch.Generator
-        Generator of each trial. The sampler ddpm draws a trial's noise of each step from the trial's generator, so a
-        trial's image does not depend on the other trials of the batch.
+        Generator of each trial. With the sampler ddpm, the noise of each step is drawn from the trial's own generator,
+        so a trial's image does not depend on the other trials of the batch.
 
     Returns
     -------

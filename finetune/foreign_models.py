@@ -76,7 +76,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 
 def check_diffusers_model(model_class: Any, folder: Path) -> dict[str, Any]:
-    """Check that a diffusers network, as its config describes it, is not larger than its file of weights.
+    """Check that the config of a diffusers network does not describe a larger network than the weight file contains.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def check_diffusers_model(model_class: Any, folder: Path) -> dict[str, Any]:
 
 
 def check_transformers_model(model_class: Any, folder: Path) -> None:
-    """Check that a transformers network is not larger than its weights (arguments: see `check_diffusers_model`)."""
+    """Check the config and the weights of a transformers network as `check_diffusers_model` does."""
     read_model_config(folder / "config.json")
     size = measure_weights(_weights_of(folder))
     check_network(

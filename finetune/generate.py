@@ -301,8 +301,8 @@ def _say_next(config: GenerateConfig) -> str:
     if config.control == "none":
         return f"dreamscale evaluate {config.output}"
     return (
-        f"dreamscale evaluate OWN, where OWN is the folder of the images without --control; a folder named "
-        f"OWN-{config.control} is found, and another name is given with --controls '[{config.output}]'"
+        f"dreamscale evaluate OWN, where OWN is the folder of the images without --control; unless this control's "
+        f"folder is named OWN-{config.control}, add --controls '[{config.output}]'"
     )
 
 

@@ -31,7 +31,7 @@ class EVRNetConfig:
     """Start of the second skip connection of a multi-kernel residual block. input: the block's input, as in the paper.
     y0: the output of the block's first half, as in two ordinary residual blocks in sequence."""
     mkrb: bool = True
-    """False leaves out both multi-kernel residual blocks, which the paper has."""
+    """False leaves out both multi-kernel residual blocks, unlike the paper."""
     dropout: float = 0.0
     """Dropout rate of the semantic feature before the linear layer. The paper uses no dropout."""
     noise_normalisation: bool = False

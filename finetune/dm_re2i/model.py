@@ -258,7 +258,7 @@ class DMRE2IGenerator:
                 names = [self.labels[label] if label < len(self.labels) else str(label) for label in missing]
                 return (
                     f"{self.folder}: the category '{names[0]}' had no train trial, so the control 'class' cannot "
-                    f"generate it ({len(missing)} such categories); use a split whose categories were all trained on"
+                    f"generate it ({len(missing)} such categories); use a split whose categories all occur in train"
                 )
         return ""
 

@@ -178,7 +178,7 @@ def scale_components(train_MP: np.ndarray, val_MP: np.ndarray) -> tuple[Tensor, 
 
 
 def check_labels(data: EEGDataset, table: ImageTable) -> None:
-    """Refuse a dataset with categories in val or test that do not occur in train, because no network can learn them.
+    """Refuse a dataset if a category of val or test does not occur in train, because no network can learn it.
 
     Parameters
     ----------

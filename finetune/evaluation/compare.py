@@ -146,8 +146,8 @@ def _explain(rows: dict[str, Any]) -> str:
     first = next(iter(rows.values()))["difference"]
     return (
         f"Differences are paired by trial ({first['images']} images, {first['people']} people). The intervals are 95 % "
-        "bootstrap intervals that draw whole images, or whole people. The p-values flip the signs of whole images or "
-        f"people, and are corrected for {len(rows)} metrics (Holm)."
+        "bootstrap intervals that draw whole images, or whole people. The p-values are from tests that flip the signs "
+        f"of whole images or people, and are corrected for {len(rows)} metrics (Holm)."
     )
 
 

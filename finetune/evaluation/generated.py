@@ -28,8 +28,8 @@ from finetune.images import decode_image
 
 Images = NDArray[np.uint8]
 IN_MEMORY = 2**26
-"""Largest size in bytes of the pixels of a set of images that is kept in memory. The images of a set with more bytes
-are decoded whenever they are read."""
+"""A set of images is kept in memory if its pixels have at most this number of bytes. The images of a larger set are
+decoded each time they are read."""
 
 
 class ImageFiles:

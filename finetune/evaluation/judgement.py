@@ -1,9 +1,9 @@
 """Judge generated images: turn the scores of the images and of the controls into a verdict.
 
-If the dataset's training images show the categories of the trials, the score of a trial is 1 if the classifier finds
-the right category in the generated image. If a category does not occur in the training images, the classifier cannot
-know the category. For a new category, the score of a trial is the share of other seen images that are less similar to
-the generated image than the seen image.
+If all categories of the trials occur in the training images, a trial scores 1 or 0: the classifier finds the right
+category in the generated image, or another category. If a category of the trials does not occur in the training images,
+the classifier cannot recognise this category. In this case, the score of each trial is the share of other seen images
+that are less similar to the generated image than the trial's own seen image.
 
 Array shapes: B trials, M images, D features.
 """

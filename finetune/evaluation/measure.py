@@ -27,7 +27,7 @@ category, so the matrix of many categories would be too large for a report."""
 PAIRS = 8
 """Number of pairs of images that are read at once; a multiple of the batch of LPIPS."""
 RANDOM_PAIRS = 10_000
-"""Largest number of random pairs of trials. An evaluation of more trials forms one pair for each trial."""
+"""Largest number of random pairs of trials. If there are more trials, each trial forms one random pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +190,8 @@ def _choose_other_trials(image_ids: list[str], rng: np.random.Generator) -> NDAr
     ids = np.asarray(image_ids)
     order = np.argsort(ids, kind="stable")
     first, last = (np.searchsorted(ids[order], ids, side=side) for side in ("left", "right"))
-    # In `order`, the trials that show the same image follow each other, from `first` on. Random numbers from `first` on
-    # are increased, so that they skip these trials.
+    # In `order`, the trials that show the same image follow each other, from `first` on. A random number that is
+    # `first` or more is increased, so that it skips these trials.
     chosen = rng.integers(0, len(ids) - (last - first))
     return order[chosen + np.where(chosen >= first, last - first, 0)]
 

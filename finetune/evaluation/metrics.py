@@ -333,10 +333,10 @@ def n_way_top_k(
     Returns
     -------
     dict
-        ``accuracy``: mean of `n_way_scores`, which is the accuracy over all possible draws; ``std``: standard deviation
-        of the accuracy over `draws` random draws, as papers report it; ``chance``: k / n, the accuracy of a classifier
-        that guesses; ``constant``: accuracy of the best classifier whose answer is the same for every trial. If some
-        labels are more frequent than others, ``constant`` is higher than ``chance``.
+        ``accuracy``: mean of `n_way_scores`, which is the accuracy over all possible draws. ``std``: standard deviation
+        of the accuracy over `draws` random draws, as in papers. ``chance``: k / n, the accuracy of a classifier that
+        guesses. ``constant``: accuracy of the best classifier whose answer is the same for every trial. If some labels
+        are more frequent than others, ``constant`` is higher than ``chance``.
 
     Raises
     ------
@@ -399,9 +399,9 @@ def accuracy_with_p_value(
     Returns
     -------
     dict
-        ``accuracy``: accuracy with the true labels; ``chance``: mean accuracy over all possible shuffles; ``constant``:
-        accuracy of always answering the most frequent label; ``uniform``: 1 / (number of labels that occur); ``n``:
-        number of trials; ``images``: number of images; ``p_value``: (1 + k) / (1 + number of shuffles), where k is the
+        ``accuracy``: accuracy with the true labels. ``chance``: mean accuracy over all possible shuffles. ``constant``:
+        accuracy of always answering the most frequent label. ``uniform``: 1 / (number of labels that occur). ``n``:
+        number of trials. ``images``: number of images. ``p_value``: (1 + k) / (1 + number of shuffles), where k is the
         number of shuffles with at least the true accuracy. For few images, all possible shuffles are tried, and
         ``p_value`` is the exact fraction of shuffles with at least the true accuracy. ``interval``: Wilson's 95 %
         confidence interval of the accuracy, which assumes independent trials.

@@ -196,10 +196,10 @@ def compare_models(
     Returns
     -------
     dict
-        For each model and each of its metrics: ``own`` (the mean), ``shuffled`` (the mean with shuffled EEG, or None),
-        ``own_minus_shuffled`` and ``difference`` (to the base model; None for the base model, and for a metric that
-        the base model does not have). Each of these values is a result of `summarise`. ``difference`` uses only the
-        trials that both models have.
+        For each model and each of its metrics, four results of `summarise`. ``own``: the mean. ``shuffled``: the mean
+        with shuffled EEG, or None. ``own_minus_shuffled``: the mean difference between the trial's own EEG and shuffled
+        EEG. ``difference``: the difference to the base model; None for the base model, and for a metric that the base
+        model does not have. ``difference`` uses only the trials that both models have.
     """
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     number_in_base = {key: number for number, key in enumerate(models[base].keys)}

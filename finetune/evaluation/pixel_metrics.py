@@ -243,7 +243,8 @@ text that says why the metric was not computed. Every metric of `PAIRED_METRICS`
 random other trials, as a control.
 """
 LEFT_OUT = {"psnr": "psnr_equal_pairs", "pixel_correlation": "pixel_correlation_constant_pairs"}
-"""Maps the name of a paired metric to the key under which the results count the pairs that its mean leaves out.
+"""Maps a paired metric to a key of the results. The value of this key is the number of pairs that the metric's mean
+leaves out.
 
 The PSNR of two equal images is infinite, and the correlation with an image of one single colour is undefined.
 """

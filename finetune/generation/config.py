@@ -39,7 +39,7 @@ class GenerateConfig:
     controls: list[Control] = field(default_factory=list)
     """Controls that the command generates after the images of `control`, with the same loaded model. The images of a
     control NAME are written to the folder OUTPUT-NAME, where `dreamscale evaluate OUTPUT` finds them. After a stop, the
-    same command keeps the results that are complete."""
+    same command keeps the finished results."""
     sampler: Literal["ddpm", "ddim", "dpmsolver++"] | None = None
     """Sampler. ddpm: the ancestral sampler, which adds noise at every step. ddim: a deterministic sampler that needs
     few steps. dpmsolver++: a deterministic solver of second order. Empty: use the default sampler of the model."""

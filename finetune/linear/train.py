@@ -88,9 +88,9 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
     model : LinearModel
         The model.
     scores : dict
-        Results on the val split: ``accuracy`` of the category, ``similarity`` (mean cosine similarity of the predicted
-        and the true components), and ``penalty`` (the ridge penalty for which the sum of accuracy and similarity is
-        largest).
+        Results on the val split. ``accuracy``: accuracy of the category. ``similarity``: mean cosine similarity of the
+        predicted and the true components. ``penalty``: the ridge penalty for which the sum of accuracy and similarity
+        is largest.
 
     Raises
     ------

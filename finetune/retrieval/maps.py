@@ -37,7 +37,7 @@ Fit = Literal["pooled", "each"]
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentRun:
-    """An alignment run: the encoder, the head, and the names of the CLIP model and the dataset of the training."""
+    """An alignment run: encoder, head, CLIP model (by name) and training dataset (by id)."""
 
     encoder: EEGEncoder
     head: ClipHead

@@ -74,8 +74,8 @@ class RetrieveConfig:
     """How many presentations of an image to a person are averaged to one trial. The retrieval is measured once for each
     number in this list. 1: single trials. 0: all presentations, as papers do with test images."""
     n_way: list[int] = field(default_factory=lambda: [200])
-    """Numbers of images among which the image of the trial is searched, in addition to all images of the split. Numbers
-    that are not below the number of images of the split are left out."""
+    """The image of each trial is searched among all images of the split and, for each number n in this list, also among
+    n images. A number is ignored if the split has no more than n images."""
     resamples: int = 2000
     """Number of bootstrap resamples for the confidence intervals, and of permutations."""
     design_evidence: str = ""
@@ -127,14 +127,14 @@ def measure_trials(
     rows_B : ndarray of int, shape (B,)
         For each trial, the row of its own image in the gallery (the set of images that are searched).
     n_way : sequence of int
-        Numbers of images among which the trial's own image is searched, in addition to all images.
+        For each number n in this sequence, the trial's own image is also searched among n images.
 
     Returns
     -------
     dict
-        One number for each trial: ``rank`` (1 is best; among equal images, the expected rank), ``identification``
-        (share of other images that are less similar; chance 0.5), ``top1`` and ``top5`` among all images, and
-        ``top1[n]`` and ``top5[n]`` among n images.
+        Arrays with one number for each trial. ``rank``: 1 is best; among equally similar images, the expected rank.
+        ``identification``: share of other images that are less similar; chance is 0.5. ``top1`` and ``top5``: top-k
+        scores among all images. ``top1[n]`` and ``top5[n]``: top-k scores among n images.
     """
     images = len(gallery.table)
     better_B, tied_B = gallery.rank(embeds_BP, rows_B)
@@ -269,7 +269,7 @@ def measure(question: Question, config: RetrieveConfig) -> tuple[dict[str, Any],
     scores = measure_trials(gallery, embeds_BP, rows_B, n_way)
     own = dict(scores)
     controls: dict[str, Control | NotApplicable] = {
-        "noise": NotApplicable(reason="a retrieval makes no embeddings of noise"),
+        "noise": NotApplicable(reason="dreamscale retrieve computes no embeddings of noise"),
         "no_eeg": NotApplicable(reason="without EEG there is no embedding to search with"),
         "nearest": NotApplicable(reason="no image is generated"),
         **question.predictors(question.score_prediction),
@@ -350,8 +350,8 @@ def retrieve(config: RetrieveConfig) -> int:
     notes = []
     if run is not None and run.dataset_id != data.manifest.dataset_id:
         notes.append(
-            f"{config.model} was trained on another dataset, or on another version of this dataset. The verdict knows "
-            "only the training trials of this dataset."
+            f"{config.model} was trained on another dataset, or on another version of this dataset. The verdict "
+            "considers only the training trials of this dataset."
         )
         print(notes[0])
     output.mkdir(parents=True, exist_ok=True)

@@ -101,9 +101,9 @@ def measure_hubness(embeds_BP: NDArray[Any], target_MP: NDArray[Any], k: int = 1
     Returns
     -------
     dict
-        ``k``; ``skewness`` of the number of trials that have an image among their k nearest images, over the images;
-        ``never``: share of images that are among the k nearest images of no trial; ``largest``: share of trials that
-        have the most frequent image among their k nearest images.
+        For each image, the trials that have this image among their k nearest images are counted. ``k``: the number k.
+        ``skewness``: skewness of these counts over the images. ``never``: share of images whose count is zero.
+        ``largest``: largest count, divided by the number of trials.
 
     References
     ----------

@@ -25,7 +25,7 @@ class ConditionerConfig:
     length: int
     """Number of condition tokens, L; equal to the number of tokens in the base model's longest text."""
     width: int
-    """Width of the condition tokens, W; equal to the width that the base model's cross-attention takes."""
+    """Width of the condition tokens, W; equal to the width that the base model's cross-attention reads."""
     hidden: int = 64
     """Number of tokens between the two convolutions of the conditioner."""
     time_dim: int = 0
@@ -77,7 +77,8 @@ class Conditioner(nn.Module):
         tokens_BND : Tensor, [B, N, D]
             Tokens of the encoder, without the class token.
         keep_B : Tensor of bool, [B], optional
-            False for trials whose EEG condition is dropped, for classifier-free guidance; by default none is dropped.
+            False for trials whose EEG condition is dropped, for classifier-free guidance; by default no condition is
+            dropped.
 
         Returns
         -------

@@ -211,7 +211,7 @@ def _train_clip(
 ) -> CLIPModel:
     """Train a small CLIP from scratch. Two images with equal captions are not negative examples for each other.
 
-    Every process computes the same loss over the whole batch, from the embeddings that it gathers with gradients.
+    Every process gathers the embeddings of the whole batch, with gradients, and computes the same loss.
     """
     from transformers import CLIPConfig, CLIPModel
 

@@ -122,7 +122,7 @@ def fit(
     Raises
     ------
     StopRequested
-        If a stop was requested. This error is raised only after a checkpoint was written.
+        If a stop was requested. Before the error is raised, a checkpoint is written.
     RequestError
         If the batch cannot be divided among the processes, or the newest checkpoint is of another model or version.
     RuntimeError

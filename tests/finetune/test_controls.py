@@ -36,7 +36,8 @@ BLOCK = 6
 def write_blocks(path: Path, source: Path, *, onset: int = ONSET, timed: bool = True) -> Path:
     """Write the images of `source` with EEG that reveals the label everywhere: in time, baseline, eyes and response.
 
-    Two people see blocks of trials of one label. Every third trial is a test trial. Channel HEOG is an eye channel.
+    Each of two people sees blocks of consecutive trials with the same label. Every third trial is a test trial. Channel
+    HEOG is an eye channel.
     """
     rng, splits = np.random.default_rng(0), {"train": [], "test": []}
     old = EEGDataset(source, "train")

@@ -42,8 +42,8 @@ def score(logits_BK: Tensor, labels_B: Tensor) -> dict[str, float]:
     Returns
     -------
     dict
-        ``accuracy`` (top-1); ``top5``, only with more than five classes; ``kappa``: Cohen's kappa, which is left out if
-        all trials have the same class and the same answer; ``loss``: cross-entropy.
+        ``accuracy``: top-1 accuracy. ``top5``: top-5 accuracy, only with more than five classes. ``kappa``: Cohen's
+        kappa, which is left out if all trials have the same class and the same answer. ``loss``: cross-entropy.
     """
     from sklearn.metrics import cohen_kappa_score
 
@@ -78,11 +78,11 @@ def summarise(
     Returns
     -------
     dict
-        The metrics of `score`; ``trials``; ``chance``: 1 / K; ``largest_class``: share of the most frequent class,
-        which is the accuracy of always giving this answer; ``interval_images`` and ``interval_subjects``: 95 %
-        intervals of the accuracy, for which all trials of an image, or of a person, count as one unit;
-        ``confusion``: for each true class, the number of trials with each answer; ``labels``: names of the classes;
-        ``subjects``: for each person, the metrics of `score`, ``trials`` and ``interval_images``.
+        The metrics of `score`. ``trials``: number of trials. ``chance``: 1 / K. ``largest_class``: share of the most
+        frequent class, which is the accuracy of always answering this class. ``interval_images`` and
+        ``interval_subjects``: 95 % intervals of the accuracy, for which all trials of an image, or of a person, count
+        as one unit. ``confusion``: for each true class, the number of trials with each answer. ``labels``: names of the
+        classes. ``subjects``: for each person, the metrics of `score`, ``trials`` and ``interval_images``.
     """
     from sklearn.metrics import confusion_matrix
 
@@ -175,7 +175,7 @@ def evaluate_classifier(
 
 
 def save_results(result: dict[str, Any], folder: Path) -> None:
-    """Write the summary of an evaluation to ``classification.json``, and draw it in ``plots``.
+    """Write the summary of an evaluation to ``classification.json``, and plot the summary in the folder ``plots``.
 
     Parameters
     ----------

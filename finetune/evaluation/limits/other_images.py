@@ -188,10 +188,10 @@ def measure_other_images(
     Returns
     -------
     dict or str
-        ``source``, ``images`` (number of different other images that were used), ``paired`` (whether each seen image
-        has another image of its category) and ``metrics``; or a text that says why there is no result. If a seen image
-        has no other image of its category, ``metrics`` has only the metrics of sets, for as many other images as there
-        are different seen images.
+        ``source``: where the images come from. ``images``: number of different other images that were used. ``paired``:
+        whether each seen image has another image of its category. ``metrics``: values of the metrics. If there is no
+        result, a text says why. If a seen image has no other image of its category, ``metrics`` has only the metrics of
+        sets, for as many other images as there are different seen images.
 
     Raises
     ------

@@ -76,10 +76,10 @@ def measure_eeg_reliability(
     -------
     dict or str
         ``reliability``: `split_half_reliability` of the time courses of all channels (see `read_time_courses`), as a
-        mean over people; ``ceiling``: the square root of the reliability, which is the largest correlation that a model
-        of the noise-free response can reach with the mean of all presentations; ``by_person``: reliability of each
-        person; ``images``: number of pairs of person and image with repeats. The mean over each recording is removed
-        from the time courses first. If there is no ceiling, the result is a text that says why.
+        mean over people. The mean over each recording is removed from the time courses first. ``ceiling``: the square
+        root of the reliability, which is the largest correlation that a model of the noise-free response can reach with
+        the mean of all presentations. ``by_person``: reliability of each person. ``images``: number of pairs of person
+        and image with repeats. If there is no ceiling, the result is a text that says why.
     """
     chosen = table.select(numbers_n)
     pairs_n = _name_pairs(chosen)
@@ -136,9 +136,9 @@ def measure_agreement(predicted_B: NDArray[np.integer], trials: TrialTable) -> d
     Returns
     -------
     dict or str
-        ``agreement``: see `repeat_agreement`; ``chance``: agreement of trials of different images, which is the sum of
-        the squared shares of the categories; ``ceiling``: the square root of the agreement, which is the largest
-        accuracy that is possible with this agreement; ``images``: number of pairs of person and image with repeats. If
+        ``agreement``: see `repeat_agreement`. ``chance``: agreement of trials of different images, which is the sum of
+        the squared shares of the categories. ``ceiling``: the square root of the agreement, which is the largest
+        accuracy that is possible with this agreement. ``images``: number of pairs of person and image with repeats. If
         there is no agreement, the result is a text that says why.
     """
     pairs_B = _name_pairs(trials)

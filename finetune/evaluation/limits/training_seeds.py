@@ -35,15 +35,15 @@ def measure_training_seeds(
     Returns
     -------
     dict or str
-        ``runs``: number of training runs, including `own`; ``metrics``: for each metric that all runs have, ``values``
+        ``runs``: number of training runs, including `own`. ``metrics``: for each metric that all runs have, ``values``
         (`own` first), ``mean``, ``std`` (with the divisor runs - 1), ``least`` (the smallest value) and ``most`` (the
         largest value). If there is only one run, the result is a text that says so.
 
     Raises
     ------
     RequestError
-        If a folder was not evaluated, or was evaluated with another classifier; if its trials, data or settings differ
-        from those of `own`; if its images are control images; or if two folders hold images of the same model.
+        If a folder was not evaluated, or was evaluated with another classifier. Also if its trials, data or settings
+        differ from those of `own`, if its images are control images, or if two folders hold images of the same model.
     """
     if not folders:
         return ONE_RUN

@@ -98,7 +98,7 @@ class Mixed(nn.Module):
 
 
 def _chain(prefix: str, *layers: tuple[int, Kernel]) -> list[Step]:
-    """Return a chain of convolutions whose names are the prefix and a number from 1 on."""
+    """Return a chain of convolutions, whose names consist of the prefix and the numbers 1, 2 and so on."""
     return [((f"{prefix}_{number}", outputs, kernel),) for number, (outputs, kernel) in enumerate(layers, 1)]
 
 

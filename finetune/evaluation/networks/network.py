@@ -22,7 +22,8 @@ MAX_EMBEDDINGS = 2**29
 """Largest size in bytes of the embeddings of one set of images. A set whose embeddings need more memory is not
 embedded."""
 MOST_FOR_SETS = 4096
-"""Widest embedding whose Fréchet distance is computed, because the distance needs matrices of this width."""
+"""Largest width of an embedding for which the Fréchet distance is computed, because the distance needs square matrices
+of this width."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from data_sharding.corpora.safe_pickle import RefusedPickle, load_npy, load_torc
 MAX_BYTES = 2**31
 """Largest size in bytes of a file of weights."""
 COUNTERS = "num_batches_tracked"
-"""Last part of the names of counters that batch norms store and do not use after the training."""
+"""Last part of the name of a counter that batch norms store, but do not use after the training."""
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:

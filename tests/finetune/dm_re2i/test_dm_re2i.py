@@ -75,7 +75,7 @@ def _eeg(dataset: Path, count: int) -> torch.Tensor:
 def test_both_stages_write_a_complete_model_and_their_records(trained: Path, paired_dataset: Path) -> None:
     about = json.loads((trained / "model" / "dreamscale.json").read_text())
     assert about["kind"] == "eg_ddpm" and about["labels"] == ["circle", "square"]
-    assert about["evrnet_val_accuracy"] >= 0.8  # EVRNet can see the category in the sign of the evoked response
+    assert about["evrnet_val_accuracy"] >= 0.8  # the sign of the evoked response shows the category
     assert json.loads((trained / "status.json").read_text())["state"] == "done"
     assert {"loss", "shuffled"} == set(about["val"])
     for folder, steps in ((trained, 6), (trained / "evrnet", 30)):

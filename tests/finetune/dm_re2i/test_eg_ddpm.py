@@ -226,7 +226,7 @@ def test_a_trials_image_does_not_depend_on_its_batch(sampling: Sampling) -> None
 def test_sampling_recovers_an_image_from_a_perfect_noise_predictor() -> None:
     """Check that sampling with a perfect noise predictor leads to the image.
 
-    DDIM samples with 25 of the 1000 noise steps of training, DDPM with all of them.
+    DDIM uses 25 of the 1000 noise steps of training, and DDPM uses all 1000 steps.
     """
     from diffusers import DDPMScheduler
 

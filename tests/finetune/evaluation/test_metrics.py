@@ -39,7 +39,8 @@ def test_features_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = (metrics.frechet_distance(x, y), metrics.kernel_distance(x, y), metrics.kernel_distance(x, y, **words))
     assert blocks == pytest.approx(whole, rel=1e-10)
     assert max(rows for rows, _ in sizes) == 7
-    # The 60 and 50 rows of the two sets give 9 and 8 blocks for the mean and the covariance.
+    # For the mean and the covariance, the 60 rows of one set form 9 blocks, and the 50 rows of the other set form 8
+    # blocks.
     assert len(sizes) > 17
 
 

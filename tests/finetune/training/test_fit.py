@@ -193,7 +193,8 @@ def test_gradients_that_are_not_finite_end_the_run(paired_dataset: Path, tmp_pat
 def test_a_checkpoint_of_an_older_version_is_refused_with_the_way_out(paired_dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(StopRequested):
         _train(paired_dataset, tmp_path / "run", Regressor(), stop_at=7)
-    # In checkpoints of older versions of Dreamscale, the optimiser is a pickle file, and the manifest names no format.
+    # In checkpoints of older versions of Dreamscale, the optimiser is a pickle file, and the manifest has no entry for
+    # the format.
     folder = tmp_path / "run" / "checkpoints" / "step_00000008"
     (folder / "state_00000.safetensors").unlink()
     (folder / "optimizer.pt").write_bytes(b"pickle")
