@@ -218,6 +218,20 @@ class LedgerRow:
         self.split, self.windows, self.seconds_written = "", 0, 0.0
         self.duplicate_of, self.held_back = duplicate_of, held_back
 
+    def reset_impossible(self) -> None:
+        """Give columns with an impossible number, such as an age below 0, their default value, and add a note.
+
+        Readers refuse a ledger with an impossible number, so a number from one damaged recording must not make the
+        whole dataset unreadable.
+        """
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            try:
+                _check_value(name, value, "")
+            except RequestError:
+                setattr(self, name, _DEFAULTS[name])
+                self.notes.append(f"{name} was {show(value)}, which is not possible, so this value was left out")
+
     def to_columns(self) -> dict[str, Any]:
         """Return the values of the row as they are stored, with dictionaries as JSON text."""
         values = {name: getattr(self, name) for name in COLUMNS}
@@ -280,6 +294,8 @@ JSON_COLUMNS = frozenset(name for name in COLUMNS if typing.get_origin(_TYPES[na
 """Columns that hold dictionaries as JSON text."""
 
 
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(LedgerRow)}
+_NUMBERS = tuple(name for name in COLUMNS if _TYPES[name] in (int, float, int | None, float | None))
 _NAMES = frozenset({"key", "corpus", "path", "subject", "session"})
 """Columns whose texts are names, which have at most `untrusted.MAX_NAME` characters."""
 _SIGNED = frozenset({"unit_factor", "trial_tmin", "trial_tmax"})
@@ -313,6 +329,9 @@ def write_ledger(path: str | AnyPath, rows: Iterable[LedgerRow]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    rows = list(rows)
+    for row in rows:
+        row.reset_impossible()
     table = pa.Table.from_pylist([row.to_columns() for row in rows], schema=schema())
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")

@@ -41,6 +41,7 @@ from data_sharding.common.storage import (
     localised,
     scratch_folder,
 )
+from data_sharding.common.untrusted import MAX_NAME
 from data_sharding.corpora import Item, open_item
 from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.formats.channels import Channels, canonical_name, choose, pick_channels, restrict
@@ -67,6 +68,8 @@ PART_SCHEMA = 11
 job does not use parts of the older code."""
 RESULT = "result.json"
 """Name of the file that stores the `PartResult` of a recording in its part."""
+SFREQS = (1e-3, 1e7)
+"""Lowest and highest possible sampling rate of a recording in Hz."""
 MIN_SAMPLES = 16
 """A recording with fewer samples than this is excluded, because its signal is too short for the measurements."""
 
@@ -200,6 +203,7 @@ def _process(
         except SetAside as verdict:
             row.set_reason(verdict.status, verdict.full_reason)
             result.samples = {}
+        row.reset_impossible()
         result.part = name
         write_json(folder / RESULT, result.to_json())
         commit_folder(folder, part)
@@ -353,8 +357,10 @@ def prepare(
         If the recording cannot be used.
     """
     info, row = signal.info, result.row
-    if not 0 < info.sfreq < np.inf:
-        raise SetAside("quarantined", Reason("unreadable", f"the sampling rate in the file is {info.sfreq} Hz"))
+    if not SFREQS[0] <= info.sfreq <= SFREQS[1]:
+        raise SetAside("quarantined", Reason("unreadable", f"the sampling rate in the file is {info.sfreq:g} Hz"))
+    if long := next((name for name in info.ch_names if len(name) > MAX_NAME), ""):
+        raise SetAside("quarantined", Reason("text too long", f"the name of a channel has {len(long)} characters"))
     row.sfreq, row.seconds = info.sfreq, round(info.n_samples / info.sfreq, 4)
     row.reference, row.segments = info.reference, len(info.segments)
     row.notes += info.notes

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import mne
 import numpy as np
 import pytest
@@ -17,11 +19,14 @@ from data_sharding.common.typed_values import check_typed
 from data_sharding.common.untrusted import MAX_NAME, MAX_TEXT, check_meta, check_text
 from data_sharding.corpora import CorpusConfig, list_items
 from data_sharding.dataset.ledger import LedgerRow, read_ledger_file, write_ledger
+from data_sharding.dataset.splits import SplitConfig
+from data_sharding.job.process_recording import process_recording
+from data_sharding.job.task import Task
 from data_sharding.processing.preprocess import PreprocessSpec
 from launch.cli import main
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.model.config import EncoderConfig
-from tests.security.conftest import make_samples
+from tests.security.conftest import SPEC, make_samples
 
 
 def make_encoder(folder: Path, **changes: Any) -> EEGEncoder:
@@ -94,6 +99,38 @@ def test_a_ledger_never_has_a_text_that_readers_refuse(tmp_path: Path) -> None:
     write_ledger(tmp_path / "ledger.parquet", [row])
     with pytest.raises(RequestError, match="subject has 4097 characters"):
         read_ledger_file(tmp_path / "ledger.parquet")
+
+
+def test_a_ledger_never_has_a_number_that_readers_refuse(tmp_path: Path) -> None:
+    row = LedgerRow(key="a", corpus="c", path="p", subject="s", files=["p"], status="sharded", sfreq=1e300, age=-3.0)
+    row.unit_factor, row.recording_year, row.seconds = math.nan, 2**70, 5.0
+    write_ledger(tmp_path / "ledger.parquet", [row])
+    (found,) = read_ledger_file(tmp_path / "ledger.parquet")
+    assert (found.sfreq, found.age, found.unit_factor, found.recording_year, found.seconds) == (0, None, None, None, 5)
+    assert "age was -3.0, which is not possible, so this value was left out" in found.notes and len(found.notes) == 4
+
+
+@pytest.mark.parametrize(
+    ("rate", "name", "reason"),
+    [(1e300, b"Cz", "unreadable"), (1e-300, b"Cz", "unreadable"), (100.0, b"C" * 5000, "text too long")],
+    ids=["high", "low", "name"],
+)
+def test_a_recording_with_impossible_values_is_quarantined(
+    rate: float, name: bytes, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "eeg").mkdir()
+    with h5py.File(tmp_path / "eeg" / "a.nwb", "w") as file:
+        series = file.create_group("acquisition/series")
+        series.attrs["neurodata_type"] = "ElectricalSeries"
+        series["data"], series["starting_time"] = np.random.default_rng(0).normal(0, 1e-5, (2000, 2)), 0.0
+        series["starting_time"].attrs["rate"] = rate
+        file["general/extracellular_ephys/electrodes/label"] = np.array([name, b"Pz"])
+    (item,) = list_items(CorpusConfig(kind="folder", root=str(tmp_path / "eeg")))
+    task = Task(item=item, spec=SPEC, split=SplitConfig(), labels=(), work=tmp_path / "work", timeout_s=60)
+    result = process_recording(task)
+    assert result.row.status == "quarantined" and result.row.category == reason, result.row.reason
+    write_ledger(tmp_path / "ledger.parquet", [result.row])
+    assert read_ledger_file(tmp_path / "ledger.parquet")[0].reason == result.row.reason
 
 
 def test_a_recording_whose_trials_have_very_long_names_is_excluded(tmp_path: Path) -> None:
