@@ -556,6 +556,19 @@ def open_npz(path: str | os.PathLike[str]) -> Any:
     return np.load(path, allow_pickle=False)
 
 
+def _size_of_hdf5(path: str | os.PathLike[str]) -> int | None:
+    """Return the size of an HDF5 file in bytes; None if the file is not HDF5."""
+    with os.fdopen(open_regular(path), "rb") as stream:
+        size, at = os.fstat(stream.fileno()).st_size, 0
+        # Other data may lie before the start of HDF5. HDF5 then starts at byte 512, 1024, 2048 and so on.
+        while at < size:
+            stream.seek(at)
+            if stream.read(8) == b"\x89HDF\r\n\x1a\n":
+                return size
+            at = max(512, 2 * at)
+    return None
+
+
 def check_hdf5(path: str | os.PathLike[str]) -> None:
     """Refuse an HDF5 file (for example a MATLAB or EEGLAB file) that reads data from other files.
 
@@ -570,13 +583,11 @@ def check_hdf5(path: str | os.PathLike[str]) -> None:
         If the file has links to other files, or data sets whose values are in other files or are far larger than the
         file.
     """
+    size = _size_of_hdf5(path)
+    if size is None:
+        return
     import h5py
 
-    with os.fdopen(open_regular(path), "rb") as stream:
-        head = stream.read(1024)
-        size = os.fstat(stream.fileno()).st_size
-    if b"\x89HDF\r\n\x1a\n" not in (head[:8], head[512:520]):
-        return
     sizes: list[int] = []
 
     def look(group: Any, seen: set[int]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.matlab_files import check_matlab
 from data_sharding.common.plain_yaml import parse_yaml
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, localised
@@ -322,6 +323,7 @@ def _array(path: Path, name: str) -> np.ndarray:
     from pymatreader import read_mat
 
     check_hdf5(path)
+    check_matlab(path)
     variables = read_mat(path, variable_names=[name] if name else None)
     return np.asarray(variables[_one_of([key for key in variables if not key.startswith("__")], name)])
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_sharding.common.matlab_files import check_matlab
 from data_sharding.common.reason import Reason
 from data_sharding.common.untrusted import check_hdf5
 from data_sharding.formats import headers
@@ -533,8 +534,10 @@ def open_signal(recording: Recording) -> Signal:
         raise ReadError(problem)
     path, folder = _in_own_folder(recording)
     try:
-        if recording.format == "eeglab":
-            check_hdf5(Path(str(recording.path)))
+        for file in files:
+            if file.is_file():
+                check_hdf5(file)
+                check_matlab(file)
         with quiet():
             opened = READERS[recording.format](path)
             signal = opened if not hasattr(opened, "get_channel_types") else _signal_of(opened, recording.format)

@@ -19,12 +19,15 @@ import yaml
 from PIL import Image
 
 from data_sharding.common.errors import RequestError
+from data_sharding.common.matlab_files import check_matlab
 from data_sharding.common.plain_yaml import parse_yaml
 from data_sharding.common.untrusted import check_hdf5, open_image, open_npz
 from data_sharding.corpora.base import CorpusConfig, list_items, open_item
 from data_sharding.corpora.safe_pickle import RefusedPickle, load_npy
 from data_sharding.formats.open_signal import ReadError
 from launch.cli import main
+from pretrain.encoder.encoder import EEGEncoder
+from pretrain.model.config import EncoderConfig
 
 MARK, TUPLE2, DUP, EMPTY_DICT, SETITEM, STOP = b"(", b"\x86", b"2", b"}", b"s", b"."
 # 40 levels of tuples that each contain the next tuple twice. This makes 2^40 empty tuples.
@@ -269,13 +272,30 @@ def test_hdf5_that_reads_other_files(tmp_path: Path) -> None:
 
     for number, write in enumerate((link, nested, virtual, outside, huge)):
         path = tmp_path / f"{number}.mat"
-        with h5py.File(path, "w", userblock_size=512) as file:
+        with h5py.File(path, "w", userblock_size=(0, 512, 1024, 8192, 0)[number]) as file:
             write(file)
         with pytest.raises(RequestError, match=f"{number}\\.mat: damaged or changed"):
             check_hdf5(path)
     with h5py.File(tmp_path / "good.mat", "w") as file:
         good(file)
     check_hdf5(tmp_path / "good.mat")
+
+
+def test_nwb_files_cannot_read_other_files(tmp_path: Path) -> None:
+    import h5py
+
+    (tmp_path / "eeg").mkdir()
+    for name, folder in (("outside", "/etc/passwd"), ("inside", "")):
+        with h5py.File(tmp_path / "eeg" / f"{name}.nwb", "w") as file:
+            series = file.create_group("acquisition/series")
+            series.attrs["neurodata_type"] = "ElectricalSeries"
+            external = [(folder, 0, 1000)] if folder else None
+            series.create_dataset("data", (500, 2), "u1", external=external)
+            series.create_dataset("starting_time", data=0.0).attrs["rate"] = 100.0
+    inside, outside = list_items(CorpusConfig(kind="folder", root=str(tmp_path / "eeg")))
+    open_item(inside).close()
+    with pytest.raises(ReadError, match="the values of 'data' are in another file"):
+        open_item(outside)
 
 
 def test_bad_arrays_become_quarantined_rows(tmp_path: Path) -> None:
@@ -323,3 +343,50 @@ def test_refused_pickles_name_no_hidden_text(tmp_path: Path) -> None:
     with pytest.raises(RefusedPickle) as caught:
         load_npy(tmp_path / "x.npy")
     assert "\x1b" not in str(caught.value)
+
+
+def _matlab_cells(depth: int) -> bytes:
+    """Return a MATLAB 5 file with a cell array inside a cell array, and so on."""
+    value = struct.pack("<2I", 14, 0)
+    for _ in range(depth):
+        header = struct.pack("<4I2I2i2HI", 6, 8, 1, 0, 5, 8, 1, 1, 1, 1, 0x41)
+        value = struct.pack("<2I", 14, len(header) + len(value)) + header + value
+    return b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x0100) + b"IM" + value
+
+
+def test_matlab_files_that_need_too_much_memory_or_crash_the_reader(
+    tmp_path: Path, run_command: Any, assert_refused: Any
+) -> None:
+    from scipy.io import savemat
+
+    (tmp_path / "deep.set").write_bytes(_matlab_cells(20_000))
+    cells = bytearray(_matlab_cells(1))
+    cells[128 + 8 + 24 : 128 + 8 + 32] = struct.pack("<2i", 2**15, 2**15)
+    (tmp_path / "cells.set").write_bytes(cells)
+    savemat(tmp_path / "zeros.set", {"x": np.zeros(2**27, np.uint8)}, appendmat=False, do_compression=True)
+    faults = {"deep": "nested more than 100 times", "cells": "unpack to more than", "zeros": "unpack to more than"}
+    for name, fault in faults.items():
+        with pytest.raises(RequestError, match=fault):
+            check_matlab(tmp_path / f"{name}.set")
+    encoder = tmp_path / "encoder"
+    EEGEncoder(EncoderConfig(samples=512, dim=8, depth=1, heads=2, mlp_ratio=1.0)).save_pretrained(encoder)
+    done = run_command("encode", encoder, tmp_path / "deep.set", "-o", tmp_path / "out.npz")
+    assert_refused(done, "deep.set", "nested more than 100 times")
+    _array_corpus(tmp_path / "arrays", "deep.mat", _matlab_cells(20_000), SIDECAR)
+    assert "nested more than 100 times" in _open_items(tmp_path / "arrays")[0]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_usual_matlab_files_are_read(packed: bool, tmp_path: Path) -> None:
+    from scipy.io import savemat
+    from scipy.sparse import csc_array
+
+    events = np.array([(float(i), "stimulus") for i in range(300)], dtype=[("latency", "O"), ("type", "O")])
+    values = {"data": np.ones((4, 5000)), "z": np.array([1 + 2j]), "sparse": csc_array(np.eye(5)), "text": ["a", "bc"]}
+    content = {"EEG": {**values, "event": events, "cells": np.array([1, "a", np.zeros(0), [2.5]], dtype=object)}}
+    savemat(tmp_path / "a.mat", content, do_compression=packed)
+    check_matlab(tmp_path / "a.mat")
+    whole = (tmp_path / "a.mat").read_bytes()
+    for length in range(100, min(len(whole), 4000), 37):
+        (tmp_path / "cut.mat").write_bytes(whole[:length])
+        check_matlab(tmp_path / "cut.mat")
