@@ -2,11 +2,11 @@
 
 ``python benchmarks/ddpm.py [--size 64] [--base 64] [--batch 8] [--steps 5] [--device cpu] [--out FILE.json]``
 
-Three programs take steps in turn, so that a change of the machine's load affects all three programs: EG-DDPM with the
-U-Net of the paper, EG-DDPM with UNet2DModel, and a plain loop that is written after the tutorial of diffusers, with the
-same UNet2DModel. A training step is the forward and backward pass, the limit of the gradient's norm, and AdamW. A
-training step of EG-DDPM also averages the weights (EMA). A step of sampling is one evaluation of the network and one
-step of the ancestral sampler. Images and EEG vectors of this benchmark are random noise.
+Three programs are measured: EG-DDPM with the U-Net of the paper, EG-DDPM with UNet2DModel, and a plain loop with the
+same UNet2DModel, written like the tutorial of diffusers. The programs take steps in turn, so that a change of the
+machine's load affects all three programs. A training step consists of the forward and backward pass, gradient clipping,
+and AdamW. A training step of EG-DDPM also averages the weights (EMA). A step of sampling is one evaluation of the
+network and one step of the ancestral sampler. Images and EEG vectors of this benchmark are random noise.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 ``python benchmarks/planning.py --sizes 1000 10000 100000 --out planning.json``
 
-Each number of recordings is measured in a separate process. The measured steps are: find the recordings, recognise
-their formats by the headers and make the plan; compute the identities, by which a restarted job recognises finished
-recordings; find duplicates through signatures; distribute the samples over shards. The recordings are EDF files of one
+Each number of recordings is measured in a separate process. Four steps are measured. Find the recordings, recognise
+their formats by the headers, and make the plan. Compute the identities, by which a restarted job recognises finished
+recordings. Find duplicates by their signatures. Distribute the samples over shards. The recordings are EDF files of one
 second. Most of the EDF files are hard links, so that the measurement depends little on the speed of the disk.
 Signatures and rows of the ledger are simulated, and one recording in a hundred is a duplicate.
 """

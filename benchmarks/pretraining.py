@@ -66,7 +66,7 @@ KINDS = {
     "sums and norms of gradients": ("aten::add_", "aten::mul_", "vector_norm", "AccumulateGrad", "_foreach_norm"),
     "softmax, LayerNorm, GELU": ("softmax", "layer_norm", "gelu"),
 }
-"""Maps each kind of operation in a step to parts of the names of its PyTorch operators."""
+"""For each kind of operation in a step, texts that occur in the names of its PyTorch operators."""
 
 
 def profile_step(step: Callable[[], None]) -> dict[str, float]:

@@ -2,12 +2,13 @@
 
 ``python benchmarks/trials.py --out trials.json``. The default dataset has the size of THINGS-EEG2: 661,600 trials of 10
 people and 63 channels. Only the windows are short (8 samples), so that the dataset fits on a small disk; the JSON of a
-trial has its true size. Each program runs in a process of its own: "one JSON a trial" is a plain loop that parses the
-JSON of every trial, without a table of the trials; "first process" makes the table; "next process" finds the table.
-After these programs, two processes open the split at the same time, without a finished table of trials. A small feature
-(the mean over time) is computed for trials of 128 x 440, the size of EEG-ImageNet (11,466 trials): at once, and part by
-part. "cpu_s" are seconds of CPU time; other programs of the machine hardly change this time. Memory is the largest
-resident set of the process minus its resident set after the imports, including pages of the mapped file.
+trial has its true size. Each program runs in a process of its own. "one JSON a trial" is a plain loop that parses the
+JSON of every trial, without a table of the trials. "first process" makes the table. "next process" uses the existing
+table. After these programs, two processes open the split at the same time, without a finished table of trials. A small
+feature (the mean over time) is computed for trials of 128 channels x 440 samples, as in EEG-ImageNet (11,466 trials):
+for all trials at once, and part by part. "cpu_s" are seconds of CPU time; other programs of the machine hardly change
+this time. Memory is the largest resident set of the process minus its resident set after the imports, including pages
+of the mapped file.
 """
 
 from __future__ import annotations

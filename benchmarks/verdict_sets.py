@@ -1,7 +1,7 @@
 """Constructed sets of trials whose true verdict is known, for `benchmarks/verdict_rates.py` and for the tests.
 
-A set is a small experiment in arrays: people look at images, features of the EEG are simulated, ridge regression learns
-to predict an embedding of the image, and all controls are computed by the code that real data use.
+A set is a small simulated experiment: people look at images, and features of their EEG are simulated. Ridge regression
+learns to predict an embedding of the image. All controls are computed by the code that real data use.
 
 Array shapes: n trials, I images, L labels, D width of an embedding, F features of the EEG.
 """
@@ -233,7 +233,7 @@ def _order_images(design: Design, images: _Images, person: int, rng: np.random.G
     shown = rng.permutation(np.repeat(shown, design.copies))
     parts = np.array_split(shown, design.recordings)
     if design.split == "trials":
-        # The second half of the recordings shows the images of the first half again.
+        # In the second half of the recordings, the images of the first half are shown again.
         parts = np.array_split(shown, design.recordings // 2) * 2
     parts = [rng.permutation(part) for part in parts]
     if not design.blocks:

@@ -223,7 +223,7 @@ class Chain:
 
 
 def _read_seconds(marker: Path) -> float:
-    """Return how long a step ran, from its marker file."""
+    """Read from a step's marker file how long the step ran."""
     return check_number(check_group(read_json(marker), str(marker)).get("seconds"), str(marker), "seconds")
 
 

@@ -46,9 +46,9 @@ def processes_wanted(argv: Sequence[str]) -> int:
     -------
     int
         `num_processes` from the command line, or else from the YAML file. 0 means that the stage runs in this process
-        without a launcher. The result is 0 in these cases: 1 process and no `restarts`; a call for help or for printing
-        the config; a launcher started this process; or the arguments cannot be read (the stage then reports the
-        reason).
+        without a launcher. The result is 0 in these cases: there is 1 process and `restarts` is 0; the user asks for
+        help or for the config; a launcher started this process; or the arguments cannot be read (the stage then reports
+        the reason).
     """
     if {"-h", "--help"} & set(argv) or any(word.startswith("--print_config") for word in argv):
         return 0

@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = run_main(importlib.import_module(module).main, words)
     except RuntimeError as error:
-        # If a process of the DataLoader was killed, probably because memory is short, write no exit code, so that the
-        # run is restarted as if the training process had been killed.
+        # A process of the DataLoader may be killed if memory is short. Write no exit code then, so that the run is
+        # restarted as if the training process had been killed.
         report = not str(error).startswith("DataLoader worker")
         raise
     finally:

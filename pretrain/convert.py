@@ -93,8 +93,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     Raises
     ------
     RequestError
-        If there is no such file; if the file is damaged or was written by PyTorch before version 1.6; if the file holds
-        objects other than tensors, plain values and the config; or if the file has no encoder of DreamDiffusion.
+        If the file is missing, is damaged, or was written by PyTorch before version 1.6. If the file holds objects
+        other than tensors, plain values and the config, or has no encoder of DreamDiffusion.
     """
     path = Path(path)
     if not path.is_file():
@@ -176,8 +176,8 @@ def convert_weights(
     Raises
     ------
     RequestError
-        If weights are missing, unknown, of a wrong shape or not finite; if the decoder's position embeddings are not
-        sines and cosines; or if a number of heads is not known or does not divide the width.
+        If weights are missing, unknown, of a wrong shape or not finite. If the decoder's position embeddings are not
+        sines and cosines. If a number of heads is not known or does not divide the width.
     """
     # Ignore the weights with the prefix "nature_img_": they belong to an image encoder that some checkpoints also hold.
     weights = {name: _to_float32(name, value) for name, value in weights.items() if not name.startswith("nature_img_")}

@@ -1,8 +1,8 @@
 """Estimate memory and time of a pretraining run: ``dreamscale plan CONFIG``, or ``--preset paper --gpus 8``.
 
-The numbers of a plan are computed, not measured: the bytes that ZeRO keeps on each GPU, the bytes that autograd keeps
-for the backward pass, and the number of floating-point operations. The time is computed from a utilisation that the
-user gives. The plan also lists all assumptions.
+The numbers of a plan are computed, not measured. They are the bytes that ZeRO keeps on each GPU, the bytes that
+autograd keeps for the backward pass, and the number of floating-point operations. The time is computed from a
+utilisation that the user gives. The plan also lists all assumptions.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def resolve(config: PlanConfig) -> Request:
     Raises
     ------
     RequestError
-        If neither or both of config and preset are given; if the preset or the GPU is unknown; if `batch_size` cannot
-        be divided evenly among the GPUs; or if the given `micro_batch_size` does not divide a GPU's share of the batch.
+        If not exactly one of config and preset is given, or if the preset or the GPU is unknown. If `batch_size` cannot
+        be divided evenly among the GPUs, or `micro_batch_size` does not divide a GPU's share of the batch.
     """
     from data_sharding.common.storage import as_path
     from data_sharding.dataset.dataset import MANIFEST, read_manifest

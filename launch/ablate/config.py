@@ -36,7 +36,7 @@ class AblationConfig:
     {base}/ddpm/model/evrnet."""
     base: str = "base"
     """Name of the base variant. The base variant comes first, and all other variants are compared with it. If `rows`
-    has no variant with this name, the base variant is the configs of `stages` without changes."""
+    has no variant with this name, the base variant uses the configs of `stages` without changes."""
     common: dict[str, Any] = field(default_factory=dict)
     """Keys of all variants, written like the keys in `rows`, such as {ddpm.training.steps: 1000}."""
     dataset: str = ""

@@ -22,8 +22,8 @@ SMOOTH = 1.0
 def measure_colour(image_HW3: Images) -> str:
     """Measure the colour of the shape in a picture.
 
-    Because the background of the demo's pictures is grey, the chroma of a pixel (the difference between its largest and
-    its smallest colour channel) shows whether the pixel belongs to the shape.
+    The background of the demo's pictures is grey, so the chroma of a pixel shows whether the pixel belongs to the
+    shape. The chroma is the difference between the largest and the smallest colour channel of the pixel.
 
     Parameters
     ----------

@@ -91,8 +91,8 @@ def read_scores(folder: Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        Accuracy with its interval, chance level, p-value and numbers of trials and pictures; image metrics; the same
-        values of the control under the key ``shuffled``; and the accuracy of the classifier on real pictures.
+        Accuracy with its interval, chance level, p-value and numbers of trials and pictures. Image metrics. The same
+        values of the control, under the key ``shuffled``. The accuracy of the classifier on real pictures.
     """
     found = read_json(folder / "metrics.json")
 

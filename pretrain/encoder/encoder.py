@@ -286,8 +286,9 @@ class EEGEncoder(nn.Module):
         Raises
         ------
         RequestError
-            If the recording has no EEG channel, or more EEG channels than the encoder takes; if its unit is unknown; if
-            values are missing; if the recording is shorter than a window; or if an argument has an impossible value.
+            If the recording has no EEG channel, or more EEG channels than the encoder takes. If the unit of the
+            recording is unknown, if values are missing, or if the recording is shorter than a window. If an argument
+            has an impossible value.
         """
         from pretrain.encoder.recording import MAX_BATCH, windows_of
 

@@ -243,7 +243,7 @@ def check_example(model: Any, folder: Path) -> None:
         raise RequestError(f"{path}: damaged ({why}); export the encoder again") from None
     if not error <= tolerance:
         raise RequestError(
-            f"{path}: the encoder's output differs from the stored one by {error:.3g} (allowed {tolerance:g}), so "
+            f"{path}: the encoder's output differs from the stored output by {error:.3g} (allowed {tolerance:g}), so "
             "weights and config do not belong together; export the encoder again"
         )
 
@@ -309,7 +309,7 @@ def _from_lists(lists: Any, where: str) -> Tensor:
 
 
 def _find_folder(path_or_hub_id: str | Path) -> Path:
-    """Return the directory of a package; download it if it is on the Hugging Face hub."""
+    """Return the directory of a package; download the package if it is on the Hugging Face hub."""
     path = Path(path_or_hub_id)
     if path.is_dir():
         if not (path / CONFIG).is_file():

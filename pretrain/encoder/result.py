@@ -44,7 +44,7 @@ class CoverageReport:
     seconds_left_out: dict[str, float]
     """Seconds of signal that are in no encoded window, by reason."""
     bad_in_windows: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of encoded windows with a channel that is bad only in some windows, by kind of fault."""
+    """For each kind of fault, the number of encoded windows with a channel that is bad only in some windows."""
 
     def __str__(self) -> str:
         channels = f"{len(self.channels_used)} channels used"

@@ -1,7 +1,7 @@
 """Find copies of an image under several names: equal files, and images that were encoded or resized again.
 
-A test image that is a copy of a training image is not new, whatever its name and its label. A generator or a classifier
-that remembers the training image then looks as if it saw the test image.
+A test image that is a copy of a training image is not new, whatever its name and its label. A model that remembers the
+training image then seems to find the test image in the EEG.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Predictors of the label that are no better than chance if the experiment has no fault.
 
 None of the predictors in this file sees the response to the picture. If a predictor is better than chance, no response
-is needed to predict the label, and the score of a model does not show that the model reads a response. The docstring of
+is needed to predict the label, so the score of a model does not show that the model uses a response. The docstring of
 `pretrain.model` explains letters such as BCT in `x_BCT`. L counts labels, F features, k neighbours.
 """
 
@@ -157,8 +157,9 @@ def _median_gap(fit: _Places, new: _Places) -> float:
 def _distances(fit: _Places, new: _Places) -> Iterator[tuple[Labels, Labels, NDArray[np.float64]]]:
     """Compute the distances in time between test trials and training trials, recording by recording.
 
-    Each result has the indices of a recording's test trials, the indices of its training trials, and the distances in
-    time between these trials. The distance between two trials is infinite if the time of one trial is unknown.
+    Yields, for each recording, the indices of the test trials, the indices of the training trials, and the distances in
+    time between test trials and training trials. The distance between two trials is infinite if the time of one trial
+    is unknown.
     """
     for recording in np.unique(new.recording_n):
         rows, columns = np.flatnonzero(new.recording_n == recording), np.flatnonzero(fit.recording_n == recording)
@@ -376,7 +377,7 @@ def _divide_into_folds(n: int, groups_n: ArrayLike | None, seed: int) -> Labels:
 def noise_features(x_nCT: ArrayLike, sfreq: float) -> NDArray[np.float64]:
     """Compute features that need no response to the picture: mean and logarithmic band power of each channel.
 
-    The features are made for the baseline before the picture, and for eye and face channels.
+    The features are computed from the EEG before the picture, and from eye and face channels.
 
     Parameters
     ----------

@@ -1,23 +1,23 @@
 """Written rules that turn scores and controls into a verdict in words.
 
-`judge` applies `RULES` in their order. The first rule that holds gives the verdict, one of five words:
+`judge` applies the rules in the order of `RULES`. The first rule that holds gives the verdict. There are five verdicts:
 
 =============  =====================================================================================
 confounded     the label can be predicted without a response to the picture
-not judgeable  the data or the judge cannot show a signal, even if there is one
-no signal      the score is not better than a control that has no right response
+not judgeable  the data, or the judge of the images, cannot show a signal, even if a signal exists
+no signal      the score is not better than a control without the right EEG
 category only  the score shows the category of the picture, and nothing more about the picture
 signal         the score is better than every control
 =============  =====================================================================================
 
-A comparison *holds* if three conditions are met. First, the 95 % interval of the difference lies above 0. The bootstrap
-for this interval draws people and images at the same time if there are enough people and images (see
+A comparison of two scores *holds* if three conditions are met. First, the 95 % interval of the difference lies above 0.
+The bootstrap for this interval draws people and images at the same time if there are enough people and images (see
 `pretrain.evidence.statistics.compare_paired`). For predictors that see no response, the bootstrap draws only images,
 because a predictor that is better than chance shows a fault of the dataset. Second, the p-value of the comparison is
 below `LEVEL` of `pretrain.evidence.comparisons` after Holm's correction over all comparisons of the same question.
-Third, in a comparison of the model's own score, the permutation test over people has p below `LEVEL`, if there are
-enough people for this test. The permutation test is needed because the interval of a bootstrap over few people is too
-narrow, and because a strong effect in one of eight people shows nothing about people in general.
+Third, if the model's own score is compared and there are enough people, the permutation test over people has p below
+`LEVEL`. The permutation test is needed because the interval of a bootstrap over few people is too narrow, and because a
+strong effect in one of eight people shows nothing about people in general.
 
 docs/evaluation.md explains the controls, the verdicts and the limits of the verdicts. Array shapes: n trials.
 """
@@ -127,7 +127,8 @@ class Evidence:
     leaves out the trials for which no identification can be computed, and the verdict gives the number of these
     trials."""
     judge_n: NDArray[np.float64] | NotApplicable
-    """Scores, from 0 to 1, that the judge gives to real images of the test labels. One value for each image."""
+    """Scores, from 0 to 1, that the judge (the program that scores the generated images) gives to real images of the
+    test labels. One value for each image."""
     judge_chance: float | None = None
     """Chance level of the judge's score; by default the value of `chance`."""
     known_eeg: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
@@ -265,8 +266,8 @@ def find_known_trials(evidence: Evidence) -> list[tuple[str, NDArray[np.bool_]]]
     Returns
     -------
     list of (str, ndarray)
-        Sentences such as ``The EEG of 3 of 90 test trials, or a part of the EEG, is also in the training trials``. The
-        array [n] with a sentence is True for the trials that the sentence counts.
+        Sentences such as ``The EEG of 3 of 90 test trials, or a part of the EEG, is also in the training trials``. For
+        each sentence, an array [n] that is True for the trials that the sentence counts.
     """
     found = [("EEG", "a part of the EEG", data, known_n) for data, known_n in evidence.known_eeg.items()]
     if isinstance(evidence.train, TrialTable):
@@ -337,7 +338,9 @@ def _check(evidence: Evidence) -> None:
             "that describes the randomisation, or set design: unknown"
         )
     if not 0 <= evidence.chance < 1 or not 0 <= (evidence.judge_chance or 0) < 1:
-        raise RequestError(f"chance is {evidence.chance} and judge_chance {evidence.judge_chance}; give 0 to below 1")
+        raise RequestError(
+            f"chance is {evidence.chance} and judge_chance {evidence.judge_chance}; give values from 0 to below 1"
+        )
     _check_scores("hits_n", evidence.hits_n, n)
     for name, control in evidence.controls.items():
         if isinstance(control, NotApplicable):
@@ -417,7 +420,7 @@ def find_constant_score(trials: TrialTable, score_of: Literal["label", "image"])
         return 0.5
     # An image of the predicted label is tied with the other images of this label, and beats all images of other labels.
     right_L = (0.5 * (images_L - 1) + images - images_L) / (images - 1)
-    # An image of another label loses against the images of the predicted label, and is tied with the rest.
+    # An image of another label loses against the images of the predicted label, and is tied with the other images.
     wrong_L = 0.5 * (images - images_L - 1) / (images - 1)
     return float((share_L * right_L + (1 - share_L) * wrong_L).max())
 
@@ -448,13 +451,17 @@ def decide_by_design(case: _Case) -> _Found | None:
 def decide_if_judgeable(case: _Case) -> _Found | None:
     """Apply the rule for evidence that allows no conclusion.
 
-    The reason lies in the data, in a missing control or in a judge that fails. The verdict is *not judgeable* in five
-    cases. There are fewer than `FEWEST_TRIALS` test trials. There are fewer than `FEWEST_IMAGES` test images: an image
-    can resemble another category by chance, and with few images this chance looks like a signal for every person. The
-    image, a copy of the image, or the EEG of more than the share `MOST_KNOWN` of the test trials is also in the data
-    that trained the model, so the model can show a remembered image; `_leave_out_known_trials` leaves out a smaller
-    share. The control with shuffled EEG is missing. The judge fails on real images of the test labels: the 95 %
-    interval of the judge's score does not lie above chance.
+    The verdict is *not judgeable* in five cases:
+
+    - There are fewer than `FEWEST_TRIALS` test trials.
+    - There are fewer than `FEWEST_IMAGES` test images. An image can resemble another category by chance. With few
+      images, such a resemblance looks like a signal for every person.
+    - More than the share `MOST_KNOWN` of the test trials is known to the model: the image, a copy of the image, or the
+      EEG of the trial is also in the data that trained the model, so the model can show a remembered image. A smaller
+      share of known trials is left out by `_leave_out_known_trials`.
+    - The control with shuffled EEG is missing.
+    - The judge, which scores the images, fails on real images of the test labels: the 95 % interval of the judge's
+      score does not lie above chance.
     """
     evidence = case.evidence
     trials, images, reasons = evidence.trials, len(np.unique(evidence.trials.images_n)), []
@@ -485,17 +492,19 @@ def decide_if_judgeable(case: _Case) -> _Found | None:
 def decide_by_leaks(case: _Case) -> _Found | None:
     """Apply the rule about predictors that need no response (leaks).
 
-    The verdict is *confounded* if a predictor that sees only the time, or only the EEG before the picture, is better
-    than chance. The chance level of a predictor is the larger of two numbers: the best score of a predictor that
-    predicts the same label in every trial (`find_constant_score`), and the chance level of the score. The verdict is
-    also *confounded* if EEG shuffled within neighbourhoods gives a better score than EEG shuffled over all trials,
-    because then a part of the score comes from slow changes of the EEG. The verdict is *confounded*, too, if the
-    shuffle within neighbourhoods does not lower the score. This is the case if three conditions are met. The model's
-    own score is better than the score with EEG shuffled over all trials. The model's own score is not better than the
-    score with EEG shuffled within neighbourhoods. The shuffle within neighbourhoods keeps at least the share
-    `NOTHING_LOST` of the difference between the first two scores. Eye and face channels may hold a response to the
-    picture, so if a predictor from these channels is better than chance, the verdict is *confounded* only if the model
-    is not better than this predictor.
+    The verdict is *confounded* in four cases:
+
+    - A predictor that gets only the time, or only the EEG before the picture, is better than chance. The chance level
+      of a predictor is the larger of two numbers: the best score of a predictor that predicts the same label in every
+      trial (`find_constant_score`), and the chance level of the score.
+    - EEG shuffled within neighbourhoods gives a better score than EEG shuffled over all trials. A part of the score
+      then comes from slow changes of the EEG.
+    - The shuffle within neighbourhoods does not lower the score. Three conditions must be met. The model's own score is
+      better than the score with EEG shuffled over all trials. The model's own score is not better than the score with
+      EEG shuffled within neighbourhoods. The shuffle within neighbourhoods keeps at least the share `NOTHING_LOST` of
+      the difference between the model's own score and the score with EEG shuffled over all trials.
+    - A predictor from eye and face channels is better than chance, and the model is not better than this predictor.
+      The predictor alone proves no fault, because these channels may also contain a response to the picture.
     """
     reasons = [
         f"The label can be predicted from {what}, without a response to the picture. {case.scores(name)}."
@@ -528,8 +537,9 @@ def decide_by_controls(case: _Case) -> _Found | None:
     """Apply the rule about the controls.
 
     The verdict is *no signal* if the model's own score is not better than chance, or not better than one of the
-    controls: shuffled EEG, EEG shuffled within neighbourhoods, noise, no EEG, and the predictors from time, baseline
-    and eyes. The comparison with every control must hold, so the model must be better than the strongest control.
+    controls. The controls are shuffled EEG, EEG shuffled within neighbourhoods, noise, no EEG, and the predictors from
+    time, baseline and eyes. The comparison with every control must hold, so the model must be better than the strongest
+    control.
     """
     rows = [row for row in case.rows.values() if row.question == "signal"]
     lost = [row for row in rows if not row.holds]
@@ -657,7 +667,7 @@ def _describe_left_out(case: _Case) -> list[str]:
     single_n = case.evidence.identification_left_out_n
     if "identification" not in case.not_applicable and single_n is not None and np.any(single_n):
         notes.append(
-            f"Same-category identification leaves out {int(np.sum(single_n))} of {n} trials, whose category has only "
-            "one seen image."
+            f"Same-category identification leaves out {int(np.sum(single_n))} of {n} trials, because the category of "
+            "these trials has only one seen image."
         )
     return notes

@@ -179,8 +179,8 @@ def resample_crossed(
 def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, seed: int) -> float:
     """Compute the two-sided p-value of a mean difference between two methods on the same trials.
 
-    If both methods are equally good, the difference of each cluster has either sign with equal probability. The test
-    therefore flips the signs of whole clusters.
+    If both methods are equally good, the difference of a cluster is positive or negative with equal probability. The
+    test therefore flips the signs of whole clusters.
 
     Parameters
     ----------
@@ -212,8 +212,8 @@ def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, see
         return 1.0
 
     def total(sums: np.ndarray, axis: int = -1) -> np.ndarray:
-        # Sums of the same fractions in a different order differ in their last digits. Round the sums, so that equal
-        # sums count as equal.
+        # If the same fractions are added in another order, the sums can differ in their last digits. Round the sums, so
+        # that equal sums count as equal.
         return np.round(np.abs(sums.sum(axis=axis)), 9)
 
     exact = len(sums) <= _EXACT

@@ -1,9 +1,9 @@
 """When each trial happened, and permutations that move EEG only between neighbouring trials.
 
 EEG drifts over minutes: electrodes dry, and people get tired. If pictures of one category are shown one after the
-other, a model can read the category from the drift. The shuffle within neighbourhoods shows whether a model reads the
+other, a model can predict the category from the drift. The shuffle within neighbourhoods shows whether a model uses the
 drift. A neighbourhood is a short sequence of consecutive trials of one recording, whatever the labels of the trials.
-The drift is nearly equal in all trials of a neighbourhood, so a model that reads the drift gives nearly the same answer
+The drift is nearly equal in all trials of a neighbourhood, so a model that uses the drift gives nearly the same answer
 after the shuffle within neighbourhoods.
 
 - In a block design, the trials of a neighbourhood have the same label. The shuffle within neighbourhoods therefore does
@@ -193,7 +193,8 @@ def merge_copies(images_n: ArrayLike, copies: Iterable[tuple[str, str]]) -> NDAr
     Returns
     -------
     ndarray of str, shape (n,)
-        The new name for each trial. All images that are connected by pairs get the alphabetically first of their names.
+        The new name for each trial. All images that are connected by pairs, directly or through other images, get the
+        alphabetically first of their names.
     """
     first: dict[str, str] = {}
 

@@ -30,19 +30,20 @@ PART = 256
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KnownEEG:
-    """Which EEG of a split was also in the data that trained a model."""
+    """The EEG of a split that is also in the data that trained a model."""
 
     trials: Mapping[str, NDArray[np.bool_]]
     """For `TRAINING` and, if the pretraining data were compared, for `PRETRAINING`, an array [n] that is True for
     trials whose EEG is also in these data."""
     people_in_pretraining: int = 0
-    """Number of people of the split with EEG in the pretraining data."""
+    """Number of people in the split who also have EEG in the pretraining data."""
 
 
 def digest_windows(dataset: EEGDataset) -> NDArray[np.uint64]:
-    """Compute a checksum of the EEG of each trial, of the part of the trial that `dataset` reads.
+    """Compute a checksum of each trial's EEG, over the part of the trial that `dataset` reads.
 
-    Equal EEG of the same channels in the same order has the same checksum, whatever the names of the recordings.
+    If two trials have equal EEG of the same channels in the same order, their checksums are equal, whatever the names
+    of the recordings.
     """
     digests_n = np.empty(len(dataset), np.uint64)
     with progress("checksums of the EEG", len(dataset), enabled=len(dataset) >= 10_000) as advance:
@@ -89,7 +90,7 @@ def find_eeg_of_training(train: EEGDataset, data: EEGDataset) -> NDArray[np.bool
     Parameters
     ----------
     train, data : EEGDataset
-        Train split, and the split of the test trials. Both read the same part of each trial.
+        Train split, and the split of the test trials. `train` and `data` must read the same part of each trial.
 
     Returns
     -------
@@ -116,7 +117,8 @@ def find_eeg_of_pretraining(before: Contents, contents: Contents, data: EEGDatas
     -------
     ndarray of bool, shape (n,)
         True for a trial whose window is equal to a window of the pretraining dataset, or overlaps in time with a window
-        of the same recording there. If the windows in `contents` were not decoded, windows are compared by time only.
+        of the same recording in the pretraining dataset. If the windows in `contents` were not decoded, windows are
+        compared by time only.
     """
     shared = find_shared_windows(before, contents) & (contents.split == SPLITS.index(data.split))
     places = {
@@ -133,7 +135,7 @@ def find_eeg_of_pretraining(before: Contents, contents: Contents, data: EEGDatas
 
 
 def count_people_of_pretraining(before: Contents, contents: Contents, split: str) -> int:
-    """Count the people of a split whose EEG is also in the pretraining dataset, by corpus and name of the person."""
+    """Count the people of a split who also have EEG in the pretraining data, and compare people by corpus and name."""
     recordings = np.unique(contents.recording[contents.split == SPLITS.index(split)])
     people = {contents.people[number] for number in recordings} & contents.known_subjects()
     return len(people & before.known_subjects())
@@ -142,12 +144,12 @@ def count_people_of_pretraining(before: Contents, contents: Contents, split: str
 def find_known_eeg(
     train: EEGDataset, data: EEGDataset, before: Contents | None = None, contents: Contents | None = None
 ) -> KnownEEG:
-    """Find the EEG of a split that is also in the training trials or, if both contents are given, in pretraining data.
+    """Find the EEG of a split that is also in the training trials or, if `before` is given, in the pretraining data.
 
     Parameters
     ----------
     train, data : EEGDataset
-        Train split, and the split of the test trials. Both read the same part of each trial.
+        Train split, and the split of the test trials. `train` and `data` must read the same part of each trial.
     before, contents : Contents, optional
         Contents of the pretraining dataset, and of the dataset of the trials.
 

@@ -243,19 +243,19 @@ class MontageEncoder(nn.Module):
         return (x_BCND * weight_BC[..., None, None]).sum(dim=1)
 
     def electrode_inputs(self, metas: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return the electrodes of samples as arguments of `EEGEncoder.tokens`."""
+        """Return the electrode positions of samples as arguments of `EEGEncoder.tokens`."""
         positions_BC3, count_B = electrode_positions(metas, self.config.channels)
         return {"positions": positions_BC3, "count_B": count_B}
 
     def common_positions(self, dataset: EEGDataset) -> Tensor | None:
-        """Return the electrodes of a dataset with one montage; see the function `common_positions`."""
+        """Return the electrode positions of a dataset with one montage; see the function `common_positions`."""
         return common_positions(dataset)
 
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
         """Return the number of recorded channels of each window; the scale of a window is computed over these channels.
 
-        The scale does not include the copies of channels in a padded window: channels with more copies would have a
-        larger weight, and the scale would depend on the order of the channels.
+        The scale does not include the copies of channels in a padded window. Otherwise, channels with more copies would
+        have a larger weight, and the scale would depend on the order of the channels.
         """
         return len(positions_C3) if channels is None and positions_C3 is not None else channels
 

@@ -1,4 +1,4 @@
-"""Facts about each tokenizer that are needed before a model is built: its number of tokens and its description.
+"""Facts about each tokenizer that are needed before a model is built: the number of tokens and the description.
 
 A tokenizer turns a window of EEG into tokens. Only `pretrain.model.build` chooses classes by the name of the tokenizer.
 All other code calls methods of the encoder, or (through `pretrain.model.config.EncoderConfig`) the methods in this

@@ -3,8 +3,8 @@
 Trials of one subject resemble each other, and so do trials of one image. If a classifier has seen the subject or the
 image of a trial in training, its accuracy on this trial is too high. Three rules prevent accuracies that are too high:
 
-- No image is in both the training trials and the test trials of a fold, and no test trial has EEG that is equal to the
-  EEG of a training trial, or that overlaps in time with the EEG of a training trial of the same recording.
+- No image is in both the training trials and the test trials of a fold. The EEG of a test trial is not equal to the EEG
+  of a training trial, and does not overlap in time with the EEG of a training trial of the same recording.
 - With ``folds: subjects``, no subject is in both the training trials and the test trials. With ``folds: split``, the
   dataset's splits are used, and the report names the subjects that are in both the training and the test trials.
 - Settings, such as the ridge penalty, are chosen without the test trials: on the val split, and on inner folds. The
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from pretrain.probe.features import Trials
 
 LeftOut = dict[str, dict[str, int]]
-"""Number of trials that were left out, by reason (images, eeg) and by use of the trials (train, test)."""
+"""Number of trials that were left out: for each reason (images, eeg), the number of training trials and of test
+trials."""
 INNER_FOLDS = 5
 """Largest number of inner folds."""
 
@@ -75,7 +76,7 @@ def _share_images(trials: Trials, numbers: np.ndarray) -> bool:
 
 
 def _share_eeg(trials: Trials, numbers: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return for each trial of `numbers` whether its EEG is also in the EEG of the trials `others`."""
+    """Return, for each trial in `numbers`, whether its EEG is also EEG of a trial in `others`."""
     overlap = overlap_in_time(trials.table.select(numbers), trials.table.select(others), trials.window_s)
     return overlap | np.isin(trials.digests_n[numbers], trials.digests_n[others])
 
@@ -120,8 +121,8 @@ def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], L
 def _fold_of_splits(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], LeftOut]:
     every, none = np.arange(len(trials)), np.array([], int)
     train = every[trials.splits_n == "train"]
-    # Test trials must not be used to choose settings such as the ridge penalty, so the val split is not used for this
-    # purpose if it is the test split.
+    # Test trials must not be used to choose settings such as the ridge penalty. So if the val split is the test split,
+    # the val split is not used to choose settings.
     val = none if config.split == "val" else every[trials.splits_n == "val"]
     test = every[trials.splits_n == config.split]
     fitted = np.concatenate([train, val])

@@ -73,8 +73,8 @@ def collect_evidence(setting: Setting, predicted_s: Labels) -> Evidence:
     # If all scored trials have the same label, the share of this label is 1, and no score could be larger than this
     # chance.
     chance = max(1 / setting.classes, share if share < 1 else 0.0)
-    # The training trials of a fold can be test trials of other folds, so several folds together have no set of training
-    # trials that can be compared with all test trials.
+    # The training trials of a fold can be test trials of other folds. So if there are several folds, no set of training
+    # trials can be compared with all test trials.
     train: TrialTable | NotApplicable = NotApplicable(
         reason="each fold has its own training trials, and no image is in both training and test trials of a fold"
     )
@@ -99,7 +99,7 @@ def collect_evidence(setting: Setting, predicted_s: Labels) -> Evidence:
 
 
 def _is_shared(values_n: NDArray, folds: list[Fold]) -> bool:
-    """Return whether the training and test trials of any fold have a value in common."""
+    """Return whether the training trials and the test trials of at least one fold have a value in common."""
     return any(np.isin(values_n[fold.test], values_n[fold.train]).any() for fold in folds)
 
 

@@ -22,11 +22,10 @@ _SAME_REQUEST_S = 3.0
 class StopSignal:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop reads.
 
-    A SIGINT that arrives more than three seconds after the first signal interrupts the process at once. A second
-    SIGINT within three seconds is ignored, because one request can arrive twice: the terminal or batch system
-    signals every process, and torchrun also passes its signal on to its workers. If the environment variable
-    `STOP_FILE` is set, the flag is also set when the stop file appears. The class checks at most once a second whether
-    the stop file exists.
+    A SIGINT that arrives more than three seconds after the first signal interrupts the process at once. A second SIGINT
+    within three seconds is ignored, because one request can arrive twice: from the terminal or the batch system, and
+    from torchrun, which forwards signals to its workers. If the environment variable `STOP_FILE` is set, the flag is
+    also set when the stop file appears. The class checks at most once a second whether the stop file exists.
     """
 
     def __init__(self) -> None:

@@ -100,8 +100,8 @@ def _open_wandb(
             mode = "offline"
     if mode != "online":
         run = wandb.init(**common, mode=mode)
-    # Use the metric "step" as the x-axis. wandb's own step cannot be used, because it must not decrease, but a training
-    # goes back to an earlier step after a loss spike.
+    # Use the metric "step" as the x-axis. wandb's own step cannot be used: it must not decrease, but a training goes
+    # back to an earlier step after a loss spike.
     run.define_metric("*", step_metric="step")
     return (lambda step, metrics: run.log({"step": step, **metrics})), run.finish
 

@@ -119,9 +119,9 @@ def activation_bytes(
     seen, every = tokens_of(model, channels)
 
     def block(shape: EncoderConfig | DecoderConfig, tokens: int) -> float:
-        # For each token, autograd keeps eight vectors of the model's width (input, norm, q, k, v, output of the
-        # attention, sum, second norm), two vectors of the hidden width (before and after the GELU), and in float32 two
-        # statistics for each norm and one for each head.
+        # For each token, autograd keeps eight vectors of the model's width: input, norm, q, k, v, output of the
+        # attention, sum and second norm. Autograd also keeps two vectors of the hidden width (before and after the
+        # GELU), and, in float32, two statistics for each norm and one statistic for each head.
         wide = tokens * (8 * shape.dim + 2 * int(shape.dim * shape.mlp_ratio)) * value
         return wide + tokens * 4 * (4 + shape.heads)
 

@@ -103,14 +103,14 @@ class Throughput:
         return sum(float("nan") if loss is None else loss for loss in self.losses) / self.steps
 
     def rates(self) -> dict[str, Any]:
-        """Return the training's speed and waiting time since the last metrics line; every process must call this.
+        """Return speed and waiting time since the last line of metrics; every process must call this method.
 
         Returns
         -------
         dict
-            ``samples_per_s`` and ``tokens_per_s``, summed over all processes; ``mfu`` (model-FLOPs utilisation; None if
-            the device's peak speed is not known); ``data_stall_s`` and ``data_stall_share``, the time that the slowest
-            process waited for data, in seconds and as a share of the whole time.
+            ``samples_per_s`` and ``tokens_per_s``: speed of all processes together. ``mfu``: model-FLOPs utilisation;
+            None if the device's peak speed is not known. ``data_stall_s`` and ``data_stall_share``: time that the
+            slowest process waited for data, in seconds and as a share of the whole time.
         """
         seconds = time.monotonic() - self._started
         (stall_s,) = self._world.all_reduce_max(self._stall_s)

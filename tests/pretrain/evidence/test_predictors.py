@@ -1,4 +1,4 @@
-"""Tests of the predictors: each finds the confound that it is made for, and finds nothing in a clean experiment."""
+"""Tests of the predictors: each predictor finds its confound, and is at chance in an experiment without confound."""
 
 from __future__ import annotations
 

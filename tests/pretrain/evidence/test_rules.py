@@ -36,7 +36,7 @@ def draw(share: float, n: int, seed: int) -> np.ndarray:
 
 
 def make_evidence(own: float = 0.6, *, trials: TrialTable | None = None, **changes: Any) -> Evidence:
-    """Make evidence of a clean experiment; `changes` replaces fields, or a control by its name."""
+    """Make the evidence of an experiment without fault; `changes` replaces fields, or controls by their names."""
     trials = make_table() if trials is None else trials
     n = len(trials)
     shares = dict.fromkeys(CONTROLS, 0.25)
@@ -87,7 +87,7 @@ class TestWords:
         assert word(make_evidence(design=design, design_evidence="")) == "confounded"
 
     def test_a_constant_label_in_each_recording_is_confounded(self) -> None:
-        # There is one recording of each person for each label, as in a set of recordings of mental arithmetic and of
+        # Each person has one recording for each label, as in a dataset of recordings during mental arithmetic and at
         # rest.
         labels = np.tile(np.repeat([0, 1], 20), 8)
         trials = make_table(labels_n=labels, recordings_n=[f"r{label}" for label in labels])
@@ -120,8 +120,8 @@ class TestWords:
         assert verdict.word == "confounded" and "predicted from the time" in verdict.why[0]
         row = next(row for row in verdict.comparisons if row.name == "time - chance")
         assert (row.left > 0.6, row.right) == (True, 0.5)
-        # The share of the most common label, 78 %, is not the chance level of a search, and would hide that time
-        # predicts the image.
+        # With the score of labels, the chance level is the share of the most common label, 78 %. The rules then cannot
+        # notice that time predicts the image.
         assert word(dataclasses.replace(search, score_of="label")) == "signal"
 
     def test_the_chance_of_a_search_is_the_score_of_the_best_constant_label(self) -> None:
@@ -217,7 +217,8 @@ class TestWhatCanBeJudged:
         )
 
     def test_remembered_trials_alone_are_no_signal(self) -> None:
-        # In one trial of twenty, a model without knowledge remembers the EEG. These trials are right for all people.
+        # The model knows nothing, but remembers the EEG of one trial in twenty. The scores of these trials are 1 for
+        # all people.
         known_n = np.arange(320) % 20 == 0
         hits_n = np.where(known_n, 1.0, draw(0.25, 320, 3))
         assert word(make_evidence(hits_n=hits_n, known_eeg={"training trials": known_n})) == "no signal"

@@ -37,7 +37,8 @@ def make_trial(split: str, number: int, recording: str, start: float, seed: int)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a dataset whose test trials 1 and 2 have EEG of the train split: by time, and by content."""
+    """Write a dataset with EEG of the train split in two test trials: trial 1 overlaps in time, trial 2 has equal
+    EEG."""
     path = tmp_path_factory.mktemp("windows") / "paired"
     train = [make_trial("train", i, "p1-a", 2.0 * i, i) for i in range(4)]
     test = [
@@ -54,7 +55,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_eeg_of_the_training_trials_is_found_by_time_and_by_content(dataset: Path) -> None:
     train, data = (EEGDataset(dataset, split) for split in ("train", "test"))
     assert find_known_eeg(train, data).trials[TRAINING].tolist() == [False, True, True, False, False]
-    # A trial that is the mean of several presentations is known if one of the presentations is known.
+    # A trial that is the mean of several presentations counts as known if one of these presentations is known.
     trials = list_trials(data, [[0], [2, 3], [3, 4]], [[0], [2, 3], [3, 4]])
     setting = Setting.read(train, data, trials, copies=[])
     assert setting.known_eeg.trials[TRAINING].tolist() == [False, True, False]
