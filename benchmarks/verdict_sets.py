@@ -66,6 +66,8 @@ class Design:
     copies: int = 1
     """Number of names under which each image is stored. The names of equal images are merged, as after a search for
     copies."""
+    shared_images: int = 0
+    """Number of test images whose trials are also training trials, for the split by images."""
     forged: bool = False
     """Whether the control with shuffled EEG is wrong: each trial gets its own EEG."""
 
@@ -80,7 +82,9 @@ SETS: dict[str, tuple[Design, str]] = {
     "clean, three people": (replace(CLEAN, people=3), "signal"),
     "random order, block-wise split, drift and response": (replace(CLEAN, split="time", drift=0.1), "signal"),
     "new concepts, good generator": (CONCEPTS, "signal"),
+    "clean, one test image of forty also in training": (replace(CLEAN, shared_images=1), "signal"),
     "null": (NULL, "no signal"),
+    "null, one test image of forty also in training": (replace(NULL, shared_images=1), "no signal"),
     "null, images have responses of their own": (replace(NULL, exemplar=1.5), "no signal"),
     "null, twelve test images under four names each": (replace(NULL, exemplar=1.5, images=12, copies=4), "no signal"),
     "null, three people": (replace(NULL, people=3), "no signal"),
@@ -302,6 +306,9 @@ def _split(design: Design, images: _Images, trials: _Trials, rng: np.random.Gene
             rows = rng.permutation(np.flatnonzero(images.label_I == label))
             held_I[rows[: max(2, len(rows) // 4)]] = True
         test_n = held_I[trials.image_n]
+        if design.shared_images:
+            shared = rng.permutation(np.flatnonzero(held_I))[: design.shared_images]
+            return ~test_n | np.isin(trials.image_n, shared), test_n
     if design.split != "people":
         return ~test_n, test_n
     new_n = group_by(table.subjects_n) >= design.people // 2

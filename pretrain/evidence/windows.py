@@ -7,7 +7,7 @@ new EEG. Array shapes: n test trials.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,11 +116,20 @@ def find_eeg_of_pretraining(before: Contents, contents: Contents, data: EEGDatas
     Returns
     -------
     ndarray of bool, shape (n,)
-        True for a trial whose window is equal to a window of the pretraining dataset, or overlaps in time with a window
-        of the same recording in the pretraining dataset. If the windows in `contents` were not decoded, windows are
+        True for a trial whose window is equal to a window of the train split of the pretraining dataset, or overlaps in
+        time with such a window of the same recording. If the windows in `contents` were not decoded, windows are
         compared by time only.
     """
-    shared = find_shared_windows(before, contents) & (contents.split == SPLITS.index(data.split))
+    train = before.split == SPLITS.index("train")
+    seen = replace(
+        before,
+        recording=before.recording[train],
+        split=before.split[train],
+        start=before.start[train],
+        stored=before.stored[train],
+        digest=before.digest[train] if len(before.digest) else before.digest,
+    )
+    shared = find_shared_windows(seen, contents) & (contents.split == SPLITS.index(data.split))
     places = {
         (contents.recordings[recording], round(float(start), 3))
         for recording, start in zip(contents.recording[shared], contents.start[shared], strict=True)
@@ -135,10 +144,13 @@ def find_eeg_of_pretraining(before: Contents, contents: Contents, data: EEGDatas
 
 
 def count_people_of_pretraining(before: Contents, contents: Contents, split: str) -> int:
-    """Count the people of a split who also have EEG in the pretraining data, and compare people by corpus and name."""
-    recordings = np.unique(contents.recording[contents.split == SPLITS.index(split)])
-    people = {contents.people[number] for number in recordings} & contents.known_subjects()
-    return len(people & before.known_subjects())
+    """Count the people of a split with EEG in the train split of the pretraining dataset, by corpus and name."""
+
+    def list_people(of: Contents, name: str) -> set[tuple[str, str]]:
+        recordings = np.unique(of.recording[of.split == SPLITS.index(name)])
+        return {of.people[number] for number in recordings} & of.known_subjects()
+
+    return len(list_people(before, "train") & list_people(contents, split))
 
 
 def find_known_eeg(

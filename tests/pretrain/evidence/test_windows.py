@@ -64,7 +64,9 @@ def test_eeg_of_the_training_trials_is_found_by_time_and_by_content(dataset: Pat
 @pytest.mark.parametrize("windows", [True, False], ids=["windows", "names"])
 def test_eeg_and_people_of_the_pretraining_data_are_found(dataset: Path, tmp_path: Path, windows: bool) -> None:
     before = [make_sample("w-0", "p2-a", 1.5, 200), make_sample("w-1", "other-a", 0.0, 104)]
-    write_dataset(tmp_path / "unpaired", {"train": before}, SPEC)
+    # Pretraining reads only the train split of its dataset.
+    unread = [make_sample("w-2", "p2-a", 0.0, 3), make_sample("w-3", "p1-a", 9.0, 201)]
+    write_dataset(tmp_path / "unpaired", {"train": before, "test": unread}, SPEC)
     train, data = (EEGDataset(dataset, split) for split in ("train", "test"))
     contents = [Contents.read(path, windows=windows) for path in (tmp_path / "unpaired", dataset)]
     known = find_known_eeg(train, data, *contents)
