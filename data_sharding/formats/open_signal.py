@@ -392,7 +392,8 @@ def _mff(path: Path) -> Signal:
         return mne.io.read_raw_egi(folder, events_as_annotations=True)
 
     raw, folder, notes = read_without_broken(read, path, optional)
-    marks = find_mff_pauses(path, float(raw.info["sfreq"]))
+    about = raw._raw_extras[0]
+    marks = find_mff_pauses(about["first_samps"], about["last_samps"], float(raw.info["sfreq"]))
     return RawSignal(raw, format_="mff", marks=marks, keep=folder, notes=notes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +69,14 @@ def read_ant_segments(path: Path, n_samples: int, sfreq: float, start: float | N
     return segments
 
 
-def find_mff_pauses(path: Path, sfreq: float) -> list[Found]:
+def find_mff_pauses(begins: Sequence[int], ends: Sequence[int], sfreq: float) -> list[Found]:
     """Find the pauses between the epochs of an MFF recording.
 
     Parameters
     ----------
-    path : Path
-        The MFF folder.
+    begins, ends : sequence of int
+        First sample, and last sample plus one, of each epoch. MNE computes these numbers of samples from the times in
+        ``epochs.xml``, which are microseconds in some files and nanoseconds in others.
     sfreq : float
         Sampling rate in Hz.
 
@@ -84,14 +86,9 @@ def find_mff_pauses(path: Path, sfreq: float) -> list[Found]:
         Pauses with exact sample positions. (MNE fills a pause with zeros, and the annotation that MNE adds for the
         pause begins half a sample too early.)
     """
-    from mffpy.xml_files import XML
-
-    epochs = XML.from_file(str(path / "epochs.xml")).epochs
-    spans = [tuple(int(t) // 1000 * int(sfreq) // 1000 for t in (e.beginTime, e.endTime)) for e in epochs]
-    ends = [0, *(end for _, end in spans)]
     return [
-        Found("MFF pause", end / sfreq, (begin - end) / sfreq, "pause")
-        for end, (begin, _) in zip(ends, spans, strict=False)
+        Found("MFF pause", int(end) / sfreq, int(begin - end) / sfreq, "pause")
+        for end, begin in zip([0, *ends], begins, strict=False)
         if begin > 0
     ]
 
