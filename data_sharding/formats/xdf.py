@@ -13,6 +13,7 @@ import numpy as np
 
 from data_sharding.common.reason import Reason
 from data_sharding.formats.channels import clean_position
+from data_sharding.formats.edf import unique_names
 from data_sharding.formats.marks.interruptions import Annotation, divide, find_marks
 from data_sharding.formats.mne_signal import NotContinuous, ReadError
 from data_sharding.formats.signal import Signal, SignalInfo
@@ -82,11 +83,7 @@ def open_xdf(path: Path) -> Signal:
     if not eeg:
         kinds = sorted({str(s.get("type") or "untyped") for s in streams}) or ["none"]
         raise NotContinuous(Reason("no stream of type EEG", f"only {', '.join(kinds)}"))
-    if len(eeg) > 1:
-        names = ", ".join(str(s.get("name") or s["stream_id"]) for s in eeg)
-        text = f"{len(eeg)} streams of type EEG ({names}), and the reader cannot choose a stream; export one EEG stream"
-        raise ReadError(Reason("several streams of type EEG", text=text))
-    own = eeg[0]["stream_id"]
+    own, notes = _choose_stream(path, eeg)
     markers = [s["stream_id"] for s in streams if _has_events(s)]
     sizes: list[int] = []
 
@@ -117,8 +114,8 @@ def open_xdf(path: Path) -> Signal:
     divided = divide(clock.segments, clock.sfreq, find_marks("xdf", read_markers(others, clock, offsets)))
     if not divided.segments:
         raise NotContinuous(Reason("no signal", "the marker streams mark the whole recording as interrupted"))
-    names, units, positions = _channels(stream["info"].get("desc"), x.shape[1])
-    fields: dict[str, Any] = {**units.fields, "notes": [*clock.notes, *units.notes, *divided.notes]}
+    names, twice, units, positions = _channels(stream["info"].get("desc"), x.shape[1])
+    fields: dict[str, Any] = {**units.fields, "notes": [*notes, *clock.notes, *twice, *units.notes, *divided.notes]}
     return ArraySignal(
         x,
         units.gains,
@@ -132,6 +129,32 @@ def open_xdf(path: Path) -> Signal:
             bad_spans=divided.bad_spans,
         ),
     )
+
+
+def _choose_stream(path: Path, streams: Sequence[Any]) -> tuple[int, list[str]]:
+    """Return the id of the only stream that has samples, and notes about streams without samples.
+
+    A recorder also writes the header of a device that is switched on but sends nothing.
+    """
+    import pyxdf
+
+    names = {stream["stream_id"]: str(stream.get("name") or stream["stream_id"]) for stream in streams}
+    if len(names) == 1:
+        return next(iter(names)), []
+    loaded, _ = pyxdf.load_xdf(
+        str(path), select_streams=list(names), synchronize_clocks=False, dejitter_timestamps=False
+    )
+    full = {s["info"]["stream_id"]: names[s["info"]["stream_id"]] for s in loaded if len(s["time_stamps"])}
+    empty = [f"the stream {name} of type EEG has no samples" for number, name in names.items() if number not in full]
+    if not full:
+        raise NotContinuous(Reason("no signal", f"the {len(names)} streams of type EEG have no samples"))
+    if len(full) > 1:
+        listed = ", ".join(full.values())
+        text = (
+            f"{len(full)} streams of type EEG ({listed}), and the reader cannot choose a stream; export one EEG stream"
+        )
+        raise ReadError(Reason("several streams of type EEG", text=text))
+    return next(iter(full)), empty
 
 
 def _has_events(stream: Any) -> bool:
@@ -213,8 +236,8 @@ def read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Seq
     return found
 
 
-def _channels(desc: Any, n: int) -> tuple[list[str], Units, list[list[float] | None]]:
-    """Return what the stream declares about its channels: names, types with units, and positions.
+def _channels(desc: Any, n: int) -> tuple[list[str], list[str], Units, list[list[float] | None]]:
+    """Return the names, notes about equal names, types and units, and positions of the channels of a stream.
 
     Values without a unit are read as volts; a later check of the amplitudes finds values with another unit.
     """
@@ -229,13 +252,10 @@ def _channels(desc: Any, n: int) -> tuple[list[str], Units, list[list[float] | N
         value = (channel.get(key) or [""])[0]
         return value.strip() if isinstance(value, str) else ""
 
-    names: list[str] = []
-    for i, channel in enumerate(declared, start=1):
-        name = word(channel, "label") or str(i)
-        names.append(name if name not in names else f"{name}-{i}")
+    names, twice = unique_names([word(channel, "label") or str(i) for i, channel in enumerate(declared, start=1)])
     types = [TYPES.get(word(channel, "type").lower(), "misc") for channel in declared]
     units = read_units(names, types, [word(channel, "unit") for channel in declared], [1.0] * n)
-    return names, units, [_place(channel) for channel in declared]
+    return names, twice, units, [_place(channel) for channel in declared]
 
 
 def _place(channel: Any) -> list[float] | None:

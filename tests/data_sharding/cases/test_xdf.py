@@ -296,6 +296,49 @@ def test_streams_without_a_steady_clock_are_refused(tmp_path: Path, shard_all, t
     assert row.category == ("no time stamps" if what == "no times" else "the stream has no steady rate")
 
 
+def _add_stream(path: Path, number: int, uv: np.ndarray | None, label: str = "Fp1") -> None:
+    """Append the header of a stream of type EEG to a file, and its samples if it has samples."""
+    channel = f"<channel><label>{label}</label><unit>microvolts</unit><type>EEG</type></channel>"
+    xml = (
+        "<?xml version='1.0'?><info><name>second</name><type>EEG</type><channel_count>1</channel_count>"
+        "<nominal_srate>250</nominal_srate><channel_format>float32</channel_format><created_at>1</created_at>"
+        f"<desc><channels>{channel}</channels></desc></info>"
+    )
+    content = struct.pack("<I", number) + xml.encode()
+    data = b"\x04" + struct.pack("<IH", len(content) + 2, 2) + content
+    if uv is not None:
+        body = b"".join(b"\x08" + struct.pack("<df", BEGIN + i / 250, value) for i, value in enumerate(uv))
+        content = struct.pack("<I", number) + b"\x04" + struct.pack("<I", len(uv)) + body
+        data += b"\x04" + struct.pack("<IH", len(content) + 2, 3) + content
+    path.write_bytes(path.read_bytes() + data)
+
+
+def test_streams_without_samples_do_not_count(tmp_path: Path, shard_all, assert_true, true_uv) -> None:
+    index = np.arange(250 * SECONDS)
+    for folder in ("silent", "both"):
+        path = tmp_path / folder / "a.xdf"
+        write_xdf(path, BEGIN + index / 250, true_uv(57, 8, index / 250), 250, chunks=[25] * 400)
+        _add_stream(path, 9, None if folder == "silent" else np.ones(5000))
+    sharded = shard_all(tmp_path / "silent", SPEC)["a.xdf"]
+    assert sharded.row.notes == ["the stream second of type EEG has no samples"]
+    assert_true(sharded, 57)
+    row = shard_all(tmp_path / "both", SPEC)["a.xdf"].row
+    assert row.reason == (
+        "2 streams of type EEG (amp, second), and the reader cannot choose a stream; export one EEG stream"
+    )
+
+
+def test_equal_labels_have_a_note(tmp_path: Path, shard_all, assert_true, true_uv) -> None:
+    index = np.arange(250 * SECONDS)
+    path = tmp_path / "x" / "a.xdf"
+    write_xdf(path, BEGIN + index / 250, true_uv(58, 8, index / 250), 250, chunks=[25] * 400)
+    path.write_bytes(path.read_bytes().replace(b"<label>P4<", b"<label>P3<"))
+    sharded = shard_all(path.parent, SPEC)["a.xdf"]
+    note = "2 channels are named 'P3': the first keeps its name and position, the others get a number"
+    assert sharded.row.notes == [note]
+    assert_true(sharded, 58, names=[*NAMES[:7], "P3-1"])
+
+
 class TestMarkerStreams:
     """A marker of a marker stream divides the recording at the sample with the time of the marker."""
 
