@@ -144,8 +144,8 @@ def measure(way: str, edf: Path) -> dict[str, float]:
 def job(folder: Path, workers: int) -> dict[str, float]:
     """Measure the wall time of the whole job, and the recordings/s after the workers have started.
 
-    Ray and the imports of each worker need several seconds. For a large corpus, these seconds do not matter. So the
-    recordings/s are measured only after two recordings for each worker have been returned.
+    Ray and the imports of each worker need several seconds, which do not matter for a large corpus. So the recordings/s
+    are measured only after two recordings for each worker have been returned.
     """
     from data_sharding.job import run as module
 

@@ -62,7 +62,7 @@ class Design:
     search: bool = False
     """Whether the score of a trial is the share of all other test images that are less similar to the shown image than
     the seen image is, as in a retrieval. By default, the score is 1 for the right category. For new concepts, the score
-    is that share among the images of other concepts."""
+    is the share of images of other concepts that are less similar to the shown image than the seen image is."""
     copies: int = 1
     """Number of names under which each image is stored. The names of equal images are merged, as after a search for
     copies."""

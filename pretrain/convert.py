@@ -260,7 +260,7 @@ def convert_weights(
 
 
 def _block_names(foreign: str, depth: int) -> dict[str, str]:
-    """Map the name of each weight of the blocks in `pretrain.model` to its name in the checkpoint (`foreign` ...)."""
+    """Map each name of a block weight in `pretrain.model` to a name in the checkpoint that begins with `foreign`."""
     parts = {"norm1": "norm1", "attn.qkv": "attn.qkv", "attn.proj": "attn.proj", "norm2": "norm2"}
     parts |= {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
     return {
@@ -299,7 +299,7 @@ def _get_weight(weights: dict[str, Tensor], name: str, rank: int) -> Tensor:
 
 
 def _take(weights: dict[str, Tensor], names: dict[str, str], taken: set[str], model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of `model` by their names in `model`, and add their names in the checkpoint to `taken`.
+    """Return the weights under their names in `model`, and add the names that they have in the checkpoint to `taken`.
 
     `model` only gives the expected shapes, so it may be on the meta device.
     """

@@ -108,7 +108,7 @@ def read_ablation(argv: Sequence[str]) -> Ablation:
         if path.name == MAIN:
             continue
         if path.stem in rows:
-            raise RequestError(f"{path}: {where} has a row '{path.stem}' too; rename one of them")
+            raise RequestError(f"{path}: {where} has a row '{path.stem}' too; rename one of the two rows")
         rows[path.stem], files[path.stem] = _read_row(path), str(path)
     rows = {config.base: rows.pop(config.base, {}), **rows}
     files = {config.base: where, **files}

@@ -1,4 +1,4 @@
-"""Compute features of the EEG before the picture. This EEG is too early to hold a response to the picture.
+"""Compute features of the EEG before the picture, which is too early to contain a response to the picture.
 
 The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`. F counts features.
 """

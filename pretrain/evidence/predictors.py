@@ -60,9 +60,9 @@ Rule = Callable[[_Places, _Places, float | None], Labels]
 
 A rule takes three arguments: the training trials, the test trials, and the gap. Rules are compared on the training
 trials alone, so in this comparison the test trials are the training trials themselves. The gap is then a number of
-seconds: a rule must not predict a trial's label from trials of the same recording that are nearer in time than the gap,
-and a rule over several recordings must leave out the trial's own recording. To predict the labels of real test trials,
-the gap is None.
+seconds. A rule must not predict a trial's label from trials of the same recording that are nearer in time than the gap.
+A rule over several recordings must leave out the trial's own recording. To predict the labels of real test trials, the
+gap is None.
 """
 
 

@@ -90,8 +90,8 @@ class Control:
     time."""
     left_out_n: NDArray[np.bool_] | None = None
     """[n] True for trials for which the control could not be made, such as trials that are alone in their
-    neighbourhood. The comparison leaves out the trials that are True in this array, and the verdict gives their
-    number."""
+    neighbourhood. The comparison leaves out the trials that are True in this array, and the verdict gives the number of
+    these trials."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,7 +137,7 @@ class Evidence:
     new_people: bool
     """True if no test person is in the training trials."""
     people_in_pretraining: int = 0
-    """Number of test people with EEG in the pretraining data of the encoder."""
+    """Number of test people who also have EEG in the pretraining data of the encoder."""
     new_concepts: bool
     """True if no test label is among the training labels."""
 
@@ -287,8 +287,8 @@ def find_known_trials(evidence: Evidence) -> list[tuple[str, NDArray[np.bool_]]]
 def _leave_out_known_trials(evidence: Evidence) -> tuple[Evidence, int, list[str]]:
     """Leave out at most the share `MOST_KNOWN` of the test trials: trials that the model may remember.
 
-    Returns the remaining evidence, the number of trials that were left out, and sentences about these trials. If more
-    trials are known, all trials are kept, and `decide_if_judgeable` gives the verdict.
+    Returns the remaining evidence, the number of trials that were left out, and sentences about these trials. If the
+    model may remember more trials, all trials are kept, and `decide_if_judgeable` gives the verdict.
     """
     known, n = find_known_trials(evidence), len(evidence.trials)
     known_n = np.any([one_n for _, one_n in known], axis=0) if known else np.zeros(n, bool)
@@ -407,8 +407,8 @@ def find_constant_score(trials: TrialTable, score_of: Literal["label", "image"])
     float
         For labels, the share of trials with the most common test label. For images, the score of a predictor that
         predicts only a label: all images of the predicted label get one high similarity, and all other images get one
-        lower similarity. This score is 0.5 if all test images were shown equally often, however many images a label
-        has.
+        lower similarity. The score for images is 0.5 if all test images were shown equally often, however many images a
+        label has.
     """
     labels_L, label_n = np.unique(trials.labels_n, return_inverse=True)
     share_L = np.bincount(label_n) / len(trials)
@@ -553,8 +553,8 @@ def decide_by_controls(case: _Case) -> _Found | None:
         low = row.difference.over_images[0] if row.difference.over_images else 0.0
         if row.difference.p_people is not None and low > 0:
             reasons.append(
-                "For the same people and other images, the difference stays above 0, but the difference depends on few "
-                f"people: the permutation test over people has p = {row.difference.p_people:.2g}."
+                "With the same people, the difference is above 0 for other images too. But few people cause the "
+                f"difference: the permutation test over people has p = {row.difference.p_people:.2g}."
             )
     return "no signal", reasons
 
@@ -576,8 +576,8 @@ def decide_by_content(case: _Case) -> _Found | None:
         )
     if case.evidence.new_concepts and "own - nearest" in case.rows and not case.holds("own - nearest"):
         reasons.append(
-            "The nearest training image is as good as the generated image, so nothing of the new concepts is shown. "
-            f"{case.scores('own - nearest')}."
+            "The nearest training image is as good as the generated image, so the generated image shows nothing of "
+            f"the new concepts. {case.scores('own - nearest')}."
         )
     return ("category only", reasons) if reasons else None
 

@@ -125,7 +125,7 @@ def _make_notes(result: dict[str, Any], by_subject: bool) -> list[str]:
         if any(left_out.values()):
             notes.append(
                 f"Trials left out because their {what} is in both training and test: {left_out['test']} test trials, "
-                f"{left_out['train']} training trials (sum over all fits)."
+                f"{left_out['train']} training trials (sum over all folds)."
             )
     if result["settings"]["standardize"] == "subject":
         notes.append(

@@ -50,7 +50,7 @@ class TestTime:
     def test_a_common_order_is_found_for_new_people(self) -> None:
         same = np.tile(self.blocks(1)[:1], (PEOPLE, 1))
         assert score(make_trials(same), self.new_people) == 1.0
-        # If one recording runs at half the speed, the fraction of the recording still gives the label.
+        # If one recording takes twice as long, the fraction of the recording's duration still predicts the label.
         slow = np.tile(np.arange(TRIALS) * 2.0, PEOPLE) * np.repeat([1, 2, 1, 2, 1, 2], TRIALS)
         assert score(make_trials(same, times_n=slow), self.new_people) == 1.0
 

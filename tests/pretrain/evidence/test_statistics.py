@@ -171,7 +171,7 @@ class TestNoiseCeiling:
         rng = np.random.default_rng(0)
         images = np.repeat(np.arange(300), 4)
         values = rng.normal(0, 1, (300, 3))[images] + rng.normal(0, 2, (1200, 3))
-        # The mean of four repeats has the variance 1 of the image and 4 / 4 of the noise.
+        # The mean of four repeats has the variance 1 from the image and 4 / 4 from the noise.
         assert split_half_reliability(values, images, splits=20) == pytest.approx(0.5, abs=0.05)
         assert abs(split_half_reliability(rng.normal(size=(1200, 3)), images, splits=20)) < 0.2
 

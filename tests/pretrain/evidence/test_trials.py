@@ -146,7 +146,7 @@ class TestDerangement:
         assert not alone.any()
 
     def test_the_smallest_derangements_are_exact(self) -> None:
-        # The result has the largest number of changed images of all permutations that move every trial.
+        # No permutation that moves every trial changes more images than the result.
         for images in ("aab", "abb", "aabb", "aaab", "abc", "aabc", "aaabb"):
             n = len(images)
             moves = [order for order in itertools.permutations(range(n)) if all(i != j for i, j in enumerate(order))]

@@ -44,7 +44,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     test = [
         make_trial("test", 0, "p1-a", 9.0, 100),
         make_trial("test", 1, "p1-a", 6.9, 101),  # The last training window ends at 7 s.
-        make_trial("test", 2, "p2-a", 0.0, 3),  # The EEG is that of the last training trial, under another name.
+        make_trial("test", 2, "p2-a", 0.0, 3),  # Equal to the EEG of the last training trial.
         make_trial("test", 3, "p2-a", 2.0, 103),
         make_trial("test", 4, "p2-a", 7.0, 104),  # A window that begins where another window ends shares no EEG.
     ]

@@ -235,8 +235,8 @@ def test_blocks_of_hidden_tokens_are_spans() -> None:
     assert (hidden.sum(dim=1) == 16).all()
     for row in hidden[:200].tolist():
         runs = [len(run) for run in "".join(".#"[h] for h in row).split(".") if run]
-        # Of 16 hidden tokens, 15 are in three spans of 5 tokens, and one is alone. Spans of hidden tokens may touch
-        # each other.
+        # Of 16 hidden tokens, 15 tokens are in three spans of 5 tokens, and one token is alone. Spans of hidden tokens
+        # may touch each other.
         assert all(run % span in (0, 1) for run in runs) and sum(run % span for run in runs) == 1
     # All tokens are hidden about equally often, except that tokens near the ends of the window are hidden less often,
     # because fewer spans reach the ends.
