@@ -63,7 +63,7 @@ RANK = 2e-3
 errors."""
 CODE_BITS = 62
 NEAR_BITS = 12
-"""Two recordings can have the same signal only if at most this many bits of their mixing codes differ."""
+"""Two recordings of equal length are a candidate pair if at most this many bits of their mixing codes differ."""
 MIXED = 0.1
 """A channel is a linear combination of the channels of the other recording if the residual of the linear fit is below
 this fraction of the channel's norm."""
@@ -408,8 +408,7 @@ def find_duplicates(
     Returns
     -------
     dict of str to Copy
-        The entries are indexed by the key of the recording that can be left out. The entry says which recording is
-        kept.
+        For each recording that can be left out (by its key): which other recording is kept.
     """
     duplicates: dict[str, Copy] = {}
     kept_for: dict[str, RecordingFingerprint] = {}

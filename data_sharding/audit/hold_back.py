@@ -154,8 +154,8 @@ class HoldBack:
     """What to hold back: recordings, checksums and datasets. All names were already looked up in the corpora."""
 
     named: dict[str, str]
-    """Recordings that are held back by name. The key is the key of a recording, the value is a text with the entry that
-    matches the recording, and where this entry is."""
+    """For each recording that is held back by name (by its key): a text with the entry that matches the recording, and
+    where this entry is."""
     sha256: dict[str, str]
     """Checksums that are held back. The key is the checksum, the value says where the entry is."""
     datasets: list[Contents]

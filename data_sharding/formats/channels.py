@@ -88,7 +88,7 @@ class Channels:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names of the channels that are not EEG, grouped by kind of channel."""
     unknown_unit: str = ""
-    """Text of the unknown unit, if no channel has a known unit. Such a recording cannot be used. Otherwise empty."""
+    """Text of the unknown unit if no channel has a known unit (such a recording cannot be used); otherwise empty."""
     selection: str = "all"
     """Text for the ledger that says which channels are kept, such as "120 good of 140"; "all" if no channel is
     dropped."""

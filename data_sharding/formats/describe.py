@@ -51,7 +51,8 @@ FORMATS = (
     About(("fif",), "FIF (`_raw.fif`, `-epo.fif`, splits)", "first tag", "every tag"),
     About(("xdf",), "XDF (`.xdf`)", "`XDF:`", "every chunk"),
 )
-"""Formats with a reader in `data_sharding.formats.open_signal`. Formats of the folder `readers` describe themselves."""
+"""Formats with a reader in `data_sharding.formats.open_signal`. Each format in the folder `readers` contains its own
+description."""
 
 
 def list_formats() -> list[About]:

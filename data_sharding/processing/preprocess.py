@@ -102,14 +102,14 @@ class PreprocessSpec:
     highpass: float = 5.0
     """Lower edge of the pass band in Hz."""
     lowpass: float = 95.0
-    """Upper edge of the pass band in Hz. For a recording with a low sampling rate, the upper edge is 0.45 of that
+    """Upper edge of the pass band in Hz. For a recording with a low sampling rate, the upper edge is 0.45 times that
     rate."""
     notch: Literal["auto", "off"] | float | bool = "auto"
     """Notch filter. auto: remove the recording's mains frequency and its harmonics inside the band. off (or no): use no
     notch filter. A number in Hz: remove this frequency and its harmonics from every recording."""
     reference: str | list[str] = "average"
     """Reference. average: subtract the mean over good channels. keep: do not change the reference. Channel names (Cz,
-    or [M1, M2]): subtract the mean of these channels; a recording that lacks one of these channels is quarantined."""
+    or [M1, M2]): subtract the mean of these channels; a recording without one of these channels is quarantined."""
     window: int = 512
     """Length of a window in samples at the target rate."""
     stride: int = 512

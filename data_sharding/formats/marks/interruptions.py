@@ -44,7 +44,7 @@ class Mark:
     words: re.Pattern[str] | None = None
     """Pattern that the whole text of the annotation must match. None if the mark is not an annotation."""
     removed: bool = False
-    """Whether the duration of the mark is the length of a signal that was removed from the file."""
+    """True if the duration of the mark is the length of the signal that was removed from the file."""
 
 
 class Annotation(NamedTuple):
