@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from data_sharding.common.errors import figure_text
 from data_sharding.common.html.render import Picture, embed_png
 from data_sharding.common.storage import AnyPath
 from data_sharding.common.untrusted import check_meta, parse_json
@@ -62,11 +63,6 @@ def _to_picture(figure: Any, text: str, caption: str = "") -> Picture:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return Picture(url=embed_png(buffer.getvalue()), text=text, caption=caption)
-
-
-def _escape_dollars(text: str) -> str:
-    """Escape dollar signs in a name, because matplotlib would draw text between dollar signs as a formula."""
-    return text.replace("$", r"\$")
 
 
 def draw_overview(rows: Sequence[LedgerRow]) -> list[Picture]:
@@ -339,7 +335,7 @@ def draw_traces(windows: dict[str, list[list[Window]]], manifest: Manifest) -> l
         for place, i in enumerate(channels):
             trace = np.clip(stored[i], -1.5 * step, 1.5 * step) - place * step
             axis.plot(time, trace, linewidth=0.7, color="#bbb" if names[i] in bads else COLOURS["found"])
-        labels = [_escape_dollars(names[i][:12]) for i in channels]
+        labels = [figure_text(names[i][:12]) for i in channels]
         axis.set_yticks([-place * step for place in range(len(channels))], labels)
         axis.set_xlim(time[0], time[-1])
         if "onset" in window.meta:

@@ -16,6 +16,8 @@ EXIT_SET_ASIDE = 3
 EXIT_NOT_KNOWN = 3
 LONGEST_LINE = 2000
 """Largest number of characters of the line that a command prints for an error."""
+LONGEST_IN_FIGURE = 60
+"""Largest number of characters of a text from a file in a figure."""
 # C0 and C1 control characters, characters that change the direction of text, and single surrogates (halves of a
 # character).
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -118,6 +120,25 @@ def show(value: object, longest: int = 80) -> str:
     text = value[: 4 * longest] if isinstance(value, str) else str(value)
     text = printable(one_line(text))
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def figure_text(text: object) -> str:
+    r"""Make a text from a file safe for a figure.
+
+    Matplotlib draws a text between dollar signs as a formula, and raises an error if the formula is not valid.
+
+    Parameters
+    ----------
+    text : object
+        The text, such as the name of a subject, a channel or a label.
+
+    Returns
+    -------
+    str
+        The text, shortened to `LONGEST_IN_FIGURE` characters. Every dollar sign is written as ``\$``, and matplotlib
+        draws ``\$`` as a dollar sign.
+    """
+    return show(text, LONGEST_IN_FIGURE).replace("$", r"\$")
 
 
 def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_sharding.common.errors import figure_text
 from data_sharding.common.files import atomic_write_text, write_json
 
 NAME = "ablation"
@@ -122,8 +123,8 @@ def plot_differences(result: Mapping[str, Any], path: Path) -> None:
                 if found[f"over_{over}"]:
                     axis.plot(found[f"over_{over}"], [place, place], color=colour, linewidth=width, zorder=1)
             axis.plot(found["mean"], place, "o", color="black", markersize=4, zorder=2)
-        axis.set(xlabel=f"{metric}, minus {result['base']}")
-        axis.set_yticks(range(len(others)), others)
+        axis.set(xlabel=f"{figure_text(metric)}, minus {figure_text(result['base'])}")
+        axis.set_yticks(range(len(others)), [figure_text(name) for name in others])
     axes[0][0].invert_yaxis()
     figure.suptitle("95 % intervals over images (thick) and over people (thin)", fontsize=9)
     figure.savefig(path, dpi=150)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_sharding.common.errors import figure_text
 from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.mixture import Mixture
@@ -105,7 +106,11 @@ def _draw(
             axis.plot(time_T, reconstructed, color=MADE, linewidth=1.8, zorder=4)
             fit = _correlation(true_CT[channel][hidden_T], made_CT[channel][hidden_T])
             axis.set_title(
-                f"{meta['subject']} · {meta['ch_names'][channel]}", loc="left", fontsize=10, color=INK, pad=4
+                f"{figure_text(meta['subject'])} · {figure_text(meta['ch_names'][channel])}",
+                loc="left",
+                fontsize=10,
+                color=INK,
+                pad=4,
             )
             axis.set_title(f"r = {fit:.2f} where hidden", loc="right", fontsize=9, color=MADE, pad=4)
             axis.spines[["top", "right"]].set_visible(False)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data_sharding.common.errors import figure_text
 from data_sharding.common.files import write_json
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.dm_re2i.classifier import EEGClassifier
@@ -191,7 +192,7 @@ def save_results(result: dict[str, Any], folder: Path) -> None:
 
     write_json(folder / "classification.json", result)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    names, people = result["labels"], result["subjects"]
+    names, people = [figure_text(name) for name in result["labels"]], result["subjects"]
     side = min(14.0, 3.5 + 0.35 * len(names))
     figure, axes = plt.subplots(figsize=(side + 0.8, side), constrained_layout=True)
     counts = np.array(result["confusion"], float)
@@ -215,7 +216,7 @@ def save_results(result: dict[str, Any], folder: Path) -> None:
     axes.bar(places, accuracy, color="tab:blue")
     axes.errorbar(places, accuracy, np.abs(ends.T - accuracy), fmt="none", ecolor="black", capsize=3)
     axes.axhline(result["chance"], color="tab:red", linestyle="--", label="chance")
-    axes.set_xticks(places, list(people), rotation=90)
+    axes.set_xticks(places, [figure_text(name) for name in people], rotation=90)
     axes.set(ylabel="share of right answers", ylim=(0, 1), title=f"{result['split']}: results of each person")
     axes.legend(loc="upper right")
     figure.savefig(folder / "plots" / "subjects.png", dpi=120)
