@@ -1,4 +1,4 @@
-"""End a command that receives a stop signal before it has done any work.
+"""End a command if a stop signal arrives before the command has done any work.
 
 This module imports little, so that a command can call `end_on_stop_signals` before its slow imports. Without this
 module, a signal during the slow imports would end the command with another exit code and without a message.

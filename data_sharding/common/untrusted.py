@@ -318,7 +318,8 @@ def check_entries(
 ) -> list[dict[str, Any]]:
     """Check the entries of the index of a shard.
 
-    An entry has the key of a sample, and the offset and size of each file (member) of the sample in the tar file.
+    An entry contains the key of a sample. For each file (member) of the sample in the tar file, the entry contains an
+    offset and a size.
 
     Parameters
     ----------

@@ -209,7 +209,7 @@ def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
     if not isinstance(folds, list | tuple) or not folds:
         raise RequestError(f"{path}: not a split of EEG-ImageNet; it needs the entry 'splits'")
     if not 0 <= fold < len(folds):
-        raise RequestError(f"{path}: has {len(folds)} splits, and the option 'fold' is {fold}")
+        raise RequestError(f"{path}: has {len(folds)} splits, but the option 'fold' is {fold}")
     chosen = folds[fold]
     if not isinstance(chosen, dict) or not set(SPLITS) <= set(chosen):
         raise RequestError(f"{path}: split {fold} lacks one of {', '.join(SPLITS)}")
@@ -222,7 +222,7 @@ def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
         for index in indices:
             if not 0 <= index < n:
                 raise RequestError(
-                    f"{path}: names trial {index}, but the recordings have only {n} trials (0 to {n - 1}); "
+                    f"{path}: lists trial {index}, but the recordings have only {n} trials (0 to {n - 1}); "
                     "these splits belong to other recordings"
                 )
             if out.setdefault(index, split) != split:

@@ -54,7 +54,7 @@ class ThingsEEG2Options:
     """Unit of the preprocessed values. The released files are whitened (multivariate noise normalisation) and have no
     unit. Raw recordings are always in volts."""
     metadata: str = ""
-    """Path of image_metadata.npy. If empty, the file is searched in root and in the folder of the images."""
+    """Path of image_metadata.npy. If empty, the file must be in root or in the folder of the images."""
 
     def __post_init__(self) -> None:
         if not self.partitions:
@@ -227,7 +227,7 @@ def _trials(
     if own["source"] == "preprocessed":
         count, reps, _, length = content["x"].shape
         if count != len(images):
-            raise _Unusable(f"epochs of {count} images, and {METADATA} names {len(images)}")
+            raise _Unusable(f"the file has epochs of {count} images, but {METADATA} lists {len(images)} images")
         epoch = length / content["sfreq"]
         return tuple(trial(i // reps, i * epoch, i) for i in range(count * reps)), {}
     stim = np.asarray(content["x"][content["ch_types"].index("stim")])
@@ -242,7 +242,7 @@ def _trials(
         if code == TARGET:
             left_out["target trials"] += 1
         elif not 1 <= code <= len(images):
-            raise _Unusable(f"event {code}, and {METADATA} names {len(images)} images")
+            raise _Unusable(f"the file has an event with the code {code}, but {METADATA} lists {len(images)} images")
         else:
             trials.append(trial(code - 1, sample / content["sfreq"], None))
     return tuple(trials), dict(left_out)

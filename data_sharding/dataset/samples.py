@@ -94,7 +94,7 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
     # A float16 is finite if its exponent bits are not all ones. Testing the exponent bits takes a tenth of the time of
     # np.isfinite.
     if not ((half.view(np.uint16) & 0x7C00) < 0x7C00).all():
-        raise ValueError("window holds values that are not finite in float16 microvolts")
+        raise ValueError("the window has values that are not finite, or too large for float16 in microvolts")
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(pad_channels(half)), version=(1, 0), allow_pickle=False)
     # The match window of zstd must be as long as the sample, because zstd finds copies of a channel only inside this

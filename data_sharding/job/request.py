@@ -128,8 +128,7 @@ class Plan:
         Returns
         -------
         str
-            A checksum that also changes if a file's size, modification time or checksum (from the object store)
-            changes.
+            The checksum. A new size, modification time or object-store checksum of a file changes the result, too.
         """
         item = self.items[key]
         shown = sorted({t.image for t in item.trials or ()})
@@ -238,11 +237,11 @@ def resolve_decoded(config: ShardConfig) -> Path | None:
         )
     path = as_path(config.decoded) if config.decoded else output.parent / "decoded"
     if is_remote(path):
-        raise RequestError(f"decoded '{config.decoded}': decoded signals are kept on a disk; give a folder")
+        raise RequestError(f"decoded '{config.decoded}': decoded signals are kept on a disk; give a folder on a disk")
     folder = Path(str(path)).resolve()
     for name, other in [("output", output), *(("corpora: root", as_path(c.root)) for c in config.corpora)]:
         if not is_remote(other) and folder.is_relative_to(Path(str(other)).resolve()):
-            raise RequestError(f"decoded '{folder}': lies in {name} '{other}'; choose another folder")
+            raise RequestError(f"decoded '{folder}': is inside {name} '{other}'; choose another folder")
     return folder
 
 

@@ -83,7 +83,9 @@ def _find_former(output: AnyPath) -> Manifest | None:
     if (output / MANIFEST).is_file():
         return Manifest.read(output)
     if output.is_dir() and any(output.iterdir()) and not (output / WORK).is_dir():
-        raise RequestError(f"output '{output}': not empty, and not an unfinished dataset; choose another folder")
+        raise RequestError(
+            f"output '{output}': not empty, and its files are not from an unfinished dataset; choose another folder"
+        )
     return None
 
 
@@ -102,7 +104,7 @@ def _plan_growth(config: ShardConfig, plan: Plan, manifest: Manifest, output: An
         return None
     former.check_people(plan, config.split)
     former.forget(changed)
-    # Samples store the numbers of labels, so new labels must come after the labels of the former version.
+    # Samples contain the numbers of labels, so new labels must come after the labels of the former version.
     plan.labels = [*manifest.labels, *(label for label in plan.labels if label not in manifest.labels)]
     return former
 

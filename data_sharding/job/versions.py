@@ -414,7 +414,8 @@ def remove_stale(output: AnyPath, manifest: Manifest, files: Sequence[str]) -> N
     manifest : Manifest
         Manifest of the current version.
     files : sequence of str
-        Names of files in the folder of a version that are kept only for the current version.
+        Names of files that are kept only in the folder of the current version, and deleted in the folders of former
+        versions.
     """
     wanted = {Path(shard.path).with_suffix("").as_posix() for shards in manifest.splits.values() for shard in shards}
     for split in SPLITS:

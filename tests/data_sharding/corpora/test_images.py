@@ -175,7 +175,7 @@ class TestEEGImageNet:
 
     def test_faults(self, tmp_path: Path) -> None:
         config = write_imagenet(tmp_path, released(), splits())
-        with pytest.raises(RequestError, match="has 1 splits, and the option 'fold' is 3"):
+        with pytest.raises(RequestError, match="has 1 splits, but the option 'fold' is 3"):
             list_items(dataclasses.replace(config, options={"fold": 3}))
         with pytest.raises(RequestError, match="no such file"):
             list_items(dataclasses.replace(config, options={"file": "eeg_14_70_std.pth"}))
@@ -183,7 +183,7 @@ class TestEEGImageNet:
         with pytest.raises(RequestError, match="trial 0 is in train and in val"):
             list_items(dataclasses.replace(config, options={"splits": "a.pth"}))
         torch.save({"splits": [{"train": [0], "val": [12], "test": [99]}]}, tmp_path / "b.pth")
-        with pytest.raises(RequestError, match="names trial 99, but the recordings have only 24 trials"):
+        with pytest.raises(RequestError, match="lists trial 99, but the recordings have only 24 trials"):
             list_items(dataclasses.replace(config, options={"splits": "b.pth"}))
         torch.save({"splits": [{"train": [0], "val": [12], "test": []}]}, tmp_path / "c.pth")
         with pytest.raises(RequestError, match="'n02106662_100' is in train and in val"):
@@ -409,7 +409,7 @@ class TestThingsEEG2:
         problems = [i.recording.problem for i in list_items(config)]
         assert problems[1] is None and "damaged" in (problems[0] or "")
         assert "refused: it asks for pathlib" in (problems[2] or "")
-        assert "epochs of 5 images, and image_metadata.npy names 6" in (problems[3] or "")
+        assert "epochs of 5 images, but image_metadata.npy lists 6" in (problems[3] or "")
 
     def test_faults(self, tmp_path: Path) -> None:
         config = write_things(tmp_path)

@@ -1,4 +1,5 @@
-"""Every field of a ledger row can be written and read again, and ledgers of older versions can be read."""
+"""Every field of a ledger row can be written and read again, and ledgers from older versions of Dreamscale can be
+read."""
 
 from __future__ import annotations
 

@@ -407,8 +407,8 @@ def test_where_the_signals_lie(tmp_path: Path) -> None:
     for wrong, message in (
         (config("s3://bucket/a"), "keep_decoded: the output is on an object store; set the key 'decoded'"),
         (config(out, "s3://bucket/b"), "decoded 's3://bucket/b': decoded signals are kept on a disk"),
-        (config(out, out + "/decoded"), "lies in output"),
-        (config(out, str(tmp_path / "eeg" / "x")), "lies in corpora: root"),
+        (config(out, out + "/decoded"), "is inside output"),
+        (config(out, str(tmp_path / "eeg" / "x")), "is inside corpora: root"),
     ):
         with pytest.raises(RequestError, match=message):
             resolve_decoded(wrong)
