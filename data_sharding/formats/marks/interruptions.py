@@ -284,6 +284,12 @@ TABLE: tuple[Mark, ...] = (
         effect=Effect.CUT,
     ),
     Mark(
+        name="NWB invalid times",
+        formats=("nwb",),
+        sign="table `invalid_times`",
+        effect=Effect.BAD,
+    ),
+    Mark(
         name="epochs",
         formats=("brainvision", "eeglab", "curry", "fif"),
         sign="epochs: each epoch is a segment",

@@ -14,6 +14,7 @@ import numpy as np
 from data_sharding.common.reason import Reason
 from data_sharding.formats.channels import is_electrode
 from data_sharding.formats.edf import unique_names
+from data_sharding.formats.marks.interruptions import Found, divide
 from data_sharding.formats.mne_signal import NotContinuous, ReadError
 from data_sharding.formats.readers import Format
 from data_sharding.formats.signal import Segment, SignalInfo
@@ -60,14 +61,17 @@ class NWBSignal:
             conversion = conversion * np.asarray(series["channel_conversion"], float)
         self._conversion, self._offset = conversion[:, None], float(attributes.get("offset", 0.0))
         self._gains = units.gains[:, None]
-        sfreq, segments = _read_times(series, len(self._data))
+        sfreq, begin, segments = _read_times(series, len(self._data))
+        invalid, faults = _read_invalid_times(self._file, begin)
+        divided = divide(segments, sfreq, invalid)
         self.info = SignalInfo(
-            **{**units.fields, "notes": [*twice, *units.notes]},
+            **{**units.fields, "notes": [*twice, *units.notes, *faults, *divided.notes]},
             ch_names=names,
             positions=[None] * n,
             sfreq=sfreq,
             n_samples=len(self._data),
-            segments=segments,
+            segments=divided.segments,
+            bad_spans=divided.bad_spans,
         )
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
@@ -118,11 +122,41 @@ def _read_names(file: Any, series: Any, n: int) -> list[str]:
     return [_text(values[row]).strip() for row in rows]
 
 
-def _read_times(series: Any, n_samples: int) -> tuple[float, list[Segment]]:
-    """Return the sampling rate and the segments. A new segment begins after each jump of the time stamps."""
+def _read_invalid_times(file: Any, begin: float) -> tuple[list[Found], list[str]]:
+    """Return the spans in the table of invalid times, and notes for the ledger.
+
+    Parameters
+    ----------
+    file : h5py.File
+        The NWB file.
+    begin : float
+        Time of the first sample of the series. All times of an NWB file are seconds from the same moment.
+    """
+    table = file.get("intervals/invalid_times")
+    if table is None:
+        return [], []
+    try:
+        spans = np.stack([np.asarray(table[name], float).ravel() for name in ("start_time", "stop_time")], axis=1)
+    except (KeyError, TypeError, ValueError):
+        return [], ["the table invalid_times has no usable times, so its bad spans are not known"]
+    good = np.isfinite(spans).all(axis=1) & (spans[:, 1] >= spans[:, 0])
+    notes = (
+        [f"{(~good).sum()} rows of the table invalid_times have no usable times; not used"] if not good.all() else []
+    )
+    found = [Found("NWB invalid times", a - begin, b - a, "invalid times") for a, b in spans[good].tolist()]
+    return found, notes
+
+
+def _read_times(series: Any, n_samples: int) -> tuple[float, float, list[Segment]]:
+    """Return the sampling rate, the time of the first sample, and the segments.
+
+    A new segment begins after each jump of the time stamps.
+    """
     if "starting_time" in series:
-        sfreq = float(series["starting_time"].attrs["rate"])
-        return sfreq, [Segment(start=0, stop=n_samples, onset=0.0)]
+        start = series["starting_time"]
+        begin = float(np.asarray(start[()], float))
+        segments = [Segment(start=0, stop=n_samples, onset=0.0)]
+        return float(start.attrs["rate"]), begin if np.isfinite(begin) else 0.0, segments
     stamps = np.asarray(series["timestamps"], float) if "timestamps" in series else np.zeros(0)
     if len(stamps) != n_samples or n_samples < 2:
         raise ReadError(Reason("no sampling rate", "the electrical series has neither a sampling rate nor time stamps"))
@@ -132,14 +166,14 @@ def _read_times(series: Any, n_samples: int) -> tuple[float, list[Segment]]:
     if not median > 0 or len(whole) < 0.75 * len(steps):
         raise ReadError(Reason("the series has no steady rate", "its time stamps are irregular"))
     sfreq = 1.0 / float(whole.mean())
-    sfreq = float(round(sfreq)) if abs(round(sfreq) / sfreq - 1) < 1e-4 else round(sfreq, 2)
+    sfreq = float(round(sfreq)) if abs(round(sfreq) / sfreq - 1) < 1e-4 else round(sfreq, 4)
     edges = [0, *(np.flatnonzero(np.abs(steps - median) >= median / 2) + 1).tolist(), n_samples]
-    segments: list[Segment] = []
+    segments = []
     for a, b in itertools.pairwise(edges):
         # If the clock was set back, the segment begins at the end of the previous segment.
         earliest = segments[-1].onset + (a - segments[-1].start) / sfreq if segments else 0.0
         segments.append(Segment(start=a, stop=b, onset=max(float(stamps[a] - stamps[0]), earliest)))
-    return sfreq, segments
+    return sfreq, float(stamps[0]), segments
 
 
 FORMAT = Format(

@@ -400,7 +400,7 @@ def fif_marked_epochs(folder: Path) -> Path:
     return folder / "a-epo.fif"
 
 
-def other(writer: str, name: str) -> Callable[[Path], Path]:
+def other(writer: str, name: str, **more: list) -> Callable[[Path], Path]:
     """Return a function that writes a recording with a pause, with one of the writers in test_neo_readers.py."""
 
     def write(folder: Path) -> Path:
@@ -413,8 +413,7 @@ def other(writer: str, name: str) -> Callable[[Path], Path]:
         if writer == "write_blackrock":
             others.write_blackrock(folder / name, [(0, uv[:, :1000]), (300_000, uv[:, 1000:2000])], ["uV"] * 4)
         elif writer == "write_nwb":
-            jumping = stamps + 7.0 * (stamps >= 2.4)
-            others.write_nwb(folder / name, uv[:, :2000], unit="microvolts", conversion=0.05, stamps=jumping)
+            others.write_nwb(folder / name, uv[:, :2000], stamps=stamps + 7.0 * (stamps >= 2.4), **more)
         else:
             others.write_neuralynx(folder, uv, ["Cz", "Fp1", "Oz"], gap_at=2)
         return folder / name if name else folder / "Cz.ncs"
@@ -428,8 +427,8 @@ def missing(a: int, b: int, value: float, channels: int = 4) -> np.ndarray:
     return x
 
 
-TIMES = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-JUMP = [0.0, 1.0, 2.0, 73.0, 74.0, 75.0]
+NWB_PARTS = [(0, 1200, 0.0), (1200, 2000, 9.4)]
+TIMES, JUMP = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 1.0, 2.0, 73.0, 74.0, 75.0]
 WHOLE = [(0, 600, 0.0)]
 HALVES = [(0, 300, 0.0), (300, 600, 3.0)]
 START = "New Segment,,1,1,0,20200101120000000000"
@@ -626,7 +625,8 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "blackrock": Example(other("write_blackrock", "a.ns2"), [(0, 1000, 0.0), (1000, 2000, 10.0)]),
         "neuralynx": Example(other("write_neuralynx", ""), [(0, 1024, 0.0), (1024, 2048, 7.048)]),
     },
-    "NWB time stamps": {"jump": Example(other("write_nwb", "a.nwb"), [(0, 1200, 0.0), (1200, 2000, 9.4)])},
+    "NWB time stamps": {"jump": Example(other("write_nwb", "a.nwb"), NWB_PARTS)},
+    "NWB invalid times": {"span": Example(other("write_nwb", "a.nwb", invalid=[(1, 2)]), NWB_PARTS, [(1.0, 2.0)])},
     "epochs": {
         "brainvision": Example(
             brainvision(START, more="SegmentationType=MARKERBASED\nSegmentDataPoints=200\n"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def assert_equal(signal: Signal, uv: np.ndarray, names: list[str] = NAMES, atol:
     signal.close()
 
 
-def write_micromed(path: Path, uv: np.ndarray, units: list[int]) -> None:
+def write_micromed(path: Path, uv: np.ndarray, units: list[int], parts: Sequence[tuple[int, int]] = ()) -> None:
     zones = ["ORDER", "LABCOD", "NOTE", "FLAGS", "TRONCA", "IMPED_B", "IMPED_E", "MONTAGE", "COMPRESS", "AVERAGE"]
     zones += ["HISTORY", "DVIDEO", "EVENT A", "EVENT B", "TRIGGER"]
     n, places = len(uv), {}
@@ -48,7 +49,7 @@ def write_micromed(path: Path, uv: np.ndarray, units: list[int]) -> None:
     head[175] = 4
     at = 640
     for zone in zones:
-        size = {"ORDER": 2 * n, "LABCOD": 128 * n}.get(zone, 8)
+        size = {"ORDER": 2 * n, "LABCOD": 128 * n, "TRONCA": 800}.get(zone, 8)
         places[zone] = at
         struct.pack_into("<8sII", head, 176 + 16 * zones.index(zone), zone.ljust(8).encode(), at, size)
         at += size
@@ -59,6 +60,8 @@ def write_micromed(path: Path, uv: np.ndarray, units: list[int]) -> None:
         struct.pack_into("<BB6s6s", head, places["LABCOD"] + 128 * i, 1, 0, NAMES[i].encode(), b"G2")
         struct.pack_into("<iiiiih", head, places["LABCOD"] + 128 * i + 14, 0, 65535, 32768, low, high, unit)
         struct.pack_into("<H", head, places["LABCOD"] + 128 * i + 44, 1)
+    for i, part in enumerate(parts):
+        struct.pack_into("<II", head, places["TRONCA"] + 8 * i, *part)
     digital = np.round(uv / 2000 * 65536 + 32768).astype("<u2")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(bytes(head) + digital.T.tobytes())
@@ -68,6 +71,24 @@ def test_micromed(tmp_path: Path) -> None:
     pytest.importorskip("neo", reason="the extra neo is not installed")
     write_micromed(tmp_path / "a.TRC", make_uv(), [0, -1, 1, 0])
     assert_equal(open_only(tmp_path), make_uv())
+
+
+@pytest.mark.parametrize("parts", [[(0, 0), (1500, 800)], [(100, 0), (1600, 800)]])
+def test_micromed_with_a_part_cut_out(tmp_path: Path, parts: list[tuple[int, int]]) -> None:
+    """The row of a part has its time in the original recording, and its position in the file, in samples."""
+    pytest.importorskip("neo", reason="the extra neo is not installed")
+    write_micromed(tmp_path / "a.TRC", make_uv(), [0, 0, 0, 0], parts)
+    signal = open_only(tmp_path)
+    assert [(s.start, s.stop, s.onset) for s in signal.info.segments] == [(0, 800, 0.0), (800, 2000, 3.0)]
+    assert_equal(signal, make_uv())
+
+
+def test_micromed_with_samples_before_the_first_part(tmp_path: Path) -> None:
+    pytest.importorskip("neo", reason="the extra neo is not installed")
+    write_micromed(tmp_path / "a.TRC", make_uv(), [0, 0, 0, 0], [(100, 300)])
+    info = open_only(tmp_path).info
+    assert info.notes == ["the first 300 samples belong to no part in the header's table of parts; not used"]
+    assert info.n_samples == 1700
 
 
 def write_blackrock(path: Path, parts: list[tuple[int, np.ndarray]], units: list[str]) -> None:
@@ -154,7 +175,16 @@ def test_nicolet(tmp_path: Path) -> None:
     assert recording.problem is not None and "the header states" in recording.problem
 
 
-def write_nwb(path: Path, uv: np.ndarray, *, unit: str, conversion: float, stamps: np.ndarray | None = None) -> None:
+def write_nwb(
+    path: Path,
+    uv: np.ndarray,
+    *,
+    unit: str = "microvolts",
+    conversion: float = 0.05,
+    stamps: np.ndarray | None = None,
+    start: float = 0.0,
+    invalid: list[tuple[float, float]] | None = None,
+) -> None:
     import h5py
 
     with h5py.File(path, "w") as file:
@@ -163,13 +193,17 @@ def write_nwb(path: Path, uv: np.ndarray, *, unit: str, conversion: float, stamp
         data = series.create_dataset("data", data=np.round(uv / 0.05).astype("i2").T)
         data.attrs["conversion"], data.attrs["unit"] = conversion, unit
         if stamps is None:
-            series.create_dataset("starting_time", data=0.0).attrs["rate"] = float(RATE)
+            series.create_dataset("starting_time", data=start).attrs["rate"] = float(RATE)
         else:
             series.create_dataset("timestamps", data=stamps)
         series.create_dataset("electrodes", data=np.arange(4))
         table = file.create_group("general/extracellular_ephys/electrodes")
         table.create_dataset("id", data=np.arange(4))
         table.create_dataset("label", data=[name.encode() for name in NAMES])
+        if invalid:
+            times = file.create_group("intervals/invalid_times")
+            times.create_dataset("start_time", data=[begin for begin, _ in invalid])
+            times.create_dataset("stop_time", data=[end for _, end in invalid])
 
 
 def test_nwb_with_a_rate_or_time_stamps(tmp_path: Path) -> None:
@@ -185,6 +219,19 @@ def test_nwb_with_a_rate_or_time_stamps(tmp_path: Path) -> None:
     assert signal.info.segments[1].onset == pytest.approx(2.4 + 7.0)
     assert signal.info.ch_types == ["eeg", "eeg", "eeg", "seeg"]
     assert_equal(signal, uv)
+
+
+def test_nwb_with_invalid_times(tmp_path: Path) -> None:
+    """The times of an NWB file count from the same moment, and not from the first sample."""
+    write_nwb(tmp_path / "a.nwb", make_uv(), start=50.0, invalid=[(51.0, 52.5), (53.0, np.nan)])
+    info = open_only(tmp_path).info
+    assert [(begin, end) for begin, end, _ in info.bad_spans] == [(1.0, 2.5)]
+    assert info.notes == ["1 rows of the table invalid_times have no usable times; not used"]
+
+
+def test_nwb_with_time_stamps_of_a_rate_that_is_not_whole(tmp_path: Path) -> None:
+    write_nwb(tmp_path / "a.nwb", make_uv(), stamps=np.arange(2000) * 3 / 1000)
+    assert open_only(tmp_path).info.sfreq == 333.3333
 
 
 @pytest.mark.parametrize("name", ["a.trc", "a.ns5", "a.ncs", "a.nwb"])
