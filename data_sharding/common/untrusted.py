@@ -40,6 +40,8 @@ MAX_WINDOW = 2**20
 MAX_SFREQ = 100_000.0
 """Largest sampling rate of windows in Hz. Recordings are resampled to the rate of the windows, so a higher rate needs
 more memory."""
+MAX_SETTING = 1e12
+"""Largest absolute value of a number of the preprocessing. The squares of these numbers must be finite as float32."""
 MAX_POSITION = 1000.0
 """Largest coordinate of an electrode in metres. The limit is so large that positions in millimetres are accepted,
 too."""
@@ -382,14 +384,18 @@ def check_preprocess(values: Any, where: str) -> dict[str, Any]:
     Raises
     ------
     RequestError
-        If the window or the stride is not a positive whole number, if another number is not finite, or if the sampling
-        rate is too high.
+        If the window or the stride is not a positive whole number, if another number is not finite or is too large, or
+        if the sampling rate is too high.
     """
-    for key, value in check_group(values, where, "preprocess").items():
+    quality = check_group(values, where, "preprocess").get("quality")
+    nested = {f"quality.{key}": value for key, value in quality.items()} if isinstance(quality, dict) else {}
+    for key, value in {**values, **nested}.items():
         if key in ("window", "stride"):
-            check_count(value, where, f"preprocess.{key}", least=1, most=MAX_WINDOW)
+            check_count(value, where, f"preprocess.{show(key)}", least=1, most=MAX_WINDOW)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            check_number(value, where, f"preprocess.{key}")
+            check_number(value, where, f"preprocess.{show(key)}")
+            if abs(value) > MAX_SETTING:
+                raise refusal(where, f"preprocess.{show(key)} is {show(value)}, beyond {MAX_SETTING:g}")
     if check_number(values.get("sfreq", 1.0), where, "preprocess.sfreq") > MAX_SFREQ:
         raise refusal(where, f"preprocess.sfreq is {show(values['sfreq'])}; the largest sampling rate is {MAX_SFREQ:g}")
     return values

@@ -57,6 +57,13 @@ def test_a_filter_that_needs_gigabytes_is_refused(tmp_path: Path) -> None:
     assert PreprocessSpec(sfreq=256.0, highpass=0.001) and PreprocessSpec(sfreq=100_000.0)
 
 
+@pytest.mark.parametrize("changes", [{"clip": 1e299}, {"quality": {"mains_uv": 1e299}}, {"scale_uv": 1e13}], ids=str)
+def test_numbers_of_the_preprocessing_that_overflow_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"preprocess\.json: damaged or changed .*, beyond 1e\+12") as caught:
+        make_encoder(tmp_path / "encoder", **changes)
+    assert "\n" not in str(caught.value)
+
+
 def test_texts_have_a_largest_length() -> None:
     assert check_text("x" * MAX_NAME, "file.json", "subject") and check_typed(str, "x" * MAX_TEXT, "", "")
     with pytest.raises(RequestError, match=r"file\.json: damaged .*subject has 4097 characters"):
