@@ -98,7 +98,7 @@ def _use_model(generator: Generator, dataset: EEGDataset, config: GenerateConfig
 
 
 def _describe_eeg(dataset: EEGDataset, trial: Trial) -> dict[str, Any]:
-    """Return the metadata of a trial, with the channels of the EEG that is used, which may be of another trial."""
+    """Return the metadata of a trial, but with the channels of the trial whose EEG is used."""
     if not trial.source or trial.source[0] in trial.numbers:
         return trial.meta
     other = dataset.meta(trial.source[0])

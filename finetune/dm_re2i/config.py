@@ -28,7 +28,7 @@ class EVRNetStage:
     encoder_lr: float = 0.1
     """With `train_encoder: true`, the encoder's learning rate is this factor times training.lr."""
     channels: int = 128
-    """Number of channels that the network reads, from 1 to 128. A dataset with more channels in a trial is refused, and
+    """Number of channels that the network reads, from 1 to 128. A dataset is refused if a trial has more channels, and
     the channels of a trial with fewer channels are repeated."""
     widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
     """Numbers of EVRNet's feature maps after the two temporal, the two spatial, and the temporal-spatial (TS)

@@ -123,7 +123,7 @@ class ConvNeXtBlock(nn.Module):
         x_BFHW : Tensor, shape (B, F, H, W)
             Input feature maps.
         embedding_BE : Tensor, shape (B, E), optional
-            Embedding of the step and the EEG.
+            Embedding of the diffusion step and of the EEG.
 
         Returns
         -------
@@ -220,7 +220,7 @@ class CABlock(nn.Module):
         x_BFHW : Tensor, shape (B, F, H, W)
             Input feature maps.
         embedding_BE : Tensor, shape (B, E)
-            Embedding of the step and the EEG.
+            Embedding of the diffusion step and of the EEG.
 
         Returns
         -------

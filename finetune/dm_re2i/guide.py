@@ -60,7 +60,7 @@ class EEGGuide(nn.Module):
         return self.network if self.kind == "encoder" else self.network.scaling(spec)
 
     def train(self, mode: bool = True) -> Self:
-        """Keep evaluation mode, whatever `mode` is."""
+        """Stay in evaluation mode for every value of `mode`."""
         return super().train(False)
 
     def choose_trainables(self, x_BCT: Tensor) -> None:

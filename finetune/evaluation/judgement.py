@@ -1,9 +1,9 @@
 """Judge generated images: turn the scores of the images and of the controls into a verdict.
 
 If all categories of the trials occur in the training images, a trial scores 1 or 0: the classifier finds the right
-category in the generated image, or another category. If a category of the trials does not occur in the training images,
-the classifier cannot recognise this category. In this case, the score of each trial is the share of other seen images
-that are less similar to the generated image than the trial's own seen image.
+category in the generated image, or another category. A category that does not occur in the training images is new, and
+the classifier cannot recognise it. For trials with new categories, the score is the share of other seen images that are
+less similar to the generated image than the trial's own seen image.
 
 Array shapes: B trials, M images, D features.
 """

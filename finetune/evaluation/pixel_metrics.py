@@ -141,7 +141,7 @@ def ssim(a_BHW3: ImageSource, b_BHW3: ImageSource) -> Floats:
     """
     if min(a_BHW3.shape[1:3]) < SSIM_WINDOW:
         height, width = a_BHW3.shape[1:3]
-        raise ValueError(f"images of {height} x {width} pixels are smaller than the window of {SSIM_WINDOW}")
+        raise ValueError(f"images of {height} x {width} pixels are smaller than the window of {SSIM_WINDOW} pixels")
     return _compare_pairs(a_BHW3, b_BHW3, _compute_ssim)
 
 
@@ -159,13 +159,13 @@ def _compute_ssim(a_HW3: Images, b_HW3: Images) -> float:
 def _compute_ssim_map(a_HW: Floats, b_HW: Floats) -> Floats:
     """Compute the structural similarity at every position where the window lies inside two images of one colour.
 
-    The windows are computed for the sum s and the difference d of the images instead of the images a and b, because the
-    formula needs only four windows of s and d: 4 cov(a, b) = var(s) - var(d), and 2 (var(a) + var(b)) = var(s) +
-    var(d).
+    The window is applied to the sum s and the difference d of the images, and not to the images a and b. This needs
+    only four averages, because 4 cov(a, b) = var(s) - var(d), and 2 (var(a) + var(b)) = var(s) + var(d).
     """
     height, width = a_HW.shape
     values_4HW = np.empty((4, height, width))
-    # Smaller values have smaller squares, so that the variance has smaller rounding errors.
+    # Subtract 255 from the sum, because smaller values have smaller squares, and the variance then has smaller rounding
+    # errors.
     np.add(a_HW, b_HW - 255, out=values_4HW[0])
     np.subtract(a_HW, b_HW, out=values_4HW[1])
     np.square(values_4HW[:2], out=values_4HW[2:])
@@ -188,7 +188,7 @@ def _blur(values_nHW: Floats, axis: int) -> Floats:
 
     out_nHW = weights[middle] * shift(middle)
     pair_nHW = np.empty_like(out_nHW)
-    # The window is symmetric, so that two positions share a weight.
+    # The window is symmetric, so two positions have the same weight.
     for by in range(middle):
         np.add(shift(by), shift(2 * middle - by), out=pair_nHW)
         pair_nHW *= weights[by]

@@ -61,7 +61,8 @@ def _find_need(comparison: dict[str, Any]) -> str:
     """Return the entry of the column "A is better" that the verdict *signal* needs."""
     if comparison["question"] == "signal" or comparison["name"] == "identification - chance":
         return "yes"
-    # Eye channels may hold a response to the picture. The nearest training image decides only about new concepts.
+    # Eye channels may hold a response to the picture. The control `nearest` (the nearest training image) matters only
+    # for new concepts.
     return {"eyes - chance": "no, or own - eyes: yes", "own - nearest": "yes for new concepts"}.get(
         comparison["name"], "no"
     )

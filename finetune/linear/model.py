@@ -41,7 +41,7 @@ def compute_time_courses(eeg_BCT: Tensor, spec: PreprocessSpec, *, bins: int) ->
     Parameters
     ----------
     eeg_BCT : Tensor, shape (B, C, T)
-        EEG of the same channels of each trial, in microvolts.
+        EEG in microvolts, with the same channels in every trial.
     spec : PreprocessSpec
         Preprocessing of the EEG, which defines the scale.
     bins : int
@@ -87,7 +87,7 @@ class LinearModel:
         return compute_time_courses(eeg_BCT[torch.arange(len(eeg_BCT))[:, None], rows_BC], spec, bins=self.bins)
 
     def find_missing_channels(self, names_B: Iterable[Sequence[str]]) -> list[str]:
-        """Return the channels of the model that a trial does not have, for the first trial without all channels."""
+        """Return the model's channels that the first incomplete trial lacks; empty if all trials have all channels."""
         for names in names_B:
             if missing := [name for name in self.channels if name not in names]:
                 return missing
@@ -154,7 +154,7 @@ def _check_channels(value: Any, where: str) -> tuple[str, ...]:
     """Check the channel names of a package."""
     if isinstance(value, int):
         raise RequestError(
-            f"{where}: channels is a number, as in models that read channels by their rows; train the model again with "
+            f"{where}: channels is a number, as in models of older versions; train the model again with "
             "'dreamscale linear CONFIG'"
         )
     names = tuple(check_text(name, where, "channels") for name in check_list(value, where, "channels"))

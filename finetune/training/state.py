@@ -80,7 +80,8 @@ def make_optimizer(
         groups.setdefault((lr_scale(name) if lr_scale else 1.0, decay), []).append(parameter)
     if not groups:
         raise ValueError("nothing to train: no parameter requires a gradient")
-    # The fused AdamW reads and writes each weight once in a step, on CPUs too; the default AdamW does so several times.
+    # In each step, the fused AdamW reads and writes a weight only once, and the default AdamW several times, also on
+    # CPUs.
     return torch.optim.AdamW(
         [{"params": p, "weight_decay": decay, "scale": scale} for (scale, decay), p in groups.items()],
         lr=config.lr,

@@ -116,13 +116,13 @@ def _compare_pair(more_n: NDArray[Any], people_n: NDArray[Any], images_n: NDArra
 def summarise_runs(
     hits: dict[tuple[str, bool], NDArray[Any]], people: Sequence[str], images: Sequence[str], networks: Sequence[str]
 ) -> dict[str, Any]:
-    """Compute the accuracy of each network, and its differences from its control and from the first network.
+    """Compute the accuracy of each network, and the differences to the network's control and to the first network.
 
     Parameters
     ----------
     hits : dict
-        Maps each network, and whether its categories were shuffled, to an array of shape (n,): for each trial, the
-        share of seeds whose answer is right.
+        Maps the pair (network, whether its categories were shuffled) to an array of shape (n,). The array has, for each
+        trial, the share of seeds with which the answer is right.
     people, images : sequence of str
         Person and image of each trial.
     networks : sequence of str

@@ -1,4 +1,4 @@
-"""Write the files with which diffusers loads the package of a DM-RE2I model, without this project.
+"""Write the files with which diffusers can load the package of a DM-RE2I model without this project.
 
 The package gets three Python files, made from this project's source text by `finetune.standalone`: the pipeline, the
 backbone and the guide. Dreamscale itself never runs the three files, because `finetune.dm_re2i.model` loads the package

@@ -42,8 +42,9 @@ def measure_training_seeds(
     Raises
     ------
     RequestError
-        If a folder was not evaluated, or was evaluated with another classifier. Also if its trials, data or settings
-        differ from those of `own`, if its images are control images, or if two folders hold images of the same model.
+        If a folder was not evaluated, or was evaluated with another classifier. If the trials, data or settings of a
+        folder differ from those of `own`, if the images are control images, or if two folders hold images of the same
+        model.
     """
     if not folders:
         return ONE_RUN

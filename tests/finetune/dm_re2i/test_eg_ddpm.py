@@ -98,7 +98,7 @@ def test_unet2d_of_diffusers_gets_the_condition_through_the_embedding_of_the_ste
     with torch.no_grad():
         out = net(x, step, e)
         assert out.shape == x.shape and not torch.allclose(out, net(x, step, e.flip(0)), atol=1e-4)
-        # Compare with the plain network of diffusers, after adding the condition to its embedding of the step.
+        # Compare with the plain network of diffusers, to whose step embedding the condition is added.
         plain = UNet2DModel.from_config(net.unet.config, class_embed_type=None).eval()
         plain.load_state_dict(net.unet.state_dict())
         vector = net.condition((e - net.condition_mean) / net.condition_std)

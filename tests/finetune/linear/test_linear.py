@@ -84,7 +84,7 @@ def test_the_most_similar_image_of_the_predicted_category_is_shown() -> None:
 
 
 def _write_other_cap(dataset: Path, path: Path, order: list[int], split: str) -> Path:
-    """Write the dataset with the channels in another order, or only some of the channels, in one split."""
+    """Write a copy of the dataset in which one split has only the channels in `order`, in this order."""
     splits = {}
     for name in ("train", "val", "test"):
         data = EEGDataset(dataset, name)
