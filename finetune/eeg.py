@@ -186,8 +186,8 @@ def group_repeats(dataset: EEGDataset, average: int) -> list[list[int]]:
     Returns
     -------
     list of list of int
-        Numbers of the trials of each group, in the order of the dataset. Each trial belongs to exactly one group. All
-        trials of a group have the same channels.
+        For each group, the numbers of its trials, in the order of the dataset. Each trial belongs to exactly one group.
+        All trials of a group have the same channels.
     """
     if average == 1:
         return [[number] for number in range(len(dataset))]

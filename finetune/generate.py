@@ -164,7 +164,7 @@ def _make_plan(
     Raises
     ------
     NotApplicableError
-        If the control cannot be made from the data, on every process.
+        If the control cannot be made from the data. Every process raises this error.
     """
     trials, control = _choose_trials(dataset, config), config.control
     source = _choose_source(config)

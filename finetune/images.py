@@ -74,7 +74,7 @@ def open_train_val(
     command : str
         Name of the command, for messages.
     runs : sequence of str or Path
-        Run directories of the stages of the run, the last stage first.
+        Run directories of all stages, with the last stage first.
 
     Returns
     -------

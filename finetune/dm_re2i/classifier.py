@@ -43,7 +43,7 @@ def whitening_matrix(x_BCT: Tensor, shrinkage: float) -> Tensor:
         Scaled trials.
     shrinkage : float
         Fraction of the mean variance that is added to the variance of every channel. Without shrinkage, the whitening
-        would amplify directions with almost no activity too much.
+        would strongly amplify directions that have almost no activity.
 
     Returns
     -------

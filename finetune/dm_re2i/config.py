@@ -143,7 +143,7 @@ class EGDDPMStage:
     of the computation. With `patch` 1, as in the paper, no pixels are folded."""
     join_first: bool = False
     """For backbone paper: add a skip connection from the U-Net's first level to its last block. Narrow networks need
-    the skip connection from the first level, which the paper does not have and backbone unet2d always has."""
+    this skip connection. The paper does not have this connection, and backbone unet2d always has it."""
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     """Quantity that the network predicts. epsilon: the noise, as in the paper. v_prediction: the velocity, with which
     images show shapes after fewer training steps."""

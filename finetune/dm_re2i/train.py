@@ -70,7 +70,7 @@ class EGDDPMTask(nn.Module):
     def errors(
         self, features: Tensor, clean: Tensor, noise: Tensor, time: Tensor, keep: Tensor | None = None
     ) -> Tensor:
-        """Compute the prediction error of each trial; `features` are vectors, other arguments are as in `forward`."""
+        """Compute the prediction error of each trial from guiding vectors and from arguments of `forward`."""
         return denoising_errors(
             lambda x, t, condition: self.unet(x, t, *condition),
             self.noising,

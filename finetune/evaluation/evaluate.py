@@ -175,7 +175,7 @@ def _quartiles(values: NDArray[np.float64]) -> dict[str, float]:
 def _classifier(
     config: EvaluateConfig, table: ImageTable, dataset_id: str, labels: list[str], output: Path
 ) -> tuple[ImageClassifier, Path]:
-    """Return the image classifier and its file: load the file in the config, or train and save a new classifier."""
+    """Load the classifier that the config gives, or train and save a new one; return the classifier and its file."""
     if config.classifier is not None:
         classifier, about = ImageClassifier.load(config.classifier)
         if about.get("dataset_id") != dataset_id or classifier.n_classes != len(labels):

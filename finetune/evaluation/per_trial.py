@@ -160,9 +160,9 @@ def summarise(
     Returns
     -------
     dict
-        ``mean``, ``n`` (trials), ``images`` and ``people``: numbers; ``over_images`` and ``over_people``: intervals,
-        None if there are fewer than two images or people. With `test`: ``p_images`` and ``p_people``, the p-values of
-        `flip_test`; None if there are too few images or people for a test.
+        ``mean``: the mean. ``n``, ``images`` and ``people``: numbers of trials, images and people. ``over_images`` and
+        ``over_people``: 95 % intervals; None if there are fewer than two images or people. With `test`: ``p_images``
+        and ``p_people``, the p-values of `flip_test`; None if there are too few images or people for a test.
     """
     good = np.isfinite(values_B)
     values, images, people = values_B[good], images_B[good], subjects_B[good]

@@ -63,7 +63,7 @@ class PartialFolder:
         self.path = output.with_name(f"{output.name}.partial")
 
     def is_complete(self, about: dict[str, Any]) -> bool:
-        """Return whether the output holds all images of this result already.
+        """Return whether the output folder already holds all images of this result.
 
         Parameters
         ----------

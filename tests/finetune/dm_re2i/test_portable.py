@@ -28,8 +28,8 @@ from pretrain.encoder.encoder import EEGEncoder
 from pretrain.model.config import EncoderConfig
 
 OWN = ("data_sharding", "pretrain", "finetune", "launch")
-# The program cannot import this project: -I ignores PYTHONPATH and the current folder, and the guard refuses the
-# project's packages, which may be installed.
+# The program cannot import this project, even if it is installed: -I ignores PYTHONPATH and the current folder, and the
+# guard refuses the project's packages.
 PROGRAM = f"""
 import sys
 

@@ -175,8 +175,8 @@ def _measure_pixels() -> dict[str, list[float]]:
     a, b = (torch.from_numpy(make_images(3, 64, seed)).permute(0, 3, 1, 2).double() for seed in (1, 2))
     psnr = peak_signal_noise_ratio(a, b, data_range=255.0, reduction="none", dim=(1, 2, 3))
     words = {"gaussian_kernel": True, "sigma": 1.5, "data_range": 255.0, "reduction": "none"}
-    # torchmetrics also averages over the border, where the window reaches over the edge of a mirrored image. The
-    # border of 5 pixels is left out here, as Wang et al. (2004) and scikit-image do.
+    # torchmetrics also averages over the border, where the window covers mirrored pixels outside the image. The border
+    # of 5 pixels is left out here, as Wang et al. (2004) and scikit-image do.
     _, full = structural_similarity_index_measure(a, b, return_full_image=True, **words)
     ssim = full[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))
     return {"psnr": psnr.tolist(), "ssim": ssim.tolist()}
