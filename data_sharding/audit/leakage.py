@@ -477,14 +477,14 @@ def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]],
         out.compared.append(f"windows by time, of {len(pairs)} shared recordings")
 
 
-def find_shared_windows(a: Contents, b: Contents) -> np.ndarray:
+def find_shared_windows(a: Contents, b: Contents, *, same_recording: bool = True) -> np.ndarray:
     """Return a mask of the windows of `b` that are equal to a window of `a`, or that overlap in time with one."""
     found = np.zeros(len(b.recording), bool)
     found[_match_values(b.digest, a.digest)[0]] = True
     number_a, number_b = ({key: i for i, key in enumerate(c.recordings)} for c in (a, b))
     lengths = b.manifest.preprocess.window_s, a.manifest.preprocess.window_s
     for one, other in _compare_recordings(a, b, Findings()):
-        if one in number_a and other in number_b:
+        if one in number_a and other in number_b and (same_recording or one != other):
             mine = b.windows_of(number_b[other])
             start = a.start[a.windows_of(number_a[one])]
             found[mine] |= _overlaps(b.start[mine], lengths[0], start, lengths[1])

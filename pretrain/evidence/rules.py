@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from data_sharding.common.errors import RequestError, show
 from pretrain.evidence.comparisons import Comparison, measure_comparisons
 from pretrain.evidence.statistics import FEWEST_IMAGES, FEWEST_SUBJECTS, accuracy_interval, check_finite
-from pretrain.evidence.trials import TrialTable, join_tables, label_is_constant_in_recordings
+from pretrain.evidence.trials import TrialTable, group_recordings, join_tables, label_is_constant_in_recordings
 
 Word = Literal["confounded", "not judgeable", "no signal", "category only", "signal"]
 Design = Literal["random", "block", "unknown"]
@@ -602,6 +602,8 @@ def _describe_scope(case: _Case) -> str:
     evidence = case.evidence
     people = len(np.unique(evidence.trials.subjects_n))
     who = "people who are not in the training trials" if evidence.new_people else "people of the training trials"
+    if isinstance(evidence.train, TrialTable) and _share_recordings(evidence.trials, evidence.train):
+        who += ", in recordings that also contain training trials"
     if evidence.new_people and evidence.people_in_pretraining:
         who += f" ({evidence.people_in_pretraining} of {people} people are in the pretraining data)"
     if people < FEWEST_SUBJECTS:
@@ -612,6 +614,13 @@ def _describe_scope(case: _Case) -> str:
     if isinstance(evidence.train, NotApplicable):
         parts.append("as declared, because the training trials were not given")
     return "; ".join(parts)
+
+
+def _share_recordings(trials: TrialTable, train: TrialTable) -> bool:
+    """Return whether any known recording contains test trials and training trials."""
+    both, n = join_tables(trials, train), len(trials)
+    group, known = group_recordings(both), both.recordings_n != ""
+    return bool(np.isin(group[:n][known[:n]], group[n:][known[n:]]).any())
 
 
 def _compare(case: _Case, resamples: int, seed: int) -> _Case:

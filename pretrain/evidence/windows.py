@@ -103,8 +103,10 @@ def find_eeg_of_training(train: EEGDataset, data: EEGDataset) -> NDArray[np.bool
     return overlap_n | np.isin(digest_windows(data), digest_windows(train))
 
 
-def find_eeg_of_pretraining(before: Contents, contents: Contents, data: EEGDataset) -> NDArray[np.bool_]:
-    """Tell which trials of a split have EEG that is also in the pretraining data.
+def find_eeg_of_contents(
+    before: Contents, contents: Contents, data: EEGDataset, *, same_recording: bool = True
+) -> NDArray[np.bool_]:
+    """Tell which trials of a split have EEG that is also in the train split of the pretraining dataset.
 
     Parameters
     ----------
@@ -112,6 +114,9 @@ def find_eeg_of_pretraining(before: Contents, contents: Contents, data: EEGDatas
         Contents of the pretraining dataset, and of the dataset of the trials.
     data : EEGDataset
         Split of the trials.
+    same_recording : bool
+        Whether windows of recordings with the same key are compared by time. If false, only windows of recordings that
+        are stored under two keys are compared by time.
 
     Returns
     -------
@@ -129,7 +134,9 @@ def find_eeg_of_pretraining(before: Contents, contents: Contents, data: EEGDatas
         stored=before.stored[train],
         digest=before.digest[train] if len(before.digest) else before.digest,
     )
-    shared = find_shared_windows(seen, contents) & (contents.split == SPLITS.index(data.split))
+    shared = find_shared_windows(seen, contents, same_recording=same_recording) & (
+        contents.split == SPLITS.index(data.split)
+    )
     places = {
         (contents.recordings[recording], round(float(start), 3))
         for recording, start in zip(contents.recording[shared], contents.start[shared], strict=True)
@@ -163,7 +170,8 @@ def find_known_eeg(
     train, data : EEGDataset
         Train split, and the split of the test trials. `train` and `data` must read the same part of each trial.
     before, contents : Contents, optional
-        Contents of the pretraining dataset, and of the dataset of the trials.
+        Contents of the pretraining dataset, and of the dataset of the trials. With `contents`, recordings that are
+        stored under two keys are found by their signal, as in ``dreamscale verify``.
 
     Returns
     -------
@@ -171,7 +179,11 @@ def find_known_eeg(
         The trials and the number of people.
     """
     known = {TRAINING: find_eeg_of_training(train, data)}
-    if before is None or contents is None:
+    if contents is None:
         return KnownEEG(trials=known)
-    known[PRETRAINING] = find_eeg_of_pretraining(before, contents, data)
+    # If one recording is stored under two keys, windows of the two recordings have equal times but other values.
+    known[TRAINING] |= find_eeg_of_contents(contents, contents, data, same_recording=False)
+    if before is None:
+        return KnownEEG(trials=known)
+    known[PRETRAINING] = find_eeg_of_contents(before, contents, data)
     return KnownEEG(trials=known, people_in_pretraining=count_people_of_pretraining(before, contents, data.split))

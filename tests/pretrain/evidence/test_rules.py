@@ -73,7 +73,9 @@ class TestWords:
     def test_a_clean_experiment_shows_a_signal(self) -> None:
         verdict = judge(make_evidence(), resamples=500)
         assert verdict.word == "signal"
-        assert verdict.scope == "people of the training trials; seen concepts"
+        assert verdict.scope == (
+            "people of the training trials, in recordings that also contain training trials; seen concepts"
+        )
         assert "runs of one category are 1.3 trials long" in " ".join(verdict.why)
         assert verdict.not_applicable == {"eyes": ABSENT.reason}
         assert {row.name for row in verdict.comparisons} == {
@@ -181,7 +183,10 @@ class TestWords:
         train = make_table(labels_n=np.tile(np.arange(IMAGES) % LABELS, PEOPLE) + 10, prefix="train")
         absent = dict.fromkeys(("time", "baseline"), NotApplicable(reason="no test label was trained on."))
         good = judge(make_evidence(train=train, new_concepts=True, **absent), resamples=500)
-        assert (good.word, good.scope) == ("signal", "people of the training trials; new concepts")
+        assert (good.word, good.scope) == (
+            "signal",
+            "people of the training trials, in recordings that also contain training trials; new concepts",
+        )
         own = draw(0.6, 320, 1)
         memory = Control(hits_n=own, checked=True)
         assert word(make_evidence(train=train, new_concepts=True, nearest=memory, **absent)) == "category only"
@@ -222,6 +227,13 @@ class TestWhatCanBeJudged:
         known_n = np.arange(320) % 20 == 0
         hits_n = np.where(known_n, 1.0, draw(0.25, 320, 3))
         assert word(make_evidence(hits_n=hits_n, known_eeg={"training trials": known_n})) == "no signal"
+
+    def test_other_recordings_of_the_same_people_are_no_shared_recordings(self) -> None:
+        train = make_table(prefix="train", recordings_n=["other"] * 320)
+        for found in (train, make_table(prefix="train", recordings_n=[""] * 320)):
+            assert judge(make_evidence(train=found), resamples=500).scope == (
+                "people of the training trials; seen concepts"
+            )
 
     def test_people_of_the_pretraining_data_change_the_scope(self) -> None:
         train = make_table(prefix="train", subjects_n=[f"t{i}" for i in range(320)])

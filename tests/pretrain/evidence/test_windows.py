@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_sharding.audit.fingerprints import NAME as FINGERPRINTS
+from data_sharding.audit.fingerprints import write_fingerprints
 from data_sharding.audit.leakage import Contents
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
+from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.dataset.samples import Sample
 from data_sharding.processing.preprocess import PreprocessSpec
+from data_sharding.processing.survey import assess
 from finetune.evaluation.evidence import Setting
 from finetune.generation.trials import list_trials
 from pretrain.evidence.windows import PRETRAINING, TRAINING, find_known_eeg
@@ -28,6 +32,15 @@ def make_sample(key: str, recording: str, start: float, seed: int, **facts: Any)
     }  # fmt: skip
     eeg = np.random.default_rng(seed).normal(0, 10, (3, 64)).astype(np.float32)
     return Sample(key=key, eeg=eeg, meta=meta | facts)
+
+
+def make_row(key: str, seconds: float) -> LedgerRow:
+    """Make the ledger row of a recording with eight channels."""
+    return LedgerRow(
+        **{"key": key, "status": "sharded", "corpus": "tiny", "path": key, "files": [key], "bytes": 1, "sha256": key},
+        **{"format": "edf", "reader": "edf", "subject": key, "sfreq": 64.0, "seconds": seconds, "unit": "plausible"},
+        **{"unit_factor": 1.0, "line_freq": 50.0, "line_freq_from": "spectrum", "n_eeg": 8, "n_kept": 8},
+    )
 
 
 def make_trial(split: str, number: int, recording: str, start: float, seed: int) -> Sample:
@@ -72,3 +85,23 @@ def test_eeg_and_people_of_the_pretraining_data_are_found(dataset: Path, tmp_pat
     known = find_known_eeg(train, data, *contents)
     assert known.trials[PRETRAINING].tolist() == [False, False, False, True, windows]
     assert known.people_in_pretraining == 1
+
+
+def test_a_recording_that_is_stored_under_two_names_is_found_by_its_signal(tmp_path: Path) -> None:
+    path, rng = tmp_path / "paired", np.random.default_rng(0)
+    signal = np.cumsum(rng.normal(0, 10, (8, 4000)), axis=1)
+    signal -= signal.mean(axis=1, keepdims=True)
+    splits: dict[str, list[Sample]] = {"train": [], "test": []}
+    # The channels of the second recording have another order, so no two windows are equal.
+    for split, recording, values in (("train", "p1-a", signal), ("test", "p2-a", signal[::-1])):
+        for number, start in enumerate(range(640, 1280, 128)):
+            trial = make_trial(split, number, recording, start / 64, number)
+            eeg = values[:3, start : start + 64].astype(np.float32)
+            splits[split].append(Sample(key=trial.key, eeg=eeg, meta=trial.meta))
+    write_dataset(path, splits, SPEC, labels=["a", "b"])
+    points = {"p1-a": assess(signal, 64.0).fingerprint, "p2-a": assess(signal[::-1], 64.0).fingerprint}
+    write_fingerprints(path / FINGERPRINTS, [make_row(name, 4000 / 64) for name in points], points.__getitem__)
+    train, data = (EEGDataset(path, split) for split in ("train", "test"))
+    assert not find_known_eeg(train, data).trials[TRAINING].any()
+    contents = Contents.read(path, windows=False)
+    assert find_known_eeg(train, data, contents=contents).trials[TRAINING].all()
