@@ -226,11 +226,34 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     # on a file system without flock, a lock of this library would remain after the process has died.
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    _lock_files.add(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
+        # In a forked process, the lock file is already closed.
+        if descriptor in _lock_files:
+            _lock_files.remove(descriptor)
+            os.close(descriptor)
+
+
+_lock_files: set[int] = set()
+"""File descriptors of the lock files that this process has open."""
+
+
+def _close_lock_files() -> None:
+    """Close the lock files of the parent process in a forked process.
+
+    A lock is released only when every process has closed its descriptor of the lock file. Without this function, a
+    worker that is forked during a download of its parent would keep the lock until the worker ends.
+    """
+    for descriptor in _lock_files:
         os.close(descriptor)
+    _lock_files.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_lock_files)
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

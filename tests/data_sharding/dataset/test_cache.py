@@ -365,6 +365,27 @@ def test_datasets_on_s3_are_read_by_forked_workers(tmp_path: Path, bucket: str) 
         EEGDataset(f"{bucket}/none")
 
 
+def test_a_forked_process_does_not_keep_the_locks_of_its_parent(tmp_path: Path) -> None:
+    path, end = tmp_path / "locks" / "a", multiprocessing.get_context("fork").Event()
+    with locked(path):
+        child = multiprocessing.get_context("fork").Process(target=end.wait)
+        child.start()
+        with pytest.raises(BlockingIOError), locked(path, wait=False):
+            pass
+    try:
+        # The child still runs, but only the parent had the lock.
+        for _ in range(100):
+            with contextlib.suppress(BlockingIOError), locked(path, wait=False):
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("the forked process keeps the lock")
+        assert child.is_alive()
+    finally:
+        end.set()
+        child.join()
+
+
 def _use_store(url: str, done: Any) -> None:
     data = EEGDataset(url)
     keys = [data[i].key for i in range(len(data))]
