@@ -553,8 +553,8 @@ def decide_by_controls(case: _Case) -> _Found | None:
         low = row.difference.over_images[0] if row.difference.over_images else 0.0
         if row.difference.p_people is not None and low > 0:
             reasons.append(
-                "With the same people, the difference is above 0 for other images too. But few people cause the "
-                f"difference: the permutation test over people has p = {row.difference.p_people:.2g}."
+                "With the same people, the difference is above 0 for other images too. But the difference "
+                f"depends on few people: the permutation test over people has p = {row.difference.p_people:.2g}."
             )
     return "no signal", reasons
 
