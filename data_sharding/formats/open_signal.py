@@ -45,6 +45,8 @@ from data_sharding.formats.readers import find_formats
 from data_sharding.formats.repair.brainvision import (
     CODEPAGE,
     Repaired,
+    check_text,
+    find_unread_layout,
     read_markers,
     read_text,
     repair_header,
@@ -330,14 +332,16 @@ def _brainvision(path: Path) -> Signal:
     import mne
 
     header, contents, markers, notes = _repair_brainvision(path)
-    if (headers.ini_value(header.text, "UseBigEndianOrder") or "").upper() == "YES":
-        text = "the samples are big-endian (UseBigEndianOrder=YES); export the recording again, for example as EDF"
-        raise ReadError(Reason("no reader for big-endian BrainVision", text))
+    if fault := find_unread_layout(header.text):
+        raise ReadError(fault)
     path, text, folder = _as_named(
         path, "DataFile", "MarkerFile", text=header.text if header.recoded else None, contents=contents
     )
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     raw = mne.io.read_raw_brainvision(path)
+    lines = raw._raw_extras[0]["offsets"]
+    if lines is not None and (fault := check_text(Path(str(raw.filenames[0])), int(lines[0]))):
+        raise ReadError(fault)
     numbers = [i for i in range(1, len(raw.ch_names) + 1) if i not in header.left_out]
     left_out = {raw.ch_names[i - 1]: why for i, why in header.left_out.items()}
     if not numbers:

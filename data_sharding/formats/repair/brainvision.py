@@ -7,7 +7,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from data_sharding.common.reason import Reason
 from data_sharding.formats import headers
 from data_sharding.formats.channels import is_electrode
 from data_sharding.formats.marks.interruptions import Annotation
@@ -67,6 +69,49 @@ def read_text(data: bytes) -> Repaired:
         return Repaired(text, recoded=changed)
     text = CODEPAGE.sub(lambda found: f"{found[1]}UTF-8", text, count=1)
     return Repaired(text, [note], recoded=True)
+
+
+AGAIN = "export the recording again, for example as EDF, or as BrainVision with BinaryFormat=IEEE_FLOAT_32"
+
+
+def find_unread_layout(text: str) -> Reason | None:
+    """Return the reason if MNE cannot read the samples of a BrainVision recording with this header; otherwise None."""
+
+    def value(key: str) -> str:
+        return (headers.ini_value(text, key) or "").strip().upper()
+
+    if value("UseBigEndianOrder") == "YES":
+        fault = f"the samples are big-endian (UseBigEndianOrder=YES); {AGAIN}"
+        return Reason("no reader for big-endian BrainVision", text=fault)
+    if value("DataFormat") == "ASCII":
+        columns = value("SkipColumns")
+        if value("DataOrientation") == "VECTORIZED":
+            return text_layout("each line is a channel (DataOrientation=VECTORIZED)")
+        return None if columns in ("", "0") else text_layout(f"other columns come first (SkipColumns={columns[:9]})")
+    if value("BinaryFormat") == "UINT_16":
+        fault = f"the samples have the format UINT_16; {AGAIN}"
+        return Reason("no reader for BrainVision with UINT_16", text=fault)
+    return None
+
+
+def text_layout(fault: str) -> Reason:
+    """Return the reason for BrainVision samples that are stored as text in a layout that MNE does not read."""
+    text = f"the samples are stored as text (DataFormat=ASCII), and {fault}; {AGAIN}"
+    return Reason("no reader for this text of BrainVision", text=text)
+
+
+def check_text(data: Path, begin: int) -> Reason | None:
+    """Return the reason if MNE cannot divide the first line of samples into numbers; otherwise None.
+
+    Parameters
+    ----------
+    data : Path
+        The data file, with text.
+    begin : int
+        Position of the first line of samples in the file.
+    """
+    line = headers.read_range(data, begin, 1 << 16).split(b"\n")[0].strip()
+    return None if b" " in line or b"," in line else text_layout("neither spaces nor commas separate the numbers")
 
 
 def repair_header(text: str) -> Repaired:

@@ -536,6 +536,43 @@ class TestOtherFormats:
         with pytest.raises(ReadError, match="big-endian"):
             open_file(path)
 
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"IEEE_FLOAT_32": "UINT_16"}, "the samples have the format UINT_16; export the recording again"),
+            ({"BINARY": "ASCII", "MULTIPLEXED": "VECTORIZED"}, "each line is a channel"),
+            ({"DataFormat=BINARY": "DataFormat=ASCII\nSkipColumns=1"}, "other columns come first"),
+        ],
+    )
+    def test_brainvision_samples_without_a_reader_have_a_clear_reason(
+        self, tmp_path: Path, make_raw, write_raw, changes: dict[str, str], reason: str
+    ) -> None:
+        path = write_raw(make_raw(2, 100, 3), tmp_path / "a.vhdr")
+        text = path.read_text(encoding="utf-8")
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ReadError, match=reason):
+            open_file(path)
+
+    @pytest.mark.parametrize("separator", [" ", "\t"])
+    def test_brainvision_samples_as_text(self, tmp_path: Path, make_raw, write_raw, separator: str) -> None:
+        raw = make_raw(2, 100, 3)
+        path = write_raw(raw, tmp_path / "a.vhdr")
+        text = path.read_text(encoding="utf-8").replace("DataFormat=BINARY", "DataFormat=ASCII")
+        about = "[ASCII Infos]\nDecimalSymbol=.\nSkipLines=0\nSkipColumns=0\n\n"
+        path.write_text(text.replace("[Channel Infos]", f"{about}[Channel Infos]"), encoding="utf-8")
+        scale = float(text.split("Ch1=")[1].split(",")[2])
+        rows = (1e6 * raw.get_data() / scale).T
+        lines = [separator.join(f"{value:.6f}" for value in row) for row in rows]
+        path.with_suffix(".eeg").write_text("\n".join(lines) + "\n")
+        if separator == " ":
+            np.testing.assert_allclose(read_all(open_file(path)), raw.get_data(), atol=1e-9)
+        else:
+            with pytest.raises(ReadError, match="neither spaces nor commas separate the numbers"):
+                open_file(path)
+
     def test_egi_simple_binary_is_read(self, tmp_path: Path) -> None:
         x = np.random.default_rng(0).normal(0, 20, (3, 500)).astype(np.float32)
         signal = open_file(write_egi(tmp_path / "a.raw", x))
