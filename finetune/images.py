@@ -153,6 +153,19 @@ def to_model_range(pixels_BHW3: np.ndarray | torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(pixels_BHW3).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
+def check_finite(x_B3HW: torch.Tensor, model: object) -> torch.Tensor:
+    """Return the images that a model has generated. Raise a `RequestError` if a value is NaN or infinite.
+
+    NaN would become black pixels, so that the images of a damaged model would look like a result.
+    """
+    if not bool(x_B3HW.isfinite().all()):
+        raise RequestError(
+            f"{model}: the generated images have NaN or infinite values, so the weights are damaged; get the model "
+            "again from its source, or train it again"
+        )
+    return x_B3HW
+
+
 def to_pixels(x_B3HW: torch.Tensor) -> np.ndarray:
     """Convert a model's images to 8-bit images with values from 0 to 255.
 

@@ -30,7 +30,7 @@ from finetune.dm_re2i.portable.write import write_portable_files
 from finetune.eeg import scale_eeg
 from finetune.foreign_models import check_noise_schedule, load_with_library
 from finetune.generators import SCHEMA, Source, read_part, read_spec
-from finetune.images import to_pixels
+from finetune.images import check_finite, to_pixels
 from pretrain.model.weights import read_tensors
 
 KIND = "eg_ddpm"
@@ -301,4 +301,4 @@ class DMRE2IGenerator:
         else:
             e_BD = self.guide.compute(scale_eeg(eeg_B128T, self.guide.scaling(self.spec), self.device))
         images = sample_images(self.unet, self.noising.config, e_BD, chosen, seeds, keep=source != "no_eeg")
-        return to_pixels(images)
+        return to_pixels(check_finite(images, self.folder))

@@ -42,7 +42,7 @@ from finetune.foreign_models import (
     read_model_config,
 )
 from finetune.generators import SCHEMA, Source, read_part
-from finetune.images import read_caption, to_pixels
+from finetune.images import check_finite, read_caption, to_pixels
 from finetune.stable_diffusion.conditioner import Conditioner
 from pretrain.encoder.encoder import EEGEncoder
 
@@ -456,4 +456,5 @@ class StableDiffusionGenerator:
             guidance_scale=1.0 if source == "no_eeg" else chosen.guidance_scale,
             generators=generators,
         )
-        return to_pixels(self.vae.decode(z_B4hw / self.vae.config.scaling_factor).sample)
+        images = self.vae.decode(z_B4hw / self.vae.config.scaling_factor).sample
+        return to_pixels(check_finite(images, self.folder))

@@ -393,3 +393,16 @@ def test_pickled_weights_are_not_read(packages: Path, tmp_path: Path) -> None:
         path.unlink()
         with pytest.raises(RequestError, match=r"no weights in a \.safetensors file"):
             load(kind, tmp_path / kind)
+
+
+def test_a_model_whose_images_are_not_finite_generates_nothing(packages: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from data_sharding.common.errors import RequestError
+
+    shutil.copytree(packages / "eg_ddpm", tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: torch.full_like(value, torch.nan) for name, value in load_file(path).items()}, path)
+    model: Any = load("eg_ddpm", tmp_path / "model")
+    with pytest.raises(RequestError, match=r"model: the generated images have NaN or infinite values"):
+        model.generate(torch.zeros(1, 128, SPEC.window), seeds=[0], steps=2, source="no_eeg")
