@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import io
 import json
 import math
 import re
@@ -30,6 +29,7 @@ from data_sharding.corpora.paths import (
     Folders,
     check_folder,
     check_images,
+    parse_table,
     read_text,
     relative_path,
     root_name,
@@ -255,7 +255,7 @@ def _rows(path: AnyPath, faults: list[str] | None = None) -> list[dict[str, str]
     an invalid row raises an error.
     """
     try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
+        rows = parse_table(read_text(path))
     except csv.Error as error:
         raise _Broken(f"{path.name}: {error}") from None
     whole = []

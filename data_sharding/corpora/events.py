@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -22,6 +21,7 @@ from data_sharding.corpora.paths import (
     check_folder,
     check_images,
     find_events_file,
+    parse_table,
     read_text,
 )
 from data_sharding.corpora.subjects import SubjectFinder
@@ -60,7 +60,7 @@ def read_trials(
         If the table cannot be read, or contains a wrong value.
     """
     try:
-        rows = list(csv.DictReader(io.StringIO(read_text(table), newline=""), delimiter="\t"))
+        rows = parse_table(read_text(table))
     except OSError as error:
         raise RequestError(f"{table}: cannot be read ({describe(error)})") from None
     except csv.Error as error:

@@ -227,6 +227,47 @@ def read_text(path: AnyPath) -> str:
         return data.decode("latin-1")
 
 
+def parse_table(text: str) -> list[dict[Any, Any]]:
+    """Read the rows of a tab-separated table, as `csv.DictReader` returns them.
+
+    A quotation mark in a text must not hide the following lines of the table. So each line is a row, if this gives
+    complete rows. Otherwise, a quotation mark begins a text that can contain tabs and line breaks.
+
+    Parameters
+    ----------
+    text : str
+        The table.
+
+    Returns
+    -------
+    list of dict
+        The rows. Missing cells are None, and the cells after the last column have the key None.
+
+    Raises
+    ------
+    csv.Error
+        If the text is not a table.
+    """
+    lines, quoted = (
+        list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", quoting=quoting))
+        for quoting in (csv.QUOTE_NONE, csv.QUOTE_MINIMAL)
+    )
+
+    def complete(rows: list[dict[Any, Any]]) -> bool:
+        return all(None not in row and None not in row.values() for row in rows)
+
+    rows = quoted if complete(quoted) and not complete(lines) else lines
+    return [{_unquote(key): _unquote(cell) for key, cell in row.items()} for row in rows]
+
+
+def _unquote(cell: Any) -> Any:
+    """Remove white space around a cell, and the quotation marks around the whole cell."""
+    if not isinstance(cell, str):
+        return cell
+    cell = cell.strip()
+    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
+
+
 def find_events_file(recording: AnyPath, folders: Folders) -> AnyPath | None:
     """Find the table of events in the folder of a recording.
 
@@ -270,7 +311,7 @@ def read_marks(table: AnyPath) -> tuple[list[tuple[float, float, str, list[str]]
     """
     marks, notes = [], []
     try:
-        rows = list(csv.DictReader(io.StringIO(read_text(table), newline=""), delimiter="\t"))
+        rows = parse_table(read_text(table))
     except csv.Error as error:
         return [], [f"{table.name}: {error}; its marks are not used"]
     for number, row in enumerate(rows, start=2):

@@ -83,7 +83,9 @@ def ray_session(config: RayConfig) -> Iterator[int]:
     Raises
     ------
     RequestError
-        If the cluster cannot be reached or started, or has too little memory.
+        If the cluster cannot be reached, or has too little memory.
+    ClusterFailed
+        If Ray cannot be started on this machine.
     """
     address = config.address or os.environ.get("RAY_ADDRESS", "")
     if config.auth_mode:
@@ -118,8 +120,11 @@ def ray_session(config: RayConfig) -> Iterator[int]:
             ray.init(**options)
         except (Exception, SystemExit) as error:  # Ray raises many types of errors, sometimes just Exception.
             check_stop()
-            where = f"ray.address '{address}'" if address else "a local Ray"
-            raise RequestError(f"{where} could not be reached or started: {one_line(error)[:300]}") from None
+            fault = one_line(error)[:300]
+            if address:
+                raise RequestError(f"ray.address '{address}' could not be reached: {fault}") from None
+            wait = "If the machine is busy, wait before you try again."
+            raise ClusterFailed(f"Ray could not be started on this machine: {fault} {wait}") from None
         # Ray installs a handler for SIGTERM that would end the job without a message, so restore the former handler.
         try:
             with raise_on_stop_signals():
