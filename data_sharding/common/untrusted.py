@@ -49,6 +49,8 @@ MAX_NAME = 4096
 """Largest number of characters of a name in a file, such as a subject, a label or the path of a recording."""
 MAX_TEXT = 2**17
 """Largest number of characters of a longer text in a file, such as a caption or a note about a recording."""
+MAX_LABELS = 20_000
+"""Largest number of labels of a dataset. Classifiers need a matrix whose size grows with the square of this number."""
 MAX_FILE = 2**50
 """Largest size of a file in bytes that a manifest may state."""
 LEAST_SAMPLE = 2048

@@ -19,6 +19,7 @@ from data_sharding.common.storage import AnyPath, as_path, fresh
 from data_sharding.common.untrusted import (
     LEAST_SAMPLE,
     MAX_FILE,
+    MAX_LABELS,
     check_count,
     check_group,
     check_key,
@@ -214,6 +215,8 @@ def _check_manifest(values: Any, where: str) -> dict[str, Any]:
                 last = stop
     for label in check_list(values.get("labels", []), where, "labels"):
         check_text(label, where, "a label")
+    if (number := len(values.get("labels", []))) > MAX_LABELS:
+        raise refusal(where, f"{number} labels; at most {MAX_LABELS} labels are allowed")
     for name, count in check_group(values.get("counts", {}), where, "counts").items():
         check_count(count, where, f"counts.{show(name)}", most=MAX_FILE)
     for name, hours in check_group(values.get("hours", {}), where, "hours").items():

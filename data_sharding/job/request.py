@@ -15,6 +15,7 @@ from data_sharding.common.config import to_dict
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of
 from data_sharding.common.storage import AnyPath, as_path, describe, file_state, is_remote, is_storage_error
+from data_sharding.common.untrusted import MAX_LABELS
 from data_sharding.corpora import CorpusConfig, Item, describe_design, list_items
 from data_sharding.dataset.shard_reader import LONGEST
 from data_sharding.dataset.splits import SplitConfig
@@ -351,10 +352,16 @@ def make_plan(config: ShardConfig) -> Plan:
         lines += describe_empty_splits(config.split, {item.subject for item in usable}, images=bool(shown))
     people = [[key, item.subject, item.subject_from, item.about] for key, item in sorted(items.items())]
     images = {path: _states([as_path(path)])[0] for path in sorted({t.image for _, t in shown if t.image})}
+    labels = sorted({trial.label_name for _, trial in shown})
+    if len(labels) > MAX_LABELS:
+        raise RequestError(
+            f"corpora: the trials have {len(labels)} different labels; at most {MAX_LABELS} labels are allowed, so use "
+            "categories of images as labels"
+        )
     return Plan(
         items=items,
         states=states,
-        labels=sorted({trial.label_name for _, trial in shown}),
+        labels=labels,
         request=digest_of(
             {
                 "config": reduce_config(config),

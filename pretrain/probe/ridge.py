@@ -41,7 +41,7 @@ def choose_and_predict(
     sets = len(labels_Sn)
 
     def predict(fit: np.ndarray, new: np.ndarray) -> np.ndarray:
-        targets = np.eye(classes, dtype=x_nF.dtype)[labels_Sn[:, fit]]
+        targets = (labels_Sn[:, fit, None] == np.arange(classes)).astype(x_nF.dtype)
         scores = ridge_scores(x_nF[fit], np.concatenate(list(targets), axis=1), x_nF[new])
         return np.stack([each.reshape(-1, sets, classes).argmax(axis=-1).T for each in scores])
 

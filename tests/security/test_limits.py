@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.typed_values import check_typed
-from data_sharding.common.untrusted import MAX_NAME, MAX_TEXT, check_meta, check_text
+from data_sharding.common.untrusted import MAX_LABELS, MAX_NAME, MAX_TEXT, check_meta, check_text
 from data_sharding.corpora import CorpusConfig, list_items
 from data_sharding.dataset.ledger import LedgerRow, read_ledger_file, write_ledger
 from data_sharding.dataset.splits import SplitConfig
@@ -164,3 +164,30 @@ def test_a_dataset_without_samples_is_not_valid(dataset: Any, capsys: pytest.Cap
         capsys.readouterr()
         assert main(["verify", str(dataset.root)]) == 1
         assert "manifest.json: no split has samples, so the dataset is empty" in capsys.readouterr().out
+
+
+def test_a_dataset_with_very_many_labels_is_refused(dataset: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset.change_manifest(lambda values: values.update(labels=[f"l{i}" for i in range(MAX_LABELS + 1)]))
+    for words in (["verify"], ["inspect"]):
+        assert main([*words, str(dataset.root)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "manifest.json" in error and "20001 labels" in error
+
+
+def test_a_job_with_very_many_labels_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, folder = tmp_path / "images", tmp_path / "eeg" / "sub-01"
+    images.mkdir()
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(images / "cat.png")
+    info = mne.create_info(["Cz", "Pz"], 100.0, "eeg")
+    mne.io.RawArray(np.zeros((2, 200)), info, verbose="ERROR").save(folder / "a_raw.fif", verbose="ERROR")
+    rows = "".join(f"1.0\tcat.png\tlabel{number}\n" for number in range(MAX_LABELS + 1))
+    (folder / "a_raw_events.tsv").write_text(f"onset\timage\tlabel_name\n{rows}")
+    config = {
+        "corpora": [{"kind": "events", "root": str(tmp_path / "eeg"), "images": str(images)}],
+        "output": str(tmp_path / "out"),
+        "split": {"val_fraction": 0, "test_fraction": 0},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    assert main(["shard", str(tmp_path / "config.yaml")]) == 2
+    assert "20001 different labels" in capsys.readouterr().err and not (tmp_path / "out" / "manifest.json").exists()
