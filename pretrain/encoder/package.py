@@ -16,10 +16,12 @@ The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +121,15 @@ def write_package(
     Raises
     ------
     RequestError
-        If the encoder's output holds NaN or infinite values; then no package is written.
+        If the encoder's output holds NaN or infinite values, or if the directory cannot be written. Then no package is
+        written.
     """
     example = _make_example(model)
     with torch.no_grad():
         output = model(*example)
     if not output.isfinite().all():
         raise RequestError(f"{path}: not written, because the encoder's output holds NaN or infinite values")
-    with atomic_directory(path) as folder:
+    with _named_fault(path), atomic_directory(path) as folder:
         save_weights(model.state_dict(), folder / WEIGHTS)
         write_json(folder / SPEC, model.spec.to_dict())
         write_json(
@@ -148,6 +151,15 @@ def write_package(
         atomic_write_text(folder / CARD, card or f"# EEG encoder\n\n{model.config}\n\n{model.spec}\n")
         if program:
             export_program(model, folder / PROGRAM)
+
+
+@contextlib.contextmanager
+def _named_fault(path: str | Path) -> Iterator[None]:
+    """Turn an error of the file system into an error of one line that names the package."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror or error}); choose another output") from None
 
 
 def read_package(path_or_hub_id: str | Path) -> PackageContents:

@@ -191,3 +191,12 @@ def test_a_job_with_very_many_labels_is_refused(tmp_path: Path, capsys: pytest.C
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     assert main(["shard", str(tmp_path / "config.yaml")]) == 2
     assert "20001 different labels" in capsys.readouterr().err and not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_package_that_cannot_be_written_gives_one_line(tmp_path: Path) -> None:
+    encoder = make_encoder(tmp_path / "encoder")
+    (tmp_path / "file").write_text("")
+    for place in (Path("/proc/x"), tmp_path / "file" / "encoder", tmp_path / ("x" * 300)):
+        with pytest.raises(RequestError, match=r"cannot be written .*; choose another output") as caught:
+            encoder.save_pretrained(place)
+        assert "\n" not in str(caught.value)
