@@ -30,6 +30,9 @@ from data_sharding.dataset.manifest import WORK, Manifest, Shard, current_file
 from data_sharding.dataset.shard_reader import HEADER, padded_size, read_entries
 from data_sharding.dataset.splits import SPLITS
 
+ANEW = "make the dataset again with 'dreamscale shard' and a new folder in the key 'output'"
+"""Advice for a dataset that needs another split or other names of subjects. An existing dataset keeps its splits."""
+
 
 @dataclass(kw_only=True)
 class VerifyConfig:
@@ -293,7 +296,7 @@ def verify(config: VerifyConfig) -> int:
     if findings.proofs:
         print(
             f"{config.dataset}: the splits share data: {_count_proofs(findings)}; "
-            "change 'split' in the config and run 'dreamscale shard' again"
+            f"change 'split' in the config, and {ANEW}"
         )
         return EXIT_FAILED
     return _conclude(config, contents, findings)
@@ -319,7 +322,7 @@ def _conclude(config: VerifyConfig, contents: Contents, findings: Findings) -> i
         print(
             f"{config.dataset}: it is not known whether a person is in several splits, because the subjects of "
             f"{unknown} of {len(contents.recordings)} recordings are unknown; no other shared data was found; set "
-            "subject_pattern, or a table in the key 'subjects', and run 'dreamscale shard' again"
+            f"subject_pattern, or a table in the key 'subjects', and {ANEW}"
         )
         return EXIT_NOT_KNOWN
     if questions := sum(finding.kind == "subject" for finding in findings.found):

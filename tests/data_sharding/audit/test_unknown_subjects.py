@@ -52,6 +52,7 @@ def test_one_unknown_subject_is_enough(make, capsys) -> None:
     assert verify([str(path)]) == 3
     line = last_line(capsys)
     assert "not known whether a person is in several splits" in line and "1 of 4 recordings are unknown" in line
+    assert line.endswith("make the dataset again with 'dreamscale shard' and a new folder in the key 'output'")
     assert inspect([str(path), "--json", "true"]) == 0
     table = {row["split"]: row for row in json.loads(capsys.readouterr().out)["split"]}
     assert (table["train"]["subjects"], table["test"]["subjects"], table["test"]["subject unknown"]) == (1, 0, 1)
