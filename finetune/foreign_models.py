@@ -12,7 +12,7 @@ from typing import Any
 
 from data_sharding.common.errors import RequestError, one_line, show
 from data_sharding.common.files import read_json
-from data_sharding.common.untrusted import check_count, check_group
+from data_sharding.common.untrusted import check_count, check_group, check_list
 from pretrain.model.weights import check_network, measure_weights
 
 MAX_SIDE = 2048
@@ -114,8 +114,12 @@ def check_transformers_model(model_class: Any, folder: Path) -> None:
 
 def check_noise_schedule(path: Path) -> None:
     """Check the number of steps in a scheduler's config, before the scheduler makes tables with one entry per step."""
-    steps = read_model_config(path).get("num_train_timesteps", 1000)
+    values = read_model_config(path)
+    steps = values.get("num_train_timesteps", 1000)
     check_count(steps, str(path), "num_train_timesteps", least=1, most=MAX_NOISE_STEPS)
+    if values.get("trained_betas") is not None:
+        betas = check_list(values["trained_betas"], str(path), "trained_betas")
+        check_count(len(betas), str(path), "the number of trained_betas", least=steps, most=steps)
 
 
 def _weights_of(folder: Path) -> list[Path]:

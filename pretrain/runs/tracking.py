@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import netrc
 import os
+import re
 import secrets
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from data_sharding.common.errors import one_line
+from data_sharding.common.errors import one_line, show
 from data_sharding.common.files import atomic_write_text
 from data_sharding.common.untrusted import check_key, read_limited
 
@@ -29,6 +30,13 @@ class TrackerConfig:
     """Name of the project at wandb."""
     name: str | None = None
     """Name of the run; by default the name of the run directory."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[^/\\#?%:\x00-\x1f\x7f]{1,128}", self.project):
+            raise ValueError(
+                f"tracker.project '{show(self.project)}': use 1 to 128 characters, no control characters, and none of "
+                "/ \\ # ? % :"
+            )
 
 
 def open_tracker(

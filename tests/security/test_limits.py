@@ -26,6 +26,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 from launch.cli import main
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.model.config import EncoderConfig
+from pretrain.runs.tracking import TrackerConfig
 from tests.security.conftest import SPEC, make_samples
 
 
@@ -200,3 +201,10 @@ def test_a_package_that_cannot_be_written_gives_one_line(tmp_path: Path) -> None
         with pytest.raises(RequestError, match=r"cannot be written .*; choose another output") as caught:
             encoder.save_pretrained(place)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("project", ["../../x", "a\nb", "x" * 129, "a:b", "", "\x1b[31m"])
+def test_project_names_that_wandb_refuses_are_refused(project: str) -> None:
+    with pytest.raises(ValueError, match=r"tracker\.project .*: use 1 to 128 characters") as caught:
+        TrackerConfig(project=project)
+    assert caught.value.args[0].isprintable() and TrackerConfig(project="our EEG (2026)")

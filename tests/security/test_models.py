@@ -194,6 +194,8 @@ CASES: list[tuple[str, str, str, Any]] = [
     ("eg_ddpm", "unet/config.json", "heads", HUGE),
     ("eg_ddpm", "scheduler/scheduler_config.json", "num_train_timesteps", 10**12),
     ("eg_ddpm", "scheduler/scheduler_config.json", "beta_schedule", "none"),
+    ("eg_ddpm", "scheduler/scheduler_config.json", "trained_betas", [0.1] * 9),
+    ("pipeline", "scheduler/scheduler_config.json", "trained_betas", "many"),
     ("eg_ddpm", "dreamscale.json", "eeg", {"tmin": "x"}),
     ("eg_ddpm", "dreamscale.json", "kind", ["eg_ddpm"]),
     *(("conditioner", "config.json", key, HUGE) for key in ("tokens", "length", "width", "hidden", "time_dim")),
