@@ -58,7 +58,7 @@ class RawSignal:
     annotations : list of Annotation, optional
         Annotations that replace the annotations of MNE, if MNE reads them wrongly.
     marks : iterable of Found
-        Marks that the reader found outside the annotations.
+        Marks that the reader found in other places of the file than the annotations.
     keep : Any
         Object that must exist as long as the recording is open, such as a temporary folder.
     gains : ndarray, optional

@@ -177,7 +177,7 @@ def read_generated(path: str | Path) -> GeneratedSet:
                     images.append(image)
                 known = type(trial["label"]) is int and 0 <= trial["label"] < len(about["labels"])
             except KeyError as error:
-                raise RequestError(f"{record}: a trial has no {error}; {again}") from None
+                raise RequestError(f"{record}: a trial lacks the key {error}; {again}") from None
             except OSError as error:
                 raise RequestError(f"{path / trial[name]}: {error.strerror or error}; {again}") from None
             if not known:

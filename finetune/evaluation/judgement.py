@@ -199,7 +199,7 @@ def judge_images(
         The trials of `own`.
     copies : sequence of (str, str), optional
         Pairs of names of the same image, from `pretrain.evidence.copies.find_copies`. By default, this function
-        searches for the copies.
+        searches for such pairs.
     known_eeg : KnownEEG, optional
         Trials of `data` whose EEG is also in the data that trained the model, from
         `pretrain.evidence.windows.find_known_eeg`. By default, this function compares the EEG with the training trials.

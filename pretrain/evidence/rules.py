@@ -16,8 +16,8 @@ The bootstrap for this interval draws people and images at the same time if ther
 because a predictor that is better than chance shows a fault of the dataset. Second, the p-value of the comparison is
 below `LEVEL` of `pretrain.evidence.comparisons` after Holm's correction over all comparisons of the same question.
 Third, if the model's own score is compared and there are enough people, the permutation test over people has p below
-`LEVEL`. The permutation test is needed because the interval of a bootstrap over few people is too narrow, and because a
-strong effect in one of eight people shows nothing about people in general.
+`LEVEL`. The permutation test is needed for two reasons: the interval of a bootstrap over few people is too narrow, and
+a strong effect in only one of eight people can raise the mean, although it shows nothing about people in general.
 
 docs/evaluation.md explains the controls, the verdicts and the limits of the verdicts. Array shapes: n trials.
 """
@@ -457,8 +457,8 @@ def decide_if_judgeable(case: _Case) -> _Found | None:
     - There are fewer than `FEWEST_IMAGES` test images. An image can resemble another category by chance. With few
       images, such a resemblance looks like a signal for every person.
     - More than the share `MOST_KNOWN` of the test trials is known to the model: the image, a copy of the image, or the
-      EEG of the trial is also in the data that trained the model, so the model can show a remembered image. A smaller
-      share of known trials is left out by `_leave_out_known_trials`.
+      EEG of the trial is also in the data that trained the model, so the model can show a remembered image. If the
+      share is at most `MOST_KNOWN`, `_leave_out_known_trials` has left these trials out.
     - The control with shuffled EEG is missing.
     - The judge, which scores the images, fails on real images of the test labels: the 95 % interval of the judge's
       score does not lie above chance.

@@ -50,7 +50,7 @@ def finetune_and_predict(
     fold : Fold
         The model is trained on the fold's `train` trials, and predicts the labels of the fold's `test` trials.
     choose_by : (ndarray, ndarray)
-        Indices of the training trials and of the held-out trials with which the learning rate is chosen.
+        Trials for the choice of the learning rate: indices of the trials to train on, and of the trials to predict.
     classes : int
         Number of labels.
     epochs : int

@@ -151,7 +151,8 @@ def test_noise_keeps_spectra_and_covariance_and_destroys_the_time_course() -> No
         np.testing.assert_allclose(np.cov(noise), np.cov(eeg), atol=1e-4)
         np.testing.assert_allclose(noise.mean(axis=1), eeg.mean(axis=1), atol=1e-5)
         np.testing.assert_array_equal(noise, randomise_phases(eeg, 7))
-        # The mean of a trial's noise over 400 seeds has no evoked response, only the mean of each channel.
+        # Averaged over 400 seeds, the noise is constant in time: each channel keeps its mean, and no evoked response
+        # remains.
         many = np.array([randomise_phases(eeg, seed) for seed in range(400)])
         assert np.abs(many.mean(axis=0) - eeg.mean(axis=1, keepdims=True)).max() < 0.2 * np.ptp(eeg)
         alike = [np.corrcoef(one[0], eeg[0])[0, 1] for one in many]

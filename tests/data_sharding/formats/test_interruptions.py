@@ -178,8 +178,8 @@ def edf(
 
 
 def biosemi(changes: dict[int, int], seconds: int = 6) -> Callable[[Path], Path]:
-    """Return a function that writes a BDF file. The keys of `changes` are sample numbers; from such a sample on, the
-    Status channel has the value of this key."""
+    """Return a function that writes a BDF file. `changes` maps a sample number to the value
+    that the Status channel has from this sample on."""
     status = np.zeros(HZ * seconds, int)
     for at, value in changes.items():
         status[at:] = value

@@ -32,7 +32,7 @@ def test_the_crossed_interval_is_as_wide_as_the_fewest_clusters_demand() -> None
     by_subject = difference_interval(of_subject, subjects, 2000, 0)
     assert wide[1] - wide[0] == pytest.approx(by_subject[1] - by_subject[0], rel=0.1)
     assert wide[1] - wide[0] > 2 * (plain[1] - plain[0])
-    # If all trials of an image have the same value, the interval must be as wide as for 50 values.
+    # If all trials of an image have the same value, the interval must be as wide as for one value per image.
     of_image = rng.normal(0, 1, 50)[images]
     low, high = crossed_interval(of_image, subjects, images, 2000, 0)
     by_image = difference_interval(of_image, images, 2000, 0)
