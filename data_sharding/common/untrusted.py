@@ -245,8 +245,8 @@ def parse_json(data: str | bytes | bytearray | memoryview) -> Any:
     except RecursionError:
         raise ValueError("lists and objects are nested too deeply") from None
     if _HALF_CHARACTER.search(text):
-        # A text with a single surrogate cannot be printed or stored. A pair of surrogates is one character and is
-        # allowed.
+        # A text with an unpaired surrogate is not valid Unicode, so it cannot be printed or stored. A pair of
+        # surrogates is one character and is allowed.
         json.dumps(value, ensure_ascii=False).encode()
     return value
 

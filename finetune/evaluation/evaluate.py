@@ -552,9 +552,14 @@ def _print_result(config: EvaluateConfig, result: dict[str, Any]) -> int:
     verdict = result["verdict"]
     scope = f" ({verdict['scope']})" if verdict["scope"] else ""
     print(f"verdict: {verdict['word']}{scope}. {verdict['why'][0]}")
-    for shared in (found or {} for found in (result["protocol"]["splits"], result["protocol"]["pretraining"])):
-        for text in shared.get("shared", [])[:5]:
-            print(f"shared: {printable(text)}")
+    if verdict["left_out"]:
+        print(
+            f"left out of the verdict: {verdict['left_out']} test trials, because their image or EEG was in the data "
+            "that trained the model"
+        )
+    for name, where in (("splits", "by two splits"), ("pretraining", "with any split of the pretraining dataset")):
+        for text in (result["protocol"][name] or {}).get("shared", [])[:5]:
+            print(f"shared {where}: {printable(text)}")
     print(f"report: {report}{following}")
     return EXIT_FAILED if config.require == "signal" and verdict["word"] != "signal" else EXIT_DONE
 

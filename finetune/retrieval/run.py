@@ -432,6 +432,7 @@ def retrieve(config: RetrieveConfig) -> int:
         print(
             f"{name}: top-1 of {row['images']} {top1['mean']:.1%} (chance {top1['chance']:.1%}), identification "
             f"{row['scores']['identification']['mean']:.1%} (chance 50%); verdict: {row['verdict']['word']}"
+            + (f", without {row['verdict']['left_out']} known test trials" if row["verdict"]["left_out"] else "")
         )
     print(f"report: {output / 'retrieval.html'}; next: 'dreamscale finetune' trains a generator of images")
     words = {row["verdict"]["word"] for row in measured.values()}

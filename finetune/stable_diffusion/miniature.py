@@ -322,7 +322,7 @@ def _train_unet(
     text_config = clip.config.text_config
     assert isinstance(text_config, CLIPTextConfig)
     width = text_config.hidden_size
-    unet = UNet2DConditionModel(
+    unet = UNet2DConditionModel(  # pyright: ignore[reportCallIssue] - the library's decorator hides the signature
         sample_size=config.size // 4,
         in_channels=4,
         out_channels=4,

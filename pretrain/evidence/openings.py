@@ -75,7 +75,7 @@ def record_opening(
         Config of the command. The log of openings holds only a digest of the config, because a config names folders of
         the user.
     fallback : str or Path
-        Existing folder for the log if the dataset cannot be written.
+        Existing folder in which the log is written if the folder of the dataset is read-only.
 
     Returns
     -------

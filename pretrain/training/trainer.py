@@ -236,8 +236,8 @@ class Trainer:
         spiked_at = self.global_step
         self.left_out = [*self.left_out, {"batches": [end - guards.leave_out, end], "step": spiked_at, "loss": spike}]
         if self.world.first:
-            # Write the list to disk before the training goes back. If the run is interrupted now, the resumed run then
-            # leaves out the same batches.
+            # Write the list to disk before the training returns to an earlier checkpoint. If the run is interrupted
+            # now, the resumed run then leaves out the same batches.
             write_left_out(self.run, self.left_out)
         self.resume(rewind=True)
         self.run.log(self.global_step, rewound_from=spiked_at, rewinds=len(self.left_out))
