@@ -50,7 +50,7 @@ def read_status(key: str) -> float:
 
 
 def measure(step: Step, device: torch.device) -> dict[str, float]:
-    """Run one step, and return its wall time and CPU time in seconds and its largest growth of memory in GiB."""
+    """Run one step; return its wall time and CPU time in seconds, and its peak memory above the start in GiB."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -87,7 +87,7 @@ def make_noising() -> DDPMScheduler:
 
 
 def ours(backbone: Any, options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, float, Step, Step]:
-    """Return EG-DDPM's network, the GiB of its training state, its training step, and a few steps of sampling."""
+    """Return EG-DDPM's network, the GiB of its training state, and functions for a training step and short sampling."""
     stage = EGDDPMStage(image_size=options.size, base_channels=options.base, backbone=backbone, drop=0.0)
     task = EGDDPMTask(build_unet(stage, WIDTH), make_noising(), "l2").to(device)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's type hints lack this overload
@@ -107,16 +107,16 @@ def ours(backbone: Any, options: argparse.Namespace, device: torch.device) -> tu
         sampling = Sampling(sampler="ddpm", steps=options.evaluations, guidance_scale=1.0)
         sample_images(task.unet, task.noising.config, inputs["eeg"], sampling, list(range(options.batch)))
 
-    # The training state has four copies of the weights: weights, two moments and the average. The gradients exist only
-    # inside of a step, so the growth of memory in the step includes them.
+    # The training state is four times as large as the weights: the weights, AdamW's two moments, and the averaged
+    # weights. The gradients exist only inside of a step, so they are part of the step's growth of memory.
     return task.unet, state_gib(task, 4), train, sample
 
 
 def plain(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, float, Step, Step]:
-    """Make a plain training loop with diffusers' UNet2DModel, to measure it.
+    """Make the plain loop over diffusers' UNet2DModel, with which EG-DDPM is compared.
 
-    The result is the network, the GiB of its training state, its training step, and a few steps of sampling.
-    The network has the sizes of the backbone `unet2d`.
+    The result is the network, the GiB of its training state, and two functions: a training step and a short sampling.
+    The network has the same layer sizes as EG-DDPM with the backbone `unet2d`.
     """
     stage = EGDDPMStage(image_size=options.size, base_channels=options.base, backbone="unet2d", drop=0.0)
     net: Any = build_unet(stage, WIDTH)

@@ -45,7 +45,7 @@ def run_seed(out: Path, seed: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        Scores of each model, the conclusion, and the seconds of all steps together.
+        Scores of each model, the conclusion of the report, and the total seconds of all steps.
     """
     command = [sys.executable, "-m", "launch", "demo", "--out", str(out), "--seed", str(seed)]
     code = subprocess.run(command, check=False).returncode

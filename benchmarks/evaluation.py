@@ -3,8 +3,8 @@
 ``python benchmarks/evaluation.py --images 100 400 --processes 1 2 --out evaluation.json -- --lpips '[]'``. The words
 after ``--`` are given to ``dreamscale evaluate``. The images are made by this file: coloured squares, so that the PNG
 files are small. Every trial has its own seen image and its own generated image. The EEG of the trials is short noise.
-The memory is the largest sum of the proportional set sizes (PSS) of all processes of the command, read every 0.2
-seconds, and the largest resident set of one process.
+Memory is measured in two ways, every 0.2 seconds: as the sum of the proportional set sizes (PSS) of all processes of
+the command, and as the resident set of the largest process. The result contains the peak of each.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def write_folder(root: Path, images: int) -> Path:
 
 
 def _read_memory(root: int) -> tuple[int, int]:
-    """Return the sum of the proportional set sizes, and the largest resident set, of a process and its descendants."""
+    """Return the sum of the proportional set sizes of a process and its descendants, and their largest resident set."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -12,7 +12,7 @@ LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "NPY_DISABLE_CPU_FEATURES
 
 
 def describe_machine() -> str:
-    """Return the CPU model, whether the CPU has AMX and AVX-512, the number of cores, and limits of the user."""
+    """Return a text: the CPU model, AMX and AVX-512, the usable cores, and the variables of `LIMITS` that are set."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     values = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     values = {key.strip(): value.strip() for key, value in values.items()}

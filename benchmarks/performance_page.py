@@ -30,7 +30,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def origin(found: dict[str, Any]) -> str:
-    """Return the sentence that says when, where and under which load a result was measured, if the result says so."""
+    """Return a text with the date, machine and load of a measurement; an empty text if the result has no date."""
     if "date" not in found:
         return ""
     return f"Measured on {found['date']}, on {found['machine']}.\nThe load average before the run was {found['load']}."
@@ -187,7 +187,8 @@ def pretraining(found: dict[str, Any]) -> str:
             ours[key] = r
         elif not mine and key in ours:
             ratios.append(f"{r['step_s'] / ours[key]['step_s']:.2f} times in {key[0]} at batch {key[1]}")
-    # Collect the time of each kind of operation at the smallest batch size, for Dreamscale and for the released code.
+    # Collect the time of each kind of operation at the smallest batch size, for Dreamscale and for the code that the
+    # authors of DreamDiffusion released.
     batch = min(number for precision, number in ours if precision == "bf16")
     profiles = {
         r["code"]: r["profile_s"]

@@ -2,11 +2,12 @@
 
 ``python benchmarks/planning.py --sizes 1000 10000 100000 --out planning.json``
 
-Each number of recordings is measured in a separate process. Four steps are measured. Find the recordings, recognise
-their formats by the headers, and make the plan. Compute the identities, by which a restarted job recognises finished
-recordings. Find duplicates by their signatures. Distribute the samples over shards. The recordings are EDF files of one
-second. Most of the EDF files are hard links, so that the measurement depends little on the speed of the disk.
-Signatures and rows of the ledger are simulated, and one recording in a hundred is a duplicate.
+Each number of recordings is measured in a separate process. Four steps are measured: (1) find the recordings, recognise
+their formats by the headers, and make the plan; (2) compute the identities, by which a restarted job recognises
+finished recordings; (3) find duplicates by their signatures; (4) distribute the samples over shards. The recordings are
+EDF files of one second. Most of the EDF files are hard links, so that the measurement depends little on the speed of
+the disk. The signatures and the rows of the ledger are not computed from the files but simulated; one recording in a
+hundred is a duplicate.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def measure(n: int) -> dict[str, Any]:
         lap("identities")
     assert len(identities) == n
 
-    # Each fingerprint has eight channels; with one channel, the search for duplicates would be unrealistically fast.
+    # Give each simulated fingerprint eight channels: with one channel, the search for duplicates would be
+    # unrealistically fast.
     def points(seed: int) -> np.ndarray:
         return np.random.default_rng(seed).normal(size=(8, 64)).astype(np.float32)
 

@@ -1,7 +1,8 @@
 """Measure throughput, utilisation and memory of a pretraining step for several model sizes and settings.
 
 ``python benchmarks/pretraining.py [--presets tiny,released] [--precisions fp32,bf16] [--stages 1] [--compile 0,1]``
-``[--batch 8] [--steps 5] [--reference PATH] [--profile] [--out FILE.json]``. Use torchrun for several processes.
+``[--batch 8] [--steps 5] [--reference PATH] [--profile] [--out FILE.json]``. To train in several processes, start the
+script with torchrun.
 
 ``--reference PATH`` also times the model code that the authors of DreamDiffusion released, where PATH is a checkout of
 bbaaii/DreamDiffusion. The released model runs with PyTorch's AdamW and autocast. The signals are noise that is made on
@@ -99,7 +100,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def resident_gib() -> float:
-    """Return the memory that this process uses now; its peak memory could come from a model that ran before."""
+    """Return this process's present memory, not its peak: the peak could come from an earlier model of this process."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

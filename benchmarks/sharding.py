@@ -4,8 +4,8 @@
 folder ``--cache``. Then the benchmark measures two programs on the EDF file. Each of the two programs runs in its own
 process and with one thread:
 
-- ours: Dreamscale's `data_sharding.job.process_recording.process_recording` reads the file and writes its windows, with
-  the environment variables of the job's child processes;
+- ours: Dreamscale's `data_sharding.job.process_recording.process_recording` reads the file and writes its windows,
+  under the same environment variables as in a child process of a real job;
 - MNE: load the file, apply a FIR band-pass filter, resample by FFT, subtract the average, and write the windows with
   `wds.TarWriter`. Dreamscale also removes the mains frequency, checks channels and units, and computes checksums.
 
@@ -142,10 +142,10 @@ def measure(way: str, edf: Path) -> dict[str, float]:
 
 
 def job(folder: Path, workers: int) -> dict[str, float]:
-    """Measure the wall time of the whole job, and the recordings/s after the workers have started.
+    """Measure the wall time of the whole job, and the recordings/s without the start of the workers.
 
-    Ray and the imports of each worker need several seconds, which do not matter for a large corpus. So the recordings/s
-    are measured only after two recordings for each worker have been returned.
+    Ray and the imports of each worker need several seconds, which do not matter for a large corpus. So the measurement
+    of the recordings/s begins when as many recordings are finished as two for each worker.
     """
     from data_sharding.job import run as module
 

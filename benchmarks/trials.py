@@ -1,14 +1,15 @@
-"""Measure what a process needs to open a large split and to group its trials, and to compute their features.
+"""Measure the time and memory to open a large split and group its trials, and to compute features of trials.
 
 ``python benchmarks/trials.py --out trials.json``. The default dataset has the size of THINGS-EEG2: 661,600 trials of 10
-people and 63 channels. Only the windows are short (8 samples), so that the dataset fits on a small disk; the JSON of a
-trial has its true size. Each program runs in a process of its own. "one JSON a trial" is a plain loop that parses the
-JSON of every trial, without a table of the trials. "first process" makes the table. "next process" uses the existing
-table. After these programs, two processes open the split at the same time, without a finished table of trials. A small
-feature (the mean over time) is computed for trials of 128 channels x 440 samples, as in EEG-ImageNet (11,466 trials):
-for all trials at once, and part by part. "cpu_s" are seconds of CPU time; other programs of the machine hardly change
-this time. Memory is the largest resident set of the process minus its resident set after the imports, including pages
-of the mapped file.
+people and 63 channels. The windows are shorter than in THINGS-EEG2 (8 samples), so that the dataset fits on a small
+disk; the JSON of a trial has the size that it has in a real dataset. Each program runs in a process of its own. "one
+JSON a trial" is a plain loop that parses the JSON of every trial, without a table of the trials. "first process" makes
+the table of trials and stores it in a file. "next process" uses this file. After these programs, two processes open the
+split at the same time, without a finished table of trials. A small feature (the mean over time) is computed for trials
+of 128 channels x 440 samples, as in EEG-ImageNet (11,466 trials): for all trials at once, and part by part. "cpu_s" are
+seconds of CPU time, which hardly depend on other programs on the machine. Memory is the largest resident set of the
+process minus its resident set after the imports; it includes those pages of the table's memory-mapped file that are in
+memory.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def tables(root: Path) -> dict[str, int]:
 
 
 def features(root: Path, how: str) -> dict[str, Any]:
-    """Compute a small feature of all trials, at once or part by part."""
+    """Compute a small feature of each trial, for all trials at once or for one part of the trials after another."""
     from finetune.eeg import compute_for_trials, group_repeats, read_trials
     from finetune.images import open_paired
     from finetune.training.accelerate import make_accelerator

@@ -1,10 +1,10 @@
-"""Count the verdicts on constructed sets, and write the table of docs/evaluation.md.
+"""Count the verdicts of Dreamscale's evaluation on constructed sets, and write the table of docs/evaluation.md.
 
 ``python benchmarks/verdict_rates.py --seeds 20 --null_seeds 400``
 
-Every set is made with several seeds by `verdict_sets.py`; a null set has no response at all and gets more seeds. The
-counts go to ``benchmarks/results/verdict_rates.json``. ``--only NAME`` measures one set again, and ``--seeds 0`` only
-writes the table again.
+`verdict_sets.py` makes every set with several seeds. A null set is simulated without any response to the category, and
+is made with more seeds. The counts go to ``benchmarks/results/verdict_rates.json``. ``--only NAME`` measures one set
+again, and ``--seeds 0`` only writes the table again.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def count_words(name: str, seeds: int, resamples: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        Settings, true verdict, counts of all verdicts, and the model's own score and its chance level, averaged over
-        the seeds.
+        Settings, true verdict, and counts of all verdicts. Also, averaged over the seeds: the model's score with the
+        trials' own EEG (``own``), and the chance level of this score.
     """
     design, truth = SETS[name]
     words: Counter[str] = Counter()

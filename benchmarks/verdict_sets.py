@@ -1,7 +1,8 @@
 """Constructed sets of trials whose true verdict is known, for `benchmarks/verdict_rates.py` and for the tests.
 
 A set is a small simulated experiment: people look at images, and features of their EEG are simulated. Ridge regression
-learns to predict an embedding of the image. All controls are computed by the code that real data use.
+learns to predict an embedding of the image. The controls are made, and the verdict is found, with the same functions as
+for real data.
 
 Array shapes: n trials, I images, L labels, D width of an embedding, F features of the EEG.
 """
@@ -49,8 +50,9 @@ class Design:
     """Change of the EEG from the beginning to the end of a recording; the change is the same for all people."""
     split: str = "images"
     """images: a quarter of the images is for the test. time: a quarter of the time of each recording is for the test,
-    and every person has images of their own. trials: a quarter of the trials. people: the last half of the people, and
-    a quarter of the images. labels: half of the labels."""
+    and every person has images of their own. trials: a quarter of the trials is for the test. people: the trials in
+    which the second half of the people see a quarter of the images are for the test. labels: half of the labels are for
+    the test."""
     labels_of_person: int | None = None
     """Number of labels that a person sees; by default, a person sees all labels. If people see only some of the labels,
     the EEG also has a different offset for each person."""
@@ -199,7 +201,7 @@ def _control(hits_n: np.ndarray, left_out_n: np.ndarray | None = None) -> Contro
 def _predict(
     design: Design, train: _Trials, test: _Trials, measure: _Measure, seed: int
 ) -> dict[str, Control | NotApplicable]:
-    """Predict the labels of the test trials from time and from the baseline."""
+    """Predict the labels of the test trials twice: from the trials' times, and from the EEG before the pictures."""
     if design.split == "labels":
         return dict.fromkeys(("time", "baseline"), NotApplicable(reason="no test label is in the training trials."))
     found = {
@@ -219,7 +221,8 @@ def _make_images(design: Design, rng: np.random.Generator) -> _Images:
     own_ID = rng.normal(0, 0.5, (len(label_I), WIDTH))
     embedding_ID = prototype_LD[label_I] + own_ID
     if design.category == 0:
-        # The responses to single images must be independent of the embeddings.
+        # Without a response to the category, the EEG must contain no information about the embeddings. So the part of
+        # the response that differs from image to image is drawn independently of the embeddings.
         own_ID = rng.normal(0, 0.5, own_ID.shape)
     to_eeg_DF = rng.normal(0, 1 / np.sqrt(WIDTH), (WIDTH, FEATURES))
     response_IF = (design.category * prototype_LD[label_I] + design.exemplar * own_ID) @ to_eeg_DF
@@ -227,7 +230,7 @@ def _make_images(design: Design, rng: np.random.Generator) -> _Images:
 
 
 def _order_images(design: Design, images: _Images, person: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return the images of each recording of a person in the order in which they are shown."""
+    """For each recording of a person, return the numbers of the images in the order in which the images are shown."""
     shown = np.arange(len(images.label_I))
     if design.split == "time":
         shown = np.array_split(shown, design.people)[person]
@@ -316,7 +319,7 @@ def _split(design: Design, images: _Images, trials: _Trials, rng: np.random.Gene
 
 
 class _Generator:
-    """Ridge regression from EEG to embeddings, and what is shown for a predicted embedding."""
+    """A model that generates an embedding from EEG: ridge regression, then the rule in `Design.generator`."""
 
     def __init__(self, design: Design, images: _Images, train: _Trials) -> None:
         self.kind = design.generator
@@ -327,7 +330,7 @@ class _Generator:
         self.constant_D = self.known_nD[labels_n == np.bincount(labels_n).argmax()].mean(axis=0)
 
     def show(self, eeg_nF: np.ndarray) -> np.ndarray:
-        """Return the embedding of the image that is shown for each trial."""
+        """Return the embedding of the image that the model generates ("shows") for each trial."""
         if self.kind in ("constant", "collapsed"):
             fixed_D = self.constant_D if self.kind == "constant" else self.known_nD.mean(axis=0)
             return np.tile(fixed_D, (len(eeg_nF), 1))
@@ -336,7 +339,7 @@ class _Generator:
         return self.remember(found_nD) if self.kind == "memory" else found_nD
 
     def remember(self, found_nD: np.ndarray) -> np.ndarray:
-        """Return the embedding of the training image that is nearest to each embedding."""
+        """For each given embedding, return the nearest embedding of a training image."""
         return self.known_nD[_distances(found_nD, self.known_nD).argmin(axis=1)]
 
 
@@ -356,8 +359,8 @@ class _Measure:
     def hits(self, shown_nD: np.ndarray, seen_n: np.ndarray | None = None) -> np.ndarray:
         """Return the score of each trial, as `Design.search` says.
 
-        The score is 1 for the right category, or the share of images that are farther from the shown image than the
-        seen image is.
+        Either the score is 1 if the shown image has the right category and 0 otherwise, or the score is the share of
+        the other images whose distance from the shown image is larger than that of the seen image.
         """
         seen_n = self.seen_n if seen_n is None else seen_n
         if self.by_image:
@@ -365,17 +368,17 @@ class _Measure:
         return (_distances(shown_nD, self.centre_LD).argmin(axis=1) == self.images.label_I[seen_n]).astype(float)
 
     def predicted(self, labels_n: np.ndarray) -> np.ndarray:
-        """Return the scores of predicted labels; for a search, the mean embedding of the label is shown."""
+        """Return the scores of predicted labels; for a search, the mean embedding of a label is its shown image."""
         if not self.search:
             return labels_n == self.images.label_I[self.seen_n]
         return self.hits(self.centre_LD[np.searchsorted(self.known, labels_n)])
 
     def identify(self, shown_nD: np.ndarray) -> np.ndarray:
-        """Return the share of the category's other images that are farther from the shown image than the seen image."""
+        """Return the share of the category's other images that are less like the shown image than the seen one is."""
         return self._rank(shown_nD, self.seen_n, same_label=True)
 
     def judge(self) -> np.ndarray:
-        """Return the scores of the real test images."""
+        """Return the scores of a perfect model, which shows for each test image the image itself."""
         return self.hits(self.images.embedding_ID[self.gallery], self.gallery)
 
     def _rank(self, shown_nD: np.ndarray, seen_n: np.ndarray, *, same_label: bool | None) -> np.ndarray:

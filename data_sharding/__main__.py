@@ -1,7 +1,7 @@
 """Starts the sharding job. `ray job submit` uses ``python -m data_sharding CONFIG.yaml --output DIR``.
 
-The import of the job takes seconds on a busy machine, so this module first imports only the code that handles stop
-signals.
+To import the modules of the job takes seconds on a busy machine, and a stop signal can arrive meanwhile. So this module
+first imports only the code that handles stop signals.
 """
 
 import sys

@@ -239,7 +239,7 @@ def _show(value: Any) -> str:
 
 
 def find_fault_in_words(cls: type, words: Sequence[str]) -> str | None:
-    """Find the first fault in the arguments of a command line: ``--key value`` and ``--key=value``."""
+    """Find the first fault in the command-line arguments that set keys: ``--key value`` and ``--key=value``."""
     position = 0
     while position < len(words):
         word = words[position]

@@ -18,8 +18,8 @@ LONGEST_LINE = 2000
 """Largest number of characters of the line that a command prints for an error."""
 LONGEST_IN_FIGURE = 60
 """Largest number of characters of a text from a file in a figure."""
-# C0 and C1 control characters, characters that change the direction of text, and single surrogates (halves of a
-# character).
+# C0 and C1 control characters, characters that change the direction of text, and surrogates (halves of a character,
+# which cannot be printed).
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -31,14 +31,14 @@ class RequestError(ValueError):
 
 
 class RankError(RequestError):
-    """A `RequestError` in only one training process, so this process must print the error itself."""
+    """A `RequestError` that only one training process raises; this process prints the error, whatever its rank."""
 
 
 class StopRequested(BaseException):
     """Raised after a stop signal. All finished work is kept, and the same command resumes the work.
 
-    Like `KeyboardInterrupt`, this class is not a subclass of `Exception`: `StopRequested` can be raised inside a
-    library, and many libraries catch every `Exception`.
+    Like `KeyboardInterrupt`, this class is not a subclass of `Exception`: `StopRequested` can be raised while a library
+    runs, and many libraries would catch an `Exception`.
     """
 
 
@@ -154,8 +154,8 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     Returns
     -------
     int
-        0: done; 1: failed; 2: error in the request; 3: too many recordings were quarantined, or a check had no result;
-        75: stopped on request.
+        0: done; 1: failed; 2: error in the request; 3: too many recordings were quarantined, or a check could not
+        decide; 75: stopped on request.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)

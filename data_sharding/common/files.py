@@ -22,7 +22,7 @@ from data_sharding.common.untrusted import open_regular, parse_json, read_limite
 
 
 def sha256_file(path: str | AnyPath) -> str:
-    """Return the SHA-256 of a file as hexadecimal text; the file is read in blocks. Named pipes are not read."""
+    """Return the SHA-256 of a file as hexadecimal text; read the file in blocks. Refuse named pipes and devices."""
     path = as_path(path)
     with path.open("rb") if isinstance(path, UPath) else os.fdopen(open_regular(path), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]

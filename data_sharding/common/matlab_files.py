@@ -1,7 +1,8 @@
 """Check MATLAB 5 files before a library reads them.
 
-SciPy reads the values of a MATLAB file recursively, and makes an array from the stated size before it reads the values.
-So a file of a few kB can crash the process or use all memory. `check_matlab` reads only the structure of the file.
+SciPy reads nested values of a MATLAB file recursively. It allocates each array, in the size that the file states,
+before it reads the values of the array. So a file of a few kB can crash the process or use all memory. `check_matlab`
+reads only the structure of the file.
 
 A MATLAB 5 file is a list of elements. An element has a tag (its type and its size in bytes) and its data. The data of a
 matrix are elements too: flags with the class, dimensions, name, and the values. The values of a cell array or of a
@@ -26,7 +27,7 @@ _BLOCK = 2**20
 
 
 class _End(Exception):
-    """The data end before the end of an element. The reader of the file reports such damage."""
+    """The data end before the end of an element. The library that reads the file next reports this fault."""
 
 
 class _Content:
@@ -117,7 +118,7 @@ class _Walker:
             content.skip(size + -size % 8)
 
     def variable(self, content: _Content, tag: tuple[int, int]) -> None:
-        """Read the structure of one variable. `tag` is its type and size, which were read already."""
+        """Read the structure of one variable. `tag` (type and size of the variable's element) has already been read."""
         # Number of matrices that are still to be read, at each depth.
         todo = [1]
         while todo:
@@ -135,7 +136,7 @@ class _Walker:
                     raise refusal(self._where, f"cells and structures are nested more than {MAX_DEPTH} times")
 
     def _matrix(self, content: _Content) -> int:
-        """Read the header and the plain values of a matrix; return the number of matrices that follow as its values."""
+        """Read a matrix's header and plain values; return how many matrices follow as values (0 for plain values)."""
         flags = self._small(content)
         if len(flags) < 4:
             raise _End
@@ -201,5 +202,5 @@ def check_matlab(path: str | os.PathLike[str]) -> None:
                 inner = struct.unpack(f"{order}2I", content.read(8)) if packed else (kind, length)
                 walker.variable(content, inner)
             except (_End, zlib.error, struct.error):
-                pass  # The reader of the file reports the damage.
+                pass  # The library that reads the file next reports the damage.
             at += 8 + length

@@ -58,7 +58,7 @@ def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Parse YAML of plain values, after `check_yaml`.
+    """Check a YAML text with `check_yaml`, and parse it; only plain values (no Python objects) are allowed.
 
     Parameters
     ----------

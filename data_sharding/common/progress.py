@@ -132,8 +132,8 @@ class JobProgress:
         Returns
         -------
         dict of str to str
-            Recordings, recordings that were quarantined or excluded, hours, speed, running tasks, elapsed and remaining
-            time.
+            Number of finished recordings, numbers of finished recordings that were not sharded, hours of the finished
+            recordings, speed, number of running tasks, elapsed time, and remaining time.
         """
         passed = max(time.monotonic() - self._began, 1e-9)
         eta = f"{_clock(self._left * passed / self._read)}" if self._read else "?"

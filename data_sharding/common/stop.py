@@ -1,10 +1,11 @@
 """Stop a command at any moment by SIGTERM or Ctrl-C.
 
 A signal raises `StopRequested` in the main thread. If the thread is importing a module, the exception is raised after
-the import, because a module that was imported in part can fail later. The exception can be lost, because a library that
-is starting may catch it, or may have replaced the signal handler. So each stop signal is also written to a pipe, which
-a thread reads. Between its steps, the command checks whether the pipe has a signal (`check_stop`). If the command has
-not ended some seconds after the signal, the thread ends the process and all its child processes.
+the import, because a module that was imported in part can fail later. The exception can be lost: a library that is
+starting may catch the exception, or may have replaced the signal handler, so that no exception is raised. So each stop
+signal is also written to a pipe, which a thread reads. Between its steps, the command checks whether the pipe has a
+signal (`check_stop`). If the command has not ended some seconds after the signal, the thread ends the process and all
+its child processes.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def is_import(frame: FrameType | None) -> bool:
 
 
 def ignore_stop(before: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """Return a `sys.unraisablehook` that does not print `StopRequested`; `check_stop` raises this exception again."""
+    """Return a `sys.unraisablehook` that does not print `StopRequested`, because `check_stop` raises it again later."""
 
     def hook(unraisable: Any) -> None:
         if not issubclass(unraisable.exc_type, StopRequested):
@@ -124,7 +125,8 @@ _was_stopped = False
 def raise_on_stop_signals() -> Iterator[None]:
     """Raise `StopRequested` if SIGTERM or SIGINT arrives during the ``with`` block.
 
-    An inner block installs the handlers of the outermost block again, because a library may have replaced them.
+    If such blocks are nested, each inner block installs the signal handlers of the outermost block again, because a
+    library may have replaced these handlers in the meantime.
 
     Yields
     ------

@@ -360,8 +360,8 @@ def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json")
     try:
         _move(local, target)
     except OSError as error:
-        # Another worker has already written the folder `target`: the job lost contact with that worker, and gave the
-        # same task to this worker.
+        # Another worker has already written the folder `target`. This happens if the job loses contact with a worker
+        # that still runs, and gives the task of that worker to this worker.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (target / last).is_file():
             raise
         shutil.rmtree(local, ignore_errors=True)

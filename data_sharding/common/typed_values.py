@@ -28,7 +28,7 @@ def check_fields(kind: type, values: Any, where: str, *, least: float = -MAX_INT
     values : Any
         Dictionary from the name of each field to its value. Fields with a default value may be missing.
     where : str
-        Path of the file, and the position in the file, for the error message.
+        Where the values come from, for the error message: path of the file and position in the file, in one text.
     least : int
         Smallest value that a number may have.
 

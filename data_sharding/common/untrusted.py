@@ -1,8 +1,8 @@
 """Checks of values that come from files. A value from a file must pass a check of this module before it is used.
 
-Datasets, checkpoints and models are copied between laboratories, and somebody may have changed them, so their readers
-call the functions of this module. Most functions of this module return a valid value, and raise a `RequestError` with a
-message of one line for an invalid value.
+Datasets, checkpoints and models are copied between laboratories, and somebody may have changed them. So all code that
+reads such files calls the functions of this module. Most functions of this module return a valid value, and raise a
+`RequestError` with a message of one line for an invalid value.
 """
 
 from __future__ import annotations
@@ -234,7 +234,8 @@ def parse_json(data: str | bytes | bytearray | memoryview) -> Any:
     ------
     ValueError
         If the text is not JSON or is longer than `MAX_JSON`, if an object has a key twice, if a number is NaN or
-        infinite, if a text has a single surrogate (half of a character), or if lists and objects are nested too deeply.
+        infinite, if a text has an unpaired surrogate (half of a character), or if lists and objects are nested too
+        deeply.
     """
     if len(data) > MAX_JSON:
         raise ValueError(f"longer than {MAX_JSON // 2**20} MiB")
@@ -516,7 +517,7 @@ def check_unpacked(sizes: Iterable[int], packed: int, where: str) -> None:
     Parameters
     ----------
     sizes : iterable of int
-        Unpacked sizes of the parts in bytes, according to the archive.
+        Size in bytes that each file of the archive has after unpacking, as stated in the archive.
     packed : int
         Size of the archive in bytes.
     where : str

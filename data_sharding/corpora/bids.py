@@ -1,7 +1,7 @@
 """Reads BIDS datasets, whose sidecar files describe channels, positions, mains frequency, reference and events.
 
-This module does not use mne-bids to read the sidecars. A dataset may be on an object store, and an invalid sidecar must
-affect only the recordings to which it applies. The tests use mne-bids to write BIDS datasets.
+This module does not use mne-bids to read the sidecars, for two reasons: a dataset may be on an object store, and an
+invalid sidecar must affect only the recordings to which it applies. The tests use mne-bids to write BIDS datasets.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ class _Sidecars:
             fitting = [
                 (len(own), path)
                 for own, word, ending, path in self._files(folder)
-                # Ignore the entity ``space-...``, which is the coordinate system of the positions.
+                # The entity ``space-...`` names the coordinate system of the positions and is not in the recording's
+                # name, so ignore it.
                 if word == suffix and ending == extension and {e for e in own if not e.startswith("space-")} <= entities
             ]
             out += [path for _, path in sorted(fitting, key=lambda pair: (-pair[0], pair[1].name))]

@@ -151,7 +151,7 @@ def find(config: CorpusConfig) -> tuple[AnyPath, list[tuple[str, Recording]]]:
     root : Path or UPath
         Root folder of the corpus.
     found : list of (str, Recording)
-        The relative path of each recording, and the recording, sorted by path.
+        For each recording, a pair of its path relative to the root folder and the recording itself; sorted by path.
 
     Raises
     ------

@@ -32,7 +32,8 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
 
         - ``types`` maps channels to MNE channel types.
         - ``positions`` maps channels to x, y and z in metres.
-        - ``units`` maps channels to units. A unit is used only if the file gives no known unit for the channel.
+        - ``units`` maps channels to units. A unit is used only if the recording's own file gives no known unit for the
+          channel.
         - ``bads`` lists more bad channels.
         - ``line_freq`` is the mains frequency in Hz.
         - ``reference`` is the reference of the recording.
@@ -68,8 +69,8 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
     if inside := patch.get("inside"):
         listed = {find(name) for name in given}
         for i, kind in enumerate(types):
-            # Most file formats do not distinguish EEG from SEEG. Because of grid=True, the names A1 and A2 mean
-            # contacts of a grid and not earlobes.
+            # Most file formats do not distinguish EEG from SEEG. So a channel counts as intracranial unless its name
+            # shows another kind. With grid=True, `kind_of` takes A1 and A2 for contacts of a grid, not for earlobes.
             if kind == "eeg" and i not in listed and kind_of(canonical_name(info.ch_names[i]), grid=True) is None:
                 types[i] = inside
     for name, place in patch.get("positions", {}).items():
@@ -120,7 +121,7 @@ def _snap(seconds: float, sfreq: float) -> float:
 
 
 def _read_units(info: SignalInfo, given: dict[int, str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return the factors that convert channels to the units in a sidecar, and the changed fields of `SignalInfo`.
+    """Return the factors for channels whose unit is in a sidecar, and the changed fields of `SignalInfo`.
 
     Parameters
     ----------

@@ -230,8 +230,9 @@ def read_text(path: AnyPath) -> str:
 def parse_table(text: str) -> list[dict[Any, Any]]:
     """Read the rows of a tab-separated table, as `csv.DictReader` returns them.
 
-    A quotation mark in a text must not hide the following lines of the table. So each line is a row, if this gives
-    complete rows. Otherwise, a quotation mark begins a text that can contain tabs and line breaks.
+    A quotation mark in a text must not hide the following lines of the table. So each line is normally one row. If some
+    rows then have too few or too many cells, the table is also read with texts in quotation marks, which can contain
+    tabs and line breaks. This second result is used only if all its rows have the right number of cells.
 
     Parameters
     ----------

@@ -295,7 +295,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         return array
 
     def load_reduce(self) -> None:
-        """Execute the pickle instruction that calls a function. Only functions of this module can be on the stack."""
+        """Execute the pickle instruction that calls a function. All functions on the stack belong to this module."""
         arguments, function = self.stack.pop(), self.stack[-1]
         if not callable(function) or not isinstance(arguments, tuple):
             raise RefusedPickle("damaged: it calls something that is not a function")
@@ -330,7 +330,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
     def load_tuple(self) -> None:
         """Make a tuple of all values since the last mark."""
-        items = self.pop_mark()  # `pop_mark` also sets `self.append` back to the list before the mark.
+        items = self.pop_mark()  # `pop_mark` also makes `self.append` add to the list that was in use before the mark.
         self.append(self._count_parts(tuple(items)))
 
     def _load_tuple(self, size: int) -> None:
@@ -587,10 +587,10 @@ def load_torch(path: Path) -> Any:
     -----
     The safe mode of PyTorch, ``torch.load(weights_only=True)``, has four limits:
 
-    - `torch.load` cannot memory-map the older format, so every worker would copy gigabytes.
+    - `torch.load` cannot memory-map files in the older format, so every worker would copy gigabytes into memory.
     - `torch.load` refuses labels that are NumPy numbers.
-    - If a damaged file states a wrong length of a tensor, `torch.load` allocates memory for this length.
-    - `torch.load` needs PyTorch, which the workers do not import otherwise.
+    - If a damaged file states a far too large length of a tensor, `torch.load` allocates memory for this length.
+    - `torch.load` needs PyTorch, which the workers of the sharding job do not need for anything else.
     """
     _check_file(path)
     return _load_torch_zip(path) if zipfile.is_zipfile(path) else _load_torch_legacy(path)

@@ -194,8 +194,8 @@ class SubjectFinder:
     config : CorpusConfig
         Config of the corpus.
     found : sequence of (str, Recording or None)
-        For each recording, its path below root, and the recording itself. If None is given in place of a recording, its
-        header is not read.
+        For each recording, a pair of its path below root and the recording itself. If the pair has None in place of the
+        recording, the header of this recording is not read.
 
     Raises
     ------
