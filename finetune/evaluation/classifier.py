@@ -86,7 +86,7 @@ class ImageClassifier(nn.Module):
         Parameters
         ----------
         x_B3HW : Tensor, shape (B, 3, H, W)
-            Images with values from -1 to 1; width and height are the `size` of the classifier.
+            Images with values from -1 to 1; H and W are equal to the classifier's `size`.
 
         Returns
         -------
@@ -197,8 +197,8 @@ def _sort_header(content: bytes) -> bytes:
     """Sort the header of a safetensors file, because the library writes the metadata in a random order."""
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    # Sorting the keys of the header does not change the length of the header's text. The safetensors library pads the
-    # header with spaces.
+    # Sorting the keys does not change the length of the header's text. The safetensors library pads the header with
+    # spaces, so the sorted header is padded with spaces to the same length.
     return content[:8] + header.encode().ljust(length) + content[8 + length :]
 
 
@@ -256,7 +256,7 @@ def train_classifier(
     Parameters
     ----------
     images_BHW3 : ndarray of uint8, shape (B, H, W, 3)
-        Real images; each image appears once.
+        Real images, without duplicates.
     labels_B : ndarray of int, shape (B,)
         Classes of the images.
     n_classes : int

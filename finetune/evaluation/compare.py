@@ -45,7 +45,7 @@ SAME = ("dataset_id", "split", "labels")
 
 
 def _check(config: CompareConfig) -> list[str]:
-    """Check that the two evaluations can be compared; return notes for the reader."""
+    """Check that the two evaluations can be compared; return remarks to print below the table of differences."""
     found = []
     for folder in (config.a, config.b):
         path = Path(folder) / "metrics.json"

@@ -34,8 +34,8 @@ def find_controls(directory: str | Path) -> list[Path]:
     Returns
     -------
     list of Path
-        The folders with a generated.json whose name is the name of `directory`, a hyphen and one of `ENDINGS`, such as
-        ``images-shuffle`` for ``images``; sorted by name.
+        The folders beside `directory` that hold a generated.json and have the right name, sorted by name. The right
+        name is the name of `directory`, a hyphen and one of `ENDINGS`, such as ``images-shuffle`` for ``images``.
     """
     own = Path(directory).resolve()
     beside = (own.with_name(f"{own.name}-{ending}") for ending in sorted(ENDINGS))
@@ -77,7 +77,7 @@ def read_controls(own: GeneratedSet, folders: Sequence[str | Path]) -> dict[str,
 
 
 def _read_name(own: GeneratedSet, folder: Path) -> str:
-    """Check that a control without images was made for the generated images, and return the control's name."""
+    """Check that a control that is not applicable was made for the generated images, and return the control's name."""
     record = folder / "generated.json"
     about = check_group(read_json(record), str(record))
     name = check_text(about.get("control"), str(record), "control")

@@ -156,7 +156,8 @@ def measure_nearest_training_image(images_BHW3: Images, train_MHW3: Images) -> N
         Root mean squared difference of the pixel values, from 0 to 255.
     """
     train_MX, flat_BX = (x.reshape(len(x), -1) for x in (train_MHW3, images_BHW3))
-    # Pixels are centred, so that single precision is enough to find the nearest image with a product of matrices.
+    # The nearest image is found with a product of matrices in single precision. To keep the rounding errors small, the
+    # pixel values are centred around zero.
     train = train_MX.astype(np.float32) - 127.5
     lengths_M = np.square(train).sum(axis=1)
     found = []
@@ -217,7 +218,7 @@ def _check_protocol(
 ) -> tuple[dict[str, Any], KnownEEG]:
     """Find data that two splits share, and data that the pretraining dataset shares with the EEG-image dataset.
 
-    The EEG of the evaluated trials is compared with the training trials even if the config asks for no check, because
+    The EEG of the evaluated trials is compared with the EEG of the training trials even with ``verify: none``, because
     the verdict needs this comparison.
     """
     if config.verify == "none":
@@ -242,7 +243,7 @@ def _show_findings(findings: Findings) -> dict[str, list[str]]:
 
 
 def _find_real_images(control: GeneratedSet, own: GeneratedSet, real: RealImages) -> RealImages:
-    """Return the images that the person saw in the trials of a control, which may have fewer trials than `own`."""
+    """Return the images that the person saw in the trials of a control; some controls lack trials of `own`."""
     if [trial["key"] for trial in control.trials] == [trial["key"] for trial in own.trials]:
         return real
     return RealImages(control.real_BHW3, [trial["image_id"] for trial in control.trials], control.labels_B)
@@ -258,7 +259,8 @@ def _held_out(path: AnyPath, classifier: ImageClassifier, dataset_split: str) ->
         try:
             table = ImageTable(open_paired(path, split))
         except RequestError:
-            # A dataset may have no val split. The result's entry "splits" names the splits that were used.
+            # A dataset may have no val split. The result's entry "splits" names the splits whose images the classifier
+            # judged.
             continue
         _, probabilities = classifier.judge(table.pixels(size=classifier.size))
         correct += int((probabilities.argmax(axis=1) == table.labels).sum())
@@ -296,14 +298,14 @@ def _make_judge(classifier: ImageClassifier, sharing: Sharing) -> Judge:
 
 
 def _resize(images_BHW3: ImageSource, size: int, sharing: Sharing) -> Images:
-    """Resize images; the processes share the work. `_follow` must use the same task name, "resize"."""
+    """Resize images; the processes share the work. The task name "resize" must be a key in `_follow` too."""
     return np.concatenate(
         list(sharing.compute("resize", lambda images: resize_images(images, size), images_BHW3, block=BLOCK // 4))
     )
 
 
 def _follow(config: EvaluateConfig, sharing: Sharing) -> None:
-    """On every process except rank 0: compute the values of images that rank 0 asks for."""
+    """On every process except rank 0: compute what rank 0 asks for, such as embeddings of images."""
     file = sharing.wait()
     if file is None:
         return
@@ -454,7 +456,7 @@ def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str
         givers = [trial.get("eeg_key") for trial in control.trials]
         if set(givers) <= label_of.keys():
             # If a good model gets the EEG of another trial, the generated image shows the category of the other trial.
-            # Therefore, `accuracy_of_eeg` uses the labels of the trials whose EEG was used.
+            # Therefore, `accuracy_of_eeg` compares each image with the label of the trial that gave the EEG.
             result["shuffled"][f"accuracy_of_eeg[{JUDGE}]"] = metrics.accuracy_with_p_value(
                 of_control.predicted_B,
                 np.array([label_of[key] for key in givers]),

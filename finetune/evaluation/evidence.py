@@ -94,9 +94,9 @@ class Setting:
         """Read what a verdict needs in addition to scores, for trials of the split `data`.
 
         `describe_design` explains `declared`. Copies of an image under several names count as one image; `copies` are
-        the pairs from `find_copies`, which is called if no pairs are given. `known_eeg` says which presentations in
-        `data` have EEG that trained the model; by default, `find_known_eeg` searches for this EEG in the training
-        trials. The EEG of a trial is known if the EEG of any of its presentations is known.
+        the pairs of names from `find_copies`, which is called if `copies` is None. `known_eeg` marks the presentations
+        in `data` whose EEG also trained the model; by default, `find_known_eeg` compares the EEG of `data` with the
+        training trials. The EEG of a trial is known if the EEG of any of its presentations is known.
         """
         design, evidence = describe_design(data.manifest, declared, where=str(data.path / NAME))
         copies = find_copies(train, data) if copies is None else list(copies)

@@ -275,8 +275,8 @@ def check_control(own: GeneratedSet, control: GeneratedSet) -> None:
         raise RequestError(f"{own.path}: this folder holds control images; give this folder in the key 'controls'")
     check_settings(own, control.about, control.path)
     keys, own_keys = [trial["key"] for trial in control.trials], [trial["key"] for trial in own.trials]
-    # The controls no_eeg and class may have images for only a part of the trials, because trials without a control
-    # image are left out of the comparison.
+    # The controls no_eeg and class need not have an image for every trial: the comparison with the control leaves out
+    # the trials without a control image.
     if keys != own_keys and not (name in ("no_eeg", "class") and set(keys) <= set(own_keys)):
         raise RequestError(f"{control.path}: holds other trials than {own.path}; generate both for the same trials")
     trial_of = {trial["key"]: trial for trial in own.trials}

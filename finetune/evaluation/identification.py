@@ -55,15 +55,16 @@ def two_way_identification(
 ) -> NDArray[np.float64]:
     """Compute how often a generated image is more similar to its own real image than to another real image.
 
-    The similarity is the Pearson correlation of two embeddings, as in the papers. Each different real image is compared
-    once with each generated image. A tie counts as one half, so embeddings that are all equal give exactly one half.
+    The similarity is the Pearson correlation of two embeddings, as in the papers. For each generated image, its own
+    real image is compared with every other real image, and only once with an image that several trials show. A tie
+    counts as one half, so embeddings that are all equal give exactly one half.
 
     Parameters
     ----------
     generated_BD, real_BD : ndarray, shape (B, D)
         Embeddings of the generated images, and of the images that the person saw in the same trials.
     image_ids : sequence of str
-        Id of the image that the person saw in each trial. A generated image is never compared with its own image.
+        Id of the image that the person saw in each trial. Real images with the same id count as one image.
     labels : sequence of int, optional
         Category of the image that the person saw in each trial; needed for `within_label`.
     within_label : bool
@@ -113,7 +114,7 @@ def two_way_identification(
 def rank_true_images(
     query_BD: Floats, gallery_MD: Floats, true_B: NDArray[np.integer]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Count, for each query, the images of the gallery that are more similar than the true image.
+    """Count, for each query, the images of the gallery that are more similar to the query than the true image.
 
     Parameters
     ----------
@@ -127,8 +128,8 @@ def rank_true_images(
     Returns
     -------
     better_B, tied_B : ndarray of int, shape (B,)
-        Number of images with a higher cosine similarity than the true image, and number of other images with an equal
-        cosine similarity.
+        Number of images that are more similar to the query than the true image (by cosine similarity), and number of
+        other images that are as similar to the query as the true image.
 
     Raises
     ------
@@ -183,7 +184,7 @@ def top_k_hits(better_B: NDArray[np.integer], tied_B: NDArray[np.integer], k: in
 
 
 def cosine_similarity(a_BD: Floats, b_BD: Floats) -> NDArray[np.float64]:
-    """Compute the cosine similarity of the two embeddings of each pair.
+    """Compute the cosine similarity of each row of one array with the same row of another array.
 
     Parameters
     ----------

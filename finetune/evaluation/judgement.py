@@ -1,9 +1,9 @@
 """Judge generated images: turn the scores of the images and of the controls into a verdict.
 
-If all categories of the trials occur in the training images, a trial scores 1 or 0: the classifier finds the right
-category in the generated image, or another category. A category that does not occur in the training images is new, and
-the classifier cannot recognise it. For trials with new categories, the score is the share of other seen images that are
-less similar to the generated image than the trial's own seen image.
+If all categories of the trials occur in the training images, a trial scores 1 if the classifier finds the right
+category in the generated image, and 0 if it finds another category. A category that does not occur in the training
+images is new, and the classifier cannot recognise it. For trials with new categories, the score is the share of other
+seen images that are less similar to the generated image than the trial's own seen image.
 
 Array shapes: B trials, M images, D features.
 """
@@ -43,7 +43,10 @@ Classify = Callable[[ImageSource], NDArray[np.int64]]
 
 
 def pixel_features(images_BHW3: ImageSource) -> NDArray[np.float64]:
-    """Return the pixels [B, D] of small copies of images. The correlation of these pixels compares two images."""
+    """Return the pixels [B, D] of small copies of images.
+
+    Two images are compared by the correlation of these pixels.
+    """
     from PIL import Image
 
     size = (THUMBNAIL, THUMBNAIL)
@@ -68,7 +71,7 @@ class Judge:
     """Processes among which the images are divided."""
 
     def list_tasks(self) -> dict[str, Compute]:
-        """Return, by task name, the functions of images that `Sharing.follow` calls on the other processes."""
+        """Map task names to the functions that `Sharing.follow` applies to blocks of images on the other processes."""
         return {"classify": self.classify, "features": self.features}
 
     def classify_chunks(self, images_BHW3: ImageSource) -> NDArray[np.int64]:
@@ -98,7 +101,8 @@ class Scores:
     nearest: Callable[[NDArray[np.int64]], NDArray[np.float64]]
     """Function that takes rows of training images, and scores these images in place of the generated images."""
     judge_n: NDArray[np.float64]
-    """Scores that the judge gives to real images; one value for each image."""
+    """Scores of the seen images themselves, or of mirrored and darkened copies of them, in place of generated images;
+    one value for each different seen image. They show how well the judge recognises real images."""
 
 
 def _score_category(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scores:
@@ -107,7 +111,7 @@ def _score_category(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scor
     shares = np.bincount(labels_B) / len(labels_B)
     return Scores(
         measure="the classifier finds the right category in the generated image",
-        # A model that always shows the most common category is right in this share of the trials.
+        # Chance is the share of the most common category: a model that always shows this category scores as much.
         chance=float(shares.max()) if len(shares[shares > 0]) > 1 else 1.0 / max(2, len(own.about["labels"])),
         score=lambda given: (judges.classify_chunks(given.images_BHW3) == given.labels_B).astype(float),
         predicted=lambda found: (found.labels_B == labels_B).astype(float),
@@ -123,8 +127,8 @@ def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -
 
     def identify(images_BD: NDArray[np.float64], trials: Any = slice(None)) -> NDArray[np.float64]:
         if len(set(ids)) < 2:
-            # All trials show the same image, so there is no other image to compare with. The returned value does not
-            # matter, because one image is too few for a verdict that uses the score.
+            # All trials show the same image, so there is no other image to compare with. Every trial scores chance;
+            # with one image, no verdict uses the score.
             return np.full(len(images_BD), 0.5)
         return two_way_identification(images_BD, real_BD[trials], np.asarray(ids)[trials].tolist())
 
@@ -135,7 +139,7 @@ def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -
     def of_set(given: GeneratedSet) -> NDArray[np.float64]:
         number_of = {trial["key"]: number for number, trial in enumerate(own.trials)}
         rows = [number_of[trial["key"]] for trial in given.trials]
-        # Compare the control images with the seen images of all evaluated trials, as for the generated images.
+        # Compare the control images with the seen images of all evaluated trials, like the generated images.
         padded_BD = np.zeros_like(real_BD)
         padded_BD[rows] = judges.compute_features(given.images_BHW3)
         return identify(padded_BD)[rows]
@@ -160,12 +164,13 @@ def _read_features(table: ImageTable, rows: NDArray[np.int64], size: int, judges
 
 
 def find_nearest(images_BD: NDArray[np.float64], train_MD: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return, for each image, the row of the training image with the most strongly correlated features."""
+    """Return, for each image, the row of the training image whose features correlate most with the image's features."""
     images_BD, train_MD = (x - x.mean(axis=1, keepdims=True) for x in (images_BD, train_MD))
     train_MD /= np.maximum(train_MD.std(axis=1, keepdims=True), 1e-12)
     size = max(1, CELLS // len(train_MD))
     parts = (images_BD[start : start + size] for start in range(0, len(images_BD), size))
-    # Dividing an image by its standard deviation would not change which training image is the most similar.
+    # The features in `part` are not divided by their standard deviation, because one factor for all similarities of an
+    # image does not change which training image is the most similar.
     return np.concatenate([(part @ train_MD.T).argmax(axis=1) for part in parts])
 
 
@@ -209,7 +214,7 @@ def judge_images(
     resamples : int
         Number of bootstrap resamples.
     seed : int
-        Seed for the resamples of the bootstrap, and for the predictors.
+        Seed for the bootstrap and for the predictors.
 
     Returns
     -------

@@ -66,7 +66,7 @@ def _compare_pixels(a_BHW3: ImageSource, b_BHW3: ImageSource) -> dict[str, Float
 
 
 def list_tasks(judges: Judges) -> dict[str, Compute]:
-    """Return, by task name, the functions of images that `Sharing.follow` calls on the other processes."""
+    """Map task names to the functions that `Sharing.follow` applies to blocks of images on the other processes."""
 
     def compare(a_BHW3: ImageSource, b_BHW3: ImageSource) -> dict[str, Floats | str]:
         return _compare_pixels(a_BHW3, b_BHW3) | {lpips.name: lpips.compare(a_BHW3, b_BHW3) for lpips in judges.lpips}
@@ -190,8 +190,8 @@ def _choose_other_trials(image_ids: list[str], rng: np.random.Generator) -> NDAr
     ids = np.asarray(image_ids)
     order = np.argsort(ids, kind="stable")
     first, last = (np.searchsorted(ids[order], ids, side=side) for side in ("left", "right"))
-    # In `order`, the trials that show the same image follow each other, from `first` on. A random number that is
-    # `first` or more is increased, so that it skips these trials.
+    # In `order`, the trials that show the same image as a trial have the places from `first` to `last` - 1. A random
+    # place that is `first` or more is increased by their number, so that it skips these trials.
     chosen = rng.integers(0, len(ids) - (last - first))
     return order[chosen + np.where(chosen >= first, last - first, 0)]
 
@@ -216,7 +216,8 @@ def compare_random_pairs(
     image_ids : list of str
         Id of the image of each trial. A generated image is never compared with the image of its own trial.
     judges : Judges, optional
-        Networks that compute the variants of LPIPS. Because LPIPS is slow, it is computed for one other trial only.
+        Networks that compute the variants of LPIPS. Because LPIPS is slow, it compares each generated image with the
+        real image of only one other trial.
     seed : int
         Seed for the random choice of the other trials.
     draws : int, optional

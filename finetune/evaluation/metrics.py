@@ -155,7 +155,7 @@ def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
 def _mean_kernel(
     x_BD: Floats, y_BD: Floats, same: Callable[[NDArray[np.integer], NDArray[np.integer]], NDArray[np.bool_]]
 ) -> float:
-    """Compute the mean of the cubic kernel over all pairs of rows for which `same` is false, in blocks."""
+    """Compute the mean of the cubic kernel in blocks, over all pairs of rows except the pairs that `same` selects."""
     total, count, width = 0.0, 0, x_BD.shape[1]
     first = 0
     for x in iterate_blocks(x_BD, "features"):
@@ -182,8 +182,8 @@ def kernel_distance(
 
     With features of Inception-V3, the squared maximum mean discrepancy is the KID. The estimate is unbiased only if
     the two rows of every compared pair are independent. Several trials may show the same image, and then their rows
-    are not independent. If ids are given, each real image is used once, and pairs of rows with the same id are left
-    out, also between the real and the generated images.
+    are not independent. If ids are given, only one row of each real image is used, and pairs of rows with the same id
+    are left out, also if one row is of a real and the other of a generated image.
 
     Parameters
     ----------
@@ -287,7 +287,8 @@ def n_way_scores(scores_NK: Floats, labels_N: NDArray[np.integer], *, n: int, k:
         If `n`, `k` or a label is out of range, or if a score is NaN or infinite.
     """
     better_N, tied_N = _rank_true_class(scores_NK, labels_N, n, k)
-    # The sum over the ranks from `better` to `better + tied` is a difference of two cumulative sums.
+    # With ties in random order, all ranks of the true class from `better` to `better + tied` are equally likely. The
+    # sum of the probabilities over these ranks is a difference of two cumulative sums.
     summed = np.concatenate([[0.0], np.cumsum(_hit_by_rank(np.shape(scores_NK)[1], n, k))])
     return (summed[better_N + tied_N + 1] - summed[better_N]) / (tied_N + 1)
 
@@ -308,11 +309,11 @@ def _rank_true_class(
 
 
 def _hit_by_rank(classes: int, n: int, k: int) -> NDArray[np.float64]:
-    """Return the probability of a correct trial for each number of classes that are better than the true class."""
+    """Return, for each number of classes that are better than the true class, the probability of a correct trial."""
     from scipy.stats import hypergeom
 
-    # A trial is correct if fewer than k of the n - 1 drawn classes are better than the true class. The draw is from the
-    # K - 1 other classes.
+    # A trial is correct if fewer than k of the n - 1 drawn classes are better than the true class. These classes are
+    # drawn from the K - 1 classes that are not the true class.
     return hypergeom.cdf(k - 1, classes - 1, np.arange(classes), n - 1)
 
 
@@ -326,7 +327,7 @@ def n_way_top_k(
     scores_NK, labels_N, n, k
         The arguments of `n_way_scores`.
     draws : int
-        How often other classes are drawn for each trial to compute ``std``.
+        Number of times that n - 1 other classes are drawn for each trial, to compute ``std``.
     seed : int
         Seed for drawing the other classes.
 
@@ -400,11 +401,11 @@ def accuracy_with_p_value(
     -------
     dict
         ``accuracy``: accuracy with the true labels. ``chance``: mean accuracy over all possible shuffles. ``constant``:
-        accuracy of always answering the most frequent label. ``uniform``: 1 / (number of labels that occur). ``n``:
-        number of trials. ``images``: number of images. ``p_value``: (1 + k) / (1 + number of shuffles), where k is the
-        number of shuffles with at least the true accuracy. For few images, all possible shuffles are tried, and
-        ``p_value`` is the exact fraction of shuffles with at least the true accuracy. ``interval``: Wilson's 95 %
-        confidence interval of the accuracy, which assumes independent trials.
+        accuracy of always answering the most frequent label. ``uniform``: 1 / (number of different labels in
+        `labels_N`). ``n``: number of trials. ``images``: number of images. ``p_value``: (1 + k) / (1 + number of
+        shuffles), where k is the number of shuffles whose accuracy is at least ``accuracy``. For few images, all
+        possible shuffles are tried, and ``p_value`` is the exact share of shuffles whose accuracy is at least
+        ``accuracy``. ``interval``: Wilson's 95 % confidence interval of the accuracy, which assumes independent trials.
 
     Raises
     ------
@@ -431,7 +432,7 @@ def accuracy_with_p_value(
     share_K = np.bincount(label_of, minlength=classes) / len(names)
 
     def count_right(labels_M: NDArray[np.integer], axis: int) -> NDArray[np.integer]:
-        """Count the trials that are classified correctly if the images (the last axis) have the given labels."""
+        """Count the trials that are right if the images have the labels `labels_M`, whose last axis is the image."""
         assert axis == -1
         return votes_MK[np.arange(len(names)), labels_M].sum(axis=-1)
 

@@ -61,7 +61,7 @@ def write_trials(
     trials : list of dict
         Entries of generated.json.
     values, shuffled : mapping of str to ndarray, shape (B,)
-        Values of the generated images, and of the control images, from `measure.measure`.
+        Values of the generated images, and values of the images from shuffled EEG, both from `measure.measure`.
     """
 
     def row(columns: Mapping[str, NDArray[np.float64]], number: int) -> dict[str, float | None]:
@@ -125,7 +125,7 @@ def read_trials_file(folder: str | Path) -> TrialValues:
 
     return TrialValues(
         keys=texts["key"],
-        # An array of type str would take the memory of the longest text for every trial.
+        # In an array of type str, every text would take as much memory as the longest text.
         subjects_B=np.array(texts["subject"], dtype=object),
         images_B=np.array(texts["image_id"], dtype=object),
         values=columns("values"),
@@ -197,9 +197,10 @@ def compare_models(
     -------
     dict
         For each model and each of its metrics, four results of `summarise`. ``own``: the mean. ``shuffled``: the mean
-        with shuffled EEG, or None. ``own_minus_shuffled``: the mean difference between the trial's own EEG and shuffled
-        EEG. ``difference``: the difference to the base model; None for the base model, and for a metric that the base
-        model does not have. ``difference`` uses only the trials that both models have.
+        with shuffled EEG, or None. ``own_minus_shuffled``: the mean difference between the value with the trial's own
+        EEG and the value with shuffled EEG. ``difference``: the mean difference to the base model; None for the base
+        model, and for a metric that the base model does not have. ``difference`` uses only the trials that both models
+        have.
     """
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     number_in_base = {key: number for number, key in enumerate(models[base].keys)}

@@ -41,14 +41,14 @@ class ImageSource(Protocol):
 
 
 class ImageRows:
-    """Chosen rows of images, in any order. The images are read only when a row is asked for.
+    """A selection of images, in any order. An image is read only when its row is asked for.
 
     Parameters
     ----------
     images : ImageSource
         The images to choose from.
     rows : ndarray of int, shape (B,)
-        Number of the chosen image in each row; an image may be chosen several times.
+        For each row of the selection, the index of the chosen image; an image may be chosen several times.
     """
 
     def __init__(self, images: ImageSource, rows: NDArray[np.integer]) -> None:
@@ -159,8 +159,9 @@ def _compute_ssim(a_HW3: Images, b_HW3: Images) -> float:
 def _compute_ssim_map(a_HW: Floats, b_HW: Floats) -> Floats:
     """Compute the structural similarity at every position where the window lies inside two images of one colour.
 
-    The window is applied to the sum s and the difference d of the images, and not to the images a and b. This needs
-    only four averages, because 4 cov(a, b) = var(s) - var(d), and 2 (var(a) + var(b)) = var(s) + var(d).
+    The window is applied to the sum s and the difference d of the images, and not to the images a and b. The similarity
+    then needs only the averages of s, d and their squares, because 4 cov(a, b) = var(s) - var(d), and 2 (var(a) +
+    var(b)) = var(s) + var(d).
     """
     height, width = a_HW.shape
     values_4HW = np.empty((4, height, width))
@@ -188,7 +189,7 @@ def _blur(values_nHW: Floats, axis: int) -> Floats:
 
     out_nHW = weights[middle] * shift(middle)
     pair_nHW = np.empty_like(out_nHW)
-    # The window is symmetric, so two positions have the same weight.
+    # The window is symmetric, so two positions at the same distance from its middle have the same weight.
     for by in range(middle):
         np.add(shift(by), shift(2 * middle - by), out=pair_nHW)
         pair_nHW *= weights[by]

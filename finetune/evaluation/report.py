@@ -73,7 +73,7 @@ def _make_metric_table(result: dict[str, Any]) -> Table:
 
 
 def _make_seed_table(found: dict[str, Any]) -> Table:
-    """Make the table of mean and spread of each metric over models that were trained with different seeds."""
+    """Make a table with the mean and the spread of each metric over models that were trained with different seeds."""
     rows = [
         [name, *(_metric_cell(values[key]) for key in ("mean", "std", "least", "most"))]
         for name, values in found["metrics"].items()
@@ -131,7 +131,7 @@ def _share_cell(value: float | None) -> Cell:
 def _rank_examples(
     generated: GeneratedSet, control: GeneratedSet | None, similarity_B: np.ndarray | None, each: int = 6
 ) -> list[tuple[str, list[list[Picture]]]]:
-    """Return pictures of the trials with the largest, the middle and the smallest similarity to the seen image."""
+    """Return pictures of the trials in which the seen and the generated image are most, moderately or least similar."""
     if similarity_B is None:
         return []
     order = np.argsort(-np.nan_to_num(similarity_B, nan=-np.inf), kind="stable")

@@ -58,11 +58,11 @@ def make_comparison_table(verdict: dict[str, Any]) -> Table:
 
 
 def _find_need(comparison: dict[str, Any]) -> str:
-    """Return the entry of the column "A is better" that the verdict *signal* needs."""
+    """Return what the column "A is better" must say for the verdict *signal*."""
     if comparison["question"] == "signal" or comparison["name"] == "identification - chance":
         return "yes"
-    # Eye channels may hold a response to the picture. The control `nearest` (the nearest training image) matters only
-    # for new concepts.
+    # Eye channels may hold a response to the picture, so `eyes` may be better than chance if the model is better than
+    # `eyes`. The model must be better than `nearest` (the nearest training image) only for new concepts.
     return {"eyes - chance": "no, or own - eyes: yes", "own - nearest": "yes for new concepts"}.get(
         comparison["name"], "no"
     )

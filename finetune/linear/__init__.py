@@ -1,4 +1,4 @@
-"""Linear baseline: ridge regression from time courses to images, and the training image that fits best."""
+"""Linear baseline: ridge regression from time courses to image features, which chooses a training image to show."""
 
 from finetune.papers import Paper
 

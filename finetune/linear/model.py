@@ -79,7 +79,7 @@ class LinearModel:
     """Pixels of the training images."""
 
     def read_eeg(self, eeg_BCT: Tensor, names_B: Sequence[Sequence[str]], spec: PreprocessSpec) -> Floats:
-        """Compute the features [B, F] of trials whose rows have the channel names `names_B`.
+        """Compute the features [B, F] of trials; `names_B` holds the channel names of the rows of each trial.
 
         Every trial must have all channels of the model, as `find_missing_channels` checks.
         """
@@ -110,11 +110,11 @@ class LinearModel:
         Returns
         -------
         ndarray of int, shape (B,)
-            Row of the training image: of all images of the predicted category, the one whose components have the
-            largest cosine similarity with the predicted components.
+            For each trial, the index of a training image: of all training images of the predicted category, the image
+            whose components have the largest cosine similarity with the predicted components.
         """
         scores_BK, components_BP = self.predict(features_BF)
-        # Only categories of training images can be shown.
+        # A category without training images cannot be shown, so it must not be chosen.
         scores_BK = np.where(np.isin(np.arange(scores_BK.shape[1]), self.labels_M), scores_BK, -np.inf)
         similarity_BM = (
             components_BP
@@ -240,7 +240,7 @@ class LinearGenerator:
     def choose_sampling(
         self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampling:
-        """Return sampling settings, which are only recorded, because the linear model has no sampler."""
+        """Return sampling settings. They are recorded but not used, because the linear model has no sampler."""
         return Sampling(sampler=sampler or "ddim", steps=steps or 1, guidance_scale=guidance_scale or 1.0)
 
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:

@@ -121,7 +121,8 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
         similarity = float(((predicted_BP * true_BP).sum(axis=1) / np.maximum(norms, 1e-12)).mean())
         return float((out_BL[:, :k].argmax(axis=1) == labels_B).mean()), similarity
 
-    # Because the map is linear, its weights are the outputs for (mean + unit vector), minus the output for the mean.
+    # The map is linear, so the weights of one feature are the outputs for (mean + the feature's unit vector) minus the
+    # outputs for the mean.
     mean_F = x_BF.mean(axis=0)
     units_UF = np.concatenate([mean_F[None], mean_F + np.eye(len(mean_F), dtype=np.float32)])
     maps = [(out_UL[1:] - out_UL[0], out_UL[0]) for out_UL in ridge_scores(x_BF, y_BL, units_UF)]

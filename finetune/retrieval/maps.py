@@ -146,10 +146,10 @@ class RidgeMap:
 def fit_ridge(train: EEGDataset, target_MP: Floats, test: EEGDataset, *, bins: int, fit: Fit) -> RidgeMap:
     """Fit ridge regressions from time courses to embeddings on the train split.
 
-    With `fit` "each", every person has a separate regression. A comparison with "pooled" shows how much worse one
-    regression for all people is. The penalty is chosen inside the train split: a fifth of the images is held out, and
-    the penalty with the best mean cosine similarity on these images is used. The features are read in parts, and only
-    sums over trials are kept, so the memory does not grow with the number of trials.
+    With `fit` "each", every person has a separate regression. With "pooled", all people share one regression. The two
+    results show how much worse the shared regression is. The penalty is chosen inside the train split: a fifth of the
+    images is held out, and the penalty with the best mean cosine similarity on these images is used. The features are
+    read in parts, and only sums over trials are kept, so the memory does not grow with the number of trials.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def fit_ridge(train: EEGDataset, target_MP: Floats, test: EEGDataset, *, bins: i
     target_MP : ndarray, shape (M, P)
         Embeddings of the images of the train split, in the order of ``ImageTable(train)``.
     test : EEGDataset
-        Split whose images are searched. The fit uses only the people and the channel names of this split.
+        Split whose images will be searched. Of this split, the fit uses only the people and the channel names.
     bins : int
         Number of time bins of each channel.
     fit : str
@@ -209,7 +209,8 @@ def fit_ridge(train: EEGDataset, target_MP: Floats, test: EEGDataset, *, bins: i
                 sums[-1].add(x_BF, y_BP)
         total = sums[0] + sums[1]
         scale_F = total.compute_scale()
-        # If every image is held out, nothing can be fitted for the choice of the penalty, so use the middle penalty.
+        # A single training image is held out, and nothing is left to fit for the choice of the penalty, so use the
+        # middle penalty.
         chosen = _choose_penalty(sums[0].fit(scale_F), read(own[held])) if sums[0].n else len(STRENGTHS) // 2
         found = total.fit(scale_F)
         regressions[str(person)] = Regression(

@@ -175,7 +175,7 @@ def _check_embeddings(embeds_BP: NDArray[Any], what: str) -> NDArray[Any]:
 def _embed_with_neighbours(
     embed: Callable[[list[list[int]]], NDArray[Any]], data: EEGDataset, groups: list[list[int]], seed: int
 ) -> tuple[NDArray[Any], NDArray[Any] | NotApplicable | None]:
-    """Return the embeddings of the groups, and the embeddings for `Question.neighbours_BP`."""
+    """Return the embeddings of the groups, and the value of `Question.neighbours_BP`."""
     if all(len(group) == 1 for group in groups):
         return embed(groups), None
     try:
@@ -187,7 +187,7 @@ def _embed_with_neighbours(
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One set of trials whose images are searched: single trials, or means over presentations."""
+    """A set of trials, each of which searches for its own image; a trial is one presentation or a mean of several."""
 
     gallery: Gallery
     rows_B: NDArray[np.integer]
@@ -201,15 +201,15 @@ class Question:
     setting: Setting
     """The trials, the training trials, and the design of the experiment (the order of the images)."""
     predictors: Callable[[Callable[[Prediction], NDArray[np.float64]]], dict[str, Control | NotApplicable]]
-    """Function that scores the predictors that use no EEG response. Its argument is the function that scores one
-    prediction."""
+    """Function that scores the predictors that use no EEG response. The argument of this function is another function,
+    which scores one prediction."""
     train_MP: NDArray[Any]
     """Embeddings of the training images."""
     train_labels_M: NDArray[np.integer]
     """Labels of the training images."""
 
     def exchange(self, name: str, seed: int) -> tuple[NDArray[Any], NDArray[np.bool_]] | NotApplicable:
-        """Return the embeddings of the control ``shuffle`` or ``shuffle_within``, and the trials that are left out."""
+        """Return the embeddings of the control ``shuffle`` or ``shuffle_within``, and a mask of the left-out trials."""
         trials = self.setting.trials
         if name == "shuffle_within" and self.neighbours_BP is not None:
             found = self.neighbours_BP
@@ -259,8 +259,8 @@ def measure(question: Question, config: RetrieveConfig) -> tuple[dict[str, Any],
     result : dict
         Entry of retrieval.json for this set of trials.
     scores : dict
-        Scores of each trial, from `measure_trials`; with the prefix ``shuffle/`` and ``shuffle_within/`` for the
-        controls.
+        Scores of each trial, from `measure_trials`. The names of the controls' scores begin with ``shuffle/`` or
+        ``shuffle_within/``.
     """
     gallery, embeds_BP, trials = question.gallery, question.embeds_BP, question.setting.trials
     rows_B, images = question.rows_B, len(gallery.table)

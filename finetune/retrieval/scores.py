@@ -76,7 +76,7 @@ def match_images(embeds_BP: NDArray[Any], target_MP: NDArray[Any], row_B: NDArra
     """Return the share of images that are found if every image may be chosen only once (bipartite matching).
 
     The EEG embeddings of all trials of an image are averaged first. A matching uses all test trials together (it is
-    transductive), so the share cannot be compared with the scores of a retrieval that uses one trial alone.
+    transductive), so the share cannot be compared with the scores of a retrieval that searches with each trial alone.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -96,7 +96,7 @@ def measure_hubness(embeds_BP: NDArray[Any], target_MP: NDArray[Any], k: int = 1
     embeds_BP, target_MP : ndarray
         Embeddings of the trials and of the images.
     k : int
-        Number of nearest images of each trial that are counted.
+        How many of the images that are nearest to a trial count as found.
 
     Returns
     -------

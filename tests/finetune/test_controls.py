@@ -168,7 +168,7 @@ def test_noise_of_a_trial_depends_on_its_key_only_and_is_given_to_the_model(
     noise, eeg = read_noise(data, trials, 3), read_means(data, groups)
     assert noise.shape == eeg.shape and not np.allclose(noise, eeg)
     np.testing.assert_array_equal(noise[4], read_noise(data, trials[4:5], 3)[0])
-    np.testing.assert_array_equal(noise[:, :8], noise[:, 8:16])  # Padding repeats the recorded channels.
+    np.testing.assert_array_equal(noise[:, :8], noise[:, 8:16])  # As in the EEG, padded rows repeat the 8 channels.
     assert (noise != read_noise(data, trials, 4)).any()
     own, control = make("none"), make("noise")
     check_control(read_generated(own), read_generated(control))

@@ -79,7 +79,7 @@ def test_features_are_computed_part_by_part_with_the_same_result(paired_dataset:
 
     def compute(x_BCT: torch.Tensor) -> torch.Tensor:
         sizes.append(len(x_BCT))
-        # At most one of the parts that were read before may still be in memory.
+        # Of all parts that were read earlier, at most one may still be in memory.
         assert sum(part() is not None for part in alive) <= 1
         alive.append(weakref.ref(x_BCT))
         return x_BCT.mean(dim=2)

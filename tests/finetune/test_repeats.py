@@ -31,7 +31,7 @@ def repeated(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Write the first trial of `paired_dataset` once and every other trial three times, with different noise and a
     baseline.
 
-    The baseline of a trial consists of the last 32 values of the trial's window with the opposite sign.
+    The 32 baseline values of a trial are the last 32 values of the trial's window, multiplied by -1.
     """
     rng, splits = np.random.default_rng(0), {}
     for split in ("train", "val", "test"):
@@ -78,8 +78,8 @@ def test_other_subjects_and_other_channels_are_not_averaged(repeated: Path, tmp_
 
 
 def test_retrieval_counts_an_image_once(repeated: Path) -> None:
-    """Check that each image is searched once even if several trials show it, and that `repeats` is the mean size of the
-    averages."""
+    """Check that each image is searched once even if several trials show it, and that `repeats` is the mean number of
+    presentations that are averaged to a trial."""
     data = EEGDataset(repeated, "val")
     table = ImageTable(data)
     target = F.normalize(torch.eye(len(table)), dim=-1)

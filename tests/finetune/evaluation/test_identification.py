@@ -88,7 +88,8 @@ def test_retrieval_ranks_against_plain_loops() -> None:
 def test_ties_have_their_expected_rank() -> None:
     gallery = np.eye(4)[[0, 0, 0, 1]]
     query = np.eye(4)[[0, 1, 2]]
-    # The first query has three equal best images, and the last query has four images with similarity zero.
+    # The first query is most similar to three equal images, and the last query has the similarity zero to all four
+    # images.
     true = np.array([1, 3, 0])
     assert compute_ranks(*rank_true_images(query, gallery, true)).tolist() == [2.0, 1.0, 2.5]
     better, tied = rank_true_images(query, gallery, true)

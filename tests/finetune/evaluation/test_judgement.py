@@ -81,12 +81,13 @@ def test_images_are_read_in_chunks(paired_dataset: Path, monkeypatch: pytest.Mon
 def test_images_of_a_new_category_are_identified(count: int, paired_dataset: Path) -> None:
     found = judge_set(make_own(EEGDataset(paired_dataset, "test"), range(count), label=2), paired_dataset)
     assert found["word"] in ("confounded", "not judgeable") and found["chance"] == 0.5
-    # Each generated image is the seen image. A single image cannot be compared with another image.
+    # Each generated image is the seen image. If there is only one image, there is no other image to compare with, and
+    # the score is chance.
     assert found["scores"]["own"] == (0.5 if count == 1 else 1.0)
 
 
 def encode_again(image: bytes) -> bytes:
-    """Return the image as a larger JPEG file."""
+    """Return a JPEG file of the image, enlarged to 80 x 80 pixels."""
     buffer = io.BytesIO()
     Image.open(io.BytesIO(image)).resize((80, 80), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
     return buffer.getvalue()

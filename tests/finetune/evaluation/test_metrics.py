@@ -39,8 +39,8 @@ def test_features_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = (metrics.frechet_distance(x, y), metrics.kernel_distance(x, y), metrics.kernel_distance(x, y, **words))
     assert blocks == pytest.approx(whole, rel=1e-10)
     assert max(rows for rows, _ in sizes) == 7
-    # For the mean and the covariance, the 60 rows of one set form 9 blocks, and the 50 rows of the other set form 8
-    # blocks.
+    # The Fréchet distance alone reads 9 blocks of the 60 rows and 8 blocks of the 50 rows, and the kernel distances
+    # read more.
     assert len(sizes) > 17
 
 
@@ -191,7 +191,8 @@ def test_p_value_keeps_its_level_although_trials_of_an_image_agree() -> None:
         )
         small += found["p_value"] <= 0.1
         assert found["p_value"] >= 1 / 200
-    # `small` has a binomial(300, 0.1) distribution, except that ties of accuracies make it a little smaller.
+    # Of 300 p-values, a share of 0.1 should be at most 0.1, so `small` is binomial(300, 0.1), or a little smaller
+    # because of ties.
     assert 12 <= small <= 48
 
 

@@ -144,7 +144,8 @@ def test_efficientnet_recognises_photographs() -> None:
 
     assert EFFICIENTNET is not None
     loaded = efficientnet.load_efficientnet(EFFICIENTNET)
-    # The classes of ImageNet 281, 282 and 285 are cats, 967 and 968 are espresso and cup, and 657 is a missile.
+    # In ImageNet, the classes 281, 282 and 285 are cats, the classes 967 and 968 are espresso and cup, and 657 is a
+    # missile.
     for image, classes in ((data.cat(), {281, 282, 285}), (data.coffee(), {967, 968}), (data.rocket(), {657})):
         output = loaded.judge(image[None])
         assert isinstance(output, NetworkOutput) and output.probabilities_BK is not None
@@ -247,8 +248,8 @@ def test_nan_and_too_large_embeddings_are_not_used(monkeypatch: pytest.MonkeyPat
     text = constant.judge(images)
     assert isinstance(text, str) and "the embeddings of 6 images need" in text
     real = RealImages(images, list("aabbcd"), np.zeros(6, int))
-    # The embeddings of the four different real images are below the limit, but those of the six generated images are
-    # above.
+    # The embeddings of the four different real images are smaller than `MAX_EMBEDDINGS`, but those of the six generated
+    # images are larger.
     assert isinstance(real.output(constant), NetworkOutput)
     judgement = measure_embedding(constant, images, real)
     assert judgement.metrics == {f"{IDENTIFICATION}[n]": text} and judgement.trials == {}

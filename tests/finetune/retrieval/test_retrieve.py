@@ -137,8 +137,8 @@ def fit_in_memory(x_BF: np.ndarray, row_B: np.ndarray, target_MP: np.ndarray, ne
 def test_the_ridge_from_sums_is_that_of_all_features_in_memory(
     bins: int, fit: Any, paired_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The 64 trials of two people have 16 channels, so there are fewer features than trials with 2 bins, and more with 8
-    # bins.
+    # The two people have 64 trials with 16 channels. With 2 bins, there are fewer features than the 64 trials; with 8
+    # bins, there are more.
     data = open_paired(paired_dataset, "train")
     table = ImageTable(data)
     target = np.random.default_rng(0).standard_normal((len(table), 5)).astype(np.float32)

@@ -97,7 +97,7 @@ def test_two_processes_train_the_same_models_as_one(
         # and Adam divides each gradient by its own size. If each process trained on its own share alone, the mean would
         # be about 1e-3.
         assert gaps.mean() < 5e-5, f"{file}: {gaps.mean()}"
-    # The number of processes is not a setting of the models.
+    # Another number of processes is not another config, so the finished models are kept.
     assert main([*words[:-1], "1"]) == 0
     assert main([*words[:-1], "5"]) == 2
     assert "at least twice num_processes" in capsys.readouterr().err
