@@ -1,4 +1,4 @@
-"""Compute features of the EEG before the picture, which is too early to contain a response to the picture.
+"""Compute features of the EEG that was recorded before the picture and so contains no response to the picture.
 
 The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`. F counts features.
 """
@@ -34,16 +34,16 @@ def compute_baseline_features(parts: Sequence[Part]) -> list[NDArray[np.float32]
     Parameters
     ----------
     parts : sequence of (EEGDataset, sequence of int)
-        Splits, each with the numbers of the trials that are used.
+        Splits, each with the indices of the trials that are used.
 
     Returns
     -------
     list of ndarray, each [n, F], or NotApplicable
-        Features of the trials of each part, from `pretrain.evidence.predictors.noise_features`. `remove_line` first
-        removes the mean and the linear trend of each channel. The baseline has the same duration in all trials: the
-        shortest time that a trial stores before its picture. The features are those of the channels that all trials
-        have in common, found by name. `NotApplicable` if a trial is stored with less than `LEAST_BASELINE_S` seconds
-        before the picture, or if the trials have no channel in common.
+        One array for each split: the features of its trials. `remove_line` first removes the mean and the linear trend
+        of each channel, and `pretrain.evidence.predictors.noise_features` then computes the features. The baseline has
+        the same duration in all trials: the shortest time that a trial stores before its picture. Only the channels
+        that all trials have in common are used (`find_common_channels`). The result is `NotApplicable` if a trial is
+        stored with less than `LEAST_BASELINE_S` seconds before the picture, or if the trials have no channel in common.
     """
     onsets_n = np.concatenate([dataset.trials.numbers("onset")[list(numbers)] for dataset, numbers in parts])
     spec = parts[0][0].spec
@@ -75,8 +75,8 @@ def remove_line(x_CT: np.ndarray) -> np.ndarray:
 
     A high-pass filter without delay (zero phase) works forwards and backwards in time. A slow wave of the response
     therefore also appears, with opposite sign, before the picture. If the slow wave were kept, the EEG before the
-    picture would predict the category even in an experiment without any fault. The control ``shuffle_within`` finds
-    slow changes of the EEG that the filter did not cause.
+    picture would predict the category even in an experiment without any fault. The removal also hides true slow changes
+    of the EEG, such as drift; the control ``shuffle_within`` finds these.
 
     Parameters
     ----------

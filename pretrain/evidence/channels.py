@@ -1,8 +1,7 @@
 """Find the channels that all trials have, so that features of trials are compared channel by channel.
 
-If two recordings use different caps, or the same cap with the channels in another order, the same row holds different
-channels. Without a search for common channels, the same row of the EEG would belong to different electrodes in
-different recordings.
+If two recordings use different caps, or the same cap with the channels in another order, row 0 of their EEG can belong
+to two different electrodes, and so can every other row. The rows of common channels are therefore found by name.
 
 Array shapes: C common channels.
 """
@@ -30,7 +29,7 @@ Place = Sequence[float] | None
 
 
 def iterate_layouts(parts: Sequence[Part]) -> Iterator[tuple[list[str], list[Place]]]:
-    """Yield the channel names and electrode positions of trials; each combination once for each split."""
+    """Yield the channel names and electrode positions of each trial, without repeats within a split."""
     for dataset, numbers in parts:
         trials, wanted = dataset.trials, np.asarray(numbers, np.int64)
         codes = np.stack([trials.codes(name)[wanted] for name in ("ch_names", "positions")])
@@ -47,13 +46,13 @@ def find_common_channels(parts: Sequence[Part]) -> list[str]:
     Parameters
     ----------
     parts : sequence of (EEGDataset, sequence of int)
-        Splits, each with the numbers of the trials that are used.
+        Splits, each with the indices of the trials that are used.
 
     Returns
     -------
     list of str
-        Names of the channels, in the order of the first trial. A name that stands for electrodes at different places in
-        two trials is not a common channel. The list is empty if the trials have no channel in common.
+        Names of the channels, in the order of the first trial. If a name stands for electrodes at different places in
+        two trials, the channel of this name is not common. The list is empty if the trials have no channel in common.
     """
     common: dict[str, Place] | None = None
     for names, places in iterate_layouts(parts):

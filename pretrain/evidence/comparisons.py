@@ -1,4 +1,4 @@
-"""Compare the scores of the same trials, with intervals and corrected p-values.
+"""Compare two scores on the same trials, such as the model's own score and the score of a control.
 
 A comparison *holds* if the three conditions in the docstring of `pretrain.evidence.rules` are met. Array shapes: n
 trials, V comparisons.
@@ -45,7 +45,7 @@ class Comparison:
 def measure_comparisons(
     trials: TrialTable, columns: Sequence[tuple[Any, ...]], resamples: int, seed: int
 ) -> list[Comparison]:
-    """Compute the paired differences. Comparisons that use the same trials share their bootstrap resamples.
+    """Measure the mean difference of each comparison, with intervals and corrected p-values.
 
     Parameters
     ----------
@@ -61,13 +61,13 @@ def measure_comparisons(
     Returns
     -------
     list of Comparison
-        One row for each comparison, in the given order.
+        One row for each comparison, in the given order. Comparisons of the same trials share their bootstrap resamples.
     """
     found: dict[str, PairedDifference] = {}
     groups: dict[tuple[bytes, bool], list[tuple[Any, ...]]] = {}
     for column in columns:
-        # A predictor that is better than chance without a response shows a fault of the dataset, whoever the people
-        # are.
+        # A predictor that is better than chance without a response shows a fault of the dataset, even if it succeeds
+        # for these people only. So the bootstrap keeps these people and draws only images.
         same_people = column[0] == "leak" and column[1].endswith("- chance")
         groups.setdefault((column[4].tobytes(), same_people), []).append(column)
     for (_, same_people), same in groups.items():

@@ -1,4 +1,4 @@
-"""Find copies of an image under several names: equal files, and images that were encoded or resized again.
+"""Find copies of one image under different names: equal files, and files with the image encoded or resized again.
 
 A test image that is a copy of a training image is not new, whatever its name and its label. A model that remembers the
 training image then seems to find the test image in the EEG.
@@ -26,7 +26,7 @@ def find_copies(*splits: EEGDataset) -> list[tuple[str, str]]:
     Returns
     -------
     list of (str, str)
-        Pairs of names of the same image, sorted, for `pretrain.evidence.trials.merge_copies`.
+        Sorted list for `pretrain.evidence.trials.merge_copies`; each pair contains two names of the same image.
 
     Notes
     -----

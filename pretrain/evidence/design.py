@@ -14,7 +14,7 @@ LONGEST = 2000
 
 
 def describe_design(manifest: Manifest, declared: str = "", *, where: str = "manifest.json") -> tuple[Design, str]:
-    """Return the design that the dataset's corpora have together, and a sentence with the evidence.
+    """Combine the designs of the dataset's corpora to one design; return this design and a sentence with the evidence.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def describe_design(manifest: Manifest, declared: str = "", *, where: str = "man
 def _list_corpora(manifest: Manifest, where: str) -> list[Any]:
     corpora = manifest.extra.get("corpora", [])
     if isinstance(corpora, dict):
-        # Old manifests have the name of each corpus as a key.
+        # Old manifests store a mapping from the name of each corpus to its entry, in place of a list of entries.
         return [{"name": name, **check_group(entry, where, "a corpus")} for name, entry in corpora.items()]
     return check_list(corpora, where, "extra.corpora")
 

@@ -1,8 +1,8 @@
 """Record each use of a test split in a log, so that a reader of a result knows how often the test data were used.
 
 If many models are tested on the same data, and only the best result is published, the result is too good. The log
-``openings.jsonl`` is in the folder of the dataset. If the folder of the dataset cannot be written, the log of openings
-is in the folder of the result, or in the folder that contains the result.
+``openings.jsonl`` is in the folder of the dataset. If the folder of the dataset cannot be written, the log is in a
+folder that the command chooses: the folder of its result, or the folder above.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ UNKNOWN = -1
 class _Places:
     """Recording, time and label of each trial.
 
-    The training trials and the test trials use the same numbers for the same recordings and people.
+    A recording or a person has the same number in the training trials as in the test trials.
     """
 
     recording_n: Labels
@@ -72,7 +72,7 @@ def predict_from_time(train: TrialTable, test: TrialTable) -> Labels:
     Parameters
     ----------
     train, test : TrialTable
-        Training trials, and test trials. The labels and images of the test trials are not used.
+        The training trials and the test trials. The labels and images of the test trials are not used.
 
     Returns
     -------
@@ -90,14 +90,15 @@ def predict_from_time(train: TrialTable, test: TrialTable) -> Labels:
 
     - the nearest trials in the same recording;
     - all trials of the same recording;
-    - trials of any recording at the same time, or at the same fraction of the duration;
+    - the trials of any recording at the most similar time since its start, in seconds or as a fraction of its duration;
     - all trials of the same person;
     - all training trials.
 
-    The rule that is best on the training trials is used. The best rule is chosen separately for test trials whose
-    recording is in the training trials, for other test trials whose person is in the training trials, and for the
-    remaining test trials. When the rules compete on the training trials, a rule may not use trials that are too near in
-    time: nearer than the median distance from a test trial to its nearest training trial.
+    The rule that predicts the most training trials rightly is used. This rule is chosen separately for three groups of
+    test trials: those whose recording is in the training trials, others whose person is in the training trials, and the
+    rest. When a rule predicts a training trial, the trials of the same recording that are too near in time may not
+    vote. Too near means nearer than test trials usually are to training trials: the limit is the median distance from a
+    test trial to the nearest training trial of its recording.
     """
     if not len(train):
         raise RequestError("there are no training trials, so nothing can be predicted from time; give a train split")
@@ -135,7 +136,7 @@ def _find_places(train: TrialTable, test: TrialTable, number_n: NDArray[np.integ
 
 
 def _predict_by_best(rules: list[Rule], fit: _Places, new: _Places) -> Labels:
-    """Predict each trial with the rule that is best on the training trials and can predict the trial."""
+    """Predict each trial with the first rule that can predict it; the rules best on the training trials come first."""
     gap = _median_gap(fit, new)
     hits = [float((rule(fit, fit, gap) == fit.label_n).mean()) for rule in rules]
     found = np.full(len(new.time_n), UNKNOWN)
@@ -157,9 +158,9 @@ def _median_gap(fit: _Places, new: _Places) -> float:
 def _distances(fit: _Places, new: _Places) -> Iterator[tuple[Labels, Labels, NDArray[np.float64]]]:
     """Compute the distances in time between test trials and training trials, recording by recording.
 
-    Yields, for each recording, the indices of the test trials, the indices of the training trials, and the distances in
-    time between test trials and training trials. The distance between two trials is infinite if the time of one trial
-    is unknown.
+    Yields, for each recording, the indices of its test trials, the indices of its training trials, and the matrix of
+    the distances between them in seconds. A recording with many test trials is yielded in parts. The distance between
+    two trials is infinite if the time of one trial is unknown.
     """
     for recording in np.unique(new.recording_n):
         rows, columns = np.flatnonzero(new.recording_n == recording), np.flatnonzero(fit.recording_n == recording)
@@ -170,9 +171,9 @@ def _distances(fit: _Places, new: _Places) -> Iterator[tuple[Labels, Labels, NDA
 
 
 def _count_votes(labels_nk: Labels, valid_nk: NDArray[np.bool_]) -> Labels:
-    """Return the most common valid label of each row; of equally common labels, the earlier label in the row."""
+    """Return the most common valid label of each row; if two labels are equally common, the label that comes first."""
     votes = np.zeros((len(labels_nk), int(labels_nk.max(initial=0)) + 1))
-    # An earlier vote in the row counts slightly more, so that, of two equally common labels, the earlier label wins.
+    # An earlier vote in the row counts slightly more, so that the label that comes first wins a tie.
     weight_k = 1 + 0.5 / (1 + np.arange(labels_nk.shape[1])) / max(1, labels_nk.shape[1])
     rows = np.broadcast_to(np.arange(len(labels_nk))[:, None], labels_nk.shape)
     np.add.at(votes, (rows, labels_nk), np.where(valid_nk, weight_k, 0.0))
@@ -206,7 +207,7 @@ def _find_nearest(distance: NDArray[np.float64], k: int) -> Labels:
 
 
 def _hide_near(distance: NDArray[np.float64], rows: Labels, columns: Labels, gap: float) -> NDArray[np.float64]:
-    """Make the distance infinite for the trial itself, and for trials nearer in time than the gap."""
+    """Make the distance infinite from a trial to itself, and between trials that are nearer in time than the gap."""
     return np.where((distance < gap) | (rows[:, None] == columns[None]), np.inf, distance)
 
 
@@ -216,8 +217,7 @@ def _commonest_of_recording(fit: _Places, new: _Places, gap: float | None) -> La
     for rows, columns, distance in _distances(fit, new):
         if not len(columns):
             continue
-        # If `gap` is None, trials with unknown time count too, because the most common label does not depend on the
-        # time.
+        # Without a gap, the times do not matter, so training trials with unknown time vote too.
         valid = np.ones(distance.shape, bool)
         if gap is not None:
             valid = (distance >= gap) & (rows[:, None] != columns[None])
@@ -246,7 +246,7 @@ def _commonest_of_person(fit: _Places, new: _Places, gap: float | None) -> Label
 
 
 def _vote_of_pooled(k: int, name: str) -> Rule:
-    """Make the rule that predicts the most common label of the k trials, of any recording, nearest in `name`."""
+    """Make a rule: the most common label of the k trials, in any recording, that are nearest in the time `name`."""
 
     def rule(fit: _Places, new: _Places, gap: float | None) -> Labels:
         found = np.full(len(new.time_n), UNKNOWN)
@@ -295,9 +295,9 @@ def predict_from_features(
         Labels of the training trials.
     groups_n : array, shape (n,), optional
         Group of each training trial, such as its recording. All trials of a group are in the same inner fold. By
-        default, the inner folds are random.
+        default, each trial is a group of its own.
     seed : int
-        Seed of the random inner folds.
+        Seed for the random division of the groups into inner folds.
 
     Returns
     -------
@@ -377,7 +377,7 @@ def _divide_into_folds(n: int, groups_n: ArrayLike | None, seed: int) -> Labels:
 def noise_features(x_nCT: ArrayLike, sfreq: float) -> NDArray[np.float64]:
     """Compute features that need no response to the picture: mean and logarithmic band power of each channel.
 
-    The features are computed from the EEG before the picture, and from eye and face channels.
+    The caller gives either the EEG before the picture, or eye and face channels.
 
     Parameters
     ----------

@@ -68,8 +68,8 @@ class RidgeSums:
         if not len(x_nF):
             return
         if not self.n:
-            # The mean of the first trials is subtracted from all trials, so that a large common offset does not reduce
-            # the precision. Subtracting this offset does not change the results of the regression.
+            # The mean over the trials of the first call is subtracted from all trials, so that a large common offset of
+            # the features does not reduce the precision. The subtraction does not change the results of the regression.
             self.shift_F = np.asarray(x_nF, np.float64).mean(axis=0)
         x_nF, y_nL = np.asarray(x_nF, np.float64) - self.shift_F, np.asarray(y_nL, np.float64)
         self.n += len(x_nF)
@@ -112,7 +112,8 @@ class RidgeSums:
         xy_FL = (self.xy_FL - np.outer(self.x_F, mean_L)) / scale_F[:, None]
         value_F, vector_FF = np.linalg.eigh(xx_FF)
         value_F = np.maximum(value_F, 0)
-        # Divide by the number of trials if there are fewer trials than features, because `ridge_scores` does the same.
+        # `ridge_scores` takes the mean of the eigenvalues of the smaller matrix, X'X or XX'. Both matrices have the
+        # same eigenvalues above 0, so their sum is divided by the size of the smaller matrix here, too.
         unit = value_F.sum() / min(len(value_F), self.n) or 1.0
         return RidgeFit(
             mean_F=self.mean_F,
@@ -142,7 +143,8 @@ class RidgeFit:
     rotated_FL: np.ndarray
     """X'Y in the basis of the eigenvectors of X'X, where Y holds the centred targets."""
     unit: float
-    """Mean of the eigenvalues of X'X; each penalty is a multiple of this number."""
+    """Mean of the eigenvalues of X'X or, if there are fewer trials than features, of XX'. Each penalty is a multiple of
+    this number."""
 
     def compute_weights(self, number: int) -> np.ndarray:
         """Return the weights [F, L] for the penalty ``STRENGTHS[number]``.

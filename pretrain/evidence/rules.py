@@ -11,13 +11,15 @@ signal         the score is better than every control
 =============  =====================================================================================
 
 A comparison of two scores *holds* if three conditions are met. First, the 95 % interval of the difference lies above 0.
-The bootstrap for this interval draws people and images at the same time if there are enough people and images (see
-`pretrain.evidence.statistics.compare_paired`). For predictors that see no response, the bootstrap draws only images,
-because a predictor that is better than chance shows a fault of the dataset. Second, the p-value of the comparison is
-below `LEVEL` of `pretrain.evidence.comparisons` after Holm's correction over all comparisons of the same question.
-Third, if the model's own score is compared and there are enough people, the permutation test over people has p below
-`LEVEL`. The permutation test is needed for two reasons: the interval of a bootstrap over few people is too narrow, and
-a strong effect in only one of eight people can raise the mean, although it shows nothing about people in general.
+The bootstrap for this interval draws people and images at the same time if there are enough of both (see
+`pretrain.evidence.statistics.compare_paired`). If a predictor that sees no response is compared with chance, the
+bootstrap keeps the people and draws only images, because such a predictor shows a fault of the dataset even if it
+succeeds for these people only. Second, the p-value of the comparison is below `LEVEL` of
+`pretrain.evidence.comparisons` after Holm's correction over all comparisons with the same `question` (leak, signal or
+content). Third, if the model's own score is compared and there are enough people, the permutation test over people has
+p below `LEVEL`. The permutation test is needed for two reasons. The interval of a bootstrap over few people is too
+narrow. And if only one of eight people has a strong effect, the mean can be above 0, although this shows nothing about
+people in general.
 
 docs/evaluation.md explains the controls, the verdicts and the limits of the verdicts. Array shapes: n trials.
 """
@@ -69,7 +71,7 @@ class NotApplicable:
     """A control or measure that cannot be made from the data."""
 
     reason: str
-    """Why the control cannot be made from the data, as one sentence for the report."""
+    """Why the control or measure cannot be made from the data, as one sentence for the report."""
 
     def __post_init__(self) -> None:
         if not self.reason.strip():
@@ -147,7 +149,7 @@ class Verdict:
     """A verdict, its scope, and everything that led to the verdict."""
 
     word: Word
-    """The verdict in one of the five words."""
+    """Name of the verdict; the docstring of this file explains the five names."""
     scope: str | None
     """People and concepts for which a signal was shown; None unless the verdict is category only or signal."""
     why: tuple[str, ...]
@@ -173,7 +175,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """The evidence, and the comparisons that are made once from the evidence, for all rules."""
+    """What the rules read: the evidence, and the comparisons, which are made once for all rules."""
 
     evidence: Evidence
     rows: dict[str, Comparison] = field(default_factory=dict)
@@ -209,8 +211,8 @@ def judge(evidence: Evidence, *, resamples: int = 2000, seed: int = 0) -> Verdic
     evidence : Evidence
         Scores, controls and design.
     resamples : int
-        Number of bootstrap resamples and of random permutations, at least 500: with fewer resamples, a corrected
-        p-value of eight comparisons could not fall below `LEVEL`.
+        Number of bootstrap resamples and of random permutations, at least 500. With fewer than 320, no p-value could
+        fall below `LEVEL` after the correction over the eight comparisons of the question signal.
     seed : int
         Seed of the resamples.
 
@@ -223,7 +225,7 @@ def judge(evidence: Evidence, *, resamples: int = 2000, seed: int = 0) -> Verdic
     ------
     RequestError
         If a score is NaN or outside 0 to 1, if a control is missing or was not checked to be a control, if a random
-        design has no evidence, or if the scope contradicts the training trials.
+        design has no evidence, or if `new_people` or `new_concepts` contradicts the training trials.
     """
     if resamples < 500:
         raise RequestError(f"resamples is {resamples}; give at least 500, so that corrected p-values can be small")
@@ -285,10 +287,10 @@ def find_known_trials(evidence: Evidence) -> list[tuple[str, NDArray[np.bool_]]]
 
 
 def _leave_out_known_trials(evidence: Evidence) -> tuple[Evidence, int, list[str]]:
-    """Leave out at most the share `MOST_KNOWN` of the test trials: trials that the model may remember.
+    """Leave out the test trials that the model may remember, if their share is at most `MOST_KNOWN`.
 
-    Returns the remaining evidence, the number of trials that were left out, and sentences about these trials. If the
-    model may remember more trials, all trials are kept, and `decide_if_judgeable` gives the verdict.
+    Returns the remaining evidence, the number of trials that were left out, and sentences about these trials. If their
+    share is larger, all trials are kept, and `decide_if_judgeable` gives the verdict.
     """
     known, n = find_known_trials(evidence), len(evidence.trials)
     known_n = np.any([one_n for _, one_n in known], axis=0) if known else np.zeros(n, bool)
@@ -301,7 +303,8 @@ def _leave_out_known_trials(evidence: Evidence) -> tuple[Evidence, int, list[str
 
     trials, chance = evidence.trials.select(~known_n), evidence.chance
     if evidence.score_of == "label" and (share := find_constant_score(trials, "label")) < 1:
-        # Without the trials that are left out, the most common label can have a larger share.
+        # The most common label can have a larger share of the remaining trials than of all trials, so compute chance
+        # again.
         chance = max(chance, share)
     controls = {
         name: control
@@ -431,9 +434,8 @@ def decide_by_design(case: _Case) -> _Found | None:
     The verdict is *confounded* if the design is block or unknown. In a block design, the time of a trial reveals its
     label, and no score can distinguish the response to the picture from the drift of the EEG. The verdict is also
     *confounded* if the label is constant within each recording, because then every property of the recording reveals
-    the label. The rule of the design is applied first, because no score can change its verdict. A control that cannot
-    be made from the data does not change the verdict: in a random design, the verdict only names the control and the
-    reason.
+    the label. No score can change the verdict of this rule, so this rule is applied first. If a control cannot be made
+    from the data, the design does not become worse: the verdict only names the control and the reason.
     """
     evidence = case.evidence
     known = [table for table in (evidence.trials, evidence.train) if isinstance(table, TrialTable)]
@@ -454,8 +456,8 @@ def decide_if_judgeable(case: _Case) -> _Found | None:
     The verdict is *not judgeable* in five cases:
 
     - There are fewer than `FEWEST_TRIALS` test trials.
-    - There are fewer than `FEWEST_IMAGES` test images. An image can resemble another category by chance. With few
-      images, such a resemblance looks like a signal for every person.
+    - There are fewer than `FEWEST_IMAGES` test images. If a model finds the category of an image by chance, it can find
+      it for every person who sees the image. With few images, such chance hits look like a signal.
     - More than the share `MOST_KNOWN` of the test trials is known to the model: the image, a copy of the image, or the
       EEG of the trial is also in the data that trained the model, so the model can show a remembered image. If the
       share is at most `MOST_KNOWN`, `_leave_out_known_trials` has left these trials out.
@@ -499,10 +501,10 @@ def decide_by_leaks(case: _Case) -> _Found | None:
       trial (`find_constant_score`), and the chance level of the score.
     - EEG shuffled within neighbourhoods gives a better score than EEG shuffled over all trials. A part of the score
       then comes from slow changes of the EEG.
-    - The shuffle within neighbourhoods does not lower the score. Three conditions must be met. The model's own score is
-      better than the score with EEG shuffled over all trials. The model's own score is not better than the score with
-      EEG shuffled within neighbourhoods. The shuffle within neighbourhoods keeps at least the share `NOTHING_LOST` of
-      the difference between the model's own score and the score with EEG shuffled over all trials.
+    - The shuffle within neighbourhoods does not lower the score. This case needs three conditions. The model's own
+      score is better than the score with EEG shuffled over all trials. The model's own score is not better than the
+      score with EEG shuffled within neighbourhoods. The shuffle within neighbourhoods keeps at least the share
+      `NOTHING_LOST` of the difference between the model's own score and the score with EEG shuffled over all trials.
     - A predictor from eye and face channels is better than chance, and the model is not better than this predictor.
       The predictor alone proves no fault, because these channels may also contain a response to the picture.
     """
@@ -563,10 +565,9 @@ def decide_by_content(case: _Case) -> _Found | None:
     """Apply the rule that tells whether the score shows only the category of the image, or more than the category.
 
     The verdict is *category only* if the generated image cannot identify the seen image among images of the same
-    category. If the test concepts are new, the verdict is also *category only* if the nearest training image, shown in
-    place of the generated image, is as good as the generated image. If the generated image is not better than the
-    nearest training image, the generated image shows only which trained concept is similar, and nothing about the new
-    concept itself.
+    category. If the test concepts are new, the generated image is also compared with the training image that is most
+    similar to it. If this training image scores as well in its place, the verdict is *category only*: the generated
+    image shows only which trained concept is similar, and nothing about the new concept itself.
     """
     reasons = []
     if "identification - chance" in case.rows and not case.holds("identification - chance"):
@@ -617,7 +618,7 @@ def _describe_scope(case: _Case) -> str:
 
 
 def _share_recordings(trials: TrialTable, train: TrialTable) -> bool:
-    """Return whether any known recording contains test trials and training trials."""
+    """Return whether a recording contains both test trials and training trials; unknown recordings do not count."""
     both, n = join_tables(trials, train), len(trials)
     group, known = group_recordings(both), both.recordings_n != ""
     return bool(np.isin(group[:n][known[:n]], group[n:][known[n:]]).any())

@@ -49,8 +49,8 @@ def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, 
     _, image_n = np.unique(images_n, return_inverse=True)
     sums, counts = np.bincount(image_n, weights=hits_n), np.bincount(image_n)
     n, images, share = len(hits_n), len(sums), float(hits_n.mean())
-    # If the variance between images cannot be estimated, because all answers are right, all are wrong, or all trials
-    # are of one image, each image is treated as one trial.
+    # The variance between images cannot be estimated if all answers are right, if all are wrong, or if all trials are
+    # of one image. Each image then counts as one trial.
     effect = n / images
     if 0 < share < 1 and images > 1:
         clustered = ((sums - share * counts) ** 2).sum() / n**2 * images / (images - 1)
@@ -196,8 +196,8 @@ def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, see
     Returns
     -------
     float
-        The p-value: the share of combinations of signs whose total difference is at least as large as the observed
-        difference. The observed combination of signs is included.
+        The p-value: the share of combinations of signs for which the sum of the differences is, without its sign, at
+        least as large as the observed sum. The observed combination is included, so the p-value is above 0.
     """
     from scipy.stats import permutation_test
 
@@ -239,7 +239,7 @@ def check_finite(values: ArrayLike, what: str) -> None:
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
-    """Correct the p-values of several tests, so that the probability of any false finding is at most the level.
+    """Correct several p-values, so that the probability of any false finding is at most the level of significance.
 
     Parameters
     ----------
@@ -316,9 +316,9 @@ def compare_paired(
     -------
     list of PairedDifference
         One result for each set. With at least `FEWEST_SUBJECTS` people and `FEWEST_IMAGES` images, `interval` comes
-        from a bootstrap that draws people and images. With fewer people, the bootstrap draws only images, and the
-        result holds only for these people. With fewer images, the bootstrap draws only people, and the result holds
-        only for these images.
+        from a bootstrap that draws people and images. With fewer people, or if `same_people` is true, the bootstrap
+        draws only images, and the result holds only for these people. With fewer images, the bootstrap draws only
+        people, and the result holds only for these images.
 
     Raises
     ------
@@ -389,7 +389,8 @@ def permute_labels(
     if np.unique(np.stack([image_n, label_n]), axis=1).shape[1] > image_n.max() + 1:
         raise RequestError("trials of one image have different labels; give each image one label")
     _, first, unit_n = np.unique(block_n * (image_n.max() + 1) + image_n, return_index=True, return_inverse=True)
-    # `np.unique` sorts `first` by block, so the images of a block are neighbours in `label_U` and `block_U`.
+    # A unit is an image in a block (U counts units). `np.unique` sorts the units by block, so the units of a block are
+    # neighbours in `label_U` and `block_U`.
     label_U, block_U = np.asarray(labels_n)[first], block_n[first]
     rng = np.random.default_rng(seed)
     shuffled = [label_U[np.lexsort((rng.random(len(first)), block_U))][unit_n] for _ in range(permutations)]
@@ -416,9 +417,9 @@ def split_half_reliability(values_nF: np.ndarray, images_n: np.ndarray, *, split
     float
         Correlation over images between the mean of one half of the repeats and the mean of the other half. The
         correlation r is averaged over features and splits. The formula of Spearman and Brown, 2 r / (1 + r), then
-        estimates the correlation for all repeats from the correlation for half of the repeats. Even a perfect model of
-        the noise-free response correlates with the mean of all repeats by no more than about the square root of this
-        value.
+        estimates the correlation for all repeats from the correlation for half of the repeats. No model can correlate
+        much better with the mean of all repeats than the square root of this value, even if the model knows the
+        response without noise.
 
     Raises
     ------

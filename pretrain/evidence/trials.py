@@ -1,4 +1,4 @@
-"""When each trial happened, and permutations that move EEG only between neighbouring trials.
+"""A table of the trials with their times, and permutations that move EEG only between trials near in time.
 
 EEG drifts over minutes: electrodes dry, and people get tired. If pictures of one category are shown one after the
 other, a model can predict the category from the drift. The shuffle within neighbourhoods shows whether a model uses the
@@ -11,8 +11,8 @@ after the shuffle within neighbourhoods.
 - In a random order, the trials of a neighbourhood have different labels. The shuffle within neighbourhoods gives each
   trial a response to another picture, so a score that comes from the response falls to chance.
 
-A neighbourhood must not depend on the labels: a shuffle among trials with the same label would change no score in any
-design.
+A neighbourhood must not be chosen by the labels: if all its trials had the same label, the shuffle would change no
+score, whatever the design.
 
 Array shapes: n trials.
 """
@@ -36,8 +36,8 @@ NEIGHBOURS = 8
 """Number of consecutive trials in a neighbourhood, by default. In a neighbourhood of eight trials, the numbers of two
 trials differ by three on average."""
 BY_CHANCE = 0.01
-"""If every recording has a single label, and the probability of this in a random order of the trials is higher than
-`BY_CHANCE`, the single labels count as chance."""
+"""If all trials of each recording have the same label, and the probability of this in a random order of the trials is
+higher than `BY_CHANCE`, this counts as chance."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,8 +112,8 @@ def tabulate_trials(dataset: EEGDataset, *, times_known: bool = True, images_nee
     dataset : EEGDataset
         The split. Every sample must be a trial with a label, a person and, by default, an image.
     times_known : bool
-        False for a corpus whose files do not keep the order of the trials, such as preprocessed THINGS-EEG2. If false,
-        the time of every trial is unknown.
+        False if the files of the dataset do not keep the order of the trials, such as those of preprocessed
+        THINGS-EEG2. The time of every trial then counts as unknown.
     images_needed : bool
         False for a dataset whose trials may have no image. If all trials of a recording have the same label, the trials
         without an image get the name of the recording as their image, because these trials are parts of one long event.
@@ -188,7 +188,7 @@ def merge_copies(images_n: ArrayLike, copies: Iterable[tuple[str, str]]) -> NDAr
     images_n : array of str, shape (n,)
         Name of the image of each trial.
     copies : iterable of (str, str)
-        Pairs of names of the same image, for example from ``dreamscale verify``.
+        Each pair contains two names of the same image, for example from ``dreamscale verify``.
 
     Returns
     -------
@@ -211,7 +211,7 @@ def merge_copies(images_n: ArrayLike, copies: Iterable[tuple[str, str]]) -> NDAr
 
 
 def group_by(*columns_n: ArrayLike) -> NDArray[np.int64]:
-    """Give each combination of values of several columns a number.
+    """Number the groups of trials that have the same value in every column, such as the same person and session.
 
     Parameters
     ----------
@@ -221,7 +221,7 @@ def group_by(*columns_n: ArrayLike) -> NDArray[np.int64]:
     Returns
     -------
     ndarray of int, shape (n,)
-        Two trials have the same number if they have the same value in all columns. The numbers are 0, 1, 2 and so on.
+        Number of each trial's group: 0, 1, 2 and so on.
     """
     group_n = np.zeros(len(np.asarray(columns_n[0])), np.int64)
     for column_n in columns_n:
@@ -323,14 +323,14 @@ def label_is_constant_in_recordings(table: TrialTable) -> bool:
     Parameters
     ----------
     table : TrialTable
-        The trials; the training and test trials together if both are known.
+        The test trials, together with the training trials if the caller has them.
 
     Returns
     -------
     bool
-        True if each recording has a single label, and if the probability of this in a random order of the trials is at
-        most `BY_CHANCE`. If the table has only one label, or if each recording has only one trial, then each recording
-        has a single label in every order of the trials, and the result is False.
+        True if all trials of each recording have the same label, and if the probability of this in a random order of
+        the trials is at most `BY_CHANCE`. In a table with only one label, or with only one trial in each recording,
+        this probability is 1, so the result is False.
     """
     if not len(table):
         return False
@@ -340,8 +340,8 @@ def label_is_constant_in_recordings(table: TrialTable) -> bool:
         return False
     _, label_n = np.unique(table.labels_n, return_inverse=True)
     share_L = np.bincount(label_n) / len(table)
-    # In a random order, the probability that all n trials of a recording have one label is the sum over the labels of
-    # share ** n.
+    # In a random order, all n trials of a recording have a given label with the probability share ** n, where share is
+    # the label's share of all trials. Add these probabilities over the labels.
     chance = [np.log((share_L**n).sum()) for n in np.bincount(group_n)]
     return bool(np.sum(chance) <= np.log(BY_CHANCE))
 
@@ -364,18 +364,18 @@ def derange_within(groups_n: ArrayLike, images_n: ArrayLike, seed: int) -> tuple
         A permutation of the trials: trial i gets the EEG of trial ``order_n[i]`` of the same group. As many trials as
         possible get the EEG of another image.
     alone_n : ndarray of bool, shape (n,)
-        True for a trial that is alone in its group and keeps its own EEG. Leave trials that are alone in their group
-        out of the control, and report their number. Where ``images_n[order_n] == images_n``, a trial got the EEG of a
-        trial with the same image.
+        True for a trial that is alone in its group and keeps its own EEG. The caller must leave these trials out of the
+        control, and report their number. The array does not mark trials that got the EEG of another trial with the same
+        image; ``images_n[order_n] == images_n`` finds them.
     """
     groups, group_n = np.unique(np.asarray(groups_n), return_inverse=True)
     _, image_n = np.unique(np.asarray(images_n), return_inverse=True)
     rng = np.random.default_rng([seed, len(group_n)])
     order_n = np.arange(len(group_n))
     alone_n = np.bincount(group_n, minlength=len(groups))[group_n] == 1
-    # Sort the trials by group. The images of a group are in random order, and so are the trials of an image. After this
-    # sort, a shift by s places leads to another image if no image has more than s trials and no image has more than
-    # size - s trials.
+    # Sort the trials by group, and within a group by image: the images are in random order, and so are the trials of an
+    # image. In a group of `size` trials, a cyclic shift by s trials then gives every trial another image if no image
+    # has more than s trials or more than size - s trials.
     rank = rng.permutation(int(image_n.max(initial=-1)) + 1)
     rows_n = np.lexsort((rng.permutation(len(group_n)), rank[image_n], group_n))
     for start, stop in _runs(group_n[rows_n]):

@@ -1,4 +1,4 @@
-"""Find test trials whose EEG the model has already seen in its training.
+"""Find test trials whose EEG was also in the data that trained the model.
 
 A model that remembers the EEG of a training trial can name the image of this trial again, without any knowledge about
 new EEG. Array shapes: n test trials.
@@ -63,7 +63,8 @@ def overlap_in_time(test: TrialTable, train: TrialTable, window_s: float) -> NDA
     test, train : TrialTable
         Test trials and training trials.
     window_s : float
-        Duration in seconds of the EEG of a trial; all trials have EEG of the same duration and at the same delay.
+        Duration in seconds of the EEG of a trial. The EEG of all trials has the same duration, and begins at the same
+        delay after the picture.
 
     Returns
     -------
@@ -115,15 +116,16 @@ def find_eeg_of_contents(
     data : EEGDataset
         Split of the trials.
     same_recording : bool
-        Whether windows of recordings with the same key are compared by time. If false, only windows of recordings that
-        are stored under two keys are compared by time.
+        A key is the unique name of a recording in a dataset. If true, windows are compared by time if their recordings
+        have the same key, or if their signals show that one recording is stored under two keys. If false, windows are
+        compared by time only in the second case.
 
     Returns
     -------
     ndarray of bool, shape (n,)
-        True for a trial whose window is equal to a window of the train split of the pretraining dataset, or overlaps in
-        time with such a window of the same recording. If the windows in `contents` were not decoded, windows are
-        compared by time only.
+        True for a trial whose window (its EEG as models read it) is equal to a window of the train split of the
+        pretraining dataset, or overlaps in time with such a window of the same recording. If the windows in `contents`
+        were not decoded, windows are compared by time only.
     """
     train = before.split == SPLITS.index("train")
     seen = replace(
@@ -151,7 +153,7 @@ def find_eeg_of_contents(
 
 
 def count_people_of_pretraining(before: Contents, contents: Contents, split: str) -> int:
-    """Count the people of a split with EEG in the train split of the pretraining dataset, by corpus and name."""
+    """Count the people (corpus and name) of a split who also have EEG in the train split of the pretraining dataset."""
 
     def list_people(of: Contents, name: str) -> set[tuple[str, str]]:
         recordings = np.unique(of.recording[of.split == SPLITS.index(name)])
@@ -163,25 +165,26 @@ def count_people_of_pretraining(before: Contents, contents: Contents, split: str
 def find_known_eeg(
     train: EEGDataset, data: EEGDataset, before: Contents | None = None, contents: Contents | None = None
 ) -> KnownEEG:
-    """Find the EEG of a split that is also in the training trials or, if `before` is given, in the pretraining data.
+    """Find the EEG of a split that is also in the training trials and, if `before` is given, in the pretraining data.
 
     Parameters
     ----------
     train, data : EEGDataset
         Train split, and the split of the test trials. `train` and `data` must read the same part of each trial.
     before, contents : Contents, optional
-        Contents of the pretraining dataset, and of the dataset of the trials. With `contents`, recordings that are
-        stored under two keys are found by their signal, as in ``dreamscale verify``.
+        Contents of the pretraining dataset, and of the dataset of the trials. With `contents`, a recording that is
+        stored under two keys (names) is found by its signal, as in ``dreamscale verify``.
 
     Returns
     -------
     KnownEEG
-        The trials and the number of people.
+        The trials whose EEG is also in these data, and the number of people who also have EEG in the pretraining data.
     """
     known = {TRAINING: find_eeg_of_training(train, data)}
     if contents is None:
         return KnownEEG(trials=known)
-    # If one recording is stored under two keys, windows of the two recordings have equal times but other values.
+    # If one recording is stored under two keys, for example with the channels in another order, no checksums are equal.
+    # Compare the windows of such recordings by time.
     known[TRAINING] |= find_eeg_of_contents(contents, contents, data, same_recording=False)
     if before is None:
         return KnownEEG(trials=known)

@@ -63,8 +63,8 @@ def compare(
     scored : ndarray of int
         Indices of the test trials of all folds.
     predicted : dict of str to ndarray of int
-        Predicted labels of each method, as an array of shape [S, number of scored trials], where S is the number of
-        classifiers.
+        For each method, the predicted labels: an array of shape [S, number of scored trials], with one row for each of
+        the S classifiers that were trained, such as one for each random encoder.
     chosen : dict of str to list of float
         For each method, the value that was chosen in each fold: the number of the best epoch for EEGNet, the learning
         rate for fine-tuning, and the ridge penalty for all other methods.
@@ -113,7 +113,7 @@ def compare(
 
 
 def _compute_features(trials: Trials, sfreq: float, config: ProbeConfig) -> dict[str, np.ndarray]:
-    """Return the features that each encoder and each other method gives for all trials, before standardisation."""
+    """Return the features of all trials, before standardisation: one array for each encoder and each other method."""
     eeg_nCT = trials.eeg_nCT.astype(np.float32)
     makers = {
         "band power": lambda: band_power(eeg_nCT, sfreq),

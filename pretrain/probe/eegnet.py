@@ -168,8 +168,7 @@ def train_eegnet(
             model.train()
             for rows in torch.randperm(len(x)).split(config.batch_size):
                 if len(rows) < 2:
-                    # Skip a batch of one trial, because batch normalisation cannot compute the variance of a single
-                    # trial.
+                    # Skip a batch of one trial, because batch normalisation needs the variance between trials.
                     continue
                 loss = nn.functional.cross_entropy(model(x[rows].to(device)), y[rows].to(device))
                 optimizer.zero_grad()
@@ -206,7 +205,7 @@ def predict_eegnet(model: EEGNet, x_nCT: np.ndarray, device: torch.device) -> np
 
 
 def _same_length(kernel: int) -> nn.ZeroPad2d:
-    """Return a padding layer with which a convolution over time, `kernel` samples long, keeps the length."""
+    """Return the padding with which a convolution of `kernel` samples over time gives as many samples as it reads."""
     return nn.ZeroPad2d(((kernel - 1) // 2, kernel // 2, 0, 0))
 
 

@@ -52,10 +52,10 @@ class Trials:
     metas: list[dict[str, Any]]
     """[n] metadata of each trial. The channels in the metadata are in the order of the recording."""
     electrodes: list[dict[str, Any]]
-    """[n] number and electrode positions of the common channels in each trial, as arguments for
+    """[n] for each trial, how many common channels there are, and the positions of their electrodes, as arguments for
     `EEGEncoder.inputs_of`."""
     tokens: dict[str, np.ndarray]
-    """[n, F] tokens of each encoder in float32, averaged within each time bin."""
+    """For each encoder, the tokens of all trials, averaged within each time bin: an array [n, F] in float32."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -250,7 +250,7 @@ def collect(
 def _pick_common_channels(
     dataset: str, metas: list[dict[str, Any]], signals: list[np.ndarray]
 ) -> tuple[list[str], list[np.ndarray], list[dict[str, Any]]]:
-    """Return the channels that all trials have in common, and their signal and electrode positions in each trial."""
+    """Return the channels that all trials have, and each trial's signal and electrode positions of these channels."""
     shared = set.intersection(*(set(meta["ch_names"]) for meta in metas))
     channels = [name for name in metas[0]["ch_names"] if name in shared]
     if len(channels) < 2:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pretrain.probe.folds import Fold
 
 _WARM_UP, _WEIGHT_DECAY, _BATCH = 0.1, 0.05, 32
-# The rise of the learning rate takes at least two steps: one step with the lowest rate and one step with the highest
-# rate.
+# The rise of the learning rate takes at least two steps: a first step with the lowest rate, and a last step with the
+# highest rate.
 _RISE = 2
 
 
@@ -50,7 +50,8 @@ def finetune_and_predict(
     fold : Fold
         The model is trained on the fold's `train` trials, and predicts the labels of the fold's `test` trials.
     choose_by : (ndarray, ndarray)
-        Trials for the choice of the learning rate: indices of the trials to train on, and of the trials to predict.
+        Trials for the choice of the learning rate. The first array has the indices of the trials to train on, the
+        second array those of the trials to predict.
     classes : int
         Number of labels.
     epochs : int
@@ -83,14 +84,14 @@ def finetune_and_predict(
             right = float((_predict(model, trials, held, device) == trials.labels_n[held]).mean())
             if right > best[0]:
                 best = (right, rate, model)
-    # If there is a val split, the model with the best rate was already trained on all training trials of the fold, so
-    # use this model.
+    # If the learning rate was chosen on a val split, the model with the best rate was already trained on all training
+    # trials of the fold. Use this model.
     model = best[2] if same and best[2] is not None else train(fold.train, best[1])
     return _predict(model, trials, fold.test, device), best[1]
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, rate: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
-    """Return a schedule that raises the learning rate during a tenth of the steps and then lowers it to almost 0.
+    """Return a schedule: the learning rate rises for a tenth of the steps, at least two, and then falls to almost 0.
 
     Parameters
     ----------
@@ -107,8 +108,9 @@ def one_cycle(optimizer: torch.optim.Optimizer, rate: float, steps: int) -> torc
     torch.optim.lr_scheduler.OneCycleLR
         The schedule. The caller must call ``step`` of the schedule after every training step.
     """
-    # Make the schedule at least three steps long, because PyTorch divides by the lengths of the rise and of the fall of
-    # the learning rate. A training of one or two steps ends before the learning rate falls.
+    # PyTorch divides by the number of steps in which the learning rate rises, and by the number in which it falls, so
+    # neither may be 0. The schedule therefore has at least three steps. A training of one or two steps ends before the
+    # learning rate falls.
     total = max(steps, _RISE + 1)
     share = max(_WARM_UP, _RISE / total)
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total, pct_start=share)

@@ -8,7 +8,7 @@ image of a trial in training, its accuracy on this trial is too high. Three rule
 - With ``folds: subjects``, no subject is in both the training trials and the test trials. With ``folds: split``, the
   dataset's splits are used, and the report names the subjects that are in both the training and the test trials.
 - Settings, such as the ridge penalty, are chosen without the test trials: on the val split, and on inner folds. The
-  inner folds divide the training trials by subject and image.
+  inner folds divide the training trials of a fold again, by subject and image.
 
 The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from pretrain.probe.features import Trials
 
 LeftOut = dict[str, dict[str, int]]
-"""Number of trials that were left out: for each reason (images, eeg), the number of training trials and of test
-trials."""
+"""Number of trials that were left out. The outer key is the reason (images or eeg), the inner key is train or test."""
 INNER_FOLDS = 5
 """Largest number of inner folds."""
 
@@ -76,7 +75,7 @@ def _share_images(trials: Trials, numbers: np.ndarray) -> bool:
 
 
 def _share_eeg(trials: Trials, numbers: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return, for each trial in `numbers`, whether its EEG is also EEG of a trial in `others`."""
+    """Return, for each trial in `numbers`, whether a trial in `others` has equal EEG, or EEG that overlaps in time."""
     overlap = overlap_in_time(trials.table.select(numbers), trials.table.select(others), trials.window_s)
     return overlap | np.isin(trials.digests_n[numbers], trials.digests_n[others])
 
@@ -96,9 +95,9 @@ def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], L
     list of Fold
         The folds. Each trial is a test trial in at most one fold.
     LeftOut
-        Number of trials that were left out. ``images``: trials whose image is in both the training and the test trials.
-        ``eeg``: other trials whose EEG is in both the training and the test trials. ``test``: test trials. ``train``:
-        training trials, summed over all folds.
+        Number of trials that were left out, by reason and kind. Reasons: ``images``: trials whose image is in both the
+        training and the test trials. ``eeg``: other trials whose EEG is in both the training and the test trials.
+        Kinds: ``test``: test trials. ``train``: training trials, summed over all folds.
 
     Raises
     ------
@@ -183,9 +182,9 @@ def make_inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.nd
     Returns
     -------
     list of (ndarray, ndarray)
-        Indices of the training trials and of the held-out trials of each inner fold. If the fold has val trials, the
-        last pair is (train, val); the two parts of this pair may have subjects and images in common. The list is empty
-        if no inner folds can be made.
+        One pair for each inner fold: the indices of its training trials, and of its held-out trials. If the fold has
+        val trials, the last pair is (train, val); the two parts of this pair may have subjects and images in common.
+        The list is empty if no inner folds can be made.
     """
     train = fold.train
     subjects, subject = np.unique(trials.subjects_n[train], return_inverse=True)

@@ -19,7 +19,7 @@ from pretrain.probe.folds import Fold
 def summarize(
     trials: Trials, folds: list[Fold], scored: np.ndarray, hits: dict[str, np.ndarray], config: ProbeConfig
 ) -> dict[str, Any]:
-    """Compute the methods' accuracies, their differences from the encoder, confidence intervals and p-values.
+    """Compute each method's accuracy, its difference from the encoder's accuracy, confidence intervals and p-values.
 
     Parameters
     ----------
@@ -30,8 +30,8 @@ def summarize(
     scored : ndarray of int
         Indices of the test trials of all folds.
     hits : dict of str to ndarray
-        For each method, an array of shape [S, number of scored trials], where S is the number of classifiers. A value
-        is 1 if the predicted label is right, else 0.
+        For each method, an array of shape [S, number of scored trials], with one row for each of its S classifiers. A
+        value is 1 if the predicted label is right, else 0.
     config : ProbeConfig
         Config of the probe.
 

@@ -21,13 +21,13 @@ def choose_and_predict(
     x_nF : ndarray, [n, F]
         Features of all trials.
     labels_Sn : ndarray, [S, n]
-        Sets of labels. A separate classifier is trained for each set of labels. The labels of the test trials are not
-        used.
+        S sets of labels for all trials: the true labels, and shuffled labels. A separate classifier is trained for each
+        set. The labels of the test trials are not used.
     fold : Fold
         The training and test trials.
     inner : list of (ndarray, ndarray)
-        Indices of the training trials and of the held-out trials of each inner fold. The penalty with the best accuracy
-        on held-out trials is chosen.
+        One pair for each inner fold: the indices of its training trials, and of its held-out trials. The penalty with
+        the best accuracy on held-out trials is chosen.
     classes : int
         Number of labels.
 

@@ -120,7 +120,7 @@ def probe(config: ProbeConfig) -> int:
 
 
 def _record_opening(config: ProbeConfig, splits: list[str], dataset_id: str) -> str | None:
-    """Record that the test split is opened, and say how often it was opened; None if the probe does not read it."""
+    """Record that the test split is opened; say how often it was. None if the probe does not read the test split."""
     from pretrain.encoder.package import read_package
     from pretrain.model.weights import WEIGHTS
 
@@ -140,7 +140,7 @@ def _record_opening(config: ProbeConfig, splits: list[str], dataset_id: str) -> 
 
 
 def _read_baseline(config: ProbeConfig, splits: list[str]) -> NDArray[np.float32] | NotApplicable:
-    """Compute features [n, F] of the EEG before the picture, for the trials of all splits, if the shards have it."""
+    """Compute features [n, F] of the EEG before the picture for all trials, if this part of the EEG is stored."""
     parts = [EEGDataset(config.dataset, split) for split in splits]
     features = compute_baseline_features([(part, range(len(part))) for part in parts])
     return features if isinstance(features, NotApplicable) else np.concatenate(features)
@@ -159,7 +159,7 @@ def _open_dataset(config: ProbeConfig) -> EEGDataset:
     if not train_set.labels:
         raise RequestError(f"{config.dataset}: the dataset has no labels; a probe needs an EEG-image dataset")
     if config.folds == "split":
-        # Raise an error now if the test split is empty.
+        # Opening a split raises an error if the split is empty; do this now, before the long computation.
         EEGDataset(config.dataset, config.split)
     for path in (config.output, config.figure):
         if path and not Path(path).absolute().parent.is_dir():

@@ -65,16 +65,17 @@ def collect_evidence(setting: Setting, predicted_s: Labels) -> Evidence:
     -------
     Evidence
         The evidence for `pretrain.evidence.rules.judge`. The score of a trial is 1 if the predicted label is right.
-        Chance is the share of the most common label among the scored trials, and at least 1 / (number of labels).
+        Chance is the larger of two numbers: the share of the most common label among the scored trials, and 1 / (number
+        of labels).
     """
     table, folds = setting.trials.table, setting.folds
     tested = table.select(setting.scored)
     share = float(np.unique(tested.labels_n, return_counts=True)[1].max() / len(tested))
-    # If all scored trials have the same label, the share of this label is 1, and no score could be larger than this
-    # chance.
+    # If all scored trials have the same label, the share of this label is 1, and no score could be larger. Chance is
+    # then 1 / (number of labels).
     chance = max(1 / setting.classes, share if share < 1 else 0.0)
-    # The training trials of a fold can be test trials of other folds. So if there are several folds, no set of training
-    # trials can be compared with all test trials.
+    # With several folds, the training trials of one fold can be test trials of another fold. There is then no single
+    # set of training trials that the rules could compare with all test trials.
     train: TrialTable | NotApplicable = NotApplicable(
         reason="each fold has its own training trials, and no image is in both training and test trials of a fold"
     )
@@ -99,7 +100,7 @@ def collect_evidence(setting: Setting, predicted_s: Labels) -> Evidence:
 
 
 def _is_shared(values_n: NDArray, folds: list[Fold]) -> bool:
-    """Return whether the training trials and the test trials of at least one fold have a value in common."""
+    """Return whether a value, such as a subject, is in both the training and the test trials of at least one fold."""
     return any(np.isin(values_n[fold.test], values_n[fold.train]).any() for fold in folds)
 
 
@@ -134,7 +135,7 @@ def _exchange_eeg(setting: Setting, tested: TrialTable, predicted_s: Labels) -> 
 
 
 def _predict_without_response(setting: Setting, tested: TrialTable) -> dict[str, Control | NotApplicable]:
-    """Predict the labels of the test trials from the time and from the EEG before the picture."""
+    """Make two controls: labels predicted from the time alone, and labels predicted from the EEG before the picture."""
     table, baseline_nF = setting.trials.table, setting.baseline_nF
     if not _is_shared(table.labels_n, setting.folds):
         new = NotApplicable(reason="no label of the test trials is among the labels of the training trials")

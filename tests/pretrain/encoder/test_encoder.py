@@ -159,7 +159,7 @@ class TestPackage:
     def test_an_encoder_with_infinite_output_is_not_written(self, tmp_path: Path) -> None:
         encoder = EEGEncoder(n_times=16, dim=8, depth=1, heads=1)
         encoder.save_pretrained(tmp_path / "encoder")
-        # Each weight is finite, but a sum of weights is infinite.
+        # Each weight is finite, but the sum of two such weights is infinite.
         torch.nn.init.constant_(encoder.backbone.patch_embed.weight, 3e38)
         with pytest.raises(RequestError, match="not written"):
             encoder.save_pretrained(tmp_path / "encoder")

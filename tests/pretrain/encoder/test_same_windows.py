@@ -48,8 +48,8 @@ def write_recording(path: Path, *, missing: bool) -> Path:
 @pytest.mark.parametrize("name", SPECS)
 def test_windows_are_equal_bit_for_bit(tmp_path: Path, name: str) -> None:
     spec = SPECS[name]
-    # Older versions of Dreamscale left out channels with missing values, so the recording for older versions must not
-    # have missing values.
+    # Older versions of Dreamscale left out channels with missing values. So for the spec of an older version, the
+    # recording must not have missing values.
     recording = write_recording(tmp_path / "eeg" / "a_raw.fif", missing=name != "older version")
     (item,) = list_items(CorpusConfig(root=str(recording.parent), name="c"))
     split = SplitConfig(val_fraction=0, test_fraction=0)

@@ -1,4 +1,4 @@
-"""Tests of the design of a dataset: texts from the manifest are checked, and a declaration changes no block design."""
+"""Tests of the design of a dataset: the manifest is checked, and published evidence changes no block design."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the predictors: each predictor finds its confound, and is at chance in an experiment without confound."""
+"""Tests of the predictors: each finds the fault that it looks for, and is at chance if there is no fault."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PEOPLE, TRIALS, LABELS = 6, 60, 4
 
 
 def make_trials(labels_PT: np.ndarray, **columns: Any) -> TrialTable:
-    """Make one recording for each person; images have unique names."""
+    """Make the table of one recording for each person; each trial has an image of its own."""
     people, trials = labels_PT.shape
     values: dict[str, Any] = {
         "images_n": [f"{i}" for i in range(people * trials)],
@@ -50,7 +50,8 @@ class TestTime:
     def test_a_common_order_is_found_for_new_people(self) -> None:
         same = np.tile(self.blocks(1)[:1], (PEOPLE, 1))
         assert score(make_trials(same), self.new_people) == 1.0
-        # If one recording takes twice as long, the fraction of the recording's duration still predicts the label.
+        # If some recordings take twice as long, the time in seconds no longer predicts the label, but the time as a
+        # fraction of the duration does.
         slow = np.tile(np.arange(TRIALS) * 2.0, PEOPLE) * np.repeat([1, 2, 1, 2, 1, 2], TRIALS)
         assert score(make_trials(same, times_n=slow), self.new_people) == 1.0
 
@@ -66,7 +67,7 @@ class TestTime:
         table = make_trials(person, recordings_n=recordings, times_n=np.full(self.n, np.nan))
         assert score(table, last) == 1.0
         assert score(table, self.random_split) == 1.0
-        # A person may have only two recordings: one for training and one for the test.
+        # Even if a person has only two recordings, one for training and one for the test, the label is found.
         two = make_trials(person, recordings_n=np.array([f"r{i // 30}" for i in range(self.n)]))
         assert score(two, np.tile(np.arange(TRIALS) >= 30, PEOPLE)) == 1.0
 

@@ -36,7 +36,8 @@ def draw(share: float, n: int, seed: int) -> np.ndarray:
 
 
 def make_evidence(own: float = 0.6, *, trials: TrialTable | None = None, **changes: Any) -> Evidence:
-    """Make the evidence of an experiment without fault; `changes` replaces fields, or controls by their names."""
+    """Make the evidence of an experiment without fault. `changes` replaces single fields of the evidence, or single
+    controls."""
     trials = make_table() if trials is None else trials
     n = len(trials)
     shares = dict.fromkeys(CONTROLS, 0.25)
@@ -122,8 +123,8 @@ class TestWords:
         assert verdict.word == "confounded" and "predicted from the time" in verdict.why[0]
         row = next(row for row in verdict.comparisons if row.name == "time - chance")
         assert (row.left > 0.6, row.right) == (True, 0.5)
-        # With the score of labels, the chance level is the share of the most common label, 78 %. The rules then cannot
-        # notice that time predicts the image.
+        # If the scores are called scores of labels, the chance level is the share of the most common label, 78 %. The
+        # score of the time is below this level, so the rules do not notice that the time predicts the image.
         assert word(dataclasses.replace(search, score_of="label")) == "signal"
 
     def test_the_chance_of_a_search_is_the_score_of_the_best_constant_label(self) -> None:
@@ -146,7 +147,8 @@ class TestWords:
 
     def test_a_shuffle_within_neighbourhoods_that_costs_nothing_confounds(self) -> None:
         assert word(make_evidence(0.6, shuffle_within=0.6)) == "confounded"
-        # If the shuffle within neighbourhoods keeps a part of the score, the verdict is confounded, too.
+        # If the shuffle within neighbourhoods lowers the score, but less than the shuffle over all trials, the verdict
+        # is confounded, too.
         assert word(make_evidence(0.9, shuffle_within=0.5)) == "confounded"
 
     def test_eyes_confound_only_if_the_model_is_not_better(self) -> None:
@@ -190,13 +192,14 @@ class TestWords:
         own = draw(0.6, 320, 1)
         memory = Control(hits_n=own, checked=True)
         assert word(make_evidence(train=train, new_concepts=True, nearest=memory, **absent)) == "category only"
-        # If the concepts were seen in training, a training image of the right category counts as a right answer.
+        # If the concepts were seen in training, the nearest training image may be of the right category, so being equal
+        # to it is no fault.
         assert word(make_evidence(nearest=memory)) == "signal"
 
 
 class TestWhatCanBeJudged:
     def test_a_judge_that_does_not_know_the_labels(self) -> None:
-        # A perfect generator scores 0, because the judge has no training image of any test label.
+        # The judge has no training image of any test label, so even a perfect generator would score 0.
         evidence = make_evidence(hits_n=np.zeros(320), chance=0.0, judge_n=np.zeros(40))
         verdict = judge(evidence, resamples=500)
         assert verdict.word == "not judgeable"
@@ -222,8 +225,8 @@ class TestWhatCanBeJudged:
         )
 
     def test_remembered_trials_alone_are_no_signal(self) -> None:
-        # The model knows nothing, but remembers the EEG of one trial in twenty. The scores of these trials are 1 for
-        # all people.
+        # The model remembers the EEG of one trial in twenty and scores 1 in these trials, for all people. In all other
+        # trials, its score is at chance.
         known_n = np.arange(320) % 20 == 0
         hits_n = np.where(known_n, 1.0, draw(0.25, 320, 3))
         assert word(make_evidence(hits_n=hits_n, known_eeg={"training trials": known_n})) == "no signal"
@@ -259,7 +262,8 @@ class TestWhatCanBeJudged:
 
     def test_trials_without_a_control_are_left_out_and_counted(self) -> None:
         left_out = np.arange(320) < 40
-        # In these trials, the control has the same score as the model, so these trials must not count.
+        # In the 40 trials that are left out, the control is as good as the model, so the verdict shows whether they
+        # count.
         hits = np.where(left_out, draw(0.6, 320, 1), draw(0.25, 320, 4))
         control = Control(hits_n=hits, checked=True, left_out_n=left_out)
         verdict = judge(make_evidence(shuffle_within=control), resamples=500)

@@ -25,14 +25,14 @@ def test_the_crossed_interval_is_as_wide_as_the_fewest_clusters_demand() -> None
     noise = rng.normal(0, 1, 300)
     plain = crossed_interval(noise, subjects, images, 2000, 0)
     assert plain[0] < noise.mean() < plain[1]
-    # If all trials of a subject have the same value, the interval must be as wide as for six values, not as for 300
-    # values.
+    # If all trials of a subject have the same value, the interval must be as wide as for six values (one for each
+    # subject), not as for 300 values.
     of_subject = rng.normal(0, 1, 6)[subjects]
     wide = crossed_interval(of_subject, subjects, images, 2000, 0)
     by_subject = difference_interval(of_subject, subjects, 2000, 0)
     assert wide[1] - wide[0] == pytest.approx(by_subject[1] - by_subject[0], rel=0.1)
     assert wide[1] - wide[0] > 2 * (plain[1] - plain[0])
-    # If all trials of an image have the same value, the interval must be as wide as for one value per image.
+    # If all trials of an image have the same value, the interval must be as wide as for 50 values (one for each image).
     of_image = rng.normal(0, 1, 50)[images]
     low, high = crossed_interval(of_image, subjects, images, 2000, 0)
     by_image = difference_interval(of_image, images, 2000, 0)
@@ -171,7 +171,8 @@ class TestNoiseCeiling:
         rng = np.random.default_rng(0)
         images = np.repeat(np.arange(300), 4)
         values = rng.normal(0, 1, (300, 3))[images] + rng.normal(0, 2, (1200, 3))
-        # The mean of four repeats has the variance 1 from the image and 4 / 4 from the noise.
+        # The image contributes variance 1, and the noise variance 4. In the mean of four repeats, the noise has
+        # variance 4 / 4 = 1, so the reliability is 1 / (1 + 1).
         assert split_half_reliability(values, images, splits=20) == pytest.approx(0.5, abs=0.05)
         assert abs(split_half_reliability(rng.normal(size=(1200, 3)), images, splits=20)) < 0.2
 

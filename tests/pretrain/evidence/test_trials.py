@@ -114,7 +114,8 @@ class TestTime:
         mixed = constant.copy()
         mixed[3] = 1 - mixed[3]
         assert not label_is_constant_in_recordings(make_table(mixed, recordings_n=recordings))
-        # If all recordings have the same label, or each recording has only one trial, a constant label proves nothing.
+        # If all trials have the same label, or each recording has only one trial, then one label in each recording
+        # proves nothing.
         assert not label_is_constant_in_recordings(make_table([1] * 60, recordings_n=recordings))
         assert not label_is_constant_in_recordings(make_table([0, 1] * 5, recordings_n=[f"r{i}" for i in range(10)]))
 
@@ -146,7 +147,7 @@ class TestDerangement:
         assert not alone.any()
 
     def test_the_smallest_derangements_are_exact(self) -> None:
-        # No permutation that moves every trial changes more images than the result.
+        # Of all permutations that move every trial, none gives more trials another image than the result does.
         for images in ("aab", "abb", "aabb", "aaab", "abc", "aabc", "aaabb"):
             n = len(images)
             moves = [order for order in itertools.permutations(range(n)) if all(i != j for i, j in enumerate(order))]
