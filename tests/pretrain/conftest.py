@@ -44,8 +44,8 @@ def write_config(path: Path, **over: Any) -> Path:
 
 
 def environment() -> dict[str, str]:
-    # Remove the environment variables that wandb sets in the process of the tests, because a child process with these
-    # variables would use the wandb service of the tests.
+    # wandb sets environment variables in the process of the tests. Remove these variables, because a child process with
+    # them would use the wandb service of the tests in place of its own.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "WANDB_MODE": "offline"}
     return inherited | own

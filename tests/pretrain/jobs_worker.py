@@ -27,8 +27,8 @@ class StopAfter(StopSignal):
 
     @property
     def requested(self) -> bool:  # type: ignore[override]
-        # Only rank 0 writes lines of metrics, so only rank 0 can count them. If one process requests a stop, all
-        # processes stop.
+        # Only rank 0 writes lines of metrics, so only rank 0 can count them and request a stop. All processes then
+        # stop.
         if self.steps is None or self.run.rank:
             return False
         return sum("lr" in line for line in self.run.metrics()) >= self.steps - 1

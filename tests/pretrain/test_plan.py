@@ -38,7 +38,7 @@ def kept_bytes(config: MaskedAutoencoderConfig, windows: int) -> int:
     storages: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        # Keep a reference to the storage, so that no other tensor gets the same address.
+        # Storages are counted by address. Keep a reference to each, so that its memory is not used for another tensor.
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
@@ -69,8 +69,8 @@ def test_activations_are_what_autograd_keeps(mask_ratio: float) -> None:
     measured = kept_bytes(config, 8) / 8
     planned = activation_bytes(config, precision="fp32", checkpointing=False)
     assert 0.9 < measured / planned < 1.1
-    # With recomputation, the plan is a little larger than the measurement. The plan also counts the activations of the
-    # block that is being recomputed, but `kept_bytes` does not see them.
+    # With recomputation, the plan is a little larger than the measurement: the plan also counts the activations of the
+    # block that is being recomputed, which `kept_bytes` does not see.
     spared = dataclasses.replace(config, compute=ComputeConfig(attention="sdpa", checkpointing=True))
     measured_spared = kept_bytes(spared, 8) / 8
     planned_spared = activation_bytes(spared, precision="fp32", checkpointing=True)
@@ -79,7 +79,8 @@ def test_activations_are_what_autograd_keeps(mask_ratio: float) -> None:
 
 
 def test_arithmetic_follows_from_the_shapes() -> None:
-    """Count operations by hand: 2 per weight and token, and in attention 4 per pair of tokens and dimension."""
+    """Count operations by hand: 2 for each weight and token, and 4 for each pair of tokens and each dimension of
+    attention."""
 
     def blocks(dim: int, depth: int, ratio: float, tokens: int) -> float:
         return depth * (2 * tokens * (4 + 2 * ratio) * dim**2 + 4 * tokens**2 * dim)
@@ -104,9 +105,9 @@ def test_each_zero_stage_divides_its_part() -> None:
     # At stage 3, 8 GPUs share the 18 bytes of each parameter: 2 for the weight, 4 for the gradient, and 12 for the
     # master weight and the moments.
     assert totals[3].weights + totals[3].gradients + totals[3].optimizer == 18 * size / 8
-    # With a ring of 8 GPUs, each GPU sends 7/8 of the bytes. In each step, stage 1 exchanges 4 bytes (gradient) and 2
-    # bytes (weight) for each parameter. Stage 3 exchanges 4 bytes (gradient) and two times 2 bytes (weight) for each
-    # parameter in each of the 4 micro batches.
+    # If 8 GPUs exchange values in a ring, each GPU sends 7/8 of the bytes. In each step, stage 1 exchanges 4 bytes
+    # (gradient) and 2 bytes (weight) for each parameter. Stage 3 exchanges 4 bytes (gradient) and two times 2 bytes
+    # (weight) for each parameter in each of the 4 micro batches.
     words: dict[str, Any] = {"gpus": 8, "precision": "bf16", "micro_batches": 4}
     assert exchanged_bytes(size, zero_stage=1, **words) == size * 6 * 7 / 8
     assert exchanged_bytes(size, zero_stage=3, **words) == size * 8 * 4 * 7 / 8
@@ -215,7 +216,8 @@ class TestCommand:
         assert rows["none"][3]["total"] > rows["optimizer"][3]["total"] > rows["all"][3]["total"]
 
     def test_utilisation_is_that_of_the_metrics(self, tmp_path: Path) -> None:
-        """Recomputing activations lowers the measured utilisation, so the plan must not add time for recomputation."""
+        """The user gives the measured utilisation, which recomputation lowers, so the plan must not add time for it
+        again."""
         seconds = []
         for again in ("true", "false"):
             words = ["--preset", "paper", "--checkpointing", again, "--output", str(tmp_path / "p.json")]

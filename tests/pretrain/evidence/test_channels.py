@@ -58,7 +58,7 @@ def test_the_baseline_compares_channels_by_name(paired_dataset: Path, tmp_path: 
     assert not isinstance(features, NotApplicable)
     train, test = (tabulate_trials(part) for part, _ in parts)
     # Only Oz and Fz show the label. If row 0 of one cap were compared with row 0 of another cap, and so on, Oz would be
-    # compared with other electrodes, and the label could not be predicted.
+    # compared with other electrodes, and the label could hardly be predicted.
     found = predict_from_features(features[0], train.labels_n, features[1], groups_n=group_recordings(train))
     assert np.mean(found == test.labels_n) > 0.9
     one_cap = compute_baseline_features(read_parts(write_caps(tmp_path / "cap", paired_dataset, ORDERS[:1] * 3)))

@@ -50,8 +50,8 @@ class TestTime:
     def test_a_common_order_is_found_for_new_people(self) -> None:
         same = np.tile(self.blocks(1)[:1], (PEOPLE, 1))
         assert score(make_trials(same), self.new_people) == 1.0
-        # If some recordings take twice as long, the time in seconds no longer predicts the label, but the time as a
-        # fraction of the duration does.
+        # If some recordings take twice as long as others, the time as a fraction of the duration still predicts the
+        # label.
         slow = np.tile(np.arange(TRIALS) * 2.0, PEOPLE) * np.repeat([1, 2, 1, 2, 1, 2], TRIALS)
         assert score(make_trials(same, times_n=slow), self.new_people) == 1.0
 

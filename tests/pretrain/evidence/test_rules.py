@@ -262,8 +262,7 @@ class TestWhatCanBeJudged:
 
     def test_trials_without_a_control_are_left_out_and_counted(self) -> None:
         left_out = np.arange(320) < 40
-        # In the 40 trials that are left out, the control is as good as the model, so the verdict shows whether they
-        # count.
+        # In these 40 trials, the control has the same scores as the model, so the verdict must leave the trials out.
         hits = np.where(left_out, draw(0.6, 320, 1), draw(0.25, 320, 4))
         control = Control(hits_n=hits, checked=True, left_out_n=left_out)
         verdict = judge(make_evidence(shuffle_within=control), resamples=500)

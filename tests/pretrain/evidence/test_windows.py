@@ -50,16 +50,16 @@ def make_trial(split: str, number: int, recording: str, start: float, seed: int)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a dataset with EEG of the train split in two test trials: trial 1 overlaps in time, trial 2 has equal
-    EEG."""
+    """Write a dataset with two test trials whose EEG is also in the train split: test trial 1 overlaps in time with a
+    training trial, and test trial 2 has EEG equal to that of a training trial."""
     path = tmp_path_factory.mktemp("windows") / "paired"
     train = [make_trial("train", i, "p1-a", 2.0 * i, i) for i in range(4)]
     test = [
         make_trial("test", 0, "p1-a", 9.0, 100),
-        make_trial("test", 1, "p1-a", 6.9, 101),  # The last training window ends at 7 s.
+        make_trial("test", 1, "p1-a", 6.9, 101),  # Overlaps the last training window, which ends at 7 s.
         make_trial("test", 2, "p2-a", 0.0, 3),  # Equal to the EEG of the last training trial.
         make_trial("test", 3, "p2-a", 2.0, 103),
-        make_trial("test", 4, "p2-a", 7.0, 104),  # A window that begins where another window ends shares no EEG.
+        make_trial("test", 4, "p2-a", 7.0, 104),  # The training windows are of another recording.
     ]
     write_dataset(path, {"train": train, "test": test}, SPEC, labels=["a", "b"])
     return path
@@ -68,7 +68,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_eeg_of_the_training_trials_is_found_by_time_and_by_content(dataset: Path) -> None:
     train, data = (EEGDataset(dataset, split) for split in ("train", "test"))
     assert find_known_eeg(train, data).trials[TRAINING].tolist() == [False, True, True, False, False]
-    # A trial that is the mean of several presentations counts as known if one of these presentations is known.
+    # Here, the EEG of a trial is the mean over one or two presentations. If the EEG of one of these presentations is in
+    # the training trials, the model counts as knowing the whole trial.
     trials = list_trials(data, [[0], [2, 3], [3, 4]], [[0], [2, 3], [3, 4]])
     setting = Setting.read(train, data, trials, copies=[])
     assert setting.known_eeg.trials[TRAINING].tolist() == [False, True, False]
@@ -77,7 +78,7 @@ def test_eeg_of_the_training_trials_is_found_by_time_and_by_content(dataset: Pat
 @pytest.mark.parametrize("windows", [True, False], ids=["windows", "names"])
 def test_eeg_and_people_of_the_pretraining_data_are_found(dataset: Path, tmp_path: Path, windows: bool) -> None:
     before = [make_sample("w-0", "p2-a", 1.5, 200), make_sample("w-1", "other-a", 0.0, 104)]
-    # Pretraining reads only the train split of its dataset.
+    # Pretraining reads only the train split of its dataset, so windows of the test split must not be found.
     unread = [make_sample("w-2", "p2-a", 0.0, 3), make_sample("w-3", "p1-a", 9.0, 201)]
     write_dataset(tmp_path / "unpaired", {"train": before, "test": unread}, SPEC)
     train, data = (EEGDataset(dataset, split) for split in ("train", "test"))
@@ -92,7 +93,7 @@ def test_a_recording_that_is_stored_under_two_names_is_found_by_its_signal(tmp_p
     signal = np.cumsum(rng.normal(0, 10, (8, 4000)), axis=1)
     signal -= signal.mean(axis=1, keepdims=True)
     splits: dict[str, list[Sample]] = {"train": [], "test": []}
-    # The channels of the second recording have another order, so no two windows are equal.
+    # The second recording is the first with its channels in another order, so no window equals a window of the first.
     for split, recording, values in (("train", "p1-a", signal), ("test", "p2-a", signal[::-1])):
         for number, start in enumerate(range(640, 1280, 128)):
             trial = make_trial(split, number, recording, start / 64, number)

@@ -223,7 +223,7 @@ def test_masks_are_uniform_and_do_not_depend_on_other_samples() -> None:
 
 
 def test_masks_are_the_same_in_every_version() -> None:
-    """Check that masks never change, because a run of an earlier Dreamscale must be resumed with the same masks."""
+    """Check that no version of Dreamscale changes the masks, because it must resume runs of earlier versions."""
     assert keep_indices(7, [0, 3], [1234, 5], 16, 0.75).tolist() == FIXED_MASKS
 
 
@@ -262,7 +262,7 @@ def test_channels_drop_with_all_their_copies_and_never_all_of_them() -> None:
 def test_a_dropped_channel_reaches_no_token_and_stays_a_target() -> None:
     torch.manual_seed(0)
     model = MaskedAutoencoder(dataclasses.replace(SMALL, channel_dropout=0.5)).double()
-    # Each sample has three recorded channels and is padded to six channels.
+    # Each sample has three recorded channels; copies of these channels pad the sample to six channels.
     samples: Any = SimpleNamespace(numbers=[1, 2, 3], epochs=[0, 0, 0], metas=[{"n": 3}] * 3)
     inputs = model.prepare(samples, seed=4)
     dropped = inputs["dropped_BC"]

@@ -36,7 +36,8 @@ SPEC = PreprocessSpec(sfreq=128.0, lowpass=50.0, window=32, stride=32)
 
 
 def metas(*counts: int) -> list[dict[str, Any]]:
-    """Return metadata of samples with random electrode positions on a sphere; the third position is always unknown."""
+    """Return metadata of samples. Electrodes have random positions on a sphere; that of the third electrode is
+    unknown."""
     out = []
     for count in counts:
         places = np.random.default_rng(count).normal(size=(count, 3))
@@ -82,7 +83,7 @@ class TestEmbedding:
         expected = encoder.over_time(x, places)
         padded = pad_channels(x, width)
         torch.testing.assert_close(encoder.over_time(padded, places), expected)
-        # In a batch with a larger montage, the positions are padded too.
+        # If another sample of the batch has more channels, the positions of this sample are padded, too.
         wide = torch.full((1, width, 3), float("nan"))
         wide[:, :20] = places
         torch.testing.assert_close(encoder.over_time(padded, wide, count), expected, rtol=0, atol=1e-12)
@@ -239,8 +240,8 @@ class TestPackage:
         assert again.positions_C3 is not None
         torch.testing.assert_close(again(x[:, [1, 0, 2]], again.positions_C3[[1, 0, 2]]), model(x))
 
-    # Copies of the channels fill 128 rows. With 8 channels, each channel fills 16 rows. With 7 channels, 2 of them fill
-    # one row more than the others.
+    # Before encoding, copies of the channels pad a window to 128 rows. With 8 channels, each channel fills 16 rows.
+    # With 7 channels, 2 of them fill one row more than the others.
     @pytest.mark.parametrize("count", [8, 7])
     def test_encodes_a_recording_whatever_the_order_of_its_channels(self, count: int, package: Path) -> None:
         names = ["Fp1", "Fp2", "C3", "C4", "O1", "O2", "T7", "T8"][:count]
@@ -298,7 +299,8 @@ def test_trains_and_exports_the_same_on_one_and_two_processes(unpaired_dataset: 
     assert export([str(tmp_path / "one"), str(tmp_path / "encoder"), "--program", "false"]) == 0
     card = (tmp_path / "encoder" / "model_card.md").read_text()
     assert "any montage" in card and "standard deviation over its recorded channels" in card
-    # Two processes divide the samples of 19 to 64 channels into other batches, but the losses stay the same.
+    # The samples have 19 to 64 channels. Two processes form other batches of them than one process, but the losses stay
+    # the same.
     variants = [("1", "bf16"), ("3", "fp32")]
     jobs = []
     for stage, precision in variants:

@@ -260,7 +260,8 @@ class TestFolds:
     def test_trials_with_the_same_eeg_are_not_on_both_sides(self, folds: str) -> None:
         trials = trials_of(3, 8, shared=False)
         trials.digests_n[-1] = trials.digests_n[0]
-        # The second last trial begins 0.25 s after a training trial of the same recording.
+        # The third last trial becomes a training trial, and the second last trial begins 0.25 s after it, so their EEG
+        # overlaps.
         trials.splits_n[-3] = "train"
         trials.table.times_n[-2] = trials.table.times_n[-3] + 0.25
         found, left_out = make_outer_folds(trials, request(folds=folds))
@@ -390,8 +391,8 @@ class TestFit:
 
     def test_eegnet_has_the_size_of_the_article(self) -> None:
         model = EEGNet(64, 128, 128.0, 4)
-        # Numbers from Table 2 of the article on EEGNet: 8x64 + 2x8x64 + 16x16 + 16x16 weights, 2 (8 + 16 + 16) values
-        # of batch normalisation, and the head.
+        # Numbers from Table 2 of the article on EEGNet. The four convolutions have 8x64 + 2x8x64 + 16x16 + 16x16
+        # weights, and the batch normalisations have 2 x (8 + 16 + 16) values. The rest belongs to the head.
         count = sum(p.numel() for p in model.parameters())
         assert count == 512 + 1024 + 256 + 256 + 80 + 4 * (16 * 128 // 32) + 4
         model.limit_norms()

@@ -35,7 +35,8 @@ QUICK = ["--methods", "[]", "--shuffles", "0", "--resamples", "500"]
 
 
 def make_trials(people: int = 8, images: int = 40, *, order: str = "random", seed: int = 0) -> Trials:
-    """Make trials of two labels without EEG. Half of the people are in the test split, and see other images."""
+    """Make trials of two labels without EEG. Half of the people are in the test split, and see other images than the
+    rest."""
     rng = np.random.default_rng(seed)
     person, image = (part.ravel() for part in np.meshgrid(np.arange(people), np.arange(images), indexing="ij"))
     labels_n, test_n = image % 2, person >= people // 2
@@ -268,7 +269,8 @@ class TestMissingImages:
 
 
 def write_eegmat(root: Path, people: int) -> None:
-    """Write the recordings at rest (1) and during arithmetic (2) as arrays with a label for every 5 s."""
+    """Write recordings of the set eegmat as arrays, with a label for every 5 s. Part 1 of each person was recorded at
+    rest, and part 2 during arithmetic."""
     import mne
 
     for number in range(people):

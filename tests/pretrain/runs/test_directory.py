@@ -1,4 +1,4 @@
-"""Tests of the run directory: only one command may write at a time, and repeated signals are one request to stop."""
+"""Tests of the run directory: only one command may write at a time, and a signal that arrives twice is one request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of values on which all processes of a run agree, with and without a process group."""
+"""Tests of sums, decisions and other values that all processes of a run share, with and without a process group."""
 
 from __future__ import annotations
 

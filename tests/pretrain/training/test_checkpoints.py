@@ -56,7 +56,7 @@ class TestCheckpoints:
             paths = [run / "checkpoints" / f"step_{step:08d}" / "complete.json" for step in (4, 8, 10, 12)]
             manifests.append([json.loads(path.read_text()) for path in paths])
         # A checkpoint stores the losses since the last line of metrics. Lines of metrics are written after steps 5, 10
-        # and 12, and the compared checkpoints are those of steps 4, 8, 10 and 12.
+        # and 12, so the checkpoints of steps 4, 8, 10 and 12 store 4, 3, 0 and 0 losses.
         assert [len(manifest["interval"]["losses"]) for manifest in manifests[0]] == [4, 3, 0, 0]
         assert manifests[0] == manifests[1]
 
@@ -118,7 +118,7 @@ class TestCheckpoints:
         # The run has no checkpoint, so the next start trains from step 0 and must ignore the list of left-out batches.
         (tmp_path / "run" / "left_out.json").write_text('[{"batches": [0, 4], "step": 4, "loss": "of old"}]')
         assert main(words) == 0
-        # The run is resumed after its last checkpoint, so it repeats the last evaluation.
+        # The last checkpoint is that of the last step, so the resumed run only repeats the evaluation after this step.
         mark_interrupted(tmp_path / "run")
         assert main(words) == 0
         for key in ("loss", "val_loss"):

@@ -212,7 +212,7 @@ def test_a_run_of_one_process_is_restarted_too(runs: Path, run: Path) -> None:
 
 def test_a_fault_found_by_one_process_alone_is_reported(runs: Path, run: Path, tmp_path: Path) -> None:
     data = EEGDataset(yaml.safe_load((runs / "config.yaml").read_text())["dataset"])
-    # Choose a window in a later batch, in the half of the batch that the second process reads.
+    # Choose a window that only the second process reads, in a batch after the step at which the run resumes.
     number = Loader(data, 16, 3, rank=1, world_size=2).positions(BEGUN + 1)[0][0]
     (place,) = locate(data.index, data.first, [number])
     shutil.copytree(data.path, tmp_path / "data")
@@ -368,8 +368,8 @@ def test_two_hosts_survive_the_loss_of_one(two_hosts: list[str], runs: Path, run
 
     first, second = host(0), host(1)
     first.wait_for(BEGUN + 15)
-    # Simulate a power cut on the second host: kill its torchrun and its training process. The parent process shows to
-    # which host a process belongs.
+    # Simulate a power cut on the second host: kill its torchrun and its training process. The processes of the second
+    # host are those in its session, and the children of its torchrun.
     mine = [
         pid for pid in first.processes() if os.getsid(pid) == second.process.pid or parent(pid) == second.process.pid
     ]

@@ -45,7 +45,8 @@ def test_pauses_do_not_count_and_waiting_does() -> None:
     with throughput.paused():
         time.sleep(1.0)
     rates = throughput.rates()
-    # The time for the four windows is more than the 0.05 s of waiting, but does not contain the pause of 1 s.
+    # Waiting 0.05 s for data counts as time of the four windows, so the rate is below 80 windows per second. The pause
+    # of 1 s does not count, so the rate is above 4.
     assert 4 < rates["samples_per_s"] < 80
     assert rates["tokens_per_s"] == pytest.approx(4 * rates["samples_per_s"])
     assert rates["mfu"] is None

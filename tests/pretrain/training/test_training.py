@@ -94,8 +94,8 @@ def test_losses_agree_over_zero_stages_processes_and_precision(unpaired_dataset:
         theirs = saved_weights(tmp_path / "0,fp32_1", 6)
         assert ours.keys() == theirs.keys()
         assert all(value.dtype == torch.float32 for value in ours.values())
-        # Compare the mean difference of all weights, not the maximum, because the gradient of the bias of attention's
-        # keys consists only of rounding errors, which Adam's first steps enlarge.
+        # Compare the mean difference over all weights, not the maximum. The gradient of the keys' bias in attention
+        # consists only of rounding errors, which Adam's first steps enlarge, so this bias differs more.
         apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in theirs]).abs().mean()
         assert apart < (1e-5 if "fp32" in variant else 1e-3), variant
 
@@ -133,8 +133,8 @@ def test_a_process_may_start_while_the_first_process_writes(tmp_path: Path, monk
         return found
 
     with monkeypatch.context() as patch:
-        # The first process starts inside the patched `is_file` and must use the original `is_file`, so undo the patch
-        # before `write_after_check`.
+        # `write_after_check` starts the first process inside the patched `is_file`. The first process must use the
+        # original `is_file`, so the patch is undone before that.
         patch.setattr(Path, "is_file", lambda path: patch.undo() or write_after_check(path))
         second = RunDirectory(tmp_path / "run", config, rank=1)
     assert not second.finished
