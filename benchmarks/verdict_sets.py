@@ -41,7 +41,7 @@ class Design:
     strong_people: int | None = None
     """Number of people who have a response; by default, all people have a response."""
     drift: float = 0.0
-    """Standard deviation of the step of the drift from one trial to the next; the drift is a random walk."""
+    """Drift of the EEG, a random walk: standard deviation of its step from one trial to the next."""
     blocks: bool = False
     """Whether all images of a label are shown one after the other in each recording."""
     common: bool = False
@@ -60,11 +60,13 @@ class Design:
     """Whether seven of ten images have the first label."""
     generator: str = "ridge"
     """ridge: shows the predicted embedding. memory: shows the training image that is nearest to the predicted
-    embedding. constant: shows the most common training label. collapsed: shows the same embedding in all trials."""
+    embedding. constant: shows in all trials the mean embedding of the most common training label. collapsed: shows in
+    all trials the mean of all training embeddings."""
     search: bool = False
-    """Whether the score of a trial is the share of all other test images that are less similar to the shown image than
-    the seen image is, as in a retrieval. By default, the score is 1 for the right category. For new concepts, the score
-    is the share of images of other concepts that are less similar to the shown image than the seen image is."""
+    """Whether the score of a trial is a rank, as in a retrieval: the share of all other test images that are less
+    similar to the shown image than the seen image is. If False, the score is 1 for the right category and 0 for a wrong
+    one. If False and the split is by labels (new concepts), the score is a rank among the test images of the other
+    labels."""
     copies: int = 1
     """Number of names under which each image is stored. The names of equal images are merged, as after a search for
     copies."""

@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     # kill torchrun.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "100")
-    # Give gloo its own store. After a restart, gloo would read old addresses from a store shared with torchrun.
+    # The processes find each other by addresses in a store. Do not let PyTorch's backend gloo share the store of
+    # torchrun: after a restart, gloo would read old addresses from the shared store.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     own = None if FOLDER in os.environ else tempfile.mkdtemp(prefix="dreamscale-launch-")
     if own:

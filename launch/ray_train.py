@@ -71,9 +71,9 @@ def launch(words: list[str]) -> int:
 
     ray.init(log_to_driver=True, include_dashboard=False, configure_logging=False)
     output = Path(config.output).absolute()
-    # Ray's own records and the two files of this module are not written to the run directory, because the run directory
-    # must not be created before the config has been checked. Ray's records of an earlier launch are deleted, so that
-    # Ray does not resume from them: the training resumes from its own checkpoints.
+    # Ray's own records and the files `_STOP` and `_EXIT` of this module are not written to the run directory, because
+    # the run directory must not be created before the config has been checked. Ray's records of an earlier launch are
+    # deleted, so that Ray does not resume from them: the training resumes from its own checkpoints.
     folder = output.with_name(f".{output.name}.ray")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

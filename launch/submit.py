@@ -26,9 +26,9 @@ from launch.stages import STAGES, Stage
 TEMPLATES = {"slurm": "slurm.sh.j2", "ray": "ray.sh.j2", "k8s": "k8s.yaml.j2"}
 """Job template in ``configs/cluster`` for each scheduler."""
 COMMANDS = {"slurm": ["sbatch"], "ray": ["bash", "-s"], "k8s": ["kubectl", "apply", "-f", "-"]}
-"""Command for each scheduler that reads a job file from standard input and submits the job."""
+"""For each scheduler, the command that reads a job file from standard input and submits the job."""
 TOOLS = {"slurm": "sbatch", "ray": "ray", "k8s": "kubectl"}
-"""Program for each scheduler that must be installed to submit a job."""
+"""For each scheduler, the program that must be installed to submit a job."""
 
 
 @dataclass(kw_only=True)
@@ -243,7 +243,7 @@ def render(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
         raise RequestError(
             f"{shipped_configs() / 'cluster' / str(error)}: no such file; install Dreamscale again, with pip"
         ) from None
-    # A stage that is one process without a GPU uses all cores.
+    # Without a launcher and without Ray, a stage is one process, which uses all cores of the machine.
     processes = max(1, config.gpus_per_node) if stage.launcher or stage.uses_ray else 1
     return template.render(
         name=config.name,

@@ -32,7 +32,7 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out test files that import torch if torch is not installed (``make test-python`` does not install it)."""
+    """If torch is not installed, as with ``make test-python``, leave out the test files that import torch."""
     if HAS_TORCH or collection_path.suffix != ".py":
         return None
     return True if re.search(r"^(import|from) torch\b", collection_path.read_text(), re.MULTILINE) else None

@@ -41,7 +41,8 @@ MAX_SFREQ = 100_000.0
 """Largest sampling rate of windows in Hz. Recordings are resampled to the rate of the windows, so a higher rate needs
 more memory."""
 MAX_SETTING = 1e12
-"""Largest absolute value of a number of the preprocessing. The squares of these numbers must be finite as float32."""
+"""Largest absolute value of a number in the preprocessing settings. The squares of these numbers must be finite as
+float32."""
 MAX_POSITION = 1000.0
 """Largest coordinate of an electrode in metres. The limit is so large that positions in millimetres are accepted,
 too."""

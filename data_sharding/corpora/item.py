@@ -48,7 +48,7 @@ class Item:
     """A recording, with all data that its corpus has about it."""
 
     key: str
-    """Unique name of the recording. The keys of the recording's samples begin with the name of the recording."""
+    """Unique name of the recording. The keys of the recording's samples begin with this name."""
     corpus: str
     """Name of the corpus."""
     path: str

@@ -70,7 +70,8 @@ def parse_age(text: str) -> float | None:
     Returns
     -------
     float or None
-        The age, at most 90; None if the text says that the age is unknown.
+        The age; 90 for an age of 90 or more and for an open range such as ``89+``. None if the text says that the age
+        is unknown.
 
     Raises
     ------

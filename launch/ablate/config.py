@@ -1,4 +1,4 @@
-"""Config of ``dreamscale ablate``: a YAML file, or a folder with a file for each row."""
+"""Config of ``dreamscale ablate``: a YAML file, or a folder with one file for each variant of the model (row)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROG = "dreamscale ablate"
 
 @dataclass(kw_only=True)
 class AblationConfig:
-    """Train each variant of a model, generate images with the variant, and compare the images with the base variant."""
+    """Train variants of a model, generate images with each variant, and compare them with those of the base variant."""
 
     output: str
     """Folder for all runs, images and results. Work that is complete in the folder is not repeated."""
@@ -89,7 +89,8 @@ def read_ablation(argv: Sequence[str]) -> Ablation:
     Raises
     ------
     RequestError
-        If a file is missing or damaged, a key is unknown, two variants have one name, or there is only one variant.
+        If a file is missing or damaged, a key is unknown, two variants have the same name, or there is only one
+        variant.
     """
     words = list(argv)
     source = find_config(words[0]) if words and not words[0].startswith("-") else None

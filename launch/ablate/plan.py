@@ -57,7 +57,7 @@ def _words(values: Mapping[str, Any]) -> list[str]:
 
 
 def _assign(keys: Mapping[str, Any], stages: list[str], where: str) -> dict[str, dict[str, Any]]:
-    """Divide the keys of a row among the training commands and the command that generates images."""
+    """Group the keys of a row by the command to which they belong: a training command, or ``generate``."""
     found: dict[str, dict[str, Any]] = {name: {} for name in (*stages, "generate")}
     for key, value in keys.items():
         first, _, rest = key.partition(".")
@@ -224,8 +224,8 @@ def plan_rows(ablation: Ablation) -> list[Row]:
     Raises
     ------
     RequestError
-        If a command cannot be part of an ablation, a key or value of a row is wrong, or two commands have different
-        datasets.
+        If a command cannot be part of an ablation, a key or value of a row is wrong, or the configs of two commands
+        name different datasets.
     """
     planner = _Planner(ablation)
     return [planner.plan_row(name) for name in ablation.config.rows]

@@ -139,9 +139,9 @@ def write_results(folder: Path, result: Mapping[str, Any]) -> None:
     folder : Path
         Folder of the ablation.
     result : mapping
-        ``stages``, ``base``, ``split``, ``dataset``, and ``rows``: for each variant ``changes``, ``state``,
-        ``seconds`` and ``metrics`` (from `finetune.evaluation.per_trial.compare_models`; None for a variant that is
-        not complete).
+        Mapping with the keys ``stages``, ``base``, ``split``, ``dataset`` and ``rows``. In ``rows``, each variant has
+        the keys ``changes``, ``state``, ``seconds`` and ``metrics``. The metrics come from
+        `finetune.evaluation.per_trial.compare_models`; they are None for a variant that is not complete.
     """
     write_json(folder / f"{NAME}.json", {"schema": 1, **result})
     atomic_write_text(folder / f"{NAME}.md", render_markdown(result))

@@ -23,14 +23,16 @@ N_SOURCES = 40
 RESPONSE_GAIN = 5.5
 """Scale of the evoked responses. A larger value makes it easier to decode the category from a single trial."""
 PERSON_DELAY_S = 0.020
-"""Standard deviation over people, in seconds, of a person's delay. The delay is the same for all components."""
+"""The responses of each person are delayed by a random time, which is the same for all components: standard deviation
+of this delay over people, in seconds."""
 TRIAL_DELAY_S = 0.025
-"""Standard deviation over trials, in seconds, of a trial's delay. The delay is the same for all components."""
+"""The response in each trial is delayed by a further random time, which is the same for all components: standard
+deviation of this delay over trials, in seconds."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """One component of the evoked response: its location, its time, and the picture feature that scales it."""
+    """One component of the evoked response: its location, its time, and the picture feature that sets its strength."""
 
     name: str
     centre: tuple[float, float, float]

@@ -158,8 +158,8 @@ def _compute_directions(positions: dict[str, NDArray[np.float64]], reference: st
 def _record(data_nT: NDArray[np.float32], names: list[str], site: Site, dead: str | None) -> NDArray[np.float32]:
     """Subtract the laboratory's reference, and set the dead channel to zero.
 
-    The reference is the average of all rows of the EEG, or the last row. If the reference electrode is in the last row,
-    this row is removed.
+    If the reference is ``average``, it is the mean over all rows of the EEG. Otherwise, the last row is the signal of
+    the reference electrode; this row is subtracted from the other rows and removed.
     """
     out = data_nT - data_nT.mean(axis=0) if site.reference == "average" else data_nT[:-1] - data_nT[-1]
     if dead is not None:

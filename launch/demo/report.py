@@ -49,8 +49,9 @@ def score_pictures(out: Path, seed: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        For each generator: the scores of its pictures for each control, the differences between own and shuffled EEG,
-        and the scores of each person. For the linear baseline: the scores of its pictures, and of each person.
+        For each generator: the scores of its pictures for each control, the scores with the trials' own EEG minus the
+        scores with shuffled EEG, and the scores of each person. For the linear baseline: the scores of its pictures,
+        and of each person.
     """
     pictures = {picture["image_id"]: picture for picture in read_json(out / "corpus" / "truth.json")["pictures"]}
     judge, _ = ImageClassifier.load(out / "generated" / next(iter(MODELS)) / "classifier.safetensors")
@@ -387,7 +388,7 @@ def _make_score_tables(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_picture_tables(pictures: dict[str, Any]) -> dict[str, Table]:
-    """Return the tables of category, colour and identification: by control, by combination and by person."""
+    """Return three tables of scores: by model and control, by known and new combinations, and by person."""
 
     def cells(scores: dict[str, Any]) -> list[str]:
         found = [scores[name] for name in MEASURES]

@@ -107,15 +107,15 @@ def compare(own: Scores, control: Scores, seed: int) -> dict[str, Any]:
     Parameters
     ----------
     own, control : Scores
-        Scores of the same trials.
+        Scores of the model's pictures and of the control pictures, for the same trials.
     seed : int
         Seed of the bootstrap.
 
     Returns
     -------
     dict
-        For each measure the mean difference (own minus control, trial by trial), and its 95 % interval over people and
-        pictures.
+        For each measure: the difference between the score in `own` and the score in `control` of the same trial,
+        averaged over the trials, and the 95 % interval of this mean over people and pictures.
     """
     assert own.keys == control.keys
     out = {}

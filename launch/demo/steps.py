@@ -164,7 +164,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
         title = f"generate pictures with {kind.replace('_', ' ')} from the EEG of new people, and for the controls"
         steps.append(generation(kind, run, title, CONTROLS[1:]))
         own = out / "generated" / kind
-        # All controls are named, so that a missing folder ends the step with an error.
+        # Give the folder of every control to the command, so that a missing folder ends the step with an error.
         words = [
             "evaluate",
             str(own),

@@ -1,4 +1,5 @@
-"""Tests of ablations: variants are checked before anything runs, finished work is kept, and trials are paired."""
+"""Tests of ablations: variants are checked before anything runs, finished work is kept, and variants are compared trial
+by trial."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ ddpm:
 
 @pytest.fixture
 def folder(tmp_path: Path, paired_dataset: Path) -> Path:
-    """Write the folder of an ablation with two rows: the base row, and the row 'l1' with another loss."""
+    """Write the folder of an ablation with two rows (variants): the base row, and the row 'l1' with another loss."""
     (tmp_path / "ddpm.yaml").write_text(TINY.format(dataset=paired_dataset))
     rows = tmp_path / "rows"
     rows.mkdir()

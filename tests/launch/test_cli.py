@@ -78,9 +78,9 @@ def test_processes_are_read_from_config_and_command_line(tmp_path: Path, monkeyp
     assert processes_wanted([str(config), "--num_processes", "2"]) == 2
     assert processes_wanted(["--config", str(config), "--num_processes=4"]) == 4
     assert processes_wanted([str(config), "--num_processes", "1"]) == 0
-    # The first argument of 'generate' is a folder.
+    # The first argument of 'generate' is the folder of a model, so the config is given with --config.
     assert processes_wanted([str(tmp_path), "data", "--config", str(config)]) == 3
-    # With restarts, a parent process is needed to start the training again.
+    # With restarts, even a single training process needs a launcher, which can start the training again.
     assert processes_wanted([str(config), "--num_processes", "1", "--restarts", "2"]) == 1
     assert processes_wanted([str(config), "--help"]) == 0
     assert processes_wanted([str(tmp_path / "none.yaml")]) == 0

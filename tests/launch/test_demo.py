@@ -67,8 +67,8 @@ def test_folders_of_two_seeds_do_not_mix(tmp_path: Path):
 
 
 def make_scores(own: float, low: float, colour_low: float = -0.1) -> dict:
-    """Make the scores of a model. `low` and `colour_low` are the lower ends of the intervals of the difference between
-    own and shuffled EEG, for category and colour."""
+    """Make the scores of a model. `low` and `colour_low` are lower ends of intervals: of the score with the trials' own
+    EEG minus the score with shuffled EEG, for category and for colour."""
 
     def measure(mean: float, low: float) -> dict:
         return {"mean": mean, "interval": [low, mean + 0.1], "n": 336}

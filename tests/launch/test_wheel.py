@@ -99,7 +99,8 @@ def _documented() -> list[tuple[str, str]]:
     texts = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))]
     pattern = r"(?:dreamscale|-m) ([\w.]+)(?: [\w/]+)?(?: --config)? (configs/[\w/]+\.yaml)"
     modules = {"pretrain.train": "pretrain", "data_sharding": "shard", "finetune.align": "align"}
-    # The module classification.compare reads a config of 'ddpm'.
+    # The documentation runs the module classification.compare with 'python -m'; its config is one of the command
+    # 'ddpm'.
     modules["finetune.dm_re2i.classification.compare"] = "ddpm"
     found = {
         (modules.get(command, command), path)

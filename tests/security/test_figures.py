@@ -1,4 +1,5 @@
-"""Names from files in figures: matplotlib would draw text between dollar signs as a formula, and refuse a wrong one."""
+"""Names from files are drawn as plain text in figures. Without protection, matplotlib would draw text between dollar
+signs as a formula, and raise an error if the formula is invalid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A local Ray session runs its own tasks, and refuses other processes."""
+"""A Ray session on one machine runs the tasks of the process that started it, and refuses all other processes."""
 
 from __future__ import annotations
 

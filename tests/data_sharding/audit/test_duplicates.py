@@ -1,4 +1,5 @@
-"""The same signal is found in files of other formats, units or channels; different signals are not reported."""
+"""Copies of a recording are found even if they have another format, other units or other channels. Recordings with
+different signals are not reported as copies."""
 
 from __future__ import annotations
 
@@ -144,8 +145,8 @@ def test_calibration_signal_at_the_start_is_not_a_match() -> None:
 @pytest.mark.parametrize("seconds", [20.0, 60.0, 200.0])
 @pytest.mark.parametrize("longer", [0.0, 9.0])
 def test_two_people_with_the_same_calibration_are_two_recordings(seconds: float, longer: float) -> None:
-    """The calibration signal is different in each channel, like EEG, and is longer than the first 64 points of the
-    fingerprint."""
+    """The recordings begin with the same calibration signal. This signal is different in each channel, like EEG, and
+    lasts longer than the first 64 points of the fingerprint."""
     calibration = make_eeg(50, 6, 9.0)
     prints = [
         make_fingerprint(str(i), np.concatenate([calibration, make_eeg(i, 6, seconds - 9 + i * longer)], axis=1))

@@ -1,5 +1,5 @@
-"""Benchmarks are held back by name, list, content, subject and image. An entry in the config that matches nothing is
-refused."""
+"""Recordings and images of benchmarks are left out of a training dataset (held back): recordings by name, by a list, by
+content or by subject, and trials by their image. An entry in the config that matches nothing is refused."""
 
 from __future__ import annotations
 

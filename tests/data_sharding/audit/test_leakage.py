@@ -1,4 +1,4 @@
-"""All data in two datasets or in two splits are reported, and nothing else."""
+"""All data that two datasets, or two splits of a dataset, have in common are reported, and nothing else."""
 
 from __future__ import annotations
 

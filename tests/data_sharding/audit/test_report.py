@@ -22,7 +22,7 @@ CORPORA = ("lab", "<script>alert('clinic')</script>")
 
 @pytest.fixture(scope="module")
 def dataset(publish, make_raw, make_row, tmp_path_factory) -> Path:
-    """A dataset with four sharded recordings of two corpora, and one recording of every other status."""
+    """A dataset with four sharded recordings of two corpora, and one recording for each status except "sharded"."""
     path = tmp_path_factory.mktemp("report") / "set"
     recordings = [
         {"key": f"r{i}", "subject": f"<script>alert({i})</script>", "corpus": CORPORA[i % 2], "split": split}

@@ -1,8 +1,8 @@
 """Compares sharded samples with the true signal of synthetic recordings, which can be computed for any time.
 
 The true signals are sums of sinusoids. The environment variable `DREAMSCALE_CASES` contains the path of a folder with
-recordings. The signals of these recordings were computed by the file ``truth.py`` in this folder. `true_uv` computes
-the same signals, so that tests can write further recordings.
+recordings. The file ``truth.py`` in the folder of the recordings computed their signals. `true_uv` computes the same
+signals, so that tests can write further recordings.
 
 In array shapes, `n` is the number of channels, `S` a number of samples, and `T` the number of samples in a window.
 """

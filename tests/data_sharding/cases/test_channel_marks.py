@@ -263,8 +263,8 @@ class TestEEGLAB:
         assert "the channels of 1 bad-span marks are not known" in info.notes[0]
 
     def test_numbers_after_channels_were_removed(self, tmp_path: Path, signal: np.ndarray) -> None:
-        """Channels before the first removed channel keep their numbers. The number 6 is unclear: before and after the
-        removal of channels, it belongs to different channels."""
+        """Channels before the first removed channel keep their numbers. The number 6 is unclear: it belongs to one
+        channel before the removal of channels, and to another channel after it."""
         path = write_set(tmp_path, signal, [3, 6, 10], urchan=[1, 2, 3, 4, 6, 7, 9, 10])
         info = info_of(path)
         assert info.bad_channel_spans == [(20.5, 22.5, "F3")] and len(info.bad_spans) == 2

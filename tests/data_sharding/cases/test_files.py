@@ -1,5 +1,5 @@
-"""A recording consists of its main file and of the files whose names are in the main file. A reader opens only
-these."""
+"""A recording consists of its main file and of the files whose names are in the main file. A reader opens no other
+files."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ LEFT_OUT = {
     "edf/tal2_D.edf": (1171, [(20, 25)]),
     "gdf/g03_missing.gdf": (603, [(30, 30.4)]),
 }
-"""Seed of the true signal, and spans in seconds that no window may touch."""
+"""For each recording: seed of the true signal, and spans in seconds that no window may overlap."""
 
 
 @pytest.mark.parametrize("path", LEFT_OUT)

@@ -102,7 +102,8 @@ def test_a_missing_baseline_shortens_the_trial_and_is_counted(
     write_images(tmp_path)
     # What is special in the eight trials, in the order of `onsets`: (1) the recording begins in the baseline; (2) a bad
     # span is in the baseline; (3) a bad span is in the window; (4) a gap is in the baseline; (5) a gap is in the
-    # window; (6) nothing; (7) the recording ends soon after the window; (8) the recording ends in the window.
+    # window; (6) nothing is special; (7) the recording ends soon after the window; (8) the recording ends in the
+    # window.
     onsets = [0.1, 10.15, 19.5, 32.05, 29.5, 25.0, 38.9, 39.5]
     write_table(path.parent / "a_events.tsv", onsets)
     (sharded,) = shard_all(path.parent, **events(path.parent, tmp_path, tmin=-0.2, tmax=1.3)).values()
@@ -203,8 +204,8 @@ def test_a_table_of_other_times_gives_no_epoch_a_wrong_image(
     write_table(root / "a-epo_events.tsv", onsets)
     (sharded,) = shard_all(root, **events(root, tmp_path)).values()
     assert sharded.row.windows_left_out == {"the table does not describe the epochs": 4}
-    # Write the times that the events had in the file before an epoch was rejected. Now, three of these times are in
-    # other epochs of the file.
+    # Write the times at which the events were in the file before its first epoch was rejected. In the present file,
+    # three of these times are in the epoch of another event.
     write_table(root / "a-epo_events.tsv", [1.0, 6.0, 11.0, 16.0])
     (sharded,) = shard_all(root, **events(root, tmp_path)).values()
     assert sharded.row.reason == "no window left: 4 the table does not describe the epochs"

@@ -50,8 +50,8 @@ def write_xdf(
 
     `own` is a mask of the samples whose time stamp is stored.
 
-    `markers` contains the time stamps and texts (or numbers) of a second stream. `marker_offsets` contains its clock
-    offsets.
+    `markers` contains the time stamps and texts (or numbers) of a second stream. `marker_offsets` contains the clock
+    offsets of this second stream.
     """
 
     def chunk(tag: int, content: bytes) -> bytes:

@@ -116,7 +116,8 @@ def count_cached_bytes(cache: Path) -> int:
 def list_open_files() -> list[str]:
     names = []
     for link in Path("/proc/self/fd").iterdir():
-        # One link belongs to the file descriptor that was used to list the folder. This descriptor is already closed.
+        # One of the links is the file descriptor that listed the folder. It is closed by now, so this link no longer
+        # exists.
         with contextlib.suppress(FileNotFoundError):
             names.append(str(link.readlink()))
     return names
@@ -158,8 +159,9 @@ def test_cache_stays_within_its_size_limit(tmp_path: Path, own_cache: Path, log:
     for _, _ in zip(loader, range(40), strict=False):
         largest = max(largest, count_cached_bytes(own_cache))
     assert 2 * size < largest <= 5 * size
-    # Two epochs of 12 shards are read, and two windows (4 shards) are prefetched. A shard is downloaded once for each
-    # epoch, and once more if it is read before its prefetch is finished.
+    # Two epochs of 12 shards each are read. Two more windows are prefetched; a window is a group of 2 shards whose
+    # samples are shuffled together. A shard is downloaded once for each epoch, and once more if it is read before its
+    # prefetch is finished.
     opened = [line for line in log.read_text().splitlines() if line.endswith(".tar")]
     assert len(opened) <= 2 * 12 + 4 + 12
     # When a batch is read, the dataset closes shards that were deleted from the cache, to free their disk space.

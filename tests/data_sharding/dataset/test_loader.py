@@ -91,7 +91,8 @@ def test_shard_order_reads_each_sample_once_and_stays_within_its_window(
         assert sorted(mine) == list(range(n))
         left = mine
         while len(left):
-            # The next window consists of `window` different shards, with all samples of each shard.
+            # The next window (a group of shards whose samples are shuffled together) contains all samples of `window`
+            # different shards.
             several = list(dict.fromkeys(shard_of[left]))
             group = several[:window]
             size = sum(shards[s] for s in group)

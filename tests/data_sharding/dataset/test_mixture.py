@@ -74,7 +74,8 @@ def test_each_sample_is_read_once_in_each_epoch_of_its_dataset(weights: dict[str
     for part, dataset in enumerate(mixture.parts):
         seen = Counter(zip(epochs[names == part].tolist(), numbers[names == part].tolist(), strict=True))
         assert set(seen.values()) == {1}
-        # Positions are shuffled only within blocks, so the first two epochs of each dataset are complete.
+        # After whole blocks (here 3 of 4096 places), each dataset has given its first positions without gaps. So its
+        # first two epochs are complete.
         for epoch in range(2):
             assert sum(e == epoch for e, _ in seen) == len(dataset)
 

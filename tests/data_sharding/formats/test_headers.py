@@ -93,7 +93,8 @@ def make_nedf() -> bytes:
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory, make_raw: Callable, write_raw: Callable) -> dict[str, Path]:
-    """Return small intact files of every format, each in its own folder, and real files if there is a corpus."""
+    """Return small intact files of every format, each in its own folder; also real files, if the real corpus is
+    installed."""
     import mne
 
     root = tmp_path_factory.mktemp("seeds")

@@ -150,8 +150,8 @@ def edf(
     name: str = "a",
 ) -> Callable[[Path], Path]:
     """Return a function that writes an EDF or BDF file with records of 1 s. `times` contains the onsets of the records,
-    and `status` contains the values of the Status channel. `notes` contains the text of annotations for each pair of a
-    record and an annotation signal."""
+    and `status` contains the values of the Status channel. `notes` maps a pair (index of a record, index of an
+    annotation signal) to the text of its annotations."""
 
     def write(folder: Path) -> Path:
         width, count = (3, len(times)) if suffix == ".bdf" else (2, len(times))

@@ -75,7 +75,8 @@ def test_micromed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parts", [[(0, 0), (1500, 800)], [(100, 0), (1600, 800)]])
 def test_micromed_with_a_part_cut_out(tmp_path: Path, parts: list[tuple[int, int]]) -> None:
-    """The row of a part has its time in the original recording, and its position in the file, in samples."""
+    """Each part of the recording is a pair: its first sample in the original recording, and its first sample in this
+    file."""
     pytest.importorskip("neo", reason="the extra neo is not installed")
     write_micromed(tmp_path / "a.TRC", make_uv(), [0, 0, 0, 0], parts)
     signal = open_only(tmp_path)
@@ -222,7 +223,8 @@ def test_nwb_with_a_rate_or_time_stamps(tmp_path: Path) -> None:
 
 
 def test_nwb_with_invalid_times(tmp_path: Path) -> None:
-    """The times of an NWB file count from the same moment, and not from the first sample."""
+    """An NWB file counts the times of samples and of invalid spans from one reference time, not from the first
+    sample."""
     write_nwb(tmp_path / "a.nwb", make_uv(), start=50.0, invalid=[(51.0, 52.5), (53.0, np.nan)])
     info = open_only(tmp_path).info
     assert [(begin, end) for begin, end, _ in info.bad_spans] == [(1.0, 2.5)]

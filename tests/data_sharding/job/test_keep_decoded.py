@@ -272,7 +272,7 @@ def test_signals_that_were_not_used_longest_are_deleted_first(tmp_path: Path, ma
     signals_ = sorted((tmp_path / "decoded" / "signals").rglob("*.kept"), key=lambda path: path.stat().st_mtime_ns)
     for age, path in enumerate(reversed(signals_), start=1):
         os.utime(path, (time.time() - 100 * age, time.time() - 100 * age))
-    process("other", OTHER, root=tmp_path / "0")  # This job uses the oldest kept signal.
+    process("other", OTHER, root=tmp_path / "0")  # Now the oldest kept signal is the last one that was used.
     sizes = [path.stat().st_size for path in signals_]
     assert limit_size(tmp_path / "decoded", sum(sizes)) == (0, sum(sizes))
     assert limit_size(tmp_path / "decoded", sum(sizes) - 1) == (1, sizes[0] + sizes[2])

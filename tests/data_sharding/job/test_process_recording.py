@@ -136,8 +136,8 @@ def test_windows_are_those_of_the_whole_segment(
     assert row.windows == len(found) == 70 and row.seconds_written == 70.0
     for i, (meta, eeg) in enumerate(found):
         assert meta["start"] == i and meta["reference"] == "average"
-        # The file contains volts as float32 with an offset of 0.23 V, so the precision of the values is 0.015
-        # microvolts.
+        # The file contains volts as float32 with an offset of 0.23 V. Near this offset, neighbouring float32 numbers
+        # differ by 0.015 microvolts, so the values are not more precise than that.
         np.testing.assert_allclose(eeg, wanted[:, 100 * i : 100 * i + 100], rtol=1e-3, atol=0.05)
 
 

@@ -149,7 +149,7 @@ class TestReaders:
 
 class TestChannels:
     def test_biosemi_grid(self) -> None:
-        """The names A1 to I8 mean electrodes of a BioSemi cap in this file, not earlobes.
+        """In this file, the names A1 to I8 mean electrodes of a BioSemi cap, not earlobes.
 
         Electrodes with a low sampling rate are marked as bad, so that they are the first to be left out if a recording
         has more than 128 channels.

@@ -72,8 +72,8 @@ class TestResampling:
     def test_resampling_equals_convolution_with_its_filter(self) -> None:
         x = make_noise(1, 4000)
         plan = streaming._plan(1000.0, 200.0, 75.0)
-        # The signal is only downsampled (by 5), so the filter has a single phase. Its weights are the first column of
-        # the matrix.
+        # For downsampling by a whole factor (here 5), the weights are the same for every output sample. The first
+        # column of the plan's matrix contains these weights.
         taps = plan.groups[0][2][: 2 * plan.reach + 1, 0]
         wanted = np.correlate(x[0], taps, mode="same")[::5]
         np.testing.assert_allclose(resample(x, 1000.0, 200.0, 75.0)[0, 50:-50], wanted[50:-50], atol=1e-9)
