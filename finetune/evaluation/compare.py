@@ -31,7 +31,7 @@ class CompareConfig:
     output: str | None = None
     """File for the result in JSON. Empty: the result is only printed."""
     resamples: int = 10_000
-    """Number of bootstrap resamples, and of permutations."""
+    """Number of bootstrap resamples for the confidence intervals, and number of permutations for the p-values."""
     seed: int = 0
     """Seed of the resamples."""
 

@@ -113,8 +113,8 @@ class EvaluateConfig:
     the EEG-image dataset. Empty: no check."""
     real_images: str | None = None
     """Folder of real images that nobody saw in the trials. These real images are judged as if a model had generated
-    them. If a subfolder's name is a label of the dataset, its images have this category. Empty: use the images of the
-    training split."""
+    them. If a subfolder's name is a label of the dataset, the images in the subfolder have this category. Empty: use
+    the images of the training split."""
     training_seeds: list[str] = field(default_factory=list)
     """Folders with the images of models that were trained with other seeds, evaluated with `dreamscale evaluate`. The
     result has the mean and the spread of each metric over all models."""

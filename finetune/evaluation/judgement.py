@@ -35,7 +35,7 @@ CHUNK = 2**26
 CELLS = 2**22
 """Largest number of correlations of images that are computed at once."""
 THUMBNAIL = 16
-"""Width and height in pixels of the images whose pixels are compared."""
+"""Width and height in pixels of the small copies of images, whose pixels are compared."""
 FROM_IMAGES = ("shuffle", "shuffle_within", "noise", "no_eeg")
 """Controls whose scores come from folders of images."""
 Features = Callable[[ImageSource], NDArray[np.float64]]
@@ -99,7 +99,8 @@ class Scores:
     predicted: Callable[[Prediction], NDArray[np.float64]]
     """Function that scores the predictions of a predictor. Predictors need no generator."""
     nearest: Callable[[NDArray[np.int64]], NDArray[np.float64]]
-    """Function that takes rows of training images, and scores these images in place of the generated images."""
+    """Function that takes, for each trial, the row of a training image, and scores these training images in place of
+    the generated images."""
     judge_n: NDArray[np.float64]
     """Scores of the seen images themselves, or of mirrored and darkened copies of them, in place of generated images;
     one value for each different seen image. They show how well the judge recognises real images."""

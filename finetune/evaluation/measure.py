@@ -52,8 +52,8 @@ class Measured:
 
     metrics: dict[str, Any]
     """Maps the name of each metric to a number, to a dictionary of numbers, or to a text that says why the metric was
-    not computed. If a metric uses a network, its name contains the name of the network in brackets, except FID, KID,
-    Inception Score and LPIPS. Other keys are ``confusion`` (the confusion matrix) and ``frechet_note``."""
+    not computed. If a metric uses a network, the metric's name contains the network's name in brackets, except for FID,
+    KID, Inception Score and LPIPS. Other keys are ``confusion`` (the confusion matrix) and ``frechet_note``."""
     predicted_B: NDArray[np.int64]
     """Category that the dataset's classifier gives to each image."""
     trials: dict[str, NDArray[np.float64]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Metrics of sets of images and of classified images, and tests of statistical significance.
+"""Metrics of whole sets of images, metrics of classifications, and tests of statistical significance.
 
 All functions take NumPy arrays. The functions accept features and probabilities of any network. Features are read in
 blocks, so no function needs a copy of all features in double precision.

