@@ -35,24 +35,24 @@ MIN_POINTS = 16
 """Fingerprints with fewer points than this are not compared, because so few points can be equal by chance. Such
 recordings are compared only by the checksums of their files."""
 ALIKE = 0.95
-"""If the median correlation between the channels of a recording is above this value, the recording may be a calibration
-signal."""
+"""If the median correlation of a recording's channels with its first channel is above this value, the recording may be
+a calibration signal."""
 BANDS = ((0, 32), (16, 48), (32, 64))
 """Ranges of points of a channel. Each range is hashed separately. A point is in at most two ranges, so if the sign of
 one point changes, at most two hashes change."""
 FIRST = BANDS[-1][1]
-"""Number of points of a fingerprint from the beginning of the recording. Fingerprints that older versions of Dreamscale
-wrote contain only these points."""
+"""Number of points that a fingerprint contains from the beginning of the recording. Fingerprints that older versions of
+Dreamscale wrote contain only these points."""
 LATER = 32
-"""Number of points of each later excerpt in a fingerprint."""
+"""Number of points that a fingerprint contains from each later excerpt."""
 DEAD = 1e-4
 """A channel is flat in an excerpt if the norm of its points in this excerpt is below this fraction of the norm of all
 its points."""
 SKETCH = 16
 """Largest number of hashes in a signature."""
 NEIGHBOURS = 64
-"""If many recordings have the same hash, each of these recordings forms pairs with at most this number of recordings of
-similar length before it and after it."""
+"""Recordings with the same hash are sorted by their lengths. Each of them forms pairs only with this number of
+recordings before it, and this number of recordings after it, so only with recordings of similar length."""
 
 MOST_RANK = 40
 """Linear combinations are searched only if the rank of the recording (its number of linearly independent channels) is
@@ -62,6 +62,7 @@ RANK = 2e-3
 """When the rank is computed, singular values below this fraction of the largest singular value are treated as rounding
 errors."""
 CODE_BITS = 62
+"""Number of bits of a mixing code. The bits must fit into a positive int64."""
 NEAR_BITS = 12
 """Two recordings of equal length are a candidate pair if at most this many bits of their mixing codes differ."""
 MIXED = 0.1
@@ -125,8 +126,8 @@ def signature(points: np.ndarray) -> list[int]:
     Returns
     -------
     list of int
-        At most `SKETCH` hashes (positive, below 2**63), sorted. If a mixing code can be computed, the first number of
-        the list is negative and contains the mixing code. The list is empty if the fingerprint has too few points.
+        At most `SKETCH` hashes (positive, below 2**63), sorted. If a mixing code can be computed, it is written before
+        the hashes as a negative number. The list is empty if the fingerprint has too few points.
 
     Notes
     -----
@@ -138,8 +139,9 @@ def signature(points: np.ndarray) -> list[int]:
     another recording. Each channel is a vector over time, and the vectors of all channels span a space. The projection
     matrix onto this space has one diagonal element for each point, the *leverage* of the point. The leverage does not
     change if the channels are replaced by invertible linear combinations of the channels. The mixing code has one bit
-    for each point, which is set if the leverage of the point is above the median. So another reference, a bipolar
-    montage, or the removal of a few components changes only a few bits of the mixing code.
+    for each of the first `CODE_BITS` points. A bit is set if the leverage of its point is above the median leverage. So
+    another reference, a bipolar montage, or the removal of a few independent components (ICA) changes only a few bits
+    of the mixing code.
     """
     points = np.asarray(points, np.float32)
     if points.ndim != 2 or points.shape[1] < MIN_POINTS:
@@ -152,8 +154,8 @@ def signature(points: np.ndarray) -> list[int]:
     for place, (start, stop) in enumerate(bands):
         bits = positive[:, start:stop]
         ups = bits.sum(axis=1)
-        # Skip a range of a channel in which almost all signs are equal. In any recording, a slow drift can cause equal
-        # signs, so they do not identify a recording.
+        # Skip a range of points in which almost all signs are equal. A slow drift can cause equal signs in any
+        # recording, so equal signs do not identify a recording.
         telling = (ups >= 4) & (ups <= bits.shape[1] - 4)
         word = (bits * (np.uint64(1) << np.arange(bits.shape[1], dtype=np.uint64))).sum(axis=1, dtype=np.uint64)
         numbers.append(word[telling] + np.uint64((place + 1) << 32))
@@ -168,7 +170,7 @@ def _span(rows: np.ndarray) -> np.ndarray:
 
 
 def _mixing_code(rows: np.ndarray) -> list[int]:
-    """Return a list with the mixing code of channels, shape (n, P); an empty list if no mixing code can be computed."""
+    """Return the mixing code as a negative number in a list, or an empty list if no mixing code can be computed."""
     if len(rows) < 2 or rows.shape[1] < BANDS[-1][1]:
         return []
     basis = _span(rows)
@@ -187,8 +189,8 @@ def _is_linear_combination(x: np.ndarray, y: np.ndarray) -> bool:
     (_, part), (rank, whole) = sorted(spaces, key=lambda pair: pair[0])
     if rank > MOST_RANK:
         return False
-    # Scale all points to the same norm, because otherwise the largest points (artefacts, and the transient at the
-    # start) would dominate the fit.
+    # Scale the values of all channels at each point to the same norm, because otherwise the points with the largest
+    # values (artefacts, and the transient at the start) would dominate the fit.
     weight = 1 / np.maximum(np.linalg.norm(_normalize_rows(whole), axis=0), 1e-6)
     basis = _span(whole * weight)
     part = _normalize_rows(part * weight)
@@ -255,8 +257,8 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
         agree &= _normalize_rows(x[:, start:stop]) @ _normalize_rows(y[:, start:stop]).T > SAME
     same_length = abs(seconds_a - seconds_b) <= LENGTH_S
     later = _later_stretches(x, y, agree)
-    # If the lengths differ, parts of one recording may have been cut out, and then its excerpts come from other parts
-    # of the signal. For recordings of different length, one equal excerpt is therefore enough.
+    # If the lengths differ, parts of one recording may have been cut out. Then some later excerpts of the two
+    # recordings come from different parts of the signal, so one equal excerpt is enough.
     enough = 2 * sum(later) > len(later) if same_length else any(later)
     if agree.any(axis=1).mean() < SHARE or (later and not enough):
         return "remixed" if same_length and _is_linear_combination(x, y) else None
@@ -281,8 +283,8 @@ def _later_stretches(x: np.ndarray, y: np.ndarray, agree: np.ndarray) -> list[bo
     Returns
     -------
     list of bool
-        One value for each later excerpt: True if enough channels of `x` are also in `y`. Excerpts in which most
-        channels of `x` or of `y` are flat have no value.
+        One value for each later excerpt: True if enough channels of `x` agree with a channel of `y` in this excerpt
+        too. An excerpt is left out if most channels of `x` or of `y` are flat in it.
     """
     found = []
     for start in range(FIRST, x.shape[1] - LATER + 1, LATER):
@@ -325,8 +327,8 @@ def _pairs_by_hashes(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple
     order = np.lexsort((who, seconds[who], numbers))
     numbers, who = numbers[order], who[order]
     pairs = []
-    # Compare each hash of the sorted list only with the next NEIGHBOURS hashes. Thus the time is linear even if all
-    # recordings have the same hash.
+    # Compare each hash of the sorted list only with the next NEIGHBOURS hashes. Thus the computing time grows only
+    # linearly with the number of hashes, even if all recordings have the same hash.
     for step in range(1, min(NEIGHBOURS, total - 1) + 1):
         meet = numbers[step:] == numbers[:-step]
         if not meet.any():
@@ -408,7 +410,7 @@ def find_duplicates(
     Returns
     -------
     dict of str to Copy
-        For each recording that can be left out (by its key): which other recording is kept.
+        The key is the key of a recording that can be left out; the value says which other recording is kept.
     """
     duplicates: dict[str, Copy] = {}
     kept_for: dict[str, RecordingFingerprint] = {}
@@ -471,9 +473,9 @@ def preference(row: LedgerRow, *, trials: bool) -> tuple:
     Returns
     -------
     tuple
-        Sort key. Sort key. Preferred are, in this order: a recording with trials; a known subject; a greater length (in
-        whole minutes, because some formats pad the end); a file that shows more interruptions; more channels; a key
-        that is earlier in alphabetical order.
+        Sort key. Preferred are, in this order: a recording with trials; a known subject; a greater length (in whole
+        minutes, because some formats pad the end); a file that shows more interruptions; more channels; a key that is
+        earlier in alphabetical order.
     """
     # Windows must not cross an interruption, so prefer the file that shows more interruptions. Short segments are
     # epochs, so the borders between them are not counted as interruptions.

@@ -36,8 +36,8 @@ NEAR_LEVELS = 8.0
 """Two images count as similar only if the root mean square difference of their thumbnails is at most this number, on
 the scale of pixel values from 0 to 255."""
 NEAR_SHARE = 0.25
-"""Two images count as similar only if the difference of their thumbnails is at most this fraction of their contrast.
-Without this limit, all images of low contrast would count as similar."""
+"""Two images count as similar only if the difference of their thumbnails is at most this fraction of the lower of the
+two contrasts. Without this limit, all images of low contrast would count as similar."""
 THUMB = 16
 """Width and height of a thumbnail in pixels."""
 
@@ -116,7 +116,7 @@ def _write(local: Path, rows: Iterable[LedgerRow], load_points: Callable[[str], 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """Columns that are read when a fingerprints file is opened, with their types."""
+    """Columns of a fingerprints file that are read when the file is opened, with the types of the columns."""
 
     key: str
     sha256: str
@@ -255,7 +255,7 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
     -----
     The perceptual hash is the common hash based on the cosine transform (Zauner, Implementation and benchmarking of
     perceptual image hash functions, 2010): reduce the image to 32 x 32 grey pixels, keep the 8 x 8 lowest coefficients
-    of the cosine transform, and set a bit for each coefficient above the median of the coefficients.
+    of the cosine transform, and set a bit for each coefficient above the median of all coefficients except the first.
     """
     from PIL import Image, ImageOps
     from scipy.fft import dctn
@@ -288,14 +288,14 @@ def find_similar_images(ours: Sequence[ImageFingerprint], theirs: Sequence[Image
     Returns
     -------
     list of (int, int)
-        Index into `ours` and index into `theirs` of each pair. Images of equal bytes are also returned as a pair, if
+        For each pair: index into `ours`, and index into `theirs`. Images of equal bytes are also returned as a pair, if
         Pillow can open them.
 
     Notes
     -----
     Two images are similar if at most `NEAR_BITS` bits of their hashes differ, and if the difference of their thumbnails
-    is at most `NEAR_LEVELS` and at most the fraction `NEAR_SHARE` of their contrast. Crops, mirror images, rotations
-    and changes of colour are not found.
+    is at most `NEAR_LEVELS` and at most the fraction `NEAR_SHARE` of the lower of the two contrasts. Crops, mirror
+    images, rotations and changes of colour are not found.
     """
     a = [i for i, p in enumerate(ours) if p.phash is not None]
     b = [j for j, p in enumerate(theirs) if p.phash is not None]

@@ -1,10 +1,10 @@
 """Hold benchmarks back: leave their data out of a dataset, so that a pretrained model can be tested on the benchmarks.
 
 The key `hold_back` of the config lists subjects, recordings and whole datasets, or text files that list subjects,
-recordings and checksums. All names are looked up in the corpora before any recording is read. If a name matches
-nothing, the job stops with an error, because a typing error must not let a benchmark into the training data. Recordings
-that are held back are read and fingerprinted like all other recordings. Thus a copy of a benchmark recording, under
-another name or in another format, is found and held back too.
+recordings and checksums. All names and patterns are looked up in the corpora before any recording is read. If a name or
+pattern matches nothing, the job stops with an error, because a typing error must not let a benchmark into the training
+data. Recordings that are held back are read and fingerprinted like all other recordings. Thus a copy of a benchmark
+recording, under another name or in another format, is found and held back too.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class HoldBackConfig:
     """Recordings, subjects and images of benchmarks, which must not be in the dataset."""
 
     subjects: list[str] = field(default_factory=list)
-    """Names of subjects, as they are in the paths of the files (sub-11 or 11). Without a corpus, a name means this
-    subject in every corpus; CORPUS/SUBJECT means the subject of one corpus only."""
+    """Names of subjects, as they are in the paths of the files (sub-11 or 11). SUBJECT means the subjects with this
+    name in every corpus; CORPUS/SUBJECT means the subject of one corpus only."""
     recordings: list[str] = field(default_factory=list)
     """Glob patterns that are matched against CORPUS/PATH of each recording, where PATH is relative to the root folder
     of the corpus."""
@@ -62,9 +62,9 @@ class Entry:
     kind: Literal["subject", "recording", "sha256"]
     """Kind of `value`: the name of a subject, a glob pattern or a checksum."""
     value: str
-    """Name of a subject, glob pattern of recordings, or checksum of a file."""
+    """Name of a subject, glob pattern of recordings, or checksum over all files of a recording."""
     source: str
-    """Where the entry is, for messages: a key of the config, or the name of a list file and a line number."""
+    """Where the entry is written, for messages: a key of the config, or the name of a list file and a line number."""
 
 
 def read_list(path: str) -> list[Entry]:
@@ -78,7 +78,7 @@ def read_list(path: str) -> list[Entry]:
     Returns
     -------
     list of Entry
-        One entry for each line that is not empty, in the order of the file.
+        One entry for each line in the order of the file. Empty lines and comments have no entry.
 
     Raises
     ------
@@ -125,8 +125,8 @@ class _Names:
             if item.subject != item.key:  # If subject and key are equal, the subject is unknown.
                 for name in {_bare(item.subject), f"{item.corpus}/{_bare(item.subject)}"}:
                     self.subjects[name].append(item.key)
-            # If the name of the corpus is the name of the first folder, the path already begins with the name of the
-            # corpus.
+            # Every recording is found by CORPUS/PATH. If PATH itself begins with the name of the corpus, the recording
+            # is found by PATH too.
             inside = item.path.startswith(f"{item.corpus}/")
             for name in {f"{item.corpus}/{item.path}", *([item.path] if inside else [])}:
                 self.paths[name].append(item.key)
@@ -154,21 +154,21 @@ class HoldBack:
     """What to hold back: recordings, checksums and datasets. All names were already looked up in the corpora."""
 
     named: dict[str, str]
-    """For each recording that is held back by name (by its key): a text with the entry that matches the recording, and
-    where this entry is."""
+    """Recordings that an entry holds back by name or pattern. The key is the key of the recording; the value is a text
+    with the entry, and with the place where the entry is written."""
     sha256: dict[str, str]
-    """Checksums that are held back. The key is the checksum, the value says where the entry is."""
+    """Checksums that are held back. The key is the checksum; the value says where the entry is written."""
     datasets: list[Contents]
     """Contents of the datasets that are held back."""
     identity: dict[str, Any]
     """Those settings of `hold_back` that change the dataset. They are part of the checksum of the job's plan."""
     images_left_out: dict[str, int] = field(default_factory=dict)
-    """For the key of each recording: number of its trials with a held-back image. `drop_held_back_images` fills this
-    dictionary."""
+    """The key is the key of a recording; the value is the number of its trials with a held-back image.
+    `drop_held_back_images` fills this dictionary."""
 
     @classmethod
     def plan(cls, config: HoldBackConfig, items: Iterable[Item]) -> HoldBack:
-        """Look up the names in the config in the corpora, before any recording is read.
+        """Look up the names that the config lists in the corpora, before any recording is read.
 
         Parameters
         ----------
@@ -335,7 +335,7 @@ class HoldBack:
             for i, j, relation in find_matches(ours, theirs, load_points, contents.fingerprints.load):
                 reason = f"recording of {name} ({HOW[relation]} as {theirs[j].key})"
                 why.setdefault(rest[i].key, (name, reason))
-        # If a recording of a subject is in the benchmark, hold back all recordings of this subject.
+        # If a recording of a subject is in the held-back dataset, hold back all recordings of this subject.
         people = {
             (row.corpus, row.subject) for row in rows if why.get(row.key, ("",))[0] == name and row.subject != row.key
         }
@@ -375,7 +375,7 @@ class HoldBack:
 
 
 def _find_held_back_images(paths: Sequence[str], datasets: Sequence[Contents]) -> set[str]:
-    """Return the image files whose bytes are equal to an image of a held-back dataset, or whose pixels are similar."""
+    """Return the image files that have the same bytes as an image of a held-back dataset, or similar pixels."""
     from concurrent.futures import ThreadPoolExecutor
 
     from data_sharding.audit.fingerprints import ImageFingerprint, find_similar_images, fingerprint_image

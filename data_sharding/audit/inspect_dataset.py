@@ -72,7 +72,11 @@ def _make_group_grid(
     value: Callable[[LedgerRow], Any],
     statuses: Sequence[str] = STATUSES,
 ) -> Grid:
-    """Make a table of hours and recordings, with a line for each result of `value`, and a last line with the sum."""
+    """Make a table of hours and recordings.
+
+    The rows for which the function `value` returns the same result form one line. The last line is the sum of all
+    lines.
+    """
     groups: defaultdict[Any, list[LedgerRow]] = defaultdict(list)
     for row in rows:
         groups[value(row)].append(row)
@@ -228,8 +232,8 @@ def _print_markdown(grids: Iterable[Grid]) -> None:
 def _print_tables(grids: Iterable[Grid]) -> None:
     """Print tables.
 
-    On a terminal, the tables have frames. In a pipe or file, the tables are aligned text, which other programs can
-    read.
+    On a terminal, the tables have frames. If the output goes to a pipe or a file, the tables are plain aligned text,
+    which other programs can read.
     """
     from rich import box
     from rich.console import Console

@@ -82,7 +82,7 @@ class Findings:
     not_compared: list[str] = field(default_factory=list)
     """Description of each comparison that could not be made, with the reason."""
     to_confirm: list[str] = field(default_factory=list)
-    """Description of each comparison with subject names that come from the paths and were not confirmed."""
+    """A text for each dataset in which subjects were recognised from the paths, but not confirmed in the config."""
 
     @property
     def proofs(self) -> list[Finding]:
@@ -227,7 +227,7 @@ class Contents:
     def checksums(self) -> dict[str, str]:
         """Return a dictionary from checksums to the keys of the recordings in the dataset.
 
-        The checksum of a duplicate has the key of the kept recording.
+        For the checksum of a duplicate, the value is the key of the recording that was kept.
         """
         present = set(self.recordings)
         kept = {row.sha256: key if key in present else row.duplicate_of for key, row in self.rows.items()}
@@ -252,7 +252,7 @@ class Contents:
         return self._order[self._bounds[number] : self._bounds[number + 1]]
 
     def known_subjects(self) -> set[tuple[str, str]]:
-        """Return corpus and name of each subject with a known name (not empty, and not the key of the recording)."""
+        """Return corpus and name of each subject, except unknown subjects (their name is empty or a recording's key)."""
         return {(c, s) for (c, s), key in zip(self.people, self.recordings, strict=True) if s and s != key}
 
     def count_unnamed(self) -> int:
@@ -324,7 +324,7 @@ def _read_samples(
 
 
 def _match_values(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each value of `a` that is also in `b`, return its index in `a`, and one index of this value in `b`."""
+    """Return the indices in `a` of those values that are also in `b`, and for each such value an index in `b`."""
     if not len(a) or not len(b):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     order_a, order_b = np.argsort(a), np.argsort(b, kind="stable")
@@ -335,7 +335,7 @@ def _match_values(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _overlaps(a: np.ndarray, length_a: Any, b: np.ndarray, length_b: Any) -> np.ndarray:
-    """Return a mask of those windows of a first group that overlap in time with a window of a second group.
+    """Return a mask of a first group of windows: True if a window overlaps in time with a window of a second group.
 
     `a` and `b` are the start times of the windows of the two groups, and `length_a` and `length_b` the lengths of these
     windows, in seconds. Each length is one number for the whole group, or an array with one number for each window.
@@ -344,8 +344,8 @@ def _overlaps(a: np.ndarray, length_a: Any, b: np.ndarray, length_b: Any) -> np.
         return np.zeros(len(a), bool)
     order = np.argsort(b)
     ends = np.maximum.accumulate((b + length_b)[order])
-    # For each window of the first group, find the last window of the second group that starts before the end of this
-    # window. Start times of windows are rounded, so use a tolerance.
+    # For each window of the first group, find the last window of the second group that starts before the window of the
+    # first group ends. Start times of windows are rounded, so use a tolerance.
     last = np.searchsorted(b[order], a + length_a - 1e-4) - 1
     return (last >= 0) & (ends[np.maximum(last, 0)] > a + 1e-4)
 
@@ -478,12 +478,13 @@ def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]],
 
 
 def find_shared_windows(a: Contents, b: Contents, *, same_recording: bool = True) -> np.ndarray:
-    """Return a mask of the windows of `b` that are equal to a window of `a`, or that overlap in time with one."""
+    """Return a mask of the windows of `b`: True if a window is equal to a window of `a`, or overlaps one in time."""
     found = np.zeros(len(b.recording), bool)
     found[_match_values(b.digest, a.digest)[0]] = True
     number_a, number_b = ({key: i for i, key in enumerate(c.recordings)} for c in (a, b))
     lengths = b.manifest.preprocess.window_s, a.manifest.preprocess.window_s
     for one, other in _compare_recordings(a, b, Findings()):
+        # If `same_recording` is False, compare times only between recordings that are stored under two keys.
         if one in number_a and other in number_b and (same_recording or one != other):
             mine = b.windows_of(number_b[other])
             start = a.start[a.windows_of(number_a[one])]
@@ -533,7 +534,7 @@ def _report_unreadable_images(out: Findings, *contents: Contents) -> None:
 
 
 def holds_out_subjects(manifest: Manifest) -> bool:
-    """Return whether the config of a dataset holds out subjects. Return True if the manifest has no section `split`."""
+    """Return whether the config of a dataset holds out subjects; True if the config has no section `split`."""
     return not _allowed_crossings(manifest)[0]
 
 
@@ -597,7 +598,7 @@ def compare_splits(contents: Contents) -> Findings:
 
 
 def _question_two_names(contents: Contents, of_subject: dict[tuple[str, str], set[int]], out: Findings) -> None:
-    """Add a question to `out` for each two subjects in different splits that have copies of the same recording."""
+    """Ask whether two subjects are one person, if they have copies of one recording and are in different splits."""
     asked: set[frozenset[tuple[str, str]]] = set()
     for row in contents.rows.values():
         kept = contents.rows.get(row.duplicate_of)

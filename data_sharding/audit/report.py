@@ -193,7 +193,7 @@ def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
 
 
 def _format_range(values: Iterable[float]) -> str:
-    """Format numbers as text: one or two different numbers as a list, more numbers as a range."""
+    """Format numbers as text: at most two different numbers as a list, more than two as a range (lowest to highest)."""
     found = sorted(set(values))
     if len(found) < 3:
         return ", ".join(f"{value:g}" for value in found)
@@ -333,7 +333,7 @@ def _make_held_back_table(rows: Sequence[LedgerRow]) -> Table:
 
 
 def _make_measured_table(rows: Sequence[LedgerRow]) -> Table:
-    """Make a table of the units, mains frequencies, montages and references of the sharded recordings."""
+    """Make a table of units, mains frequencies, references, devices and other properties of the sharded recordings."""
     kept = [row for row in rows if row.status == "sharded"]
 
     def mains(row: LedgerRow) -> str:

@@ -33,7 +33,7 @@ COLOURS = {
     "not in a window": "#a8c5b9",
     "written": "#1d5c46",
 }
-"""Colours of the statuses and of the other bars in the chart of hours."""
+"""Colours of the statuses of recordings, and of the other bars in the report's chart of hours."""
 MAX_CORPORA = 12
 """Spectra and traces are drawn for at most this many corpora."""
 RECORDINGS = 10
@@ -145,7 +145,7 @@ def _pick_evenly(values: Sequence[Any], n: int) -> list[Any]:
 
 
 def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dict[str, list[list[Window]]]:
-    """Read a few windows of each corpus. The recordings are sorted by key, and evenly spaced recordings are used.
+    """Read a few windows of each corpus, from recordings at even distances in the list of recordings sorted by key.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dic
     rows : sequence of LedgerRow
         Rows of the ledger.
     length : int
-        Number of time points of the window that models read.
+        Number of time points that models read from a window.
 
     Returns
     -------
@@ -179,7 +179,8 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dic
             if not tar.is_file():
                 continue
             if shard not in indices:
-                # Only the index of the last shard is stored, because consecutive rows are usually in the same shard.
+                # Keep only the index of the shard that was read last, because consecutive rows are usually in the same
+                # shard.
                 indices = {shard: read_entries(tar.with_suffix(".idx"), tar.stat().st_size)}
             entries = [entry for entry in indices[shard] if entry["key"].rpartition("-")[0] == row.key]
             if entries:
@@ -190,7 +191,7 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dic
 
 
 def _read_windows(tar: AnyPath, entries: Sequence[dict[str, Any]], length: int) -> list[Window]:
-    """Read the samples of some index entries from a shard."""
+    """Read from a shard the samples to which some entries of its index refer."""
     windows = []
     with tar.open("rb") as stream:
         for entry in entries:
@@ -261,7 +262,7 @@ def measure_mains_peaks(frequency: np.ndarray, power: np.ndarray) -> dict[float,
 
 
 def draw_spectra(windows: dict[str, list[list[Window]]], manifest: Manifest) -> list[Picture]:
-    """Draw the spectrum of each corpus: the median over its recordings, and a band with half of the recordings.
+    """Draw the spectrum of each corpus: the median over its recordings, and a band between the quartiles.
 
     Parameters
     ----------

@@ -31,7 +31,8 @@ from data_sharding.dataset.shard_reader import HEADER, padded_size, read_entries
 from data_sharding.dataset.splits import SPLITS
 
 ANEW = "make the dataset again with 'dreamscale shard' and a new folder in the key 'output'"
-"""Advice for a dataset that needs another split or other names of subjects. An existing dataset keeps its splits."""
+"""Advice for a dataset that needs another split or other names of subjects. The dataset must be made again, because the
+splits of an existing dataset are never changed."""
 
 
 @dataclass(kw_only=True)
@@ -71,7 +72,7 @@ def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
     Returns
     -------
     list of str
-        One description for each fault, which begins with the name of the file; empty if the shard is intact.
+        One description for each fault; it begins with the name of the damaged file. Empty if the shard is intact.
     """
     name = f"{shard.path.removesuffix('.tar')}.idx"
     tar, index = root / shard.path, root / name
@@ -202,7 +203,7 @@ def _ledger_faults(root: AnyPath, manifest: Manifest) -> list[str]:
 
 
 def _print_findings(findings: Findings, lines: int) -> None:
-    """Print the findings by kind, then the comparisons that were made, and then those that could not be made."""
+    """Print the proofs, then the questions, and then the texts of `compared`, `to_confirm` and `not_compared`."""
     for proof in (True, False):
         for kind in KINDS:
             these = [f for f in findings.found if f.kind == kind and f.proof == proof]
@@ -303,7 +304,7 @@ def verify(config: VerifyConfig) -> int:
 
 
 def _conclude(config: VerifyConfig, contents: Contents, findings: Findings) -> int:
-    """Print the last line for splits in which no shared data were found, and return the exit code."""
+    """Print the last line if no data were found that the splits share, and return the exit code."""
     manifest = contents.manifest
     stage = "align" if manifest.labels else "pretrain"
     following = f"next: dreamscale {stage} CONFIG --dataset {config.dataset}"
