@@ -252,7 +252,7 @@ class Contents:
         return self._order[self._bounds[number] : self._bounds[number + 1]]
 
     def known_subjects(self) -> set[tuple[str, str]]:
-        """Return corpus and name of each subject, except unknown subjects (their name is empty or a recording's key)."""
+        """Return corpus and name of each subject with a known name (not empty, and not the key of the recording)."""
         return {(c, s) for (c, s), key in zip(self.people, self.recordings, strict=True) if s and s != key}
 
     def count_unnamed(self) -> int:

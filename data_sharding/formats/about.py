@@ -88,7 +88,7 @@ def _parse_date(text: str) -> datetime.date | None:
 def year_of(text: str) -> int | None:
     """Return the year of a date that begins with year, month and day (``2019-05-02T10:00:00``).
 
-    The result is None for a date that stands for an unknown date, and for a year before `EARLIEST`.
+    The result is None for a placeholder date (`UNKNOWN_DATES`), and for a year before `EARLIEST`.
 
     Raises
     ------
@@ -162,8 +162,8 @@ def read_patient(path: AnyPath, format_: str) -> Patient | None:
     """
     try:
         return parse_patient(read_range(path, 0, 256), format_)
-    # Each library for an object store has its own types of errors. If the file cannot be read, a later step reports
-    # this.
+    # Catch all errors, because each library for an object store has its own types of errors. If the file cannot be
+    # read, a later step reports this.
     except Exception:
         return None
 
@@ -240,7 +240,7 @@ def edf_about(path: AnyPath) -> About:
 
 
 def _edf_filters(path: AnyPath) -> str:
-    """Return the three most frequent filter descriptions in the header, joined to one text."""
+    """Return one text with the three filter descriptions that occur most often in the header."""
     layout = edf_layout(path)
     n = len(layout.labels)
     texts = read_range(path, 256 + 136 * n, 80 * n).decode("latin-1")
@@ -255,12 +255,12 @@ def _edf_filters(path: AnyPath) -> str:
 
 
 def mne_about(info: Any) -> About:
-    """Read age, sex, year, device and filters from MNE's info of a file.
+    """Read age, sex, year, device and filters from the info object that MNE made for a file.
 
     Parameters
     ----------
     info : mne.Info
-        Info of a raw or epochs object.
+        The info object of a raw or epochs object.
 
     Returns
     -------
@@ -296,7 +296,7 @@ def describe(path: AnyPath, format_: str, info: Any) -> About:
     format_ : str
         Format of the recording.
     info : mne.Info or None
-        MNE's info of the file; None if a library other than MNE reads the format.
+        The info object that MNE made for the file; None if a library other than MNE reads the format.
 
     Returns
     -------

@@ -36,8 +36,8 @@ NOT_EEG = {
     "external": r"exg\d+|ext?\d+|aux.*|(left|right)[_ ]?aux.*|misc.*|x\d+|bip\d+|pat|tech|mark\d*|\$.*|bn\d+|nr\d+"
     r"|e|z|sdb|unused.*|[-.]+\d*",
 }
-"""Patterns of channel names that are not EEG, even if the file gives them the type EEG. A pattern must match the whole
-name; case is ignored."""
+"""Patterns for the names of channels that are not EEG, even if the file gives these channels the type EEG. A pattern
+must match the whole name; case is ignored."""
 EARS = ("A1", "A2", "M1", "M2")
 """Names of electrodes on earlobes and mastoids. These are references and not scalp electrodes, except on caps whose
 electrodes are named A1 .. A32."""
@@ -54,8 +54,8 @@ NETS = {
 }
 """MNE's name of each EGI net. The key is the number of electrodes without the vertex electrode."""
 DECORATION = re.compile(r"(EEG|POL)[ _:-]+(?=\S*[A-Za-z$])", re.IGNORECASE)
-"""Prefix of channel names in Nihon Kohden and clinical files. The prefix is removed, except if only a number
-follows."""
+"""Pattern of the prefix (EEG or POL) that Nihon Kohden and other clinical files write before channel names. The prefix
+is removed, except if only a number follows."""
 REFERENCE = re.compile(
     r"(?<!\bEEG)(?<!\bPOL)[-_ :/]+(REF|LE|AR|AVG|AV|CAR|CZREF|CAZ|G2|VREF|LINKED|A1\+A2|M1\+M2"
     r"|[AM][12]([AM][12])?)\d?$",
@@ -86,7 +86,7 @@ class Channels:
     by_type: dict[str, int] = field(default_factory=dict)
     """Number of channels of each type in the file."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    """Names of the channels that are not EEG, grouped by kind of channel."""
+    """Names of the channels that are not used, grouped by the kind of channel (such as eog) or by the reason."""
     unknown_unit: str = ""
     """Text of the unknown unit if no channel has a known unit (such a recording cannot be used); otherwise empty."""
     selection: str = "all"
@@ -108,8 +108,8 @@ def canonical_name(name: str) -> str:
     Returns
     -------
     str
-        Canonical name, e.g. ``FC5``, ``Fp1``, ``T7``, ``Fp1-F7``. If the name is not a standard electrode, only its
-        prefix and its reference are removed.
+        Canonical name, e.g. ``FC5``, ``Fp1``, ``T7``, ``Fp1-F7``. If the name is not that of a standard electrode, only
+        its prefix and its reference are removed.
     """
     text = " ".join(name.replace("\0", " ").split()).strip(". ")
     text = REFERENCE.sub("", text).strip(". ") or text
@@ -133,7 +133,7 @@ def _bipolar(text: str) -> tuple[str, str] | None:
 
 
 def is_site(name: str) -> bool:
-    """Return whether a canonical name is an electrode of the 10-05 system, or the difference of two such electrodes."""
+    """Return whether a canonical name means an electrode of the 10-05 system, or a difference of two of them."""
     return name.lower() in _standard_names() or _bipolar(name) is not None
 
 
@@ -165,7 +165,7 @@ def _standard_names() -> dict[str, str]:
 
 @functools.lru_cache(maxsize=4096)
 def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
-    """Return the kind of a non-EEG channel, judged by its name.
+    """Decide by its name whether a channel is not EEG, and return the kind of such a channel.
 
     Parameters
     ----------
@@ -215,7 +215,7 @@ def is_grid(names: list[str]) -> bool:
 def is_net(names: list[str]) -> bool:
     """Return whether channel names are the electrode numbers of an EGI net.
 
-    At least three names must be electrode numbers, because E1 and E2 alone can be eye electrodes.
+    At least three names must have the form E1, E2 and so on, because E1 and E2 alone can be eye electrodes.
     """
     return sum(bool(NET_NAME.fullmatch(name)) for name in names) > 2
 
@@ -301,7 +301,7 @@ def pick_channels(info: SignalInfo) -> Channels:
 
     Contacts inside the skull are used only if `SignalInfo.intracranial` is set. Names of contacts inside the skull are
     not changed, because a contact of a depth electrode can be named T3 or A1, but is not the scalp electrode T3 or A1.
-    Positions of contacts inside the skull are read only from the file.
+    Positions of contacts inside the skull come only from the file, and never from a standard montage.
 
     Parameters
     ----------
@@ -371,7 +371,7 @@ def pick_channels(info: SignalInfo) -> Channels:
 
 
 def _shorten(notes: list[str]) -> list[str]:
-    """Shorten a list of notes about single channels to at most four notes."""
+    """Shorten a list of notes, each about one channel, to at most four notes."""
     return notes if len(notes) <= 4 else [*notes[:3], f"the same holds for {len(notes) - 3} other channels"]
 
 

@@ -1,4 +1,4 @@
-"""Find all files of a recording: their names are read from its main file, and not guessed from similar names."""
+"""Find all files of a recording. Their names are read from the main file, and not guessed from similar names."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def files_beside(path: AnyPath) -> Near:
     Returns
     -------
     mapping of str to path
-        All entries of the folder, including `path` itself. The keys are the names in lower case. Pipes, sockets and
-        devices are left out.
+        Entries of the folder, including `path` itself, but without pipes, sockets and devices. The keys are the names
+        in lower case.
     """
     entries = [entry for entry in path.parent.iterdir() if is_remote(entry) or not is_special(str(entry))]
     return {entry.name.lower(): entry for entry in entries}
@@ -146,7 +146,7 @@ def eeglab_signal_name(path: AnyPath, near: Collection[str]) -> str | None:
 
 
 def _plain_blocks(content: bytes) -> Iterator[bytes]:
-    """Yield the content of a MATLAB file in blocks. In MATLAB 5 files, each variable may be compressed."""
+    """Yield the content of a MATLAB file in blocks. Compressed variables of MATLAB 5 files are decompressed."""
     if content.startswith(b"\x89HDF"):
         yield content
         return
@@ -169,7 +169,7 @@ def _plain_blocks(content: bytes) -> Iterator[bytes]:
 
 
 def link_files(files: tuple[Path, ...], folder: Path, names: dict[Path, str]) -> None:
-    """Make links to the files of a recording in a separate folder, so that a reader cannot open any other file.
+    """Make a folder of links to the files of a recording, so that a reader can open only these files.
 
     Parameters
     ----------
@@ -178,7 +178,7 @@ def link_files(files: tuple[Path, ...], folder: Path, names: dict[Path, str]) ->
     folder : Path
         The folder.
     names : dict
-        Names of the links. A file without an entry gets a link with the name of the file.
+        Names of the links. The link to a file without an entry has the name of the file.
     """
     for file in files:
         (folder / names.get(file, file.name)).symlink_to(file.absolute())

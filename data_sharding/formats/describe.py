@@ -21,9 +21,9 @@ class About:
     """Description of one or more formats for the user."""
 
     names: tuple[str, ...]
-    """Names of the formats in the ledger."""
+    """Names by which the ledger calls the formats."""
     title: str
-    """Name and file extensions."""
+    """Names of the formats for the user, with the file extensions."""
     recognised_by: str
     """Part of the file by which the format is recognised."""
     compared: str

@@ -40,7 +40,8 @@ class RecordsSignal(RawSignal):
         Channels with the main sampling rate.
     others : list of (mne.io.BaseRaw, Fraction)
         Groups of channels with other sampling rates, each with the ratio of the main rate to the rate of the group. All
-        groups are resampled to the main rate; the result is the same as if each segment were resampled as a whole.
+        groups are resampled to the main rate. `read` may get only a part of a segment; the values are the same as if
+        the whole segment were resampled.
     **more : Any
         Further arguments of `RawSignal`.
     """
@@ -90,7 +91,7 @@ class RecordsSignal(RawSignal):
 
 
 class MissingSignal(RawSignal):
-    """A GDF recording in which values of single channels are missing. Missing values are read as NaN.
+    """A GDF recording in which some channels have missing values. Missing values are read as NaN.
 
     Parameters
     ----------
@@ -198,7 +199,7 @@ def _find_marks(
 ) -> tuple[dict[str, Any], bool]:
     """Return the segments, annotations, marks and notes of a file, as arguments of `RawSignal`.
 
-    The second returned value is True if some channels, but not all, have missing values.
+    The second returned value is True if at some time, values are missing in some channels, but not in all channels.
     """
     notes: list[str] = []
     if format_ == "gdf":
@@ -227,7 +228,7 @@ def _find_marks(
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """Some channels of a file, opened by MNE."""
+    """Result of opening some channels of a file with MNE."""
 
     raw: BaseRaw
     """The channels."""

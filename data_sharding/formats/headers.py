@@ -43,7 +43,7 @@ class Layout:
     """Layout of the records of an EDF, BDF or GDF file."""
 
     labels: list[str]
-    """Names of all channels, including those for annotations."""
+    """Names of all channels, including the annotation signals."""
     units: list[str]
     """Unit of each channel, such as uV; an empty string if the file names no unit."""
     unscaled: dict[int, str]
@@ -52,7 +52,7 @@ class Layout:
     per_record: list[int]
     """Number of samples of each channel in one record."""
     n_records: int
-    """Number of records in the header; zero or negative if the header does not give the number."""
+    """Number of records that the header states; zero or negative if the header does not state the number."""
     record_s: float
     """Length of a record in seconds."""
     header_bytes: int
@@ -262,7 +262,10 @@ def _limits(low: Sequence[str | float], high: Sequence[str | float]) -> list[tup
 
 
 def _unscaled(physical: list[tuple[float, float]], digital: list[tuple[float, float]]) -> dict[int, str]:
-    """Return the channels without a valid range: minimum and maximum are equal, or one of these is not a number."""
+    """Return the channels whose digital or physical range is not valid, each with the fault.
+
+    A range is not valid if its minimum and maximum are equal, or if one of them is not a number.
+    """
     out = {}
     for what, limits in (("digital", digital), ("physical", physical)):
         for i, (a, b) in enumerate(limits):

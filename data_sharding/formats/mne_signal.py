@@ -1,4 +1,4 @@
-"""Wrap a recording that MNE opened as a `Signal`. Samples are read on demand.
+"""Make a `Signal` of a recording that MNE has opened. Samples are read on demand.
 
 In array shapes, n is the number of channels, S the number of samples at the recorded rate, and E the number of epochs.
 """
@@ -96,7 +96,7 @@ class RawSignal:
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
         """Read samples of some channels; `Signal.read` explains the arguments."""
         # Read each segment separately, because one reader of MNE returns wrong samples for a range that spans several
-        # blocks.
+        # blocks of the file.
         ends = [s.stop for s in self.info.segments if start < s.stop < stop] if len(self.info.segments) > 1 else []
         bounds = [start, *ends, stop]
         with quiet():
@@ -165,7 +165,7 @@ def annotations_of_epochs(epochs: mne.BaseEpochs) -> list[Annotation]:
     Times are those of a signal in which all epochs follow each other without gaps.
 
     An annotation that overlaps several epochs is returned once for each epoch, with an onset that is not before the
-    epoch.
+    beginning of the epoch.
     """
     found = epochs.annotations
     if found is None or not len(found):

@@ -161,7 +161,7 @@ def _fif(path: Path) -> Any:
 
 
 def _check_parts(raw: BaseRaw) -> BaseRaw:
-    """Raise an error if a part of a split recording does not begin where the previous part ends."""
+    """Raise an error if a file of a split recording does not begin where the previous file ends."""
     ends = zip(raw._last_samps, raw._first_samps[1:], strict=False)
     for i, (last, first) in enumerate(ends, start=1):
         if first != last + 1:
@@ -223,8 +223,8 @@ def _as_named(
     text : str, optional
         Repaired text of the header. By default, the text of the header is read from `path`.
     contents : mapping of str to str, optional
-        Repaired contents of files. Each key is a key of the header (such as MarkerFile) whose value is the name of the
-        file.
+        Repaired contents of the files that the header names. The key is the header's key for the name of the file, such
+        as MarkerFile; the value is the repaired text of this file.
 
     Returns
     -------
@@ -233,7 +233,7 @@ def _as_named(
     text : str
         Text of the header.
     folder : TemporaryDirectory or None
-        Temporary folder with the copy. The folder must exist as long as the recording is open.
+        Temporary folder with the copy; it must exist as long as the recording is open. None if no copy was needed.
     """
     contents = contents or {}
     original, encoding = headers.decode_text(path.read_bytes())
@@ -430,7 +430,7 @@ def _nihon(path: Path) -> Signal:
 def _persyst(path: Path) -> Signal:
     """Open a Persyst recording with its gaps.
 
-    The gaps are computed from a table of sample times in the header, which MNE ignores.
+    The gaps are computed from the table of sample times in the header, because MNE ignores this table.
     """
     import mne
 

@@ -1,4 +1,4 @@
-"""Compare the positions of electrodes in a file with the standard positions of their names.
+"""Compare the positions of electrodes in a file with the standard positions of the electrodes of the same names.
 
 Files use different coordinate systems: the x or the y axis can point to the nose, left and right can be exchanged, and
 the origin can be the middle of a sphere instead of the point between the ears. The coordinate system of a file is found

@@ -108,13 +108,13 @@ class File:
         return name.lower() in self.near
 
     def owner_of(self, name: str, headers_of: tuple[str, ...]) -> str | None:
-        """Check a file name in this header.
+        """Check the name of a data or marker file in this header.
 
         Return a reason if the file seems to belong to another recording, otherwise None.
 
-        After a recording was renamed, its header can still name the files of another recording. A name is wrong if its
-        base name differs from that of this header, and if the folder also contains another header with the base name of
-        the named file, or a data file with the base name of this header.
+        After a header was renamed, it can name a file that belongs to another recording. This is assumed if the base
+        names of the header and of the named file differ, and if the folder contains one of two other files: a header
+        with the base name of the named file, or a file like the named file with the base name of this header.
         """
         stem, _, ending = name.rpartition(".")
         if not stem or stem.lower() == self.stem.lower():
@@ -132,7 +132,7 @@ class File:
     def recording(
         self, format_: str, *sidecars: str, problem: Reason | None = None, continuous: bool = True, need: str = ""
     ) -> Recording:
-        """Return the recording that consists of this file and of those `sidecars` that exist.
+        """Return the recording that consists of this file, and of the `sidecars` that exist.
 
         If `need` is not empty and no sidecar exists, the text `need` becomes the problem of the recording.
         """
@@ -173,9 +173,9 @@ def _brainvision(file: File) -> Recording | None:
     for key, needed in (("DataFile", True), ("MarkerFile", False)):
         name = headers.ini_value(text, key)
         name = re.split(r"[\\/]", name)[-1].replace("$b", file.stem) if name else None
-        # After a rename, the header can contain the name of a data file that no longer exists. A data file with the
-        # base name of the header may belong to another recording, so refuse the recording and do not use that data
-        # file.
+        # After the files were renamed, the header can contain the name of a data file that no longer exists. A data
+        # file with the base name of the header may belong to another recording, so refuse the recording and do not use
+        # that data file.
         if name and file.exists(name):
             files.append(name)
             if other := file.owner_of(name, HEADERS_OF_BRAINVISION):
@@ -215,7 +215,7 @@ def _ant(file: File) -> Recording | None:
         return None
     if file.suffix != ".cnt" and not file.head[8:16].rstrip(b"\0 ").endswith(b"CNT"):
         return None
-    # For ANT files, events are read from .evt or .trg files, and the times of segments from .seg files.
+    # Next to an ANT file, an .evt or .trg file contains the events, and a .seg file contains the times of the segments.
     sidecars = [f"{file.stem}.{suffix}" for suffix in ("evt", "trg", "seg")]
     return file.recording("ant", *sidecars, problem=headers.run_check(headers.check_ant, "ANT", file.path, file.head))
 
@@ -226,7 +226,8 @@ def _fif(file: File) -> Recording | None:
     if not zipped and (file.head[:4] != b"\0\0\0\x64" or file.suffix != ".fif"):
         return None
     if zipped and not (file.exists(f"{name[:-7]}-1.fif.gz") or file.exists(f"{name[:-3]}-1.gz")):
-        # Do not search this file for the name of a next part, because reading to the end of a gzip stream takes long.
+        # The folder has no file that can be the next part. So do not search this file for the name of a next part,
+        # because reading to the end of a gzip stream takes long.
         return file.recording("fif")
     # Read the name of the next part from the content of the file, because a file such as rest-1.fif may be another
     # recording.
@@ -406,7 +407,7 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
         files = _by_path([f for f in path.rglob("*") if f.is_file()])
         problem = Reason("no reader for MEF3", "convert the recording to EDF or BrainVision")
         return Recording(path=path, format="mefd", files=files, problem=problem)
-    # Skip folders, pipes, sockets and devices: reading from a pipe or device may never end.
+    # Skip other folders, and pipes, sockets and devices: reading from a pipe or device may never end.
     if not is_remote(path) and not stat.S_ISREG(path.stat().st_mode):
         return None
     file = File(path, near)

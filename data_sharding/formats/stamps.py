@@ -64,7 +64,7 @@ class Clock:
     """Indices that sort the samples by time. A sample that is stored twice is listed once. None if no sorting is
     needed."""
     segments: list[Segment]
-    """Segments; `Segment.start` and `Segment.stop` are numbers of the sorted samples."""
+    """Segments; `Segment.start` and `Segment.stop` are indices into the sorted samples."""
     begins: list[float]
     """Time stamp of the first sample of each segment, according to the line that was fitted to the segment."""
     period: float
@@ -78,8 +78,8 @@ class Clock:
 
     def time_of_stamp(self, stamp: float) -> float:
         """Convert a time stamp to seconds from the recording's beginning, on the amplifier's clock."""
-        # If the clock was set back, several segments can contain this time, so use the last segment that begins before
-        # the stamp.
+        # If the clock was set back, several segments can contain this stamp, so use the last segment that begins before
+        # it.
         begun = [i for i, begin in enumerate(self.begins) if begin <= stamp + EQUAL_S]
         at = begun[-1] if begun else 0
         return self.segments[at].onset + (stamp - self.begins[at]) / (self.period * self.sfreq)
@@ -150,9 +150,9 @@ def fit_clock(
     Returns
     -------
     Clock
-        Sampling rate, segments and notes. Times on the amplifier's clock: sample number of the amplifier, divided by
-        the sampling rate. The length of a gap is rounded to a whole number of samples if rounding changes the length
-        only a little.
+        Sampling rate, segments and notes. The times of the segments are on the amplifier's clock: number of samples
+        that the amplifier had recorded (including lost samples), divided by the sampling rate. The length of a gap is
+        rounded to a whole number of samples if rounding changes the length only a little.
 
     Raises
     ------
@@ -296,7 +296,7 @@ def _period(anchors: _Anchors, nominal: float) -> float:
 
 
 def _excess(anchors: _Anchors, period: float) -> np.ndarray:
-    """Return, in seconds, the time between consecutive anchors minus the length of the samples between the anchors."""
+    """Return the stamp difference of consecutive anchors, minus the length of the samples between them, in seconds."""
     return np.diff(anchors.t) - np.diff(anchors.k) * period
 
 
@@ -410,7 +410,8 @@ def _in_order(
 def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
     """Return how many samples move when pieces (groups of chunks) are sorted by time.
 
-    The pieces that do not move are an increasing subsequence of `by_time`: the one with the most samples.
+    `by_time` has many increasing subsequences. The pieces of the subsequence with the most samples stay, and all other
+    pieces move.
 
     Parameters
     ----------
@@ -431,12 +432,12 @@ def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
 
 
 def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
-    """Find each anchor for which the time stamps jump lastingly between the previous anchor and this anchor.
+    """Find the anchors at which a lasting jump of the time stamps ends (the jump begins at the previous anchor).
 
     The time stamps jump after a loss of samples, and also if a chunk is late. To distinguish the two cases, the
     function compares the time stamps of `WINDOW_S` seconds before and after the jump. After a loss of samples, all
     later time stamps are late, so the lower quartile of their delays grows too. After a late chunk, the next chunks are
-    not late.
+    not late, so the lower quartile does not grow.
     """
     k, t = anchors.k, anchors.t
     excess = _excess(anchors, period)
@@ -464,7 +465,7 @@ def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
             lasting = float(np.percentile(after, 25)) + 0.6745 * noise / np.sqrt(2) - level
         else:
             lasting = level - (float(np.percentile(after, 75)) - 0.6745 * noise / np.sqrt(2))
-        # Near the ends of the recording, fewer anchors can be compared, so the smallest lasting jump must be larger.
+        # Near the ends of the recording, fewer anchors can be compared, so only larger jumps count as lasting.
         least = SIGMAS * usual * np.sqrt(density / min(len(before), len(after)))
         least = min(max(least, JUMP * period), max(SURE_S, JUMP * period))
         if lasting <= max(least, 0.5 * abs(jump)):
@@ -548,8 +549,8 @@ def _place_segments(
 ) -> tuple[list[Segment], list[float]]:
     """Make one segment for each run (a range of anchors without a jump).
 
-    The onset of a segment is the number of samples that the amplifier recorded before the segment, with lost samples,
-    divided by the sampling rate.
+    The onset of a segment is the number of samples that the amplifier recorded before the segment (including lost
+    samples), divided by the sampling rate.
 
     The second returned value is the time stamp of each segment's first sample.
 
@@ -572,8 +573,8 @@ def _place_segments(
         gained = (bases[j] - bases[:j]) / period
         back = np.flatnonzero(np.abs(gained) < doubt)
         if gained[-1] < 0 and len(back):
-            # The time stamps return to an earlier line. The time stamps since that line were only late, and no sample
-            # was lost.
+            # The time stamps return to the line of an earlier run. So the time stamps of the runs in between were only
+            # late, and no sample was lost.
             lost[back[-1] : j + 1] = lost[back[-1]]
             continue
         possible = [more for i in timelines if (more := lost[i] + gained[i] - lost[j - 1]) > -doubt]

@@ -64,8 +64,8 @@ def open_xdf(path: Path) -> Signal:
     -------
     Signal
         The stream, with the sampling rate from the time stamps. If samples are missing, a new segment begins after the
-        gap (see `data_sharding.formats.stamps`). The texts of marker streams can divide the recording, like annotations
-        of other formats. Numbers in marker streams are event codes, and never divide the recording.
+        gap (see `data_sharding.formats.stamps`). The texts of marker streams can divide the recording at interruptions,
+        like annotations of other formats. Numbers in marker streams are event codes, and never divide the recording.
 
     Raises
     ------
@@ -132,7 +132,7 @@ def open_xdf(path: Path) -> Signal:
 
 
 def _choose_stream(path: Path, streams: Sequence[Any]) -> tuple[int, list[str]]:
-    """Return the id of the only stream that has samples, and notes about streams without samples.
+    """Return the id of the only one of the streams that has samples, and notes about the streams without samples.
 
     A recorder also writes the header of a device that is switched on but sends nothing.
     """
@@ -184,7 +184,7 @@ def _offsets(stream: Any) -> tuple[Sequence[float], Sequence[float]]:
 def _offset_at(offsets: tuple[Sequence[float], Sequence[float]], stamps: np.ndarray) -> np.ndarray:
     """Interpolate the measured clock differences at the given time stamps.
 
-    Add the result (in seconds) to the time stamps.
+    The time stamps plus the result (in seconds) are times of the computer's clock.
     """
     at, by = (np.asarray(values, float) for values in offsets)
     kept = np.isfinite(at) & np.isfinite(by)

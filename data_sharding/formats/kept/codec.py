@@ -1,10 +1,10 @@
 """Compresses blocks of samples without loss, and decompresses them.
 
 Each channel is stored in the smallest of three encodings: a table, float32 (optionally with a constant factor) or
-float64. A table encoding stores the distinct values once, and an index into this table for each sample (most amplifiers
-write at most 16 bits, so there are few distinct values). An encoding is used only if decoding restores every bit.
-Before compression with zstandard, the bytes are reordered: first the first byte of every number, then the second byte
-of every number, and so on.
+float64. The encoding with a table stores each distinct value once, and for each sample an index into the table. (There
+are few distinct values, because most amplifiers write at most 16 bits.) An encoding is used only if decoding restores
+every bit. Before compression with zstandard, the bytes are reordered: first the first byte of every number, then the
+second byte of every number, and so on.
 
 In array shapes, n is the number of channels and b the number of samples of the block.
 """
@@ -53,7 +53,7 @@ def unpack(data: bytes, shape: tuple[int, int], rows: Sequence[int]) -> np.ndarr
     data : bytes
         The compressed block.
     shape : tuple of int
-        Numbers of channels and samples of the block.
+        Number of channels, and number of samples of each channel.
     rows : sequence of int
         Channels to decompress.
 
@@ -102,9 +102,9 @@ def _pack_channel(x: np.ndarray) -> tuple[int, int, bytes]:
 
 
 def _narrow(x: np.ndarray) -> tuple[np.ndarray | None, int]:
-    """Return the values, divided by a factor, as float32; and the index of this factor in `_FACTORS`.
+    """Return the values divided by a factor, as float32, and the index of this factor in `_FACTORS`.
 
-    Return None and 0 if every factor would change some of the values.
+    Return None and 0 if with every factor, decoding would change some of the values.
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for i, factor in enumerate(_FACTORS):

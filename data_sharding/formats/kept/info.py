@@ -43,7 +43,7 @@ def info_from_json(values: Any, where: str) -> SignalInfo:
     values : Any
         Parsed JSON.
     where : str
-        Path of the file, for the message.
+        Path of the file, for error messages.
 
     Returns
     -------

@@ -26,21 +26,22 @@ from data_sharding.formats.kept.info import MOST, info_from_json, info_to_json
 from data_sharding.formats.signal import Signal, SignalInfo
 
 KEPT_SCHEMA = 2
-"""Version of the file format. The name of a kept signal is a checksum, and the version is part of what is hashed."""
+"""Version of the file format. The name of a kept signal is a checksum that also depends on this version, so files of an
+older version are not found."""
 _TAIL = struct.Struct("<Q32s8s")
 _MAGIC = b"DSkept1\n"
 _TYPES = ("float32", "float64")
 
 
 class NotKept(Exception):
-    """A kept signal is missing or damaged, or does not contain a channel.
+    """A kept signal is missing or damaged, or does not contain a requested channel or sample.
 
     The caller must read the recording's own files.
 
     Parameters
     ----------
     note : str
-        Note for the ledger; empty if nothing is wrong.
+        Note for the ledger if the kept signal is damaged; otherwise empty.
     """
 
     def __init__(self, note: str = "") -> None:
@@ -49,7 +50,7 @@ class NotKept(Exception):
 
 
 class KeepingSignal:
-    """A wrapper of a signal: it writes a copy of all samples that a caller reads to a file.
+    """A wrapper of a signal. When a caller reads samples, the wrapper also writes these samples to a file.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Manages the folder of kept signals (decoded signals on disk), and stores checksums of files for later jobs."""
+"""Manages the folder of kept signals (decoded signals on disk), and of the checksums of the recordings' files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data_sharding.common.untrusted import check_list, check_sha256
 
 SETTLED_S = 2.0
 """A file's checksum is stored only if the last change of the file is more than this number of seconds ago. If two
-changes follow each other quickly, the file can have the same modification time after both."""
+changes follow each other quickly, the file can have the same modification time after both changes."""
 State = tuple[int, int, str]
 
 
@@ -103,8 +103,9 @@ def find_checksums(folder: Path, files: Sequence[AnyPath]) -> tuple[list[State],
     Returns
     -------
     tuple or None
-        States of the files, and checksums of the files. None if no checksums are stored. None also if a file has
-        changed, that is, if its size, its modification time or the checksum that the object store reports is different.
+        Two lists: the states of the files, and the checksums of the files. None if no checksums are stored. None also
+        if a file has changed, that is, if its size, its modification time or the checksum that the object store reports
+        is different.
     """
     try:
         values = check_list(read_json(_table(folder, files)), "checksums")
@@ -134,8 +135,8 @@ def store_checksums(folder: Path, files: Sequence[AnyPath], states: list[State] 
     if states is None or get_states(files) != states:
         return
     newest = time.time_ns() - int(SETTLED_S * 1e9)
-    # If the object store reports neither a modification time nor a checksum, a later change of the file could not be
-    # noticed.
+    # Store nothing if the object store reports neither a modification time nor a checksum of a file, because a later
+    # change of the file could not be noticed.
     if any(
         mtime > newest or (isinstance(f, UPath) and not (mtime or etag))
         for f, (_, mtime, etag) in zip(files, states, strict=True)

@@ -60,7 +60,7 @@ def list_entries(value: Any) -> list[dict[str, Any]]:
 
 
 def read_number(value: Any) -> float | None:
-    """Convert an entry to a number.
+    """Convert the value of a field of a MATLAB structure to a number.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def read_number(value: Any) -> float | None:
     Returns
     -------
     float or None
-        The number; NaN if the entry is empty or infinite; None if the entry is not a number.
+        The number; NaN if the value is empty or infinite; None if the value is not a number.
     """
     array = np.asarray(value)
     if array.size == 0 and array.dtype.kind != "U":
@@ -94,8 +94,7 @@ def read_channel_events(content: Any) -> tuple[list[Annotation] | None, list[str
     annotations : list of Annotation or None
         All events that have a latency. None if no event names a channel, or if the file does not list its channels.
     notes : list of str
-        A note for the ledger if the channels of bad-span marks cannot be used. Bad-span marks without usable channels
-        belong to all channels.
+        A note for the ledger if the channels of bad-span marks cannot be used. Such marks are used for all channels.
     """
     events, channels = list_entries(content.event), list_entries(content.chanlocs)
     if not any(field in event for event in events[:1] for field in CHANNEL_FIELDS) or not channels:
@@ -145,7 +144,7 @@ def read_rejections(content: Any) -> tuple[list[Found], list[str]]:
     for key in (f"{origin}rej{kind}" for origin in ("", "ica") for kind in REJECTIONS):
         for name, table in ((key, whole), (f"{key}E", single)):
             values = np.asarray(fields.get(name, ()))
-            # In the tables ``icarejKINDE``, a row is an independent component and not a channel.
+            # The tables ``icarejKINDE`` are not used, because a row is an independent component and not a channel.
             if values.dtype.kind not in "iufb" or not values.any() or (table is single and key.startswith("ica")):
                 continue
             values = values.T if values.shape == table.shape[::-1] else values
@@ -204,7 +203,7 @@ def _read_channels(event: dict[str, Any], numbers: dict[int, str | None]) -> tup
 
 
 def _flatten(value: Any) -> list[Any]:
-    """Return a flat list of the texts and numbers in an entry. The entry is a text, a number, an array or a list."""
+    """Return a flat list of the texts and numbers in a value. The value is a text, a number, an array or a list."""
     if value is None or isinstance(value, str):
         return [] if value is None else [value]
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):

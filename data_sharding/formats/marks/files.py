@@ -16,7 +16,7 @@ from data_sharding.formats.signal import Segment
 
 SECONDS_A_DAY = 86400
 DAYS_TO_1970 = 25569
-"""Number of 1 January 1970 in ANT files. In these files, day 0 is 30 December 1899."""
+"""Day number of 1 January 1970 in ANT files. In these files, day 0 is 30 December 1899."""
 NEUROSCAN_EVENT_BYTES = {1: 8, 2: 19, 3: 19}
 """Size of an event in bytes, for each type of the Neuroscan event table."""
 NEUROSCAN_STOPS = {0xB: "correction of the DC offset", 0xE: "discontinuity"}
@@ -75,7 +75,7 @@ def find_mff_pauses(begins: Sequence[int], ends: Sequence[int], sfreq: float) ->
     Parameters
     ----------
     begins, ends : sequence of int
-        First sample, and last sample plus one, of each epoch. MNE computes these numbers of samples from the times in
+        First sample, and last sample plus one, of each epoch. MNE computes these sample numbers from the times in
         ``epochs.xml``, which are microseconds in some files and nanoseconds in others.
     sfreq : float
         Sampling rate in Hz.

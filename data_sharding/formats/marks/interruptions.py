@@ -44,7 +44,8 @@ class Mark:
     words: re.Pattern[str] | None = None
     """Pattern that the whole text of the annotation must match. None if the mark is not an annotation."""
     removed: bool = False
-    """True if the duration of the mark is the length of the signal that was removed from the file."""
+    """True if the duration of the mark is the length of signal that was removed before the file was written. Then the
+    mark covers no samples of the file."""
 
 
 class Annotation(NamedTuple):
@@ -390,7 +391,7 @@ def match_channels(
     marks : list of Found
         Marks. If a mark names a channel that the file does not have, the mark is used for all channels.
     notes : list of str
-        Notes for the ledger about names in marks that belong to no channel of the file.
+        Notes for the ledger about channel names that are in marks, but that no channel of the file has.
     """
     known = {canonical_name(name): name for name in reversed(names)} | {name: name for name in names}
     marks, unknown = [], Counter()

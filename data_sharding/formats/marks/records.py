@@ -3,7 +3,7 @@
 MNE joins all records without gaps, and ignores the Status bits of BioSemi amplifiers. In GDF files, special values mean
 that a sample is missing, and MNE returns these values as if they were signal.
 
-In array shapes, R is the number of records, N the number of samples in a record.
+In array shapes, R is the number of records, N the number of samples of one channel in a record.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ NEW_EPOCH, CMS_IN_RANGE, MK2 = 1 << 16, 1 << 20, 1 << 23
 """Bits of the Status channel of a BioSemi amplifier. Bit 22 means that the battery is low; this bit is not used,
 because a low battery does not change the signal."""
 STARTS_PER_S = 1.0
-"""If bit 16 rises more often than this number of times per second, the channel named Status was not written by a
-BioSemi amplifier."""
+"""If bit 16 (a new epoch) rises more often than this number of times per second, the channel named Status was not
+written by a BioSemi amplifier."""
 GDF_DTYPES = {1: "<i1", 2: "<u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<i8", 8: "<u8", 16: "<f4", 17: "<f8"}
 """NumPy type for each sample type code of GDF."""
 
@@ -140,7 +140,7 @@ def segments_of_runs(runs: list[tuple[int, int, float]], per_record: int) -> lis
 
 
 def _blocks(path: Path, layout: Layout, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield blocks of at most 4096 records: number of the block's first record, and bytes [R, bytes of a record]."""
+    """Yield blocks of at most 4096 records: number of the block's first record, and array [R, bytes of a record]."""
     if not count:
         return
     shape = (count, layout.record_bytes)
@@ -196,7 +196,7 @@ def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str
         return [], [text]
     found = [Found("new epoch", float(position) / rate) for position in starts]
     if not seen & CMS_IN_RANGE and not seen & MK2:
-        # Bits 20 and 23 are never set, so another program wrote the Status channel, and only its triggers are valid.
+        # Bits 20 and 23 are never set, so another program wrote the Status channel, and bit 20 says nothing about CMS.
         return found, []
     turns = np.concatenate([*([np.zeros(1, int)] if first_low else []), *edges, np.zeros(0, int)])
     turns = turns.tolist() + ([total] if len(turns) % 2 else [])

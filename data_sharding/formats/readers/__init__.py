@@ -1,4 +1,4 @@
-"""Readers of file formats that need only one small module.
+"""Readers of those file formats whose reader is one small module.
 
 Each module of this folder that defines ``FORMAT`` describes one file format.
 

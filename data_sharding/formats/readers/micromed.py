@@ -41,7 +41,7 @@ def _open(path: Path) -> Any:
         table = read_parts(stream.read(HEADER_BYTES))
     sfreq, n = signal.info.sfreq, signal.info.n_samples
     if len(table) > 1 and table[0] == (0, 0):
-        # neo takes the first row of such a table as the end of the table, and reads the file as one part.
+        # neo takes a first row (0, 0) as the end of the table, and reads the file as one part. So use the table here.
         segments = []
         for (time, start), stop in zip(table, [*(start for _, start in table[1:]), n], strict=True):
             if not start < stop <= n:

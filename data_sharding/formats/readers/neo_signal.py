@@ -39,7 +39,7 @@ class NeoSignal:
     Parameters
     ----------
     reader : neo.rawio.BaseRawIO
-        Reader of the package neo for this recording, whose method ``parse_header`` has not been called yet.
+        neo's reader of this recording. Its method ``parse_header`` must not have been called yet.
     only_electrodes : bool
         If True, only channels with names of scalp electrodes are used as EEG. Use True for amplifiers that also record
         intracranial electrodes: their files do not say which channels are on the scalp.

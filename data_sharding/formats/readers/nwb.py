@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from data_sharding.formats.sniffing import File, Recording
 
 NAMES = ("label", "channel_name", "electrode_name", "name")
-"""Columns of the electrode table that can contain names."""
+"""Columns of the electrode table that can contain the names of the electrodes."""
 
 
 def _recognise(file: File) -> Recording | None:
@@ -91,7 +91,7 @@ def _text(value: Any) -> str:
 def _find_series(file: Any) -> Any:
     """Find the electrical series (NWB's name for a voltage signal).
 
-    If the raw data have none, search the processed data.
+    If the raw data (``acquisition``) have no electrical series, search the processed data (``processing``).
     """
     for where in ("acquisition", "processing"):
         found: list[Any] = []
@@ -112,7 +112,7 @@ def _find_series(file: Any) -> Any:
 
 
 def _read_names(file: Any, series: Any, n: int) -> list[str]:
-    """Return the names of the channels from the electrode table."""
+    """Return the names of the channels from the electrode table; numbers if there is no table."""
     table = file.get("general/extracellular_ephys/electrodes")
     rows = np.asarray(series["electrodes"]).ravel().tolist() if "electrodes" in series else list(range(n))
     if table is None or len(rows) != n:

@@ -35,7 +35,8 @@ class Repaired:
     unplaced: set[int] = field(default_factory=set)
     """Numbers of the channels (from 1) that have placeholder coordinates in `text`."""
     recoded: bool = False
-    """Whether the text must be written in UTF-8, because the code page in the file is wrong."""
+    """Whether the text must be written again in UTF-8: the file has another encoding, lines that end with a carriage
+    return alone, or a wrong code page."""
 
 
 def section(text: str, name: str) -> tuple[int, int]:
@@ -51,7 +52,10 @@ def section(text: str, name: str) -> tuple[int, int]:
 
 
 def read_text(data: bytes) -> Repaired:
-    """Decode the bytes of a header or marker file. If the code page in the file is unknown or wrong, UTF-8 is used."""
+    """Decode the bytes of a header or marker file.
+
+    If the file names an unknown or wrong code page, the name is replaced by UTF-8 in the text.
+    """
     text, encoding = headers.decode_text(data)
     changed = encoding != "utf-8" or "\n" not in text
     text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -203,7 +207,7 @@ def _repair_coordinates(out: Repaired, names: list[str]) -> Repaired:
 
 
 def repair_markers(text: str) -> Repaired:
-    """Remove the lines of a marker file that cannot be read.
+    """Remove the invalid lines of a marker file, and the invalid dates in New Segment lines.
 
     Parameters
     ----------
@@ -213,7 +217,7 @@ def repair_markers(text: str) -> Repaired:
     Returns
     -------
     Repaired
-        The text without invalid dates, and without those lines that have no valid position.
+        The text without invalid dates, and without the lines of markers that have no valid position.
     """
     out = Repaired(text)
     broken, dates = [], []

@@ -92,7 +92,7 @@ def _repairing() -> Iterator[_Found]:
             found.rejected, said = read_rejections(content)
             notes += said
 
-        # `_repair_events` removes the channels of the events, so the channels must be read before.
+        # `_repair_events` removes the field with the channels from each event, so `read_events` must come before.
         for repair in (_repair_channels, read_rejected, read_events, _repair_events):
             with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
                 repair(content, found.notes)

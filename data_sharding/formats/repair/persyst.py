@@ -10,11 +10,11 @@ from data_sharding.formats.headers import parse_number
 DATES = {"/": "%m/%d/%Y", "-": "%d-%m-%Y", ".": "%Y.%m.%d"}
 """Date formats that MNE can parse. The key is the separator between day, month and year."""
 NOBODY = {"birthdate": "/", "sex": "", "hand": "", "testdate": ""}
-"""Keys that MNE needs in the section Patient, each with a value that means unknown to MNE."""
+"""Keys that MNE needs in the section Patient, each with the value that MNE understands as unknown."""
 
 
 def repair_header(text: str) -> tuple[str, list[str]]:
-    """Remove the lines of a Persyst header that MNE cannot parse.
+    """Remove or correct the lines of a Persyst header that MNE cannot parse, and add missing keys.
 
     Parameters
     ----------

@@ -30,7 +30,8 @@ def read_without_broken(
     opened : Any
         Result of `read`.
     folder : TemporaryDirectory or None
-        Folder with links to the files that were used. The folder must exist as long as the recording is open.
+        Folder with links to the files that were used; it must exist as long as the recording is open. None if no part
+        was left out.
     notes : list of str
         Notes for the ledger.
 

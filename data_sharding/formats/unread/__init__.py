@@ -1,6 +1,7 @@
 """Recognise files that this package does not read: recordings in other formats, and files that are not recordings.
 
-Each function takes a `sniffing.File`. The function returns a `Finding`, or None if the file is of another kind.
+The functions `recognise_...` of the modules take a `sniffing.File`, and return a `Finding`, or None if the file is of
+another kind.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Recognise files that are often stored next to recordings but are not recordings, such as events or covariances.
 
-For a FIF file, the blocks inside the file show whether it is a recording, because file names are often changed.
+Whether a FIF file is a recording is decided by the blocks inside the file, and not by its name, because names are often
+changed.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ RECORDINGS = (
     *(".xdf", ".trc", ".nxe", ".cdt", ".mff", ".raw", ".erd", ".acq", ".easy", ".ncs", ".nwb", ".rhd", ".rhs", ".mefd"),
     *(".smr", ".smrx", ".ns5", ".ns2", ".ns3", ".ns6", ".e", ".mat", ".avg"),
 )
-"""Extensions by which recordings inside an archive, and compressed recordings, are recognised."""
+"""Extensions of recordings. By these extensions, recordings inside an archive and compressed recordings are
+recognised."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".z")
 ARCHIVES = (
     ".zip",
@@ -150,7 +151,7 @@ RECORDERS = (
 
 
 def recognise_recorder(file: Any) -> Finding | None:
-    """Recognise a recording without a reader.
+    """Recognise a recording in a format without a reader.
 
     Parameters
     ----------
@@ -261,7 +262,7 @@ def _recognise_unknown(file: Any) -> Finding | None:
 
 
 def _is_table(head: bytes) -> bool:
-    """Return whether a .npy array has numbers and 2 or 3 dimensions, and the longer of the last two is at least 200."""
+    """Return whether a .npy file has numbers in 2 or 3 dimensions, and one of the last two is at least 200 long."""
     match = re.search(rb"'descr': '[<>|=]([fiu])\d+'.*'shape': \(([\d, ]+)\)", head[:512])
     if head[:6] != b"\x93NUMPY" or not match:
         return False

@@ -1,9 +1,9 @@
 """Recognise text tables that hold a signal, such as ``.csv`` files with one column for each electrode.
 
-Most text tables next to recordings are events, questionnaires or results. A table is reported as a signal only if at
-least four columns of numbers have the name of an electrode at the top, or if at least four lines of numbers begin with
-the name of an electrode. (Tables of electrode positions have such lines too, but only a few numbers in each line.) A
-large table that contains only numbers is reported too, because it is probably a signal.
+Most text tables next to recordings are events, questionnaires or results. A table is reported as a signal if at least
+four columns of numbers have the name of an electrode at the top, or if at least four long lines of numbers begin with
+the name of an electrode. (In tables of electrode positions, such lines are short.) A large table that contains only
+numbers is reported too, because it is probably a signal.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def recognise_table(file: Any) -> Finding | None:
 
 
 def _is_large_matrix(file: Any, rows: list[list[str]]) -> bool:
-    """Return whether a large table, after a few lines of text, has only lines with the same count of numbers."""
+    """Return whether a table is large, and has only lines of equally many numbers after its first few lines."""
     numbers = [row for row in rows if len(row) >= MIN_ELECTRODES and all(_is_number(entry) for entry in row if entry)]
     same = len({len(row) for row in numbers}) == 1
     large = int(file.path.stat().st_size) >= LARGE_BYTES
