@@ -84,15 +84,15 @@ class AlignConfig:
 
 
 def infonce(embeds_GP: Tensor, target_GP: Tensor, row_G: Tensor, temperature: float) -> Tensor:
-    """Compute the contrastive loss: each trial against all images of the batch, and each image against all trials.
+    """Compute the contrastive loss: in the batch, find the image of each trial, and the trial of each image.
 
     Parameters
     ----------
     embeds_GP, target_GP : Tensor, [G, P]
         Embeddings of the trials and of their images, of unit length.
     row_G : Tensor of int, [G]
-        Index of each trial's image. A trial and the image of another trial are not a negative pair if both trials have
-        the same image.
+        Row of each trial's image in the table of images. A trial and the image of another trial are not a negative pair
+        if both trials have the same image.
     temperature : float
         Temperature, by which the cosine similarities are divided.
 
@@ -141,7 +141,7 @@ class Aligner(nn.Module):
         target : Tensor, [b, P]
             CLIP embeddings of the images, of unit length.
         row : Tensor of int, [b]
-            Index of each trial's image.
+            Row of each trial's image in the table of images.
 
         Returns
         -------
@@ -153,8 +153,9 @@ class Aligner(nn.Module):
         out = {"cosine": 1 - (embeds_bP * target).sum(-1).mean()}
         loss = out["cosine"] if self.loss != "infonce" else torch.zeros_like(out["cosine"])
         if self.loss != "cosine":
-            # Every process computes the same contrastive loss. The backward pass of `gather_rows` adds up the gradients
-            # of all processes, and Accelerate then averages over the processes, so the gradients are exact.
+            # Each of R processes computes the same contrastive loss of the whole batch. The backward pass of
+            # `gather_rows` adds up their equal gradients, so the sum is R times too large. Accelerate then averages
+            # over the processes, which divides the sum by R.
             contrast = infonce(gather_rows(embeds_bP), gather_rows(target), gather_rows(row), self.temperature)
             out["infonce"] = contrast
             loss = loss + contrast
@@ -197,10 +198,11 @@ def measure_retrieval(
     Returns
     -------
     dict
-        ``cosine``: mean of 1 - cosine similarity. ``top1``: fraction of trials whose own image is the most similar.
-        ``top5``: fraction of trials whose own image is among the five most similar. ``label``: fraction of trials whose
-        most similar image has the right label. ``images``: number of images, M. ``trials``: number of trials after
-        averaging. ``repeats``: mean number of presentations that are averaged to a trial.
+        ``cosine``: mean of 1 - cosine similarity of a trial and its own image. ``top1``: fraction of trials to which no
+        image is more similar than the own image. ``top5``: fraction of trials whose own image is among the five most
+        similar images. ``label``: fraction of trials whose most similar image has the right label. ``images``: number
+        of images, M. ``trials``: number of trials after averaging. ``repeats``: mean number of presentations that are
+        averaged to a trial.
     """
     parts, groups = [], group_repeats(dataset, average_repeats)
     for start in range(0, len(groups), batch_size):
@@ -308,7 +310,7 @@ def align(config: AlignConfig) -> int:
 
 
 def _say_repeats(found: dict[str, float]) -> str:
-    """Return a note about averages over presentations; empty if nothing was averaged."""
+    """Return a note that each trial is a mean over presentations; empty if nothing was averaged."""
     if found["repeats"] <= 1:
         return ""
     return f" (each trial is the mean of {found['repeats']:.3g} presentations, eeg.average_repeats)"

@@ -39,7 +39,8 @@ class ClipHead(nn.Module):
         self.config = config
         self.token_mapper = nn.Conv1d(config.tokens, 1, 1)
         self.dim_mapper = nn.Linear(config.dim, config.projection)
-        # Give all tokens the same initial weight, so that the head starts with a mean over the tokens, up to a factor.
+        # Give all tokens the same initial weight, so that the untrained head computes the mean over the tokens, up to a
+        # constant factor.
         nn.init.constant_(self.token_mapper.weight, config.tokens**-0.5)
         nn.init.zeros_(self.token_mapper.bias)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Compute the embeddings of a split's images once, with a frozen CLIP or DINOv2 model.
+"""Compute the embeddings of a split's images with a frozen CLIP or DINOv2 model, and keep them in a cache.
 
 Tensor shapes: M different images, P width of the embeddings.
 """
@@ -33,7 +33,7 @@ class _Kind:
     """A kind of image model."""
 
     what: str
-    """Name for messages."""
+    """Name of the kind in messages."""
     classes: Callable[[], tuple[Any, Any]]
     """Function that imports the class of the model and the class of its image processor."""
 
@@ -76,7 +76,8 @@ def load_clip(clip: str | Path) -> tuple[Any, Any]:
     Raises
     ------
     RequestError
-        If `clip` is not a CLIP model, cannot be loaded, or has a config of a larger network than the weights.
+        If `clip` is not a CLIP model, cannot be loaded, or has a config that describes a larger network than the
+        weights.
     """
     return _load(clip, find_model_folder(clip, _KINDS["clip"].what), _KINDS["clip"])
 
@@ -146,7 +147,8 @@ def _load(name: str | Path, folder: Path, kind: _Kind) -> tuple[Any, Any]:
             if value is not None:
                 where = str(folder / "preprocessor_config.json")
                 check_count(value, where, f"{field}.{key}", least=1, most=MAX_SIDE)
-    # Try the processor once, because its config may hold values of any type.
+    # Run the processor once: if its config has values of a wrong type, the error occurs only in the processor's
+    # computation.
     black = np.zeros((32, 32, 3), np.uint8)
     load_with_library(lambda: processor(images=[black], return_tensors="pt")["pixel_values"].float(), name, kind.what)
     return model.requires_grad_(False).eval(), processor
@@ -197,7 +199,7 @@ def embed_images(
         raise RequestError(f"layer is {layer}, but {clip} has {layers} hidden layers; give 0 to {layers}, or -1")
 
     def compute(images: list[np.ndarray]) -> Tensor:
-        # The processor resizes the original pixels, as in the publication of the model.
+        # The images still have their original size. The processor resizes them, as in the publication of the model.
         values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
         with torch.no_grad():
             out = model(pixel_values=values, output_hidden_states=layer is not None)

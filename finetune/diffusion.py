@@ -1,6 +1,7 @@
 """Diffusion code that the papers share: the denoising loss, its evaluation on held-out trials, and the samplers.
 
-The network is a denoiser ``(x_t, t, condition)``. The noise scheduler's ``prediction_type`` says whether the network
+A denoiser is a function ``(x_t, t, condition)`` that runs the network: ``x_t`` are noisy images, and ``t`` are steps of
+the forward process (the process that adds noise). The noise scheduler's ``prediction_type`` says whether the network
 predicts the noise in ``x_t`` or the velocity. The condition is a tuple of tensors; the first axis of each tensor is the
 batch. An entry of a condition is None if the model does not use this entry.
 
@@ -20,8 +21,8 @@ Condition = tuple[Tensor | None, ...]
 Denoiser = Callable[[Tensor, Tensor, Any], Tensor]
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
 DEFAULT_STEPS = 25
-"""Default number of denoising steps of the fast samplers. By default, the sampler ddpm uses all steps of the
-training."""
+"""Default number of denoising steps of the samplers ddim and dpmsolver++. The default of the sampler ddpm is the number
+of steps of the forward process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,8 @@ def choose_sampling(
     sampler : str
         Name of the sampler.
     steps : int or None
-        Number of denoising steps. None: all steps of the training with the sampler ddpm, 25 steps with the other
-        samplers.
+        Number of denoising steps. None: for the sampler ddpm, the number of steps of the forward process; for the other
+        samplers, 25.
     guidance_scale : float or None
         Scale of the classifier-free guidance. None: the scale is 2 if the model was trained with dropped conditions,
         otherwise 1.
@@ -73,7 +74,8 @@ def choose_sampling(
     Raises
     ------
     ValueError
-        If `steps` is larger than the number of steps of the training, or if guidance is used without a null condition.
+        If `steps` is larger than the number of steps of the forward process, or if guidance is used without a null
+        condition.
     """
     most = int(noising_config["num_train_timesteps"])
     steps = steps or (most if sampler == "ddpm" else min(DEFAULT_STEPS, most))
@@ -204,9 +206,9 @@ def sample(
     steps : int
         Number of denoising steps.
     guidance_scale : float
-        With the scale 1, only the prediction with the condition is used. With any other scale, classifier-free guidance
-        is used. With values above 1, guidance moves the prediction with the condition away from the prediction with the
-        null condition.
+        Scale s of the classifier-free guidance. The sampler uses the prediction ``null + s * (own - null)``, where own
+        is the prediction with the condition, and null is the prediction with the null condition. With s = 1, only own
+        is computed.
     generators : list of torch.Generator
         Generator of each trial. With the sampler ddpm, the noise of each step is drawn from the trial's own generator,
         so a trial's image does not depend on the other trials of the batch.
@@ -257,7 +259,7 @@ class DenoisingWatcher:
     Parameters
     ----------
     eeg : Tensor, shape (B, ...)
-        Input of the task's method `features` for the trials, on the model's device.
+        EEG of the trials in the form that the task's method `features` takes, on the model's device.
     clean : Tensor, shape (B, ...)
         Latents or pixels of the trials' images.
     noise_steps : int
@@ -271,7 +273,8 @@ class DenoisingWatcher:
         self.eeg, self.clean = eeg, clean
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.randn(self.REPEATS, *clean.shape, generator=generator)
-        # Stratify the noise levels: each repeat of a trial gets a noise level from a different quarter of the range.
+        # Measure the loss of each trial `REPEATS` (4) times, each time with a noise level from another quarter of the
+        # range.
         quarters = torch.arange(self.REPEATS)[:, None]
         u = (torch.rand(self.REPEATS, len(clean), generator=generator) + quarters) / self.REPEATS
         self.time = (u * noise_steps).long()

@@ -53,7 +53,7 @@ class EEGConfig:
 
     @property
     def part(self) -> dict[str, float | None]:
-        """Arguments `tmin` and `tmax` of `open_paired`, which a model's package also stores."""
+        """Values of `tmin` and `tmax` for `open_paired`; the package of a model stores these values, too."""
         return {"tmin": self.tmin, "tmax": self.tmax}
 
 
@@ -67,7 +67,8 @@ class AugmentConfig:
     noise: float = 0.0
     """Standard deviation of the white noise that is added to the scaled EEG."""
     drop_channels: float = 0.0
-    """Largest fraction of a trial's channels that are set to zero."""
+    """Largest probability with which a channel is set to zero; the probability is drawn for each trial, from 0 to this
+    value."""
 
     def __post_init__(self) -> None:
         if self.shift < 0 or self.noise < 0 or not 0 <= self.drop_channels < 1:
@@ -168,7 +169,7 @@ def choose_evenly(n: int, count: int) -> list[int]:
     Returns
     -------
     list of int
-        Numbers of the trials, sorted, without repetition.
+        Numbers of the chosen trials, sorted, without repetition.
     """
     return np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)).tolist()
 
@@ -193,7 +194,7 @@ def group_repeats(dataset: EEGDataset, average: int) -> list[list[int]]:
         return [[number] for number in range(len(dataset))]
     trials = dataset.trials
     group = trials.group("corpus", "subject", "image_id", "ch_names")
-    # A trial without an image has no repeats.
+    # Trials without an image have no image in common, so each of them gets its own group.
     alone = np.array([not image_id for image_id in trials.values("image_id")])[trials.codes("image_id")]
     group[alone] = len(group) + np.flatnonzero(alone)
     order = np.argsort(group, kind="stable")
@@ -332,7 +333,7 @@ def augment_eeg(x_bCT: Tensor, true_channels_b: list[int], config: AugmentConfig
 def average_trials_of_image(
     eeg_bCT: Tensor, batch: Batch, dataset: EEGDataset, table: ImageTable, most: int, random: StepRandom
 ) -> Tensor:
-    """Replace each trial by a mean over trials of the same image.
+    """Replace each trial by a mean over itself and other trials of the same image.
 
     Parameters
     ----------

@@ -57,7 +57,7 @@ def _compute_on_first(world: World, compute: Callable[[], T]) -> T:
 
 
 def _choose_trials(dataset: EEGDataset, config: GenerateConfig) -> list[Trial]:
-    """List the trials, each with the presentations whose EEG is used."""
+    """List the trials, each with the presentations from whose EEG its image is generated."""
     found = group_repeats(dataset, config.average_repeats)
     groups = [found[number] for number in choose_evenly(len(found), config.limit or len(found))]
     if config.control == "shuffle":
@@ -98,7 +98,7 @@ def _use_model(generator: Generator, dataset: EEGDataset, config: GenerateConfig
 
 
 def _describe_eeg(dataset: EEGDataset, trial: Trial) -> dict[str, Any]:
-    """Return the metadata of a trial, but with the channels of the trial whose EEG is used."""
+    """Return the metadata of a trial; if the EEG of another trial is used, with the channels of that trial."""
     if not trial.source or trial.source[0] in trial.numbers:
         return trial.meta
     other = dataset.meta(trial.source[0])
@@ -150,7 +150,7 @@ class _Plan:
     trials: list[Trial]
     make: MakeImages
     extra: list[dict[str, Any]]
-    """Keys that only the trials of this control have in generated.json."""
+    """For each trial, the entries of generated.json that only this control has."""
 
     def describe(self) -> list[dict[str, Any]]:
         return [trial.describe() | extra for trial, extra in zip(self.trials, self.extra, strict=True)]
@@ -159,7 +159,7 @@ class _Plan:
 def _make_plan(
     config: GenerateConfig, generator: Generator, dataset: EEGDataset, sampling: Sampling, world: World
 ) -> _Plan:
-    """Choose the trials and the EEG, or the training pictures of a predictor.
+    """Choose the trials of a control, and how their images are made: by the model from EEG, or by a predictor.
 
     Raises
     ------
@@ -186,7 +186,7 @@ def _make_plan(
 
 
 def _make_images(config: GenerateConfig, plan: _Plan, dataset: EEGDataset, about: dict[str, Any], world: World) -> None:
-    """Make the images and write the complete result to the output folder, unless this folder contains it already."""
+    """Make the images and write the complete result to the output folder, unless the folder has this result already."""
     output = Path(config.output)
     settings = {name: value for name, value in about.items() if name not in ("model", "dataset")}
     folder = PartialFolder(output, {**settings, "limit": config.limit})
@@ -225,7 +225,8 @@ def _make_images(config: GenerateConfig, plan: _Plan, dataset: EEGDataset, about
             print(f"{len(plan.trials)} images -> {output / 'images'}; next: {_say_next(config)}")
     finally:
         if world.first:
-            # Another process may still write images, so the folder is deleted only if this process is alone.
+            # After an error, other processes may still write images, so the folder is deleted only if there is no other
+            # process.
             folder.close(discard=world.size == 1)
 
 

@@ -58,7 +58,8 @@ class Generator(Protocol):
         sampler : str, optional
             Name of the sampler; by default, the sampler that the model chooses.
         steps : int, optional
-            Number of denoising steps; by default, all steps of the training for ddpm, and 25 for other samplers.
+            Number of denoising steps; by default, for ddpm the number of steps of the forward process, and for other
+            samplers 25.
         guidance_scale : float, optional
             Scale of the classifier-free guidance; 1 switches guidance off. By default, the scale is 2, or 1 if the
             model was trained without dropped conditions.
@@ -81,7 +82,7 @@ class Generator(Protocol):
         Parameters
         ----------
         source : str
-            Condition from which the images are to be generated.
+            Condition from which the images are to be generated (see `Source`).
         metas : sequence of dict
             Metadata of the trials.
 
@@ -119,10 +120,10 @@ class Generator(Protocol):
         steps, guidance_scale, sampler
             Sampling settings, as in `choose_sampling`.
         source : str
-            Condition from which the images are generated.
+            Condition from which the images are generated (see `Source`).
         metas : sequence of dict, optional
-            Metadata of the trials. The source ``class`` needs the categories, and the linear baseline needs the names
-            of the channels.
+            Metadata of the trials. The source ``class`` reads from them the categories, and the linear baseline reads
+            the names of the channels.
 
         Returns
         -------
@@ -138,7 +139,7 @@ class Generator(Protocol):
 
 
 def read_part(values: dict[str, Any], where: str) -> dict[str, float | None]:
-    """Return which part of each trial a model reads, from its dreamscale.json.
+    """Read, from the content of a model's dreamscale.json, which part of each trial the model reads.
 
     A model of an older version, whose dreamscale.json has no ``eeg``, reads each trial from the onset of the image.
     """

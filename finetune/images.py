@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 def open_paired(
     path: str | AnyPath, split: str, *, tmin: float | None = None, tmax: float | None = None, version: str = ""
 ) -> EEGDataset:
-    """Open a split in which every trial has an image. Print a message if trials are left out.
+    """Open a split in which every trial has an image.
+
+    Trials that are not stored from `tmin` to `tmax` are left out, and a message says how many.
 
     Parameters
     ----------

@@ -1,6 +1,7 @@
 """Find the papers that this project reproduces. Each paper has its own folder in ``finetune``.
 
-This module imports no heavy library, because ``dreamscale --help`` lists the commands of the papers.
+``dreamscale --help`` uses this module to list the commands of the papers. The help must appear quickly, so this module
+imports no heavy library.
 
 The folder of a paper has three parts, and `finetune.linear` is the smallest example.
 

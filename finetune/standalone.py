@@ -24,7 +24,8 @@ class _Module:
     statements: dict[str, ast.stmt] = field(default_factory=dict)
     """Maps the name of a function, class or constant to the statement that defines it."""
     imports: dict[str, tuple[str, str | None]] = field(default_factory=dict)
-    """Maps an imported name to its module and its original name there; None if a whole module is imported."""
+    """Maps an imported name to the module that it comes from and its original name in this module. The original name is
+    None if the whole module is imported."""
 
 
 def _read_module(name: str) -> _Module:
@@ -75,7 +76,7 @@ class _Collector:
         self.parts: list[str] = []
 
     def add(self, module_name: str, name: str) -> None:
-        """Add the definition of a name, and before it everything that the definition needs."""
+        """Add the definition of a name to the file, after everything that the definition needs."""
         module = self.modules.setdefault(module_name, _read_module(module_name))
         if name in module.imports:
             source, original = module.imports[name]
@@ -85,7 +86,7 @@ class _Collector:
                 self._add_import(name, source, original)
             return
         if name not in module.statements:
-            # The name is built in, or it is an argument or a local variable of a function.
+            # Nothing is to be added: the name is built in, or it is an argument or a local variable of a function.
             return
         if name in self.origin:
             if self.origin[name] != module_name:

@@ -1,4 +1,4 @@
-"""Build EG-DDPM's backbone from a config, or load it from a folder. The backbones are listed only in this file."""
+"""Build EG-DDPM's backbone from a config, or load it from a folder. Only this file lists the backbones' classes."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ class EVRNetStage:
     encoder_lr: float = 0.1
     """With `train_encoder: true`, the encoder's learning rate is this factor times training.lr."""
     channels: int = 128
-    """Number of channels that the network reads, from 1 to 128. A dataset is refused if a trial has more channels, and
-    the channels of a trial with fewer channels are repeated."""
+    """Number of channels that the network reads, from 1 to 128. A dataset is refused if a trial has more channels. If a
+    trial has fewer channels, its channels are repeated until this number is reached."""
     widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
     """Numbers of EVRNet's feature maps after the two temporal, the two spatial, and the temporal-spatial (TS)
     convolution. The last number of feature maps is also the width of the feature."""
@@ -44,21 +44,23 @@ class EVRNetStage:
     label_smoothing: float = 0.0
     """Amount of label smoothing in the cross-entropy."""
     whiten: float = 0.0
-    """Shrinkage of the multivariate noise normalisation that is applied to trials before the network; 0.05 is usual.
-    Noise normalisation needs trials of one electrode layout. 0 switches noise normalisation off, as in the paper."""
+    """Noise normalisation: the background activity of the trials is whitened before the network. The value is the
+    shrinkage of the covariance matrix, usually 0.05; 0 switches noise normalisation off, as in the paper. Noise
+    normalisation needs the same electrode layout in all trials."""
     average: int = 1
-    """At the start of training, a trial is replaced by the mean of 1 to `average` trials of its category in the batch.
-    Single trials are mostly noise, so the network learns faster from means. 1 switches averaging off."""
+    """At the start of training, a trial is replaced by the mean of itself and up to `average` - 1 random trials of its
+    category in the batch. Single trials are mostly noise, so the network learns faster from means. 1 switches averaging
+    off."""
     average_end: int = 1
     """Value of `average` at the end of training. During training, `average` falls linearly to this value."""
     mixup: float = 0.0
     """Mixup: largest weight with which another trial and its category are mixed into a trial; 0 switches mixup off."""
     image_weight: float = 0.0
-    """Weight of a second loss: a linear layer predicts the image from the feature, as principal components of its
-    pixels. With the second loss, the feature contains not only the category, but also the colours and the positions in
-    the image. The second loss is 1 if the layer predicts the mean image, and 0 if the layer predicts the right image.
-    The linear layer for the second loss is used only in training, and is not part of the model. With `image_weight` 0,
-    as in the paper, there is no second loss."""
+    """Weight of a second loss: the error with which a linear layer predicts the image from the feature. The layer
+    predicts principal components of the image's pixels. With the second loss, the feature contains not only the
+    category, but also the colours and the positions in the image. The second loss is 1 if the layer predicts the mean
+    image, and 0 if the layer predicts the right image. The linear layer for the second loss is used only in training,
+    and is not part of the model. With `image_weight` 0, as in the paper, there is no second loss."""
     image_components: int = 16
     """Number of principal components of the image that the linear layer of `image_weight` predicts."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -131,16 +133,18 @@ class EGDDPMStage:
     multipliers: tuple[int, ...] = (1, 2, 4, 8)
     """Number of feature maps at each level of the U-Net, as a multiple of `base_channels`."""
     expansion: int = 2
-    """For backbone paper: number of feature maps inside a ConvNeXt block, as a multiple of the block's output."""
+    """For backbone paper: number of feature maps inside a ConvNeXt block, as a multiple of the number at the block's
+    output."""
     heads: int = 4
     """For backbone paper: number of attention heads. Backbone unet2d has (feature maps / `head_dim`) heads."""
     head_dim: int = 32
     """Width of an attention head."""
     scale_shift: bool = False
-    """True: the embedding scales and shifts feature maps (FiLM). False: the embedding is added, as in the paper."""
+    """How the embedding of the diffusion step and of the EEG changes feature maps. True: it scales and shifts them
+    (FiLM). False: it is added to them, as in the paper."""
     patch: int = 1
-    """Side length in pixels of the squares that are folded into channels. With `patch` 2, the network needs a quarter
-    of the computation. With `patch` 1, as in the paper, no pixels are folded."""
+    """Side length in pixels of the squares that are folded into channels. With `patch` 1, as in the paper, no pixels
+    are folded. With `patch` 2, the network needs a quarter of the computation of `patch` 1."""
     join_first: bool = False
     """For backbone paper: add a skip connection from the U-Net's first level to its last block. Narrow networks need
     this skip connection. The paper does not have this connection, and backbone unet2d always has it."""
@@ -248,6 +252,7 @@ class DMRE2IConfig:
     @staticmethod
     def free_keys() -> tuple[str, ...]:
         """Return the config keys that may change when a run is resumed."""
-        # In EVRNet, batch norm couples the samples of a forward pass. EG-DDPM has no layer that couples samples.
+        # The output of EVRNet for a sample depends on the other samples of the forward pass, because EVRNet has batch
+        # norms. EG-DDPM has no such layer.
         evrnet = free_keys("evrnet.training", independent_samples=False)
         return ("license", "stages", *evrnet, *free_keys("ddpm.training", independent_samples=True))

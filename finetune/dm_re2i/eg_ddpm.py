@@ -1,6 +1,7 @@
 """EG-DDPM: the paper's U-Net that predicts the noise in the pixels of an image, guided by EEG.
 
-The EEG feature is added to the embedding of the diffusion step. `finetune.dm_re2i.unet2d` has another backbone.
+A linear map of the EEG feature is added to the embedding of the diffusion step. `finetune.dm_re2i.unet2d` has another
+backbone.
 
 Shapes: B batch, C image channels, F feature maps, H rows, W columns, D width of the EEG feature, E width of
 the embedding, N positions (H times W).
@@ -84,13 +85,13 @@ class ChannelNorm(nn.Module):
 class ConvNeXtBlock(nn.Module):
     """ConvNeXt block: a depthwise 7x7 convolution and two 3x3 convolutions, with a shortcut from input to output.
 
-    A layer norm follows the depthwise convolution, and a GELU is between the two 3x3 convolutions. The embedding is
-    added before the layer norm, or scales and shifts the output of the layer norm.
+    A layer norm follows the depthwise convolution, and a GELU is between the two 3x3 convolutions. The embedding of the
+    diffusion step and of the EEG is added before the layer norm, or scales and shifts the output of the layer norm.
 
     Parameters
     ----------
     inputs, outputs : int
-        Number of feature maps at input and output.
+        Number of feature maps at the input, and number of feature maps at the output.
     embedding : int or None
         Width E of the embedding; None for a block without an embedding, such as the last block.
     expansion : int
@@ -193,7 +194,7 @@ class CABlock(nn.Module):
     Parameters
     ----------
     inputs, outputs : int
-        Number of feature maps at input and output.
+        Number of feature maps at the input, and number of feature maps at the output.
     embedding : int
         Width E of the embedding.
     expansion : int
@@ -238,7 +239,7 @@ class EGDDPM(GuidedUNet):
     Parameters
     ----------
     sample_size : int
-        Number of rows and of columns of the images; a multiple of ``patch * 2 ** (levels - 1)``.
+        Number of rows and of columns of the images; a multiple of ``patch * 2 ** (len(multipliers) - 1)``.
     in_channels : int
         Number of colour channels of the images.
     condition_dim : int
@@ -258,8 +259,8 @@ class EGDDPM(GuidedUNet):
         Add a learned null vector, which classifier-free guidance needs. The paper has no null vector.
     patch : int
         Side length in pixels of the squares that are folded into channels before the first level, and unfolded after
-        the last level. With `patch` 2, every level needs a quarter of the computation. With `patch` 1, as in the
-        paper, no pixels are folded.
+        the last level. With `patch` 1, as in the paper, no pixels are folded. With `patch` 2, every level needs a
+        quarter of the computation of `patch` 1.
     join_first : bool
         Add a skip connection, which the paper does not have, from the first level to the last block. Without the skip
         connection from the first level, all details of the noise must pass through the second level, which is too much

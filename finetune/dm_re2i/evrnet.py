@@ -1,4 +1,4 @@
-"""EVRNet: a network that computes a semantic feature and class scores from single EEG trials.
+"""EVRNet: a network that computes a semantic feature and class scores for each EEG trial.
 
 Tensor shapes: B batch, C channels (electrodes), T samples, D feature width, K classes, F feature maps.
 """
@@ -51,7 +51,7 @@ class EVRNetConfig:
 
 
 def _conv_block(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int]) -> nn.Sequential:
-    """Return a convolution with batch norm and ReLU. A stride of 2 halves the length of an axis."""
+    """Return a convolution with batch norm and ReLU. Along an axis with stride 2, the output has half the length."""
     padding = (kernel[0] // 2, kernel[1] // 2)
     # The convolution has no bias, because batch norm would remove it. The published number of parameters does not count
     # biases of convolutions.

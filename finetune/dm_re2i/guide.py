@@ -52,7 +52,7 @@ class EEGGuide(nn.Module):
 
     @property
     def n_channels(self) -> int:
-        """Largest number of channels of a trial."""
+        """Largest number of channels that a trial may have."""
         return self.network.config.channels if self.kind == "encoder" else self.network.config.n_channels
 
     def scaling(self, spec: PreprocessSpec) -> PreprocessSpec | EEGEncoder:
@@ -69,7 +69,8 @@ class EEGGuide(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, shape (B, C, T)
-            Some scaled trials, padded by repeating channels.
+            A few scaled trials, padded by repeating channels. The gradients of their vectors show which parameters
+            influence the vector.
         """
         self.requires_grad_(True)
         parameters = list(self.parameters())

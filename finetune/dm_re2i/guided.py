@@ -1,4 +1,4 @@
-"""Base class of EG-DDPM's backbones, with the linear map and the statistics of the EEG vector, and the null vector.
+"""Base class of EG-DDPM's backbones, with all that a backbone needs to use the EEG vector.
 
 Shapes: B batch, C image channels, H rows, W columns, D width of the EEG vector, E width of the embedding.
 """
@@ -26,7 +26,7 @@ class GuidedUNet(ModelMixin, ConfigMixin):
     condition_std: Tensor
 
     def add_condition(self, condition_dim: int, embedding: int, null_condition: bool) -> None:
-        """Add the linear map from the EEG vector to the embedding, the statistics of the vector, and a null vector.
+        """Add a linear map of the EEG vector to the embedding, the vector's mean and deviation, and a null vector.
 
         Parameters
         ----------
@@ -47,8 +47,8 @@ class GuidedUNet(ModelMixin, ConfigMixin):
     def set_condition_statistics(self, mean_D: Tensor, std_D: Tensor) -> None:
         """Set the mean and standard deviation for standardising EEG vectors; both are saved with the weights.
 
-        The scale of EEG vectors depends on the training of the network that computes them, but guidance must not depend
-        on this scale. The paper does not standardise EEG vectors.
+        The scale of EEG vectors depends on the network that computes them. After standardisation, the effect of a
+        vector on the U-Net does not depend on this scale. The paper does not standardise EEG vectors.
 
         Parameters
         ----------
@@ -56,8 +56,8 @@ class GuidedUNet(ModelMixin, ConfigMixin):
             Mean and standard deviation of the EEG vectors over the training trials.
         """
         self.condition_mean.copy_(mean_D)
-        # Use deviation 1 for a feature that was constant in training, because a tiny deviation would amplify small
-        # changes.
+        # If an entry of the vector was almost constant in training, use the deviation 1, because division by a tiny
+        # deviation would amplify small changes.
         self.condition_std.copy_(
             torch.where(std_D > 1e-3 * std_D.max().clamp_min(1e-12), std_D, torch.ones_like(std_D))
         )
@@ -87,7 +87,8 @@ class GuidedUNet(ModelMixin, ConfigMixin):
             return e_BD
         if self.null is None:
             raise ValueError("this EG-DDPM has no null vector; build it with null_condition=True to drop conditions")
-        # Use torch.where instead of a branch, because all processes must build the same autograd graph.
+        # Use torch.where instead of a branch, because all processes must build the same autograd graph, even if only
+        # some of them have dropped conditions.
         return torch.where(keep_B[:, None], e_BD, self.null[None, :])
 
     def forward(self, sample: Tensor, timestep: Tensor | int, e_BD: Tensor, keep_B: Tensor | None = None) -> Tensor:

@@ -116,7 +116,7 @@ class ClassMeans:
         return means
 
     def find_missing(self, labels: Sequence[int]) -> list[int]:
-        """Return, once each, the labels without train trials, whose mean feature is unknown."""
+        """Return those of the labels that have no train trials, and thus no mean feature, without repetition."""
         return sorted({label for label in labels if label >= len(self.count_K) or not self.count_K[label]})
 
 
@@ -245,7 +245,7 @@ class DMRE2IGenerator:
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
         """Return why the model cannot generate from a source (see `finetune.generators.Generator`).
 
-        The source ``no_eeg`` needs a null vector, and ``class`` needs train trials of every category.
+        The source ``no_eeg`` needs a null vector, and ``class`` needs train trials of every category in `metas`.
         """
         if source == "no_eeg" and self.unet.null is None:
             return (

@@ -1,4 +1,4 @@
-"""Build a classifier from a config, or load it from a folder. The kinds of classifiers are listed only in this file."""
+"""Build a classifier from a config, or load it from a folder. Only this file lists the classifiers' classes."""
 
 from __future__ import annotations
 

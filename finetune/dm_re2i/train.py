@@ -56,7 +56,7 @@ class EGDDPMTask(nn.Module):
         Norm of the prediction error: l1 or l2.
     guide : EEGGuide, optional
         Network that computes the guiding vectors from EEG, if this network is trained together with the U-Net. Without
-        `guide`, the inputs of the task are guiding vectors in place of EEG.
+        `guide`, the method `forward` gets guiding vectors in place of EEG.
     """
 
     def __init__(self, unet: GuidedUNet, noising: Any, norm: str, guide: EEGGuide | None = None) -> None:
@@ -70,7 +70,7 @@ class EGDDPMTask(nn.Module):
     def errors(
         self, features: Tensor, clean: Tensor, noise: Tensor, time: Tensor, keep: Tensor | None = None
     ) -> Tensor:
-        """Compute the prediction error of each trial from guiding vectors and from arguments of `forward`."""
+        """Compute each trial's prediction error from its guiding vector; for the other arguments, see `forward`."""
         return denoising_errors(
             lambda x, t, condition: self.unet(x, t, *condition),
             self.noising,
@@ -95,7 +95,7 @@ class EGDDPMTask(nn.Module):
         eeg : Tensor, shape (B, D) or (B, C, T)
             Guiding vectors of the trials, or scaled EEG if the task has a `guide`.
         jitter : Tensor, shape (B, D)
-            Noise that is added to the vectors.
+            Noise that is added to the guiding vectors.
         keep : Tensor of bool, shape (B,), optional
             False for trials whose EEG condition is dropped; by default all conditions are kept.
 

@@ -1,7 +1,7 @@
-"""First stage of DM-RE2I: train EVRNet to recognise the category of the seen image from single EEG trials.
+"""First stage of DM-RE2I: train EVRNet to recognise the category of the seen image from the EEG of a trial.
 
-Tensor shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes, P image
-components, M images.
+Tensor shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes, P principal
+components of an image, M images.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ IMAGE_SIZE = 32
 def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None:
     """Compute the running statistics of the batch norms again, from given trials.
 
-    The new statistics depend only on the weights and on the given trials. The statistics from training cannot be used
-    for two reasons: training uses averaged and noisy trials, and its statistics belong to the last weights and not to
-    the moving average of the weights.
+    The new statistics depend only on the weights and on the given trials. The statistics from training cannot be used,
+    for two reasons. They come from augmented trials, and they belong to the last weights, whereas the moving average of
+    the weights may be evaluated.
 
     Parameters
     ----------
@@ -86,8 +86,8 @@ def average_within_category(x_bCT: Tensor, labels_b: Tensor, most: int, random: 
     labels_b : Tensor of int, shape (b,)
         Categories of the trials.
     most : int
-        Largest number of trials in a mean: the trial itself, and up to `most` - 1 trials of its category, which are
-        drawn at random with replacement.
+        Largest number of trials in a mean: the trial itself, and up to `most` - 1 trials that are drawn at random, with
+        replacement, from the trials of its category in the batch.
     random : StepRandom
         Random numbers of this training step.
 
@@ -123,7 +123,7 @@ class EVRNetTask(nn.Module):
         Number P of principal components of the image that a linear layer predicts from the EEG feature; with 0, there
         is no such layer.
     image_weight : float
-        Weight of the error of the predicted principal components in the loss.
+        Weight with which the error of the predicted principal components is added to the loss.
     """
 
     def __init__(
@@ -163,10 +163,10 @@ class EVRNetTask(nn.Module):
 
 
 def compute_image_error(predicted_BP: Tensor, image_BP: Tensor) -> Tensor:
-    """Return the mean squared error of predicted image components, summed over components.
+    """Return the squared error of predicted image components, summed over components and averaged over images.
 
-    Over all train images, a prediction of zeros (the mean image) has the error 1, and the right components have the
-    error 0.
+    For components from `scale_components`, the error over all train images is 1 if zeros (the mean image) are
+    predicted, and 0 if the right components are predicted.
     """
     return (predicted_BP - image_BP).square().sum(dim=1).mean()
 
@@ -209,7 +209,7 @@ def check_labels(data: EEGDataset, table: ImageTable) -> None:
 
 
 def choose_targets(table: ImageTable, stage: EVRNetStage, seed: int) -> np.ndarray:
-    """Return, for each trial, the image whose category is the trial's target in training.
+    """Return, for each trial, the image from which the trial's target category in training is taken.
 
     Parameters
     ----------

@@ -16,15 +16,16 @@ from finetune.dm_re2i.guided import GuidedUNet
 
 
 class GuidedUNet2D(GuidedUNet):
-    """`diffusers.UNet2DModel`, guided by EEG: a linear map of the EEG vector is added to the embedding of the step.
+    """`diffusers.UNet2DModel`, guided by EEG.
 
-    The U-Net gets the mapped EEG vector as its class embedding (``class_embed_type: identity``). The first level
-    has two residual blocks; the other levels have two residual blocks with attention.
+    A linear map of the EEG vector is added to the embedding of the diffusion step: the U-Net gets the mapped EEG vector
+    as its class embedding (``class_embed_type: identity``). The first level has two residual blocks; the other levels
+    have two residual blocks with attention.
 
     Parameters
     ----------
     sample_size : int
-        Number of rows and of columns of the images; a multiple of ``patch * 2 ** (levels - 1)``.
+        Number of rows and of columns of the images; a multiple of ``patch * 2 ** (len(multipliers) - 1)``.
     in_channels : int
         Number of colour channels of the images.
     condition_dim : int

@@ -44,8 +44,8 @@ class GenerateConfig:
     """Sampler. ddpm: the ancestral sampler, which adds noise at every step. ddim: a deterministic sampler that needs
     few steps. dpmsolver++: a deterministic solver of second order. Empty: use the default sampler of the model."""
     steps: int | None = None
-    """Number of denoising steps for each image. Empty: all steps of the training with the sampler ddpm, 25 steps with
-    the other samplers."""
+    """Number of denoising steps for each image. Empty: for the sampler ddpm, the number of steps of the model's forward
+    process (the process that adds noise); for the other samplers, 25."""
     guidance_scale: float | None = None
     """Scale of the classifier-free guidance; 1 switches guidance off. Empty: the scale is 2, or 1 for a model that was
     trained without dropped conditions (drop 0)."""

@@ -47,9 +47,9 @@ def exchange_all(groups: list[list[int]], seed: int) -> list[list[int]]:
 def exchange_within(dataset: EEGDataset, groups: list[list[int]], seed: int) -> list[list[int]]:
     """Give each presentation the EEG of a neighbour in time that shows another image, for ``shuffle_within``.
 
-    Neighbours are presentations of one person, session and recording in a short sequence of consecutive presentations
-    (see `pretrain.evidence.trials`). Therefore slow changes of the EEG are kept, but the response to the image is
-    exchanged.
+    Each recording of a person is divided into short sequences of consecutive presentations (see `find_neighbourhoods`);
+    the presentations of one sequence are neighbours. Therefore slow changes of the EEG are kept, but the response to
+    the image is exchanged.
 
     Parameters
     ----------
@@ -136,7 +136,8 @@ def read_noise(dataset: EEGDataset, trials: Sequence[Trial], seed: int) -> Tenso
     means_B128T = read_means(dataset, [trial.numbers for trial in trials]).numpy()
     noise = []
     for trial, mean_128T in zip(trials, means_B128T, strict=True):
-        # Models recognise padded channels by their equal values, so only the recorded channels become noise.
+        # Models recognise padded channels by their equal values, so make noise only from the recorded channels, and pad
+        # the noise again.
         recorded_CT = mean_128T[: int(trial.meta["n"])]
         noise.append(pad_channels(randomise_phases(recorded_CT, trial_seed(seed, f"noise:{trial.key}"))))
     return torch.from_numpy(np.stack(noise))

@@ -34,7 +34,7 @@ def generate_images(
     finished: set[str] | None = None,
     world: World | None = None,
 ) -> None:
-    """Make and store the images of all trials that are not finished. Each process makes every n-th batch.
+    """Make and store all images that are not finished yet. Of n processes, each makes every n-th batch.
 
     A batch always has the same trials, for any number of processes, and even if some of its images are finished
     already. Therefore, a stopped and repeated command gives exactly the same images as a command without a stop.
@@ -54,7 +54,7 @@ def generate_images(
     batch_size : int
         Number of trials in a batch.
     finished : set of str, optional
-        Keys of the trials whose images are finished, the same set on every process.
+        Keys of the trials whose images are finished. The set must be the same on every process.
     world : World, optional
         The processes that share the work; by default, this process works alone.
 

@@ -68,7 +68,7 @@ class PartialFolder:
         Parameters
         ----------
         about : dict
-            Content of generated.json, with the trials.
+            Content that generated.json has when this result is complete, including the list of trials.
         """
         try:
             same = read_json(self.output / "generated.json") == about
@@ -80,7 +80,7 @@ class PartialFolder:
     def open(self) -> set[str]:
         """Lock the folder, and read which images are finished.
 
-        If the folder holds images of other settings, they are deleted and a message says so.
+        If the folder holds images that were made with other settings, these images are deleted and a message says so.
 
         Returns
         -------
@@ -90,7 +90,8 @@ class PartialFolder:
         Raises
         ------
         RequestError
-            If the folder holds anything except unfinished images, or if another command uses the folder.
+            If the folder holds anything except the images of an unfinished result, or if another command uses the
+            folder.
         """
         found = self._names()
         if (self.path.exists() and not self.path.is_dir()) or (found - {_LOCK} and _STATE not in found):

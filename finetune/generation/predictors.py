@@ -1,4 +1,4 @@
-"""Predictors that choose a training picture for each trial without a generator.
+"""Predictors: each one chooses a training picture for every trial, in place of an image from a generator.
 
 The predictors ``time``, ``baseline`` and ``eyes`` use no brain response to the picture, so a score above chance is
 evidence of a confound. The predictor ``nearest`` uses the response, but can only show training pictures.
@@ -70,7 +70,7 @@ def predict(
     table : ImageTable
         Images of the train split. The same part of each trial is read from the train split and from `test`.
     test : EEGDataset
-        Split of the trials.
+        Split that contains `trials`.
     trials : sequence of Trial
         Trials for which pictures are chosen. If a trial has several presentations, the most common predicted category
         is used; ``nearest`` averages the EEG of the presentations.
@@ -143,7 +143,7 @@ def find_face_channels(names: Sequence[str], positions: Sequence[Sequence[float]
     Returns
     -------
     list of str
-        Names of eye channels, and of electrodes below the eyes or on the cheeks.
+        Names of the channels that record the eyes (EOG), or whose electrode is below the eyes or on the cheeks.
     """
     grid, net = is_grid(list(names)), is_net(list(names))
     found = []

@@ -25,7 +25,7 @@ class Trial:
     numbers: list[int]
     """Numbers of the trial's presentations in the dataset."""
     source: list[int]
-    """Numbers of the presentations whose EEG is used; empty if no EEG is used."""
+    """Numbers of the presentations from whose EEG the image is generated; empty if no EEG is used."""
     source_keys: list[str]
     """Keys of the presentations in `source`."""
     meta: dict[str, Any]
@@ -56,7 +56,8 @@ def list_trials(dataset: EEGDataset, groups: list[list[int]], sources: list[list
     groups : list of list of int
         Groups of presentations of one image to one subject, from `group_repeats`.
     sources : list of list of int
-        For each group in `groups`, the presentations whose mean EEG is used; an empty list if no EEG is used.
+        For each group in `groups`, the presentations from whose mean EEG the image is generated; an empty list if no
+        EEG is used.
 
     Returns
     -------

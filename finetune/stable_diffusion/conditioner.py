@@ -23,7 +23,7 @@ class ConditionerConfig:
     dim: int
     """Width of the EEG tokens, D."""
     length: int
-    """Number of condition tokens, L; equal to the number of tokens in the base model's longest text."""
+    """Number of condition tokens, L; equal to the number of tokens in the longest text that the base model can read."""
     width: int
     """Width of the condition tokens, W; equal to the width that the base model's cross-attention reads."""
     hidden: int = 64
@@ -92,7 +92,8 @@ class Conditioner(nn.Module):
         if self.time_mapper is not None:
             time_BE = self.time_mapper(self.time_tokens(states_BLW)[:, 0])
         if keep_B is not None:
-            # Use torch.where instead of a branch, because all processes must build the same autograd graph.
+            # Use torch.where instead of a branch, because all processes must build the same autograd graph, even if
+            # only some of them have dropped conditions.
             states_BLW = torch.where(keep_B[:, None, None], states_BLW, self.null_LW.to(states_BLW.dtype))
             if time_BE is not None:
                 time_BE = torch.where(keep_B[:, None], time_BE, torch.zeros_like(time_BE))

@@ -128,7 +128,7 @@ def _tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 def _batches(
     n: int, batch: int, steps: int, seed: int, world: World
 ) -> Iterator[tuple[Tensor, slice, torch.Generator]]:
-    """Yield, for each training step, the numbers of the images, the slice of this process, and a random generator.
+    """Yield for each step the numbers of the batch's images, this process's slice of the batch, and a random generator.
 
     Every process draws the random numbers of the whole batch, and then computes only its share.
     """

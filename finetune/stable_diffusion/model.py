@@ -197,7 +197,7 @@ class EEGDiffusion(nn.Module):
     unet : UNet2DConditionModel
         The base model's U-Net.
     noising : DDPMScheduler
-        Noise scheduler of the base model, which adds the noise in training.
+        The base model's noise scheduler. The scheduler adds the noise in training.
     head : ClipHead, optional
         Network that maps tokens to CLIP's image space, for the CLIP loss.
     clip_weight : float
@@ -357,6 +357,7 @@ class StableDiffusionGenerator:
         self.conditioner = Conditioner.from_pretrained(folder / "conditioner").requires_grad_(False).to(self.device)
         self.unet, self.vae = self.pipeline.unet.to(self.device), self.pipeline.vae.to(self.device)
         # Older versions of Dreamscale did not store `drop`, the fraction of conditions that were dropped in training.
+        # For models of these versions, assume the default 0.1.
         self.dropped = check_number(values.get("drop", 0.1), str(folder / "dreamscale.json"), "drop") > 0
 
     @property
@@ -374,8 +375,8 @@ class StableDiffusionGenerator:
     ) -> Sampling:
         """Fill in the sampling settings that are None (see `finetune.generators.Generator`).
 
-        The default sampler is DPM-Solver++, or DDIM for a base model with a cosine noise schedule. Every model has a
-        null condition, because training starts from the embedding of an empty prompt.
+        The default sampler is DPM-Solver++, or DDIM for a base model with a cosine noise schedule. Guidance is possible
+        with every model, because every conditioner has a null condition.
         """
         config = self.pipeline.scheduler.config
         # DPM-Solver++ needs fewer steps than DDIM for equal quality, but it diverges with a cosine noise schedule.
@@ -409,7 +410,8 @@ class StableDiffusionGenerator:
         Returns
         -------
         tuple of Tensor
-            Condition in the form that `Conditioner.null` returns, but with the text encoder's states of the captions.
+            Cross-attention states that the text encoder computes from the captions, and the second value of
+            `Conditioner.null`.
         """
         tokenizer, text_encoder = self.pipeline.tokenizer, self.pipeline.text_encoder.to(self.device)
         ids = tokenizer(

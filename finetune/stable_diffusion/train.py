@@ -66,8 +66,9 @@ class StableDiffusionConfig:
     """True: start from the pretrained weights of the encoder. False: start from random weights, to measure the effect
     of pretraining."""
     tune: Literal["E+A", "E", "A"] = "E+A"
-    """Parts of the model that are trained. E: train the encoder and its projector. A: train the U-Net's
-    cross-attentions and their norms (attn2, norm2). E+A: train all of these parts."""
+    """Parts of the model that are trained. E: train the encoder and the projector, which computes the condition from
+    the encoder's tokens. A: train the U-Net's cross-attentions and their norms (attn2, norm2). E+A: train all of these
+    parts."""
     time_path: bool = True
     """Also add a projection of the EEG to the time embedding, as in DreamDiffusion's code but not in its paper."""
     hidden: int = 64
@@ -156,12 +157,12 @@ def build(config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection
     encoder : EEGEncoder
         EEG encoder.
     projection : int or None
-        Width of CLIP's embeddings in order joint; None in order sequential.
+        Width of CLIP's embeddings if ``config.order`` is joint; None if it is sequential.
 
     Returns
     -------
     EEGDiffusion
-        Model that is ready for training. Only the parts that ``config.tune`` names are trainable.
+        Model that is ready for training. Only the CLIP head and the parts that ``config.tune`` names are trainable.
     """
     from diffusers import DDPMScheduler
 

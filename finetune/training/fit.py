@@ -257,7 +257,7 @@ class _Loop:
         self.sums, self.logged, self.since = {}, state.step, time.monotonic()
 
     def end_step(self) -> None:
-        """After a step, evaluate the model, write a checkpoint and stop the run, if these actions are due."""
+        """After a step, do each of three actions if it is due: evaluate the model, write a checkpoint, stop the run."""
         config, state = self.config, self.state
         final = state.step == config.steps
         if state.evaluation_due and not self.check_stop():
@@ -310,7 +310,7 @@ class _Loop:
         self.since = time.monotonic()
 
     def save(self) -> bool:
-        """Write a checkpoint. Return False if the checkpoint could not be written."""
+        """Write a checkpoint, perhaps in the background. Return False if the writing has already failed."""
         self.writer.wait()
         background = self.config.checkpoint.asynchronous
         tensors = self.state.tensors(self.world.rank, self.world.size, copy=background)

@@ -105,7 +105,11 @@ def _name(network: str) -> str:
 
 
 def _compare_pair(more_n: NDArray[Any], people_n: NDArray[Any], images_n: NDArray[Any]) -> dict[str, Any]:
-    """Summarise the difference between two networks on the same trials: mean, and statistics over people and images."""
+    """Summarise the difference in accuracy between two networks on the same trials: mean, intervals and p-values.
+
+    There are two intervals and two p-values: one allows that trials of one person depend on each other, the other one
+    that trials of one image do.
+    """
     found: dict[str, Any] = {"mean": float(more_n.mean())}
     for unit, clusters in (("people", people_n), ("images", images_n)):
         found[f"interval_{unit}"] = difference_interval(more_n, clusters, RESAMPLES, 0)
@@ -122,18 +126,19 @@ def summarise_runs(
     ----------
     hits : dict
         Maps the pair (network, whether its categories were shuffled) to an array of shape (n,). The array has, for each
-        trial, the share of seeds with which the answer is right.
+        trial, the share of right answers among the networks that were trained with different seeds.
     people, images : sequence of str
         Person and image of each trial.
     networks : sequence of str
-        Names of the networks. Every other network is compared with the first network.
+        Names of the networks. The second network and all further networks are compared with the first network.
 
     Returns
     -------
     dict
-        For each network: ``accuracy``, its intervals over people and over images, and ``people`` (accuracy of each
-        person). ``shuffled`` holds the same values for the network that was trained with shuffled categories. The
-        differences are ``minus_shuffled`` (from the control) and ``minus_first`` (from the first network).
+        For each network: ``accuracy``, its 95 % intervals ``interval_people`` and ``interval_images`` (which allow that
+        trials of one person, or of one image, depend on each other), and ``people`` (accuracy of each person).
+        ``shuffled`` holds the same values for the network that was trained with shuffled categories. The differences
+        are ``minus_shuffled`` (from the control) and ``minus_first`` (from the first network).
     """
     people_n, images_n = np.asarray(people), np.asarray(images)
 

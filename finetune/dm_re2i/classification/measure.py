@@ -81,9 +81,10 @@ def summarise(
     dict
         The metrics of `score`. ``trials``: number of trials. ``chance``: 1 / K. ``largest_class``: share of the most
         frequent class, which is the accuracy of always answering this class. ``interval_images`` and
-        ``interval_subjects``: 95 % intervals of the accuracy, for which all trials of an image, or of a person, count
-        as one unit. ``confusion``: for each true class, the number of trials with each answer. ``labels``: names of the
-        classes. ``subjects``: for each person, the metrics of `score`, ``trials`` and ``interval_images``.
+        ``interval_subjects``: 95 % intervals of the accuracy, which allow that trials of one image, or of one person,
+        depend on each other. ``interval_subjects`` is left out if there is only one person. ``confusion``: for each
+        true class, the number of trials with each answer. ``labels``: names of the classes. ``subjects``: for each
+        person, the metrics of `score`, ``trials`` and ``interval_images``.
     """
     from sklearn.metrics import confusion_matrix
 
@@ -122,7 +123,7 @@ def compute_logits(net: EEGClassifier, dataset: EEGDataset, groups: list[list[in
     dataset : EEGDataset
         Trials of a split.
     groups : list of list of int
-        Groups of trial numbers, from `group_repeats`; the EEG of each group is averaged.
+        Numbers of the trials in each group, from `group_repeats`; the EEG of each group is averaged.
     device : torch.device
         Device of the network.
     """
@@ -134,7 +135,7 @@ def compute_logits(net: EEGClassifier, dataset: EEGDataset, groups: list[list[in
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Results of a classifier on the trials of a split, after averaging over repeats."""
+    """Results of a classifier on the trials of a split, each of which may be a mean over presentations of one image."""
 
     summary: dict[str, Any]
     """Result of `summarise`, and the name of the split."""
