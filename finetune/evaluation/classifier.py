@@ -1,8 +1,8 @@
 """A small image classifier that recognises the category of generated images.
 
-The papers judge images with a network that was trained on ImageNet. The classifier in this module needs no download,
-because the classifier is trained on the dataset's training images. The training of the classifier uses no EEG, no
-generated images, and no images of the val and test splits.
+Papers judge generated images with a network that was trained on ImageNet. The classifier in this module needs no
+download, because the classifier is trained on the dataset's training images. The training of the classifier uses no
+EEG, no generated images, and no images of the val and test splits.
 
 Array shapes: B images, H rows, W columns, D feature width, K classes.
 """

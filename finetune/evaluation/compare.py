@@ -131,7 +131,7 @@ def compare(config: CompareConfig) -> int:
 
 
 def _check_trials(config: CompareConfig, a: TrialValues, b: TrialValues) -> None:
-    """Check that each trial has the same person and the same image in both folders of generated images."""
+    """Check that each trial that both folders hold has the same person and the same seen image in both."""
     facts = [
         dict(zip(x.keys, zip(x.subjects_B.tolist(), x.images_B.tolist(), strict=True), strict=True)) for x in (a, b)
     ]

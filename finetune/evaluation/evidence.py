@@ -54,7 +54,7 @@ def make_predictors(
     Returns
     -------
     dict
-        Scores of each predictor, or a text that says why the predictor cannot be made from the data.
+        Maps each predictor to its scores, or to a text that says why the predictor cannot be made from the data.
     """
     found: dict[str, Control | NotApplicable] = {}
     for name in PREDICTORS:

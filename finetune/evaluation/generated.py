@@ -322,7 +322,7 @@ def _list_eeg_keys(trial: dict[str, Any]) -> set[str]:
 
 
 def _check_eeg(own: GeneratedSet, control: GeneratedSet) -> None:
-    """Check that the control images were made from the kind of EEG that the control's name requires."""
+    """Check that the control images were made from the EEG, or without EEG, as the control's name requires."""
     name = control.about["control"]
     trial_of = {trial["key"]: trial for trial in own.trials}
     for other in control.trials:

@@ -55,8 +55,8 @@ def two_way_identification(
 ) -> NDArray[np.float64]:
     """Compute how often a generated image is more similar to its own real image than to another real image.
 
-    The similarity is the Pearson correlation of two embeddings, as in the papers. For each generated image, its own
-    real image is compared with every other real image, and only once with an image that several trials show. A tie
+    The similarity is the Pearson correlation of two embeddings, as in the paper below. For each generated image, its
+    own real image is compared with every other real image, and only once with an image that several trials show. A tie
     counts as one half, so embeddings that are all equal give exactly one half.
 
     Parameters

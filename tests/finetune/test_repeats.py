@@ -104,7 +104,7 @@ def words(**keys: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(repeated: Path, encoder_package: Path, miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Align and fine-tune for one step, on the part of each trial from -0.25 s to 0.75 s, with the baseline."""
+    """Align and fine-tune for one step each, on the part of each trial from -0.25 s (baseline included) to 0.75 s."""
     root = tmp_path_factory.mktemp("runs")
     part = {"eeg__tmin": -0.25, "eeg__tmax": 0.75, "training__steps": 1, "training__batch_size": 8}
     found = {"dataset": repeated, "encoder": encoder_package, "clip": miniature / "clip", "output": root / "align"}

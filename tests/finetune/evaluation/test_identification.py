@@ -59,7 +59,7 @@ def test_collapsed_embeddings_are_at_chance(collapsed: str) -> None:
     np.testing.assert_array_equal(two_way_identification(real, flat, IDS), np.full(B, 0.5))
     if collapsed != "equal rows":
         np.testing.assert_array_equal(two_way_identification(flat, real, IDS), np.full(B, 0.5))
-    # All images of the gallery are tied, so every rank is the expected rank of a guess.
+    # All images of the gallery are equally similar, so every rank is the mean rank of a guess.
     np.testing.assert_array_equal(compute_ranks(*rank_true_images(real, flat, np.arange(B))), np.full(B, (B + 1) / 2))
     assert top_k_hits(*rank_true_images(real, flat, np.arange(B)), 3) == pytest.approx(3 / B)
 
