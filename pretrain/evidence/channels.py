@@ -23,7 +23,7 @@ two heads, or come from two templates, differ by a few centimetres. The channel 
 the electrode A1 on the left ear are more than 10 cm apart."""
 
 Part = tuple[EEGDataset, Sequence[int]]
-"""A split, and the numbers of the trials that are read from the split."""
+"""A split, and the indices of the trials that are read from the split."""
 Place = Sequence[float] | None
 """Position of an electrode in metres in head coordinates; None if the position is unknown."""
 

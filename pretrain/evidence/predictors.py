@@ -21,11 +21,11 @@ from pretrain.evidence.ridge import STRENGTHS, RidgeFit, RidgeSums
 from pretrain.evidence.trials import TrialTable, group_by, group_recordings, join_tables
 
 NEAREST = (1, 5)
-"""The rules of nearest trials: how many training trials, the nearest in time in the same recording, vote for the
+"""One rule for each number: this many training trials, the nearest in time in the same recording, vote for the
 label."""
 POOLED = (5, 25)
-"""The rules of pooled trials: how many training trials, at the most similar time in any recording, vote for the
-label."""
+"""Two rules for each number: this many training trials, at the most similar time in any recording, vote for the label.
+One rule takes the time in seconds, the other takes it as a fraction of the duration of the recording."""
 INNER_FOLDS = 5
 """Largest number of inner folds of the training trials."""
 _ROWS = 2000

@@ -92,8 +92,7 @@ class Control:
     time."""
     left_out_n: NDArray[np.bool_] | None = None
     """[n] True for trials for which the control could not be made, such as trials that are alone in their
-    neighbourhood. The comparison leaves out the trials that are True in this array, and the verdict gives the number of
-    these trials."""
+    neighbourhood. The comparison leaves out these trials, and the verdict gives their number."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,7 +112,7 @@ class Evidence:
     """[n] the model's own score of each trial, from 0 to 1; for example, 1 for the right category and 0 for a wrong
     category."""
     chance: float
-    """Score by chance."""
+    """Chance level of the score: the mean score that a model reaches by guessing."""
     score_of: Literal["label", "image"]
     """What the score of a trial measures. label: 1 if the label is right, else 0. image: share of the other test images
     that are less similar to the output than the seen image is. The chance level of the predictors depends on
@@ -126,8 +125,7 @@ class Evidence:
     than the seen image is. Chance is 0.5."""
     identification_left_out_n: NDArray[np.bool_] | None = None
     """[n] True for trials without an identification, because their category has only one seen image. The comparison
-    leaves out the trials for which no identification can be computed, and the verdict gives the number of these
-    trials."""
+    leaves out these trials, and the verdict gives their number."""
     judge_n: NDArray[np.float64] | NotApplicable
     """Scores, from 0 to 1, that the judge (the program that scores the generated images) gives to real images of the
     test labels. One value for each image."""
@@ -157,7 +155,7 @@ class Verdict:
     comparisons: tuple[Comparison, ...]
     """Every comparison that was made; empty if the design, the test trials or the judge alone decides the verdict."""
     not_applicable: dict[str, str]
-    """Reason for each control that cannot be made from the data."""
+    """For each control or measure that cannot be made from the data, the reason."""
     left_out: int = 0
     """Number of test trials that the verdict leaves out, because their image or their EEG was in the data that trained
     the model. If the verdict is *not judgeable* because of these trials, no trial is left out."""
@@ -498,7 +496,7 @@ def decide_by_leaks(case: _Case) -> _Found | None:
 
     - A predictor that gets only the time, or only the EEG before the picture, is better than chance. The chance level
       of a predictor is the larger of two numbers: the best score of a predictor that predicts the same label in every
-      trial (`find_constant_score`), and the chance level of the score.
+      trial (`find_constant_score`), and `Evidence.chance`.
     - EEG shuffled within neighbourhoods gives a better score than EEG shuffled over all trials. A part of the score
       then comes from slow changes of the EEG.
     - The shuffle within neighbourhoods does not lower the score. This case needs three conditions. The model's own

@@ -134,7 +134,7 @@ def resample_crossed(
     Parameters
     ----------
     values_Vn : ndarray, [V, n]
-        Sets of values of the same trials. All sets are resampled in the same way.
+        V sets of values, each with one value for each of the n trials. The same resamples are used for all sets.
     subjects_n, images_n : ndarray, [n]
         Subject and image of each trial.
     resamples : int
@@ -278,7 +278,7 @@ class PairedDifference:
     """95 % interval over people; None if there are fewer than `FEWEST_SUBJECTS` people, or if the question is only
     about these people."""
     decides: str
-    """What the bootstrap draws to compute `interval`: people and images, people, or images."""
+    """What the bootstrap of `interval` draws: "people and images", "people" or "images"."""
     interval: tuple[float, float]
     """The 95 % interval that decides whether a comparison holds."""
     p: float

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from data_sharding.dataset.dataset import EEGDataset
 
 NEIGHBOURS = 8
-"""Number of consecutive trials in a neighbourhood, by default. In a neighbourhood of eight trials, the numbers of two
-trials differ by three on average."""
+"""Number of consecutive trials in a neighbourhood, by default. Two trials of a neighbourhood of eight trials are three
+trials apart on average."""
 BY_CHANCE = 0.01
 """If all trials of each recording have the same label, and the probability of this in a random order of the trials is
 higher than `BY_CHANCE`, this counts as chance."""
