@@ -45,7 +45,8 @@ class Batch:
     numbers: list[int]
     """Number of each sample in the dataset."""
     epochs: list[int]
-    """Epoch of each sample; a batch may contain the last samples of one epoch and the first samples of the next."""
+    """Number of the epoch in which each sample is read; a batch may contain the last samples of one epoch and the first
+    samples of the next."""
     begins: list[int]
     """For each sample, index of the first stored time point that was read; 0 except for trials stored with a
     baseline."""
@@ -64,7 +65,7 @@ class Batch:
 
     @functools.cached_property
     def metas(self) -> list[dict[str, Any]]:
-        """Parsed metadata of each sample, adjusted to the part of the sample that was read.
+        """Parsed metadata of each sample; if only a part of a trial was read, `start` and `onset` describe this part.
 
         If the JSON of a sample is damaged, a RequestError is raised; its message contains the path of the file and the
         sample's key.
@@ -139,7 +140,7 @@ def collate(
     numbers : sequence of int
         Numbers of the samples.
     epochs : sequence of int, optional
-        Epoch of each sample; 0 by default.
+        Number of the epoch in which each sample is read; 0 by default.
     out : ndarray of float16, shape (rows, T), optional
         Memory for the signals. If `out` is too small, new memory is allocated.
 

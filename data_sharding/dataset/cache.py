@@ -93,7 +93,8 @@ class ShardCache:
         Raises
         ------
         RequestError
-            If the file cannot be downloaded, is larger than the cache, or has a wrong checksum twice in a row.
+            If the file is larger than the size limit of the cache, or if the download fails, or gives a wrong checksum,
+            twice in a row.
         """
         check_sha256(sha256, str(url))
         self._make_private()
@@ -123,8 +124,8 @@ class ShardCache:
             self._private = True
 
     def _fetch(self, url: AnyPath, path: Path, sha256: str, size: int | None) -> None:
-        # Only the process that has locked `sha256` writes temporary files with this name, so temporary files that
-        # already exist come from processes that died.
+        # Only the process that holds the lock of this checksum writes temporary files for the checksum, so temporary
+        # files that already exist come from processes that died.
         for dead in path.parent.glob(f".{sha256}.*"):
             dead.unlink(missing_ok=True)
         found = ""
@@ -231,7 +232,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
-        # In a forked process, the lock file is already closed.
+        # In a process that was forked inside the `with` block, `_close_lock_files` has already closed the lock file.
         if descriptor in _lock_files:
             _lock_files.remove(descriptor)
             os.close(descriptor)
@@ -242,7 +243,7 @@ _lock_files: set[int] = set()
 
 
 def _close_lock_files() -> None:
-    """Close the lock files of the parent process in a forked process.
+    """In a forked process, close the lock files that the process inherited from its parent.
 
     A lock is released only when every process has closed its descriptor of the lock file. Without this function, a
     worker that is forked during a download of its parent would keep the lock until the worker ends.
@@ -269,7 +270,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 def _store(url: AnyPath) -> tuple[Any, str]:
     """Return the file system and the path of a URL.
 
-    The file system is not stored in the cache object, because its connections do not survive a fork.
+    The cache object does not store the file system, because the connections of a file system do not survive a fork.
     """
     if isinstance(url, UPath):
         return fsspec.filesystem(url.protocol, **url.storage_options), url.path

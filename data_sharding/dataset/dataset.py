@@ -54,27 +54,27 @@ class EEGDataset:
     cache_gb : float, optional
         Size limit of the cache; by default DREAMSCALE_CACHE_GB, or 50 if that variable is not set.
     tmin, tmax : float, optional
-        Part of each trial to read, in seconds from the onset of the image; for example -0.2 and 0.8. A trial that is
-        not stored from `tmin` to `tmax` is left out; `left_out` is the number of such trials. By default, each trial is
-        read from the onset for the length of the window in `spec`. If only `tmin` is given, `tmax` is `tmin` plus the
-        length of the window. If only `tmax` is given, `tmin` is 0.
+        Part of each trial to read, in seconds from the onset of the image; for example -0.2 and 0.8. A trial is left
+        out if its stored part does not cover the whole time from `tmin` to `tmax`; `left_out` is the number of such
+        trials. By default, the part that is read begins at the onset and has the length of a window (`spec.window_s`).
+        If only `tmin` is given, `tmax` is `tmin` plus the length of the window. If only `tmax` is given, `tmin` is 0.
     version : str
         Dataset id of the version to read (see `data_sharding.dataset.manifest`); by default the current version.
 
     Attributes
     ----------
     left_out : int
-        Number of samples of the split that are left out, because they are not stored from `tmin` to `tmax`.
+        Number of samples of the split that are left out, because their stored part does not cover `tmin` to `tmax`.
     shards : list of Shard
-        Shards of the split, as the manifest lists them.
+        Manifest entries of those shards of the split that contain samples to read.
     first : ndarray of int, shape (shards + 1,)
         Number of the first sample of each shard. The last entry of `first` is the number of samples of the split.
 
     Raises
     ------
     RequestError
-        If the directory is not a complete dataset, if the split does not exist or is empty, if no sample is stored from
-        `tmin` to `tmax`, or if a shard is missing or has another size than the manifest says.
+        If the directory is not a complete dataset, if the split does not exist or is empty, if all samples would be
+        left out because of `tmin` and `tmax`, or if a shard is missing or has another size than the manifest says.
     """
 
     def __init__(
@@ -113,14 +113,14 @@ class EEGDataset:
         self._local = threading.local()
 
     def _choose_part(self, tmin: float, tmax: float | None) -> None:
-        """Read each trial from `tmin` to `tmax`, and leave out trials that are not stored from `tmin` to `tmax`."""
+        """Read each trial from `tmin` to `tmax`, and leave out trials whose stored part does not cover this time."""
         sfreq = self.spec.sfreq
         tmax = tmin + self.spec.window_s if tmax is None else tmax
         self._shift, self.n_times = round(tmin * sfreq), round((tmax - tmin) * sfreq)
         if self.n_times < 1:
             raise RequestError(f"tmin {tmin:g} s and tmax {tmax:g} s: tmax must be later than tmin")
-        # Older versions of Dreamscale stored only one window of each trial, from the onset on, and did not write
-        # `samples` and `onset` to the index.
+        # `samples` and `onset` are 0 if an older version of Dreamscale wrote the index: that version stored exactly one
+        # window of each trial, which begins at the onset.
         stored = np.where(self.index["samples"], self.index["samples"], self.spec.window).astype(np.int64)
         begin = self.index["onset"].astype(np.int64) + self._shift
         whole = (begin >= 0) & (begin + self.n_times <= stored)
@@ -219,7 +219,8 @@ class EEGDataset:
         ------
         RequestError
             If a setting of the preprocessing differs; the message names every such setting. The settings `stride`,
-            `reject_uv` and `quality` may differ, because they do not change the values in a good window.
+            `reject_uv` and `quality` may differ, because they do not change the values of a window in which no channel
+            is bad.
         """
         differ = spec.differences(self.spec)
         if found := [text for key, text in differ.items() if key not in ("stride", "reject_uv", "quality")]:
@@ -301,7 +302,7 @@ class EEGDataset:
 
     @property
     def trials(self) -> TrialTable:
-        """Metadata of all samples in columns, from a file that all processes share.
+        """Metadata of all samples as columns of a table, whose file all processes of the machine share.
 
         The first process that uses `trials` reads the JSON of every sample (see `data_sharding.dataset.trials`).
         """
@@ -422,7 +423,8 @@ def read_manifest(path: AnyPath, version: str = "") -> Manifest:
     Raises
     ------
     RequestError
-        If the directory is not a complete dataset, or if the version does not exist or was deleted by ``--compact``.
+        If the directory is not a complete dataset, if the dataset never had the version, or if ``dreamscale shard
+        --compact`` deleted shards of the version.
     """
     if version:
         manifest = find_version(path, version)
@@ -443,7 +445,7 @@ def read_manifest(path: AnyPath, version: str = "") -> Manifest:
 
 
 def shard_record(root: Path, tar: Path, samples: int) -> Shard:
-    """Make the entry for a finished shard in the manifest.
+    """Make the manifest entry of a finished shard.
 
     Parameters
     ----------
@@ -476,7 +478,7 @@ def write_dataset(
     labels: list[str] | None = None,
     samples_per_shard: int = 256,
 ) -> Manifest:
-    """Write a dataset from samples in memory. Recordings on disk are sharded by the job (`data_sharding.job.run`).
+    """Write a dataset from samples in memory (for recordings on disk, use the job in `data_sharding.job.run` instead).
 
     Parameters
     ----------
@@ -486,7 +488,7 @@ def write_dataset(
     samples : mapping of str to iterable of Sample
         Samples of each split.
     spec : PreprocessSpec
-        Preprocessing of the samples in `samples`.
+        Settings with which the signals in `samples` were preprocessed.
     labels : list of str, optional
         Name of each label, in the order of the label numbers.
     samples_per_shard : int

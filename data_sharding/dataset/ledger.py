@@ -178,8 +178,8 @@ class LedgerRow:
     def category(self) -> str:
         """Category of `reason`, used to count recordings.
 
-        Rows from older versions of Dreamscale have no `reason_category`. For such a row, the category is the status of
-        a duplicate or held-back recording, or the whole text of `reason` of any other recording.
+        Rows from older versions of Dreamscale have no `reason_category`. For such a row, the category is the status if
+        the recording is a duplicate or held back, and otherwise the whole text of `reason`.
         """
         if self.reason_category is not None:
             return self.reason_category
@@ -219,10 +219,10 @@ class LedgerRow:
         self.duplicate_of, self.held_back = duplicate_of, held_back
 
     def reset_impossible(self) -> None:
-        """Give columns with an impossible number, such as an age below 0, their default value, and add a note.
+        """Replace impossible numbers, such as an age below 0, by the default values of their columns, and add notes.
 
-        Readers refuse a ledger with an impossible number, so a number from one damaged recording must not make the
-        whole dataset unreadable.
+        Readers refuse a ledger with an impossible number. Without this method, one such number from a damaged recording
+        would make the whole dataset unreadable.
         """
         for name in _NUMBERS:
             value = getattr(self, name)
@@ -253,7 +253,7 @@ class LedgerRow:
         Raises
         ------
         KeyError
-            If a column is missing that every version of Dreamscale writes. The error contains the name of the column.
+            If a column that every version of Dreamscale writes is missing. The error contains the name of the column.
         RequestError
             If a value has another type than its column, or is not possible, such as a negative length.
         """
@@ -307,7 +307,7 @@ def schema() -> Any:
     import pyarrow as pa
 
     def arrow_type(python_type: Any) -> Any:
-        if isinstance(python_type, types.UnionType):  # Every column may be null, so None is not part of the type.
+        if isinstance(python_type, types.UnionType):  # A column of any Arrow type may contain nulls, so drop None.
             (python_type,) = (part for part in get_args(python_type) if part is not types.NoneType)
         if typing.get_origin(python_type) is list:
             return pa.list_(pa.string())
@@ -406,7 +406,7 @@ def count_by_status(rows: Iterable[LedgerRow]) -> tuple[dict[str, int], dict[str
 
 
 def count_windows_left_out(rows: Iterable[LedgerRow]) -> Counter[str]:
-    """Count the windows and trials that are not in the dataset, for each reason."""
+    """For each reason, count the windows and trials that were left out of the dataset."""
     total: Counter[str] = Counter()
     for row in rows:
         total.update(row.windows_left_out)

@@ -41,7 +41,7 @@ class _WorkerError:
 
 
 class _ShardPrefetcher:
-    """Downloads the shards of remote datasets that the loader reads now or next, in background threads."""
+    """Downloads, in background threads, the shards of the current and of the next window of each remote dataset."""
 
     def __init__(self) -> None:
         self.windows: dict[int, tuple[int, int]] = {}
@@ -132,11 +132,12 @@ def _ignore_job_signals(parent: int, worker: int) -> None:
 
     Batch systems and torchrun signal every process of a job, but only the training process decides when to stop. By
     default, SIGTERM would end a worker of torch, and a dead worker makes the training process fail. So a worker ends at
-    a SIGTERM only if its parent sent the signal. SIGTERM must be blocked before the worker is started: otherwise a
-    thread that a library starts in every new process could receive the signal.
+    a SIGTERM only if its parent sent the signal. SIGTERM must be blocked in the training process before the worker is
+    started, so that all threads of the worker inherit the block: otherwise, a thread that a library starts in every new
+    process could receive the signal.
 
-    The worker also ends when its parent process has ended, because otherwise a worker of torch would wait forever for a
-    process that reads its queue.
+    The worker also ends when its parent process has ended: otherwise, a worker of torch would wait forever, because no
+    process reads the batches from the worker's queue.
 
     Parameters
     ----------
@@ -242,9 +243,9 @@ class Loader:
         Returns
         -------
         numbers : list of int
-            Numbers of the samples in the dataset.
+            For each sample, its number in the dataset or in the mixture.
         epochs : list of int
-            Epoch of each sample; in a mixture, each dataset has its own epochs.
+            Epoch of each sample; in a mixture, the epochs are counted separately for each dataset.
         """
         line = np.arange(step * self.global_batch + self.rank, (step + 1) * self.global_batch, self.world_size)
         if self._interleaver is None:
@@ -259,7 +260,7 @@ class Loader:
         return numbers.tolist(), epochs.tolist()
 
     def stream_places(self, step: int) -> list[int]:
-        """Compute for each dataset the place in its order at which a step begins (see `data_sharding.dataset.order`).
+        """For each dataset, compute the place at which a step begins (see `data_sharding.dataset.order` for places).
 
         Parameters
         ----------
@@ -269,8 +270,9 @@ class Loader:
         Returns
         -------
         list of int
-            For each dataset, a place in the order of its samples. In a mixture, these are the places at the beginning
-            of the block of 4096 places that contains the step's first sample (see `DatasetInterleaver`).
+            For each dataset, a place in the order of its samples. For a mixture, the places are those at the beginning
+            of the block in which the step begins: a mixture assigns places to its datasets in blocks (see
+            `DatasetInterleaver`).
         """
         place = step * self.global_batch
         return [place] if self._interleaver is None else self._interleaver.dealt_before(place)
@@ -292,8 +294,8 @@ class Loader:
         if self.num_workers and Slots.supported():
             known = [int(part.index["n"].max()) if part.index["n"].all() else N_PADDED for part in self.dataset.parts]
             rows = self.global_batch // self.world_size * max(known)
-            # Each worker has two more slots than prefetched batches: the worker writes to one slot while the training
-            # process copies the batch from another slot.
+            # Give each worker one slot for each prefetched batch, and two more slots: the worker writes to one of them,
+            # while the training process copies a batch from the other.
             slots = Slots(self.num_workers, _PREFETCH_BATCHES + 2, rows, self.dataset.n_times)
         reader = DataLoader(
             _StepDataset(self, slots),  # type: ignore[arg-type]
@@ -349,7 +351,7 @@ class Loader:
 
 
 def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> None:
-    """Raise an error if the cache is too small for the order, because shards would be downloaded repeatedly.
+    """Raise an error if the cache is so small that, with the given order, shards would be downloaded repeatedly.
 
     Parameters
     ----------
@@ -371,7 +373,7 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
     need = 0
     for part in remote:
         sizes = sorted((shard.bytes for shard in part.shards), reverse=True)
-        # If a batch begins in one window of shards and ends in the next, it contains samples of both windows.
+        # A batch can begin in one window of shards and end in the next, so the cache must hold two windows.
         need += sum(sizes if order == "global" else sizes[: 2 * window])
     limit = min(part.cache.limit for part in remote if part.cache)
     if need > limit:

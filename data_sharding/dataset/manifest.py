@@ -63,7 +63,7 @@ class Shard:
 
     @property
     def served(self) -> int:
-        """Number of samples in the tar, without the withdrawn samples."""
+        """Number of samples in the tar that are not withdrawn."""
         return self.samples - sum(stop - start for start, stop in self.withdrawn)
 
     def mask(self) -> np.ndarray:
@@ -119,7 +119,7 @@ class Manifest:
         """Write the manifest to the directory of a dataset. An interrupted write leaves no partial file."""
         values = {"schema": SCHEMA, **dataclasses.asdict(self)}
         for shard in (shard for shards in values["splits"].values() for shard in shards):
-            if not shard["withdrawn"]:  # Older versions of Dreamscale cannot read the key `withdrawn`.
+            if not shard["withdrawn"]:  # Older versions of Dreamscale refuse this key.
                 del shard["withdrawn"]
         write_json(as_path(directory) / NAME, values)
 
@@ -142,7 +142,7 @@ class Manifest:
         RequestError
             If the directory is missing, or if its manifest is missing, damaged or of another schema.
         """
-        directory = fresh(as_path(directory))  # Another process may have written a new version.
+        directory = fresh(as_path(directory))  # Another process may have changed the folder, so use no cached listing.
         if not directory.is_dir():
             raise RequestError(f"{directory}: no such dataset directory")
         if not (directory / NAME).is_file():
@@ -244,9 +244,9 @@ def version_folder(dataset: str | AnyPath, number: int) -> AnyPath:
 def current_file(dataset: str | AnyPath, name: str) -> AnyPath:
     """Return the path of a file that describes the current version of a dataset, such as the ledger.
 
-    In a dataset with several versions, the files outside the folder ``versions`` are copies for users. A job first
-    writes the manifest of a new version and then replaces the copies of the other files one by one, so an interrupted
-    job may leave copies of the old version.
+    In a dataset with several versions, the folder ``versions`` contains the files that count; the files outside this
+    folder are only copies for users. A job first writes the manifest of a new version and then replaces the copies of
+    the other files one by one, so an interrupted job may leave copies of the old version.
     """
     root = as_path(dataset)
     if (root / VERSIONS).is_dir() and (root / NAME).is_file():

@@ -20,7 +20,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 
 
 class Mixture:
-    """One split of several datasets. The weight of a dataset is the fraction of its samples in training batches.
+    """One split of several datasets. The weight of a dataset is the fraction of the training samples that it supplies.
 
     The samples of all datasets are numbered together, from the first dataset to the last. A mixture has the same
     methods for reading as `EEGDataset`.
@@ -150,7 +150,7 @@ class Mixture:
         return self.parts[which], number - int(self.first[which])
 
     def key(self, number: int) -> str:
-        """Read the key of a sample. Two datasets of a mixture may use the same key."""
+        """Read the key of a sample. Samples from different datasets of a mixture may have the same key."""
         part, own = self.locate(number)
         return part.key(own)
 

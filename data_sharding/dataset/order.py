@@ -5,10 +5,10 @@ of epoch 0, place `n` is the first sample of epoch 1, and so on. The functions i
 place directly. So every rank, every worker and a resumed run find the same sample at the same place without any saved
 state.
 
-`numpy.random.permutation` is not used. A permutation of a hundred million samples would take 0.8 GB in every worker of
-every rank, and NumPy does not promise the same permutation in every release. The Feistel network of `permute` needs
-about a microsecond for each sample and no memory, and its result never changes. `EpochOrder` keeps only a few numbers
-for each shard in memory.
+`numpy.random.permutation` is not used. Its permutation of a hundred million samples would be an array of 0.8 GB in
+every worker of every rank, and NumPy does not promise the same permutation in every release. The Feistel network of
+`permute` needs about a microsecond for each sample and no memory, and its result never changes. `EpochOrder` keeps only
+a few numbers for each shard in memory.
 
 Letters in shapes: `b` places, `S` shards.
 """
@@ -65,7 +65,7 @@ def permute(places: np.ndarray, n: int, *key: int) -> np.ndarray:
     n : int
         Length of the permutation.
     *key : int
-        Seed of the permutation, as any number of integers.
+        Seed of the permutation: one or more integers.
 
     Returns
     -------
@@ -111,7 +111,7 @@ def permute(places: np.ndarray, n: int, *key: int) -> np.ndarray:
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Compute the whole global order of an epoch.
+    """Compute the whole order of the samples in an epoch, for the order "global".
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ class EpochOrder:
         Returns
         -------
         numbers : ndarray of int, shape (b,)
-            Numbers of the samples in the dataset.
+            For each place, the number of the sample in the dataset.
         epochs : ndarray of int, shape (b,)
             Epoch of each place.
         """
@@ -208,9 +208,9 @@ class EpochOrder:
     def _order_by_shards(self, places: np.ndarray, epoch: int) -> np.ndarray:
         """Compute which samples the order "shards" has at the given places of one epoch.
 
-        The shards of the epoch are concatenated in their random order. Each place is in one window of shards, and a
-        permutation maps the place to a place in the same window. The sample that is stored at the resulting place is
-        returned.
+        The shards of the epoch are concatenated in their random order. Each place lies in one window of the
+        concatenated shards. A permutation of this window maps the place to a position in the window, and the sample
+        that is stored at this position is returned.
         """
         shards, shard_ends, window_ends = self._shard_order(epoch)
         window = np.searchsorted(window_ends, places, side="right")
@@ -219,7 +219,8 @@ class EpochOrder:
         for w in np.unique(window).tolist():
             mine = window == w
             size = int(edges[w + 1] - edges[w])
-            # The order of the shards uses 1 as its last seed in `permute`, so the last seeds of the windows begin at 2.
+            # The last integer of the seed is 1 for the order of the shards (see `_shard_order`) and `w + 2` for window
+            # `w`, so all these permutations have different seeds.
             moved[mine] = edges[w] + permute(places[mine] - edges[w], size, self.seed, self.stream, epoch, w + 2)
         which = np.searchsorted(shard_ends, moved, side="right")
         return self._first[shards[which]] + moved - (shard_ends[which] - self.samples[shards[which]])
@@ -227,7 +228,7 @@ class EpochOrder:
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the random order of the shards in an epoch, and the places where each shard and each window ends."""
         if epoch not in self._shards:
-            # Batches never go back by more than one epoch, so delete the orders of earlier epochs.
+            # A later batch never needs an epoch before `epoch - 1`, so delete the orders of such epochs.
             self._shards = {k: v for k, v in self._shards.items() if k >= epoch - 1}
             count = len(self.samples)
             shards = permute(np.arange(count), count, self.seed, self.stream, epoch, 1)
@@ -275,7 +276,7 @@ class DatasetInterleaver:
     def _cumulative_places(self, block: int) -> np.ndarray:
         """For j = 0, 1, 2 ..., return how many of the places before a block belong to the first `j` datasets.
 
-        The products are computed with Python's integers, because they can be larger than 64 bits.
+        The function multiplies Python's integers and not NumPy's, because a product can need more than 64 bits.
         """
         return np.array([block * _BLOCK * edge // _UNIT for edge in self._edges], np.int64)
 

@@ -1,4 +1,4 @@
-"""Read the rows of a Parquet file that anybody may have changed: the ledger and the fingerprints of a dataset.
+"""Read the rows of a Parquet file that anybody may have changed: the ledger or the fingerprints of a dataset.
 
 A Parquet file of a few kB can unpack to gigabytes, because a text that every row repeats is stored only once. To limit
 the memory, this module first checks the types of the columns, decodes each different text only once, and computes the
@@ -46,7 +46,7 @@ class Rows:
         import pyarrow.parquet as pq
 
         self._size, self._where = size, where
-        # Arrow's own threads are not used: on a busy machine they have crashed the interpreter at its exit.
+        # Arrow's own threads are not used: on a busy machine they have crashed the Python interpreter when it exited.
         options: dict[str, Any] = {"pre_buffer": False, "memory_map": False}
         about = pq.ParquetFile(stream, **options)
         self.metadata = about.metadata

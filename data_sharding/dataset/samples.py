@@ -97,8 +97,8 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
         raise ValueError("the window has values that are not finite, or too large for float16 in microvolts")
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(pad_channels(half)), version=(1, 0), allow_pickle=False)
-    # The match window of zstd must be as long as the sample, because zstd finds copies of a channel only inside this
-    # window.
+    # zstd finds a copy of a channel only inside its match window, so this window must be as long as the whole
+    # uncompressed .npy file.
     size = buffer.getbuffer().nbytes
     reach = min(max((size - 1).bit_length(), zstandard.WINDOWLOG_MIN), 27)
     parameters = zstandard.ZstdCompressionParameters.from_level(

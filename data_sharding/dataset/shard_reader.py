@@ -135,13 +135,13 @@ class SampleLocation(NamedTuple):
 
 
 def most_bytes(samples: Any) -> Any:
-    """Return the largest size in bytes of the compressed EEG of a sample with `samples` time points."""
+    """Return an upper limit for the size of the compressed EEG of a sample with `samples` time points, in bytes."""
     size = 128 + N_PADDED * samples * 2
     return size + size // 128 + 1024
 
 
 def member_limits(samples: int) -> dict[str, int]:
-    """Return the largest size in bytes of each member that a sample with `samples` time points may have."""
+    """Return the largest allowed size in bytes of each tar member, for a sample with `samples` time points."""
     return {_EEG: most_bytes(samples), "json": MAX_META, **{f"image.{ext}": MAX_IMAGE for ext in IMAGE_EXTENSIONS}}
 
 
@@ -309,8 +309,8 @@ def crop_meta(meta: dict[str, Any], begin: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        Metadata of the part that was read: ``start`` is the time of its first time point, and ``onset`` is an index
-        into its time points.
+        Metadata of the part that was read: ``start`` is the time of the first time point of this part, and ``onset`` is
+        the index of the onset, counted from this time point.
     """
     if not begin:
         return meta
@@ -325,7 +325,7 @@ def locate(
     Parameters
     ----------
     index : ndarray of `INDEX`, shape (samples,)
-        Index of a whole split.
+        Index entries of all samples of a split.
     first : ndarray of int, shape (shards + 1,)
         Number of the first sample of each shard; the last entry is the number of samples.
     numbers : sequence of int
@@ -381,8 +381,8 @@ class ShardReader:
         shape = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({N_PADDED}, {samples}), }}"
         self.npy = b"\x93NUMPY\x01\x00v\x00" + shape.ljust(117).encode() + b"\n"
         self.size = len(self.npy) + N_PADDED * samples * 2
-        # The buffer is longer than a sample, so that the decompressor reads to the end of the zstd frame and verifies
-        # the checksum of the frame.
+        # Make the buffer longer than a sample: only if space is left in the buffer, the decompressor reads to the end
+        # of the zstd frame, and verifies the checksum that is stored there.
         self.plain = bytearray(self.size + 64)
         self.stored = np.frombuffer(self.plain, np.float16, N_PADDED * samples, len(self.npy)).reshape(N_PADDED, -1)
         self.samples = samples
@@ -396,7 +396,8 @@ class ShardReader:
         descriptor = self.files.get(shard)
         if descriptor is None:
             descriptor = self.dataset.open_shard(shard)
-            # To make room for this shard, the cache may have deleted files that this reader has open.
+            # To make room for this shard, the cache may have deleted files that this reader still has open; close these
+            # files.
             self.close_evicted()
             self.files[shard] = descriptor
             if len(self.files) > _OPEN_FILES:

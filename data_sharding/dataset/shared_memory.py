@@ -37,7 +37,7 @@ class Slots:
     rows : int
         Maximum number of channels of a batch, summed over all samples of the batch.
     window : int
-        Time points of a window.
+        Number of time points of a window.
     """
 
     _numbers: ClassVar = itertools.count()
@@ -54,7 +54,7 @@ class Slots:
 
     @classmethod
     def supported(cls) -> bool:
-        """Return whether workers can share memory with this process, which needs Linux and fork."""
+        """Return whether workers can share memory with this process; sharing works only on Linux, with fork."""
         return sys.platform == "linux" and "fork" in multiprocessing.get_all_start_methods()
 
     @classmethod

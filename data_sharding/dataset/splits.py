@@ -29,9 +29,11 @@ class SplitConfig:
     seed: int = 0
     """Seed for the random assignment of subjects and images to splits (by hash)."""
     val_fraction: float = 0.1
-    """Fraction of the subjects in the split val, chosen by hash; ignored if val_subjects or test_subjects is given."""
+    """Fraction of the subjects to put into the split val, chosen by hash; ignored if val_subjects or test_subjects is
+    given."""
     test_fraction: float = 0.1
-    """Fraction of the subjects in the split test, chosen by hash; ignored if val_subjects or test_subjects is given."""
+    """Fraction of the subjects to put into the split test, chosen by hash; ignored if val_subjects or test_subjects is
+    given."""
     val_subjects: list[str] = field(default_factory=list)
     """Names of the subjects in the split val, with or without the prefix that the names have in paths: sub-11 or 11."""
     test_subjects: list[str] = field(default_factory=list)
@@ -41,11 +43,11 @@ class SplitConfig:
     """Hold out single images, or all images of a concept together. With ``concept``, no concept of the test split is in
     the training split (zero-shot). `by` is used only for EEG-image corpora."""
     image_val_fraction: float = 0.1
-    """Fraction of the images (or concepts) in the split val, chosen by hash; not used for images that the corpus
-    assigns to train, val or test."""
+    """Fraction of the images (or concepts) to put into the split val, chosen by hash; not used for images that the
+    corpus assigns to train, val or test."""
     image_test_fraction: float = 0.1
-    """Fraction of the images (or concepts) in the split test, chosen by hash; not used for images whose split the
-    corpus gives."""
+    """Fraction of the images (or concepts) to put into the split test, chosen by hash; not used for images whose split
+    the corpus gives."""
 
     def __post_init__(self) -> None:
         for a, b in (("val_fraction", "test_fraction"), ("image_val_fraction", "image_test_fraction")):
@@ -89,8 +91,8 @@ class SplitConfig:
         Returns
         -------
         str or None
-            train, val or test. None if the corpus gives no split and the trial has no image, or if the corpus gives no
-            split and the config holds out no images.
+            train, val or test. None if the corpus gives no split, and either the trial has no image or the config holds
+            out no images.
 
         Raises
         ------

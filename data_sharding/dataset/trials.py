@@ -46,7 +46,7 @@ UNUSED_DAYS = 90
 """Number of days after which an unused file of a table is deleted. Unused files are deleted when a new file is
 written."""
 _SHOWN = 20_000
-"""Smallest number of samples of a split for which the progress is shown."""
+"""The progress is shown only for a split with at least this many samples."""
 
 
 class TrialSource(Protocol):
@@ -105,7 +105,7 @@ class TrialTable:
         Parameters
         ----------
         name : str
-            A name of `NUMBERS`: n, label, onset or start.
+            One of the names in `NUMBERS`: n, label, onset or start.
 
         Returns
         -------
@@ -120,7 +120,7 @@ class TrialTable:
         Parameters
         ----------
         name : str
-            A name of `TEXTS` or `LISTS`.
+            One of the names in `TEXTS` or `LISTS`.
 
         Returns
         -------
@@ -132,8 +132,7 @@ class TrialTable:
     def values(self, name: str) -> list[str | None]:
         """Return the different texts of a column.
 
-        The numbers that `codes` returns are indices into the list of texts. In the returned list, None stands for a
-        missing text.
+        The numbers that `codes` returns are indices into this list. In the list, None stands for a missing text.
         """
         if name not in self._values:
             self._values[name] = self._table.column(name).chunk(0).dictionary.to_pylist()
@@ -144,12 +143,12 @@ class TrialTable:
         return self.values(name)[self.codes(name)[number]]
 
     def group(self, *names: str) -> NDArray[np.int64]:
-        """Return a number for each combination of several texts.
+        """Number the combinations of texts in several columns, and return the number of each sample's combination.
 
         Parameters
         ----------
         *names : str
-            Names of `TEXTS` or `LISTS`.
+            Columns to combine: names in `TEXTS` or `LISTS`.
 
         Returns
         -------
@@ -223,9 +222,9 @@ def digest_of_split(path: AnyPath, split: str, shards: list[Shard]) -> str:
     Returns
     -------
     str
-        Checksum over the checksums of all shards. The shards of a local dataset are read without verification. So for a
-        local dataset, the checksum also includes the path of the dataset, and the size and modification time of each
-        file.
+        Checksum over the checksums of all shards. The shards of a local dataset are read without verification, so they
+        may have changed since the manifest was written. For a local dataset, the checksum therefore includes the path
+        of the dataset, and the size and modification time of each file.
     """
     files: list[Any] = []
     for shard in shards:
@@ -331,7 +330,8 @@ def open_table(digest: str, samples: int, source: Callable[[], TrialSource], *, 
     Returns
     -------
     pyarrow.Table
-        The table. If `folder` can be written, the columns of the table are in the memory-mapped file.
+        The table. Its columns are in the memory-mapped file if `folder` can be written, and otherwise in the memory of
+        this process.
 
     Raises
     ------

@@ -156,7 +156,7 @@ def describe_empty_splits(split: SplitConfig, subjects: Iterable[str], *, images
     Parameters
     ----------
     split : SplitConfig
-        The split of the job.
+        Settings of the job's splits.
     subjects : iterable of str
         Names of the subjects.
     images : bool

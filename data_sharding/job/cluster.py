@@ -67,8 +67,8 @@ def ray_session(config: RayConfig) -> Iterator[int]:
     """Connect to a Ray cluster, or start one. The connection ends with the ``with`` block, also after an error.
 
     If this function started the cluster, the processes of the cluster end with the ``with`` block, too. If a stop
-    signal arrives during the start of Ray, Ray may not have registered all processes that it started, so this function
-    searches for such processes.
+    signal arrives while Ray starts, Ray may not yet have registered all processes that it started, so this function
+    itself searches for all new child processes, and ends them.
 
     Parameters
     ----------
@@ -232,7 +232,7 @@ def _missing(paths: list[str]) -> list[str]:
 
 
 class ClusterFailed(RuntimeError):
-    """A task has failed too often because of problems with the cluster."""
+    """Ray could not be started, or a task has failed too often because of problems with the cluster."""
 
 
 def run_tasks(
@@ -319,8 +319,8 @@ def run_tasks(
             if lost[key] < often:
                 waiting.append((key, argument))
                 continue
-            # If a worker was lost because its machine ran out of memory, the task may be the cause. If a worker was
-            # lost for another reason, the cluster has a problem.
+            # If a worker was lost because its machine ran out of memory, the task may be the cause, so give up only
+            # this task. If a worker was lost for another reason, the cluster has a problem, so the job ends.
             is_clusters_fault = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
             if is_clusters_fault and not isinstance(failure, OutOfMemoryError):
                 raise ClusterFailed(

@@ -185,8 +185,8 @@ def plan_windows(clean: Clean, info: SignalInfo, spec: PreprocessSpec, split: st
     dict
         Dictionary from the number of each segment to its windows, sorted by time. No window contains a gap. If
         `spec.quality.leave_out_edges` is set, no window is next to a gap or to an end of a segment, because the filters
-        have a transient there. Exceptions are epochs, and short recordings that would otherwise have no window: they
-        can have windows next to gaps and to ends of segments.
+        have a transient there. There are two exceptions: in an epoched recording, and in a recording so short that it
+        would otherwise have no window, windows can be next to gaps and to ends of segments.
     """
     margins = [clean.faults.reach] if spec.quality.leave_out_edges and not info.epoched else []
     for margin in [*margins, 0]:
@@ -260,7 +260,7 @@ def clean_windows(
 def _by_piece(
     faults: Faults, segment: int, cuts: list[Cut], window: int, account: Account
 ) -> Iterator[tuple[Interval, list[Cut]]]:
-    """Yield each piece of a segment between gaps, with the windows inside the piece.
+    """Yield the pieces into which the gaps divide a segment, each with the windows inside this piece.
 
     Windows that contain a gap are left out. If a trial is longer than the window that models read, the trial is
     shortened to the part that is inside the piece.
@@ -314,7 +314,8 @@ def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWin
     first, why = (begin, before) if isinstance(before, str) else (0, "")
     last, why = (stop, why or after) if isinstance(after, str) else (cut.length, why)
     found = decide(first, last)
-    # The whole trial can have too many bad channels, even if each part of the trial alone can be used.
+    # The whole trial can have too many bad channels, even if each part of the trial alone can be used. In this case,
+    # keep only the window that models read.
     if isinstance(found, str):
         first, last, why, found = begin, stop, found, middle
     shorter = cut.shorten(first, last, why)
@@ -458,8 +459,8 @@ def _read_image(path: str) -> tuple[bytes, str]:
 
 
 _image_faults: dict[bytes, str] = {}
-"""Dictionary from the checksum of each image that this process has decoded to the image's fault. So an image of many
-trials is decoded only once."""
+"""Fault of each image that this process has decoded (empty for a good image), by the checksum of the image. So an image
+of many trials is decoded only once."""
 
 
 def _describe_trials(row: LedgerRow, spans: list[tuple[int, int]], missing: Counter[str], spec: PreprocessSpec) -> None:

@@ -92,7 +92,7 @@ def _private_bytes(pid: int) -> int:
 def _remove_if_dead(folder: Path) -> None:
     """Remove a temporary folder of this user if no process holds its lock."""
     found = folder.lstat()
-    # A folder of another user may have a name of the same form, or may be a link to a folder of this user.
+    # Leave alone what another user has made: a folder with a name of the same form, or a link to a folder of this user.
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or (folder / KEEP).exists():
         return
     # The removal of a folder may have been interrupted after its lock was deleted, so the lock file is made again if
@@ -246,7 +246,7 @@ class Child:
 
     @property
     def worn(self) -> bool:
-        """Return whether the child process still uses more than half of the memory limit, and must be replaced."""
+        """Return whether the child process keeps over half of the memory limit after a call, so it must be replaced."""
         return bool(self.memory_gb) and _private_bytes(self.process.pid) > 0.5e9 * self.memory_gb
 
 
@@ -327,7 +327,7 @@ def _portable(error: Exception) -> Exception:
 def _serve(pipe: Connection, parent: int, name: str, memory_gb: float) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # The parent died before prctl was called.
+    if os.getppid() != parent:  # The parent died before prctl was called, so no signal comes.
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Only the main process of the job handles Ctrl-C.
     faulthandler.enable()

@@ -143,8 +143,8 @@ def lock_output(work: AnyPath) -> Iterator[None]:
             yield
         return
     # The operating system releases a file lock when the process ends, also on network disks. On disks without file
-    # locks, the library filelock would use a file that exists as a lock, and this file would remain after a crash. With
-    # `fallback_to_soft=False`, the library never uses such a file as a lock.
+    # locks, the library filelock would treat the output as locked as long as the lock file exists, and this file would
+    # remain after a crash. `fallback_to_soft=False` turns this behaviour off.
     lock = FileLock(work / "lock", fallback_to_soft=False)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def _is_gone(owner: dict[str, Any]) -> bool:
 def _lease(work: UPath) -> Iterator[None]:
     """Lock an output on an object store.
 
-    Object stores have no locks, so the job writes an object and renews it regularly.
+    Object stores have no locks, so the job writes an object that stands for the lock, and renews the object regularly.
     """
     lock = work / "lock.json"
     mine = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}

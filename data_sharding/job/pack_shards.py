@@ -77,7 +77,7 @@ def plan_shards(
     moved : sequence of Piece
         Samples that are copied from old shards.
     first : mapping of str to int, optional
-        Number of the first shard of each split; 0 by default.
+        For each split, the number that its first new shard gets; 0 by default.
 
     Returns
     -------

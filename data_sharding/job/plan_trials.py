@@ -30,7 +30,7 @@ class Cut:
     start: int
     """First sample of the cut, counted from the start of the segment."""
     number: int
-    """Number of the window in the recording. The key of the sample ends with this number."""
+    """Number of the window or trial in the recording. The key of the sample ends with this number."""
     split: str
     """Split that the window belongs to."""
     extra: dict[str, Any]
@@ -48,7 +48,7 @@ class Cut:
     stored."""
 
     def shorten(self, begin: int, stop: int, why: str) -> Cut:
-        """Return a cut that contains only the samples from `begin` to `stop`, counted from `start`."""
+        """Return a shorter cut with the samples from `begin` to `stop - 1`, counted from the start of this cut."""
         if begin == 0 and stop == self.length:
             return self
         return dataclasses.replace(
@@ -204,8 +204,8 @@ class _Places:
 
         If the table has as many trials as there are epochs, trial `i` belongs to epoch `i`. Otherwise, each onset must
         equal the time of an epoch's event; an error of half a sample is allowed. If one onset differs from the times of
-        all events, no trial is used. A table with other onsets may contain rejected epochs, or times of the original
-        continuous recording, and a trial could get the signal of another image.
+        all events, no trial is used. A table with other onsets may also contain rejected epochs, or may contain times
+        of the original continuous recording; if such a table was used, a trial could get the signal of another image.
         """
         places = [trial.place or (0, 0) for trial in trials]
         if all(count == len(self.begins) for _, count in places):

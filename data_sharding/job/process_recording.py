@@ -167,7 +167,8 @@ def process_recording(task: Task) -> PartResult:
         task = dataclasses.replace(task, item=dataclasses.replace(task.item, recording=recording))
         if task.decoded:
             store_checksums(task.decoded, files, states, list(hashes.values()))
-            # The files have new paths or new times, but a signal from files with the same checksums may be stored.
+            # If `known` is None, the files have new paths or new times, but an earlier job may have stored the signal
+            # of files with the same checksums.
             if not known:
                 try:
                     return _process(task, hashes, size, kept=True)
@@ -285,9 +286,9 @@ def _open(item: Item) -> Signal:
 
 @contextlib.contextmanager
 def _signal_of(item: Item, result: PartResult, folder: Path, place: Path | None, kept: bool) -> Iterator[Signal]:
-    """Open the decoded signal of a recording that an earlier job stored, or otherwise the files of the recording.
+    """Open the decoded signal that an earlier job stored (if `kept` is True), or the files of the recording.
 
-    If `place` is not None, the signal that is read from the files is stored there.
+    If `place` is not None, the signal that is read from the files is stored at the path `place`.
     """
     if place is None:
         with contextlib.closing(_open(item)) as signal:
@@ -340,7 +341,7 @@ def prepare(
     spec : PreprocessSpec
         Settings of the preprocessing.
     result : PartResult
-        Result of the recording. This function fills in the ledger row and the signature of the result.
+        Result of the recording. This function fills in the fields `row` (the ledger row) and `signature` of the result.
     folder : Path, optional
         Folder for the fingerprint file. If None, the fingerprint is not written.
 

@@ -121,7 +121,7 @@ def publish(
 
 
 def _find_equal(output: AnyPath, manifest: Manifest, rows: list[LedgerRow]) -> Manifest | None:
-    """Return the manifest in the output folder if it describes the same samples and recordings as the new version."""
+    """Return the manifest in the output folder if samples and ledger are the same as in the new version; else None."""
     former = Manifest.read(output)
     same = former.dataset_id == manifest.dataset_id
     return former if same and [r.to_columns() for r in read_ledger(output)] == [r.to_columns() for r in rows] else None
@@ -138,7 +138,7 @@ def repair_copies(output: AnyPath, manifest: Manifest) -> None:
 
 
 def describe_trials(rows: list[LedgerRow]) -> dict[str, dict[str, float]]:
-    """Return for each corpus the time range in which its trials are stored, in seconds from the onset."""
+    """For each corpus, return the time range that its stored trials cover together, in seconds from the onset."""
     spans: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.status == "sharded" and row.trial_tmin is not None and row.trial_tmax is not None:

@@ -138,7 +138,7 @@ class Plan:
 
 
 def _content(item: Item) -> dict[str, Any]:
-    """Return the values of a recording for a checksum; `dataclasses.asdict` would copy every trial."""
+    """Return the values of a recording for a checksum, without `dataclasses.asdict`, which would copy every trial."""
     values = {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if f.name not in WITHOUT_EFFECT}
     recording = item.recording
     values["recording"] = [recording.format, [str(f) for f in recording.files], recording.problem]
@@ -247,7 +247,7 @@ def resolve_decoded(config: ShardConfig) -> Path | None:
 
 
 def _states(files: Iterable[AnyPath]) -> list[FileState]:
-    """Return the states of files; unreadable files get a placeholder, and a worker will report the read error."""
+    """Return the state of each file; an unreadable file gets a placeholder, and a worker will report the error."""
     states = []
     for file in files:
         try:

@@ -104,7 +104,8 @@ def _plan_growth(config: ShardConfig, plan: Plan, manifest: Manifest, output: An
         return None
     former.check_people(plan, config.split)
     former.forget(changed)
-    # Samples contain the numbers of labels, so new labels must come after the labels of the former version.
+    # The stored samples contain the numbers of their labels. So that the old labels keep their numbers, new labels come
+    # after the labels of the former version.
     plan.labels = [*manifest.labels, *(label for label in plan.labels if label not in manifest.labels)]
     return former
 
@@ -188,8 +189,8 @@ def read_recordings(
                 count(result.row, from_earlier_run=True)
                 continue
             result = journal.find(key, identities[key])
-            # If a recording has failed, try again if the limits of time and memory have changed, or if the cause of the
-            # failure may have disappeared.
+            # Do not use the stored result of a failed recording if the limits of time and memory have changed, or if
+            # the cause of the failure may have disappeared.
             if result and result.limits in (None, limits) and not result.may_pass and _has_part(result, work):
                 results[key] = result
                 count(result.row, from_earlier_run=True)
@@ -481,8 +482,8 @@ def _collect(
         plan.hold_back.count_images(rows)
         _count_unlisted(rows, plan)
         kept = [result for result in results if result.row.status == "sharded"]
-        # If a recording of the new version was a duplicate or held back in the former version, the shards contain no
-        # samples of the recording, so the recording must be read again.
+        # A recording may belong to the new version, although it was a duplicate or held back in the former version. The
+        # former shards contain no samples of such a recording, so the recording must be read again.
         again = former.needs_samples(kept) if former else []
         if former is None or not again:
             return state, rows, kept, points
@@ -490,7 +491,7 @@ def _collect(
 
 
 def _count_unlisted(rows: list[LedgerRow], plan: Plan) -> None:
-    """Add the trials that the corpora left out to the numbers in the column ``windows_left_out`` of the ledger rows."""
+    """In the ledger column ``windows_left_out``, also count the trials that the corpora themselves left out."""
     for row in rows:
         if unlisted := plan.items[row.key].left_out:
             row.windows_left_out = dict(sorted((Counter(row.windows_left_out) + Counter(unlisted)).items()))

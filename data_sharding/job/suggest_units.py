@@ -17,7 +17,7 @@ FACTORS = {1e-9: "1.0e-9", 1e-6: "1.0e-6", 1e-3: "0.001", 1e3: "1000.0", 1e6: "1
 
 
 def find_factor(amplitude_uv: float) -> float | None:
-    """Return the power of 1000 that makes an amplitude typical for EEG; None if there is no such power."""
+    """Return the power of 1000 that scales an amplitude to a value typical for EEG; None if there is no such power."""
     if not 0 < amplitude_uv < math.inf:
         return None
     factor = 10.0 ** (3 * round(math.log10(TYPICAL_UV / amplitude_uv) / 3))

@@ -54,8 +54,8 @@ class PartResult:
     may_pass: bool = False
     """Whether the next run should try the recording again, because the cause of the failure may have disappeared."""
     limits: tuple[float, float] | None = None
-    """Limits of time (seconds) and memory (GB) if reading the recording failed before a part was written. A job with
-    other limits tries the recording again."""
+    """Limits of time (seconds) and memory (GB) under which the recording failed before a part was written; otherwise
+    None. A job with other limits tries the recording again."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a dictionary of JSON types."""
@@ -95,7 +95,8 @@ class SetAside(Exception):
 def describe_row(row: LedgerRow, item: Item) -> None:
     """Write the data of the corpus about person, device and licence into a row, in place of data from the header.
 
-    A year from the header is not replaced, because the corpus can contain shifted dates that hide the true dates.
+    A recording year from the header is not replaced, because the dates in the corpus may have been shifted to hide the
+    true dates.
     """
     row.subject_from = new_row(item).subject_from
     for name, value in item.about.items():

@@ -109,8 +109,8 @@ class Former:
         identity : str
             Checksum of everything that the result depends on.
         source : str
-            Checksum of the same values as `identity`, but without the versions of libraries. So recordings in the
-            shards are not read again after an upgrade of a library.
+            Checksum of the same values as `identity`, but without the versions of libraries. With this checksum,
+            recordings whose samples are in the shards are not read again after an upgrade of a library.
         """
         known = self.stored.get(key)
         if known is None:
@@ -121,7 +121,7 @@ class Former:
         return PartResult.from_json(known.result)
 
     def prefer(self, key: str, content: str, result: PartResult) -> PartResult:
-        """Return the former result of a recording that was read again; `result` if its content has changed."""
+        """Return the former result of a recording that was read again without a change; otherwise `result`."""
         known = self.stored.get(key)
         if known is None or key not in self.pieces or known.content != content or result.row.status != "sharded":
             return result
@@ -135,7 +135,7 @@ class Former:
             self.reused.discard(key)
 
     def needs_samples(self, kept: Iterable[PartResult]) -> list[str]:
-        """Return the keys of reused results in `kept` whose recordings have no samples in the former shards."""
+        """From the reused results in `kept`, return the keys of recordings without samples in the former shards."""
         return [r.row.key for r in kept if r.row.key in self.reused and r.row.key not in self.pieces]
 
     def find_changed_files(self, plan: Plan) -> set[str]:
@@ -181,12 +181,13 @@ class Former:
 
 
 def _changed_ns(file: AnyPath) -> int:
-    # A copied file can have the modification time of the original, but its change time is the time of the copy.
+    # Use the later of the two times: a copied file can have the modification time of the original, but the change time
+    # of the new file is the time at which it was copied.
     return max(file.stat().st_ctime_ns, file.stat().st_mtime_ns) if isinstance(file, Path) else file_state(file)[1]
 
 
 def _find_runs(root: AnyPath, shard: Shard) -> list[tuple[str, int, int]]:
-    """Return key, first sample and last sample plus one of each recording in a shard, without withdrawn samples."""
+    """List the recordings in a shard: key, first sample and last sample plus one; withdrawn samples are skipped."""
     keys = [entry["key"].rpartition("-")[0] for entry in read_json((root / shard.path).with_suffix(".idx"))]
     runs = []
     for (key, served), group in itertools.groupby(
@@ -376,7 +377,7 @@ class FingerprintLoader:
         Parameters
         ----------
         key : str
-            Key of the recording. The recording must have a part.
+            Key of the recording. The recording must have a part, or its result must come from the former version.
 
         Returns
         -------
@@ -427,7 +428,7 @@ def remove_stale(output: AnyPath, manifest: Manifest, files: Sequence[str]) -> N
         if number == manifest.version:
             continue
         names = {*files, f"{SET_ASIDE}/{FINGERPRINTS}"}
-        # The number of the folder is larger than that of the current version, so an interrupted job left this folder.
+        # A folder whose number is larger than that of the current version was left by an interrupted job.
         if number > manifest.version:
             names |= {LEDGER, MANIFEST}
         elif not manifest.extra.get("rewritten"):

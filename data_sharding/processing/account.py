@@ -46,7 +46,7 @@ class Account:
                     self.windows[reason] += max(1, round((gap.stop - gap.start) / spec.stride))
 
     def write(self, segment: int, start: int, stop: int, kinds: dict[int, str]) -> None:
-        """Count a window that was written, and the kinds of fault of channels that are bad in this window only."""
+        """Count a window that was written, and the faults of the channels that are bad only in this window."""
         self._written[segment].append((start, stop))
         self.kinds.update(set(kinds.values()))
 
@@ -56,7 +56,7 @@ class Account:
         self._claims[reason][segment].append((start, stop))
 
     def seconds_written(self) -> float:
-        """Return the length of the signal in windows, in seconds. Where windows overlap, the signal is counted once."""
+        """Return the seconds of signal inside written windows. Where windows overlap, the signal is counted once."""
         return round(sum(union_length(found) for found in self._written.values()) / self.spec.sfreq, 4)
 
     def seconds_left_out(self) -> dict[str, float]:

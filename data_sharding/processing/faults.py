@@ -212,8 +212,8 @@ def find_faults(
             silent = span.kind in NO_SIGNAL
             more = around if silent else 0
             start = max(0, math.floor(span.start * ratio) - more)
-            # Resampling can round the length of a segment up, so a span up to the end of the segment must cover its
-            # last sample too.
+            # Resampling can round the length of a segment up, so a span that ends with the segment must also cover the
+            # last resampled sample.
             end = math.ceil(span.stop * ratio) + more if span.stop < whole else lengths[number]
             table = (faults.dead if silent else faults.busy).setdefault(number, {})
             table.setdefault(span.row, []).append(Fault(start, min(end, lengths[number]), span.kind))
@@ -240,7 +240,8 @@ def _add_marked(
     onsets = [segment.onset for segment in segments]
     for row, begin, end in marked:
         for number in range(max(0, bisect.bisect_right(onsets, begin) - 1), bisect.bisect_left(onsets, end)):
-            # Subtract or add a thousandth of a sample, so that a rounding error does not make the span longer.
+            # Before rounding, shorten the span by a thousandth of a sample at each end, so that a tiny error of `begin`
+            # or `end` does not add a whole sample.
             start = max(0, math.floor((begin - onsets[number]) * sfreq + 1e-3))
             stop = min(lengths[number], math.ceil((end - onsets[number]) * sfreq - 1e-3))
             if start < stop:

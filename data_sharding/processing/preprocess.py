@@ -199,8 +199,8 @@ class PreprocessSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary.
 
-        A field that older versions did not have is left out if it has the value in `BEFORE`. Thus a spec from an older
-        version keeps its checksum.
+        A field that older versions did not have is left out if its value is the one in `BEFORE`, that is, if it does
+        not change the result. Thus a spec from an older version keeps its checksum.
         """
         values = dataclasses.asdict(self)
         for key, before in BEFORE.items():
@@ -345,7 +345,7 @@ def _sections(low: float, high: float, sfreq: float, line: float | None, width: 
             np.asarray(tf2sos(*iirnotch(f, 30.0, fs=sfreq))) for f in np.arange(line, high, line) if f < nyquist
         ]
     elif line:
-        # The band-pass filter is not steep, so harmonics above the band are considered too.
+        # The band-pass filter is not steep, so a part of the harmonics above the band remains: consider them too.
         harmonics = np.arange(line, nyquist - width, line)
         # Square the gain, because the filter is applied forward and backward.
         gains = np.abs(sosfreqz(band, harmonics, fs=sfreq)[1]) ** 2
@@ -370,9 +370,9 @@ def transient_length(sfreq: float, spec: PreprocessSpec, line_freq: float | None
     Returns
     -------
     int
-        Number of samples at the target rate. Samples that are further from the end are not affected by the resampling
-        filter. For the high-pass filter and for the notch filters, at most the fraction `TRANSIENT_ENERGY` of the
-        energy of the filter's response is further from the end.
+        Number of samples at the target rate, counted from the end of the segment. Beyond these samples, the resampling
+        filter has no effect. Of the energy of the response of the high-pass filter or of the notch filters, at most the
+        fraction `TRANSIENT_ENERGY` lies beyond these samples.
     """
     reach = resampler_reach(sfreq, spec.sfreq, band_of(sfreq, spec)[1])
     return reach + _response_length(filters(sfreq, spec, line_freq).tobytes(), spec.highpass, spec.sfreq)
@@ -392,8 +392,8 @@ def _response_length(sections: bytes, highpass: float, sfreq: float) -> int:
         n = lookahead(sos)
         response = np.asarray(sosfilt(sos, np.eye(1, n)[0]))
         # The response of a filter that runs forward and backward is the autocorrelation of its impulse response. The
-        # peak of the autocorrelation is the contribution of the sample itself; all other values are the filter's
-        # transient.
+        # peak of the autocorrelation states how a sample affects the output at its own time; the other values state how
+        # it affects the output at other times, which is the filter's transient.
         spectrum = np.asarray(rfft(response, 2 * n))
         energy = np.asarray(irfft(np.abs(spectrum) ** 2))[1:n] ** 2
         left = energy[::-1].cumsum()[::-1]

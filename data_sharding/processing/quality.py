@@ -167,8 +167,8 @@ def _harmonics(length: int, sfreq: float) -> np.ndarray:
 def _without_harmonics(x: np.ndarray, rest: np.ndarray, sfreq: float) -> np.ndarray:
     """Remove the harmonics of mains noise from the energy of cells, because they are not muscle activity.
 
-    Muscle activity has energy at all frequencies. So the energy at the harmonics is removed only from cells in which a
-    harmonic has, on average, much more energy than another frequency.
+    Muscle activity has energy at all frequencies, also at those of the harmonics. So the harmonics are removed only
+    from cells in which their mean energy is much larger than the mean energy of the other frequencies (see `TONAL`).
 
     Parameters
     ----------
@@ -280,7 +280,7 @@ class Cells:
     def _finish_segment(self) -> None:
         """Measure the last samples of a segment, which do not fill a cell.
 
-        The last cell therefore overlaps the previous cell.
+        To fill the last cell, samples of the previous cell are used again, so the two cells overlap.
         """
         if self._done % self.length:
             self._measure(self._recent[:, -min(self.length, self._done) :][:, None, :])
@@ -322,8 +322,9 @@ class Cells:
                 value = rail.value[rows]
                 found = np.flatnonzero(plain & (ends >= value))
                 if len(found):
-                    # The row reaches the channel's largest or smallest value. If one of the few samples in `thin` has
-                    # this value too, the row may be clipped, so it is measured cell by cell.
+                    # The largest (or smallest) value of the row is at least as extreme as that of the channel so far.
+                    # If this value occurs even among the few samples in `thin`, the row may be clipped, so it is
+                    # measured cell by cell.
                     at = (thin[found] == (ends if rail is self.high else low)[found][:, None, None]).any(axis=(1, 2))
                     plain[found[at]] = False
             thin = thin - thin[:, :, :1]
@@ -349,7 +350,7 @@ class Cells:
             self._measure_sampled(rows, x[:, offset::SAMPLED], flags[:, offset::SAMPLED])
 
     def _note_extremes(self, row: int, x: np.ndarray, low: float, high: float) -> None:
-        """Update the largest and the smallest value of a row, if it is certain that the row is not clipped."""
+        """Update the largest and the smallest value of a channel from a row that is certainly not clipped."""
         for rail, end, value in ((self.high, high, high), (self.low, -low, low)):
             if end < rail.value[row]:
                 continue
@@ -360,7 +361,7 @@ class Cells:
             rail.samples[row] += np.count_nonzero(at)
 
     def _judge_quiet(self, x: np.ndarray) -> np.uint16:
-        """Return the flags of one cell [L] that may be dead."""
+        """Return the flags of a single cell [L], whose signal is so small that the cell may be dead."""
         if x.min() == x.max():
             return np.uint16(CONSTANT | DEAD)
         return np.uint16(DEAD if self._is_dead(x[None])[0] else 0)
@@ -401,7 +402,7 @@ class Cells:
     ) -> None:
         """Flag the cells at the rail.
 
-        In all other cells, count the samples that equal the largest (or smallest) value.
+        In all other cells, count the samples that equal the channel's largest (or smallest) value.
         """
         if not finite.any():
             return
@@ -508,8 +509,8 @@ class Cells:
     def _read_flags(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield for each block: the number of its first cell, and the flags [n, k] of its cells.
 
-        A cell loses its HIGH flag if the channel reached its largest value only in a later cell, and its LOW flag if
-        the channel reached its smallest value only in a later cell.
+        The flags were set while the signal was read, by the channel's largest (or smallest) value so far. So a HIGH (or
+        LOW) flag is removed if a later cell has a larger (or smaller) value.
         """
         n = len(self.constant)
         for first, k, packed in self._flags:
@@ -527,7 +528,7 @@ class Cells:
         Parameters
         ----------
         rows : sequence of int
-            Rows of the channels.
+            Rows of the channels whose spans are wanted.
         line_freq : float, optional
             Mains frequency in Hz. If None, noise at 50 Hz and noise at 60 Hz are both taken as mains noise.
 
@@ -561,8 +562,8 @@ class Cells:
             for run in found:
                 if run.cells < SHORTEST[run.kind]:
                     continue
-                # The signal returns somewhere inside the next cell, and is lost somewhere inside the previous cell, so
-                # include both cells.
+                # The channel loses its signal somewhere inside the cell before the run, and has it again from somewhere
+                # inside the cell after the run, so include these two cells.
                 margin = int(run.kind in NO_SIGNAL and run.kind != "missing values")
                 start, stop = max(0, run.start - margin), run.stop + margin
                 stop = min(stop * self.length, segment.stop - segment.start)

@@ -71,7 +71,7 @@ def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | N
     ------
     list of Piece
         Pieces of one block: a part of a long segment, or many short segments. In the file, each piece of a block begins
-        where the previous piece ends, so the block is read at once.
+        where the previous piece ends, so one read operation gets the whole block.
     """
     most = max(1024, (block_bytes or BLOCK_BYTES) // (8 * max(1, n_channels)))
     block: list[Piece] = []
@@ -250,8 +250,8 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     reach = half // up + 1
     count = max(4, min(64, round(2 * reach * up / down)))
     width = math.ceil(count * down / up) + 2 * reach + 1
-    # Make a frame at least as long as the inputs of a group. Then the inputs of a group in consecutive frames do not
-    # overlap, and BLAS can read these inputs without a copy.
+    # Make a frame at least as long as the inputs of a group. Then the inputs of one group in one frame do not overlap
+    # its inputs in the next frame, and BLAS can read them without a copy.
     times = max(math.ceil(width / down), math.ceil(4 * count / up))
     inputs, outputs = times * down, times * up
     groups = []
@@ -287,7 +287,7 @@ class Resampler:
         Recorded rate and target rate in Hz.
     passband : float
         Upper edge of the pass band in Hz, at most 0.45 times the lower of the two rates. The pass band is not
-        attenuated, and the aliases in it are attenuated by `STOP_DB`.
+        attenuated. Aliases of other frequencies that fall into the pass band are attenuated by `STOP_DB`.
 
     Notes
     -----
@@ -304,7 +304,7 @@ class Resampler:
         self._same = ratio_of(sfreq, target) == 1
         self._plan = _plan(sfreq, target, passband) if not self._same else None
         self._held: np.ndarray | None = None
-        # True when the signal has been extended before its first sample. After the extension, `_held` begins `reach`
+        # True after the extension was put in front of the segment's first sample. From then on, `_held` begins `reach`
         # samples before the next frame.
         self._begun = False
         self._n_channels = self._n_in = self._n_out = 0
@@ -333,8 +333,7 @@ class Resampler:
         plan = self._plan
         if plan is None:
             return x * scale - offset
-        # Scale the output samples and not the input samples, because there are usually fewer of them. (The filter is
-        # linear.)
+        # Scale the output and not the input, because the output usually has fewer samples. (The filter is linear.)
         self._scale, self._offset = scale, offset
         kept = 0 if self._held is None else self._held.shape[1]
         lead = 0 if self._begun else plan.reach
@@ -346,7 +345,7 @@ class Resampler:
             if kept + x.shape[1] <= plan.reach + 1:
                 self._held = data[:, lead:].copy()
                 return np.empty((len(x), 0))
-            # There are now enough samples to extend the signal before its first sample.
+            # There are now enough samples to compute the extension in front of the segment's first sample.
             data[:, :lead] = _odd(data[:, lead : lead + plan.reach + 1], plan.reach, 0)[:, : plan.reach]
             self._begun = True
         return self._frames(data)
@@ -444,7 +443,7 @@ def lookahead(sos: np.ndarray) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _memory(sections: bytes, count: int) -> tuple[int, np.ndarray]:
-    """Return a filter's lookahead, and its steady state for a constant input."""
+    """Return a filter's lookahead (see `TRUNCATION`), and its state after a long constant input of 1."""
     from scipy.signal import sosfilt_zi
 
     sos = np.frombuffer(sections).reshape(count, 6)
@@ -469,8 +468,8 @@ def zero_phase(
         Number of samples by which the segment is extended at each end (see `Resampler`). A segment with at most `pad`
         samples is extended by its length minus one.
     block : int
-        Number of samples per block. If `block` is less than four times the filter's lookahead, blocks have four times
-        the lookahead, except for a signal that is stored on disk.
+        Number of samples per block. If this number is less than four times the filter's lookahead (see `TRUNCATION`),
+        blocks of four times the lookahead are used, unless the signal is stored on disk (see Notes).
 
     Yields
     ------

@@ -2,7 +2,8 @@
 
 Every sample is checked for clipping, constant values and missing values. Amplitudes and spectra are measured only in
 *stretches*: intervals of about four seconds that are spread evenly over the recording. The total length of the
-stretches is limited, so a long recording does not need more time for amplitudes and spectra.
+stretches is limited, so beyond this limit, the time for amplitudes and spectra does not grow with the length of the
+recording.
 
 Letters in array shapes: n channels, S samples at the recorded rate, P samples of the fingerprint, F frequencies.
 """
@@ -65,8 +66,8 @@ MIN_TO_COMPARE = 8
 """Channels are compared with each other only if at least this many channels are good after the other checks."""
 MEASURE_HZ = 128.0
 SURVEY_HZ = 1000.0
-"""If the sampling rate is at least twice this value, the signal is first resampled to its rate divided by a whole
-number."""
+"""If the sampling rate is at least twice this value, the signal is first resampled: its rate is divided by the largest
+whole number with which the new rate is not below this value."""
 STRETCH_S = 4.0
 STRETCHES_S = 256.0
 """Largest total length, in seconds, of the stretches in which amplitudes and spectra are measured."""
@@ -193,7 +194,8 @@ def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, i
 class _StretchBuffer:
     """Collects the blocks of a stretch.
 
-    The blocks are resampled, converted to microvolts, and the first sample is subtracted.
+    The blocks are resampled and converted to microvolts, and the value of the stretch's first sample is subtracted from
+    each channel.
     """
 
     def __init__(self, sfreq: float, rate: float, scale: float) -> None:
@@ -286,7 +288,7 @@ class Survey:
         -------
         ndarray, shape (n, b), float64
             The same values, but each missing value is replaced by the last valid value before it, because filters
-            cannot process NaN. `cells` stores where values are missing, so that windows do not use them.
+            cannot process NaN. `cells` stores where values are missing, so that windows do not use the replacements.
         """
         if not x.shape[1]:
             return x
@@ -315,7 +317,7 @@ class Survey:
         return x
 
     def _hold_values(self, x: np.ndarray) -> np.ndarray:
-        """Replace each missing value by the last valid value before it. At the beginning, use the first valid value."""
+        """Replace each missing value by the last valid value before it, or else by the first valid value after it."""
         with np.errstate(invalid="ignore"):
             valid = np.abs(x) < MISSING_UV / self.cells.to_uv
         x = x.copy()
@@ -605,11 +607,11 @@ def assess(x_uv: np.ndarray, sfreq: float, *, factor: float | None = None) -> Ve
     Parameters
     ----------
     x_uv : ndarray, shape (n, S)
-        Signal as read, in microvolts.
+        Signal as read; in microvolts if the unit that the file states is right.
     sfreq : float
         Sampling rate in Hz.
     factor : float, optional
-        Known factor that converts the values to microvolts. If `factor` is given, the unit is not checked.
+        Known factor that converts these values to microvolts. If `factor` is given, the unit is not checked.
 
     Returns
     -------
