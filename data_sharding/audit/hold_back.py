@@ -224,10 +224,10 @@ class HoldBack:
         )
 
     def drop_held_back_images(self, items: Sequence[Item]) -> list[Item]:
-        """Remove the trials with an image that is in a held-back dataset.
+        """Remove the trials with an image of a held-back dataset.
 
-        An image is in a dataset if the dataset has an image of equal bytes, an image of similar pixels, or an image of
-        the same name and the same corpus.
+        An image counts as an image of a dataset if the dataset has an image of equal bytes, an image of similar pixels,
+        or an image of the same name and the same corpus.
 
         Parameters
         ----------

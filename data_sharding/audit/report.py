@@ -48,7 +48,7 @@ def _hours_cell(hours: float) -> Cell:
 
 
 def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
-    """Sum the hours of EEG that were found, left out (for each reason) and written to the dataset.
+    """Sum the hours of EEG that were found, that were left out (by status), and that were written to the dataset.
 
     Parameters
     ----------
@@ -75,7 +75,10 @@ def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
 
 
 def _make_bars(rows: Sequence[LedgerRow]) -> list[dict[str, Any]]:
-    """Return the bars of a waterfall chart from hours found to hours written. Positions are in percent of the width."""
+    """Return the bars of a waterfall chart from hours found to hours written.
+
+    The start and the length of a bar are in percent of the chart's width.
+    """
     fates = sum_hours_by_fate(rows)
     total = max(fates[0][1], 1e-12)
     left = 100.0

@@ -304,7 +304,7 @@ def verify(config: VerifyConfig) -> int:
 
 
 def _conclude(config: VerifyConfig, contents: Contents, findings: Findings) -> int:
-    """Print the last line if no data were found that the splits share, and return the exit code."""
+    """Print the last line for the case that no shared data were found, and return the exit code."""
     manifest = contents.manifest
     stage = "align" if manifest.labels else "pretrain"
     following = f"next: dreamscale {stage} CONFIG --dataset {config.dataset}"

@@ -239,10 +239,10 @@ class _Opened:
 
 
 def _separate(layout: headers.Layout, rates: dict[int, list[int]]) -> dict[str, str]:
-    """Remove from `rates` the channels that MNE cannot open; return the names of these channels, each with the reason.
+    """Remove from `rates` the channels that MNE cannot open alone; return their names, each with the reason.
 
-    MNE selects channels by name. If two channels with different rates have the same name, MNE would resample the slower
-    channel.
+    MNE selects channels by name. If two channels with different rates have the same name, MNE would open both, and
+    resample the slower channel. So the slower channel is left out.
     """
     left_out = {}
     for rate, numbers in list(rates.items()):

@@ -552,7 +552,7 @@ def _place_segments(
     The onset of a segment is the number of samples that the amplifier recorded before the segment (including lost
     samples), divided by the sampling rate.
 
-    The second returned value is the time stamp of each segment's first sample.
+    The second returned value is a list with the time stamp of each segment's first sample.
 
     Notes
     -----
@@ -563,7 +563,8 @@ def _place_segments(
     """
     period, bases = lines.period, lines.bases
     lost = np.zeros(len(runs))
-    # Numbers of the runs at which a new time scale begins: run 0, and each run before which the clock was set back.
+    # Numbers of the runs from whose lines the lost samples can be computed: run 0, and each run before which the clock
+    # was set back.
     timelines = [0]
     jumped: list[str] = []
     for j in range(1, len(runs)):
@@ -594,7 +595,8 @@ def _place_segments(
     if count := int((np.diff(lost) > 0).sum()):
         gaps = f"{count} gap{'s' * (count > 1)} in the time stamps"
         notes.append(f"{gaps}; {lost[-1] / sfreq:.3f} s are missing in total")
-    # If each chunk has only one measured time stamp, the place of a loss between two measured time stamps is unknown.
+    # If each chunk has only one measured time stamp, the place of a loss between two measured time stamps is unknown,
+    # so the samples between them are left out.
     unsure = lines.deviation > EQUAL_S and float(np.median(anchors.last - anchors.first)) > 0
     segments, begins = [], []
     for j, run in enumerate(runs):

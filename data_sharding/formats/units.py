@@ -67,7 +67,7 @@ def decode_unit(data: bytes) -> str:
 def gdf_unit(code: int) -> str:
     """Return the unit for a unit code of GDF 2.
 
-    The lowest five bits of the code are the prefix; the other bits are the unit in ISO 11073.
+    The lowest five bits of the code are the prefix; the other bits are the code of the unit in ISO 11073.
     """
     if code & 0xFFE0 != 4256:
         return f"code {code}"
@@ -97,8 +97,8 @@ def to_volts(unit: str) -> float | None:
     """
     text = unit.removeprefix("\xff\xfe").translate(MARKUP).strip()
     text = OLD_PAGES.get(text, text)
-    # Some fonts have one character for a whole unit. First replace this character by the letters of the unit. If the
-    # result is not a unit, use the original text, because the replacement can change a damaged micro sign.
+    # Unicode has characters that stand for a whole unit. First replace such a character by the letters of the unit. If
+    # the result is not a unit, use the original text, because the replacement can change a damaged micro sign.
     wide = unicodedata.normalize("NFKC", text).translate(CYRILLIC)
     return _to_volts(wide) if _to_volts(wide) is not None else _to_volts(text)
 
@@ -133,7 +133,7 @@ def _number(text: str) -> float | None:
 
 @dataclass(kw_only=True)
 class Units:
-    """Factors to volts for the channels of a recording."""
+    """Factors that convert the values of a recording's channels to volts."""
 
     ch_types: list[str]
     """Types of the channels. A channel has the type misc if its unit is not a voltage and its name is not an

@@ -170,7 +170,7 @@ def _has_events(stream: Any) -> bool:
 
 
 def _event_text(value: Any) -> str:
-    """Return the event as text: its text or its code. Return an empty text for NaN."""
+    """Return the text of an event, or its event code as a text; an empty text for NaN."""
     if isinstance(value, str | np.integer):
         return str(value).strip()
     return f"{value:.15g}" if np.isfinite(value) else ""
@@ -223,8 +223,8 @@ def read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Seq
         stamps, rows = np.asarray(stream["time_stamps"], float), stream["time_series"]
         common = stamps + _offset_at(_offsets(stream), stamps)
         if clock.offset is None:
-            # The offset depends on the time of the event on the clock of the EEG stream, which is not known yet. Clock
-            # offsets change slowly, so it is enough to compute the offset at an estimate of this time.
+            # The offset depends on the time of the event on the clock of the EEG stream, but this time is not known
+            # yet. Clock offsets change slowly, so it is enough to compute the offset at an estimate of this time.
             about = common - _offset_at(offsets, common)
             common -= _offset_at(offsets, about)
         else:

@@ -129,8 +129,8 @@ def _find_steps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     if len(table) > _TABLE_LENGTH:
         return None
     numbers = (np.cumsum(used) - 1)[places]
-    # Use the table only if decoding restores every bit. Decoding fails if two different values have the same index, and
-    # for a negative zero or an unusual NaN.
+    # Use the table only if decoding restores every bit. It may not if two different values have the same index, or if a
+    # value is a negative zero or an unusual NaN.
     return (table, numbers) if _same(table[numbers], x) else None
 
 

@@ -164,8 +164,9 @@ def read_rejections(content: Any) -> tuple[list[Found], list[str]]:
 def _map_numbers(channels: list[dict[str, Any]], info: Any) -> dict[int, str | None]:
     """Map each channel number to the name of the channel, or to None if the number can mean two channels.
 
-    The number of a channel changes if a channel with a lower number is removed. EEGLAB stores the original number of a
-    channel in the field `urchan`, and the removed channels in `chaninfo.removedchans`.
+    The number of a channel changes if a channel with a lower number is removed, and an event may contain the old or the
+    new number. EEGLAB stores the original number of a channel in the field `urchan`, and the removed channels in
+    `chaninfo.removedchans`.
     """
     names = [str(channel.get("labels")) for channel in channels]
     now: dict[int, str | None] = dict(enumerate(names, start=1))

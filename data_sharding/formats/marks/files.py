@@ -108,7 +108,8 @@ def find_neuroscan_marks(path: Path, sfreq: float, n_bytes: int) -> list[Found]:
     Returns
     -------
     list of Found
-        Marks. Programs place an event one sample earlier or later, so one sample is left out at each discontinuity.
+        Marks. Some programs place an event one sample later than others, so one sample is left out at each
+        discontinuity.
     """
     with path.open("rb") as stream:
         head = stream.read(900)

@@ -440,8 +440,8 @@ def divide(whole: Sequence[Segment], sfreq: float, found: Iterable[Found]) -> Di
     Returns
     -------
     Division
-        Segments, bad spans and notes. A gap without a length divides the segment, but removes no samples. A bad-span
-        mark without a length does not say which samples are bad, so only a note is written.
+        Segments, bad spans and notes. A gap mark without a length divides the segment, but removes no samples. A
+        bad-span mark without a length does not say which samples are bad, so only a note is written.
     """
     edges: set[int] = set()
     gaps: list[tuple[int, int]] = []
