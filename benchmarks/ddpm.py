@@ -56,8 +56,9 @@ def measure(step: Step, device: torch.device) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) / 2**30
     else:
-        # Give freed memory back to the system first, so that the growth includes all memory of the step. Writing 5 to
-        # /proc/self/clear_refs sets the peak of this process's memory (VmHWM) to its present size.
+        # First give memory that was freed earlier back to the system. Otherwise the step would reuse it, and the growth
+        # would not include it. Writing 5 to /proc/self/clear_refs sets the peak of this process's memory (VmHWM) to its
+        # present size.
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = read_status("VmRSS")

@@ -187,7 +187,7 @@ def cpu_seconds() -> float:
     me = psutil.Process()
     own = me.cpu_times()
     each = [own, *(process.cpu_times() for process in me.children(recursive=True))]
-    # Add the CPU time of child processes that have ended, because the workers of webdataset end after each epoch.
+    # The workers of webdataset end after each epoch, so add the CPU time of child processes that have already ended.
     return sum(times.user + times.system for times in each) + own.children_user + own.children_system
 
 

@@ -131,7 +131,8 @@ def ours(
     )
     engine = start_engine(deepspeed, config, world.device)
     model = engine.module
-    # Under ZeRO stage 3, this process holds only a part of each parameter.
+    # Under ZeRO stage 3, this process holds only a part of each parameter; `ds_numel` is the size of the whole
+    # parameter.
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     x_BCT = torch.randn(options.batch, shape.encoder.channels, shape.encoder.samples, device=world.device)
     inputs = {k: v.to(world.device) for k, v in model.prepare(fake_batch(shape, options.batch), 0).items()}

@@ -21,7 +21,8 @@ from pretrain.evidence.trials import TrialTable, derange_within, find_neighbourh
 
 WIDTH = 8
 FEATURES = 12
-"""Features of a trial: six channels, each in two parts of the window after the picture or before the picture."""
+"""Number of features of a trial: six channels times two parts of a window. The window is after the picture, or before
+it for the baseline."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

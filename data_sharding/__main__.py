@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 
 def _shard(words: list[str]) -> int:
-    # Until this import has ended, `early_stop` ends the command at once.
+    # If a stop signal arrives before this import has ended, `early_stop` ends the command at once.
     from data_sharding.common.stop import raise_on_stop_signals
     from data_sharding.job.run import parse_and_shard
 

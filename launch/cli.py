@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     from launch.commands import dispatch
 
     # The threads of a numerical operation wait for each other. A thread that waits actively keeps a core busy, although
-    # another thread may need the core. On a busy machine, active waiting makes a command several times slower.
+    # another thread may need the core. On a busy machine, active waiting makes a command several times slower, so let
+    # the threads sleep while they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = run_main(dispatch, argv)
     return end_command(code) if argv is None else code

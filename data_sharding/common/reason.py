@@ -31,7 +31,7 @@ class Reason(str):
         return self
 
     def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str]]:
-        # `copy` and `pickle` create the object again with the returned arguments.
+        # To copy or unpickle a reason, `copy` and `pickle` call the class with these arguments.
         return (self.category,), {"text": str(self)}
 
     def shortened(self, length: int) -> Reason:

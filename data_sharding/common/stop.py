@@ -156,7 +156,7 @@ def raise_on_stop_signals() -> Iterator[None]:
             for number, handler in before.items():
                 signal.signal(number, handler)
         return
-    # `watch` needs psutil, and cannot import it if the main thread hangs in an import.
+    # `watch` needs psutil. Import it now, because `watch` could not import it while the main thread hangs in an import.
     importlib.import_module("psutil")
     wakeup = signal.set_wakeup_fd(stop.write, warn_on_full_buffer=False)
     threading.Thread(target=stop.watch, daemon=True, name="stop").start()

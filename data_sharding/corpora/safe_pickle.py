@@ -256,7 +256,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         return OrderedDict(entries)
 
     def _count_parts(self, value: Any) -> Any:
-        """Count and store the values in a new tuple or frozenset, and return the tuple or frozenset."""
+        """Count the values in a new tuple or frozenset, store the count if it is nested, and return the argument."""
         count = 1 + sum(self._parts_of(part) for part in value)
         if count > len(value) + 1:
             self.parts[id(value)] = value, min(count, 2 * MAX_PARTS)

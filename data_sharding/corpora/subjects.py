@@ -333,7 +333,7 @@ class SubjectFinder:
         patient = self._patients.get(relative)
         name = "" if self.config.subject_pattern else recognise(relative).subject
         if patient is not None and patient.code:
-            # If the path contains the patient code, a hash in place of the code would hide nothing.
+            # If the path already shows the patient code, a hash would hide nothing, so use the name in the path.
             return name if name.casefold() == patient.code else self._hash(patient), "header"
         if name:
             return name, "recognised"

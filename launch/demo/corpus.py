@@ -55,7 +55,8 @@ PAIRED_SUBJECTS = {"train": SUBJECTS[:8], "val": SUBJECTS[8:10], "test": SUBJECT
 N_RESTING = 12
 """Number of subjects with a resting recording, counted from the start of `SUBJECTS`."""
 OTHER_PICTURES = 24
-"""Number of pictures of other splits that each subject sees. Trials with pictures of other splits must not be used."""
+"""Number of pictures that each subject sees although these pictures are in another split than the subject. Trials with
+such pictures must not be used in any split."""
 DEAD_CHANNELS = {"unpaired": {"sub-02": "Pz", "sub-03": "C3", "sub-09": "E40"}, "paired": {"sub-03": "FT7"}}
 REFERENCES = {"M1": (-0.85, -0.35, -0.45), "nose": (0.0, 0.95, -0.55), "CMS": (-0.15, -0.15, 0.97)}
 """Directions of the reference electrodes from the middle of the head. Reference electrodes are not channels."""

@@ -218,8 +218,9 @@ def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dic
     Returns
     -------
     list of dict
-        At most `EXAMPLES` trials of each category. No two trials of a category show the same picture. People who were
-        chosen less often come first; among the trials of one person, the trial with the smallest key comes first.
+        At most `EXAMPLES` trials of each category. In no two trials of a category did people see the same picture.
+        People who were chosen less often come first; among the trials of one person, the trial with the smallest key
+        comes first.
     """
     chosen: list[dict[str, Any]] = []
     times: Counter[str] = Counter()

@@ -30,7 +30,8 @@ def dreamscale(*words: str | Path, code: int = 0) -> str:
 def test_real_recordings_become_a_dataset_an_encoder_and_embeddings(tmp_path: Path) -> None:
     dataset, run, encoder = tmp_path / "dataset", tmp_path / "run", tmp_path / "encoder"
     dreamscale("shard", "configs/data_sharding/real_corpus.yaml", "--output", dataset)
-    # All bytes are right, but the subjects are unknown, so "verify" does not report that the splits share no data.
+    # All bytes are right. But the subjects are unknown, so "verify" cannot decide whether the splits share data, and
+    # returns the exit code 3.
     dreamscale("verify", dataset, code=3)
     counts = json.loads((dataset / "manifest.json").read_text())["counts"]
     assert counts["sharded"] + counts["duplicate"] + counts["quarantined"] + counts["excluded"] == counts["found"]

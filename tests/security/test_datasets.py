@@ -177,7 +177,7 @@ def test_changed_index_is_refused(dataset: Any, change: Callable[..., object], c
     except RequestError as error:
         assert "000000" in str(error)
     else:
-        assert "'../" in output.out  # Training uses neither the keys nor unknown members of an index.
+        assert "'../" in output.out  # Training accepts such keys and unknown members, because it does not use them.
 
 
 def test_index_that_claims_3_gb_takes_no_memory(dataset: Any, run_limited: Any) -> None:

@@ -46,7 +46,8 @@ def test_names_of_metrics_do_not_change_a_terminal(
 def test_a_very_long_name_is_refused(
     key: str, tmp_path: Path, run_command: Callable[..., Any], assert_refused: Callable[..., None]
 ) -> None:
-    """In a NumPy array of the type str, every entry would take as much memory as the longest text."""
+    """In a NumPy array of the type str, every entry takes as much memory as the longest entry. So one very long name
+    would need gigabytes."""
     folders = [write_results(tmp_path / name, "psnr", **{key: "x" * 5_000_000}) for name in "ab"]
     for folder in folders:
         values = json.loads((folder / "trials.json").read_text())

@@ -1,4 +1,4 @@
-"""If subjects are unknown, ``dreamscale verify`` and ``dreamscale inspect`` do not say that no subject is shared."""
+"""If subjects are unknown, ``dreamscale verify`` and ``dreamscale inspect`` do not claim that no subject is shared."""
 
 from __future__ import annotations
 

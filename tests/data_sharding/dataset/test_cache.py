@@ -375,7 +375,7 @@ def test_a_forked_process_does_not_keep_the_locks_of_its_parent(tmp_path: Path) 
         with pytest.raises(BlockingIOError), locked(path, wait=False):
             pass
     try:
-        # The child still runs, but only the parent had the lock.
+        # The child still runs, but the lock belonged only to the parent, so the lock is free now.
         for _ in range(100):
             with contextlib.suppress(BlockingIOError), locked(path, wait=False):
                 break

@@ -202,8 +202,8 @@ class TestEEGLAB:
 
     @pytest.mark.parametrize("count", [3, 5])
     def test_wrong_number_of_labels_costs_all_labels(self, tmp_path: Path, count: int) -> None:
-        """The file stores the values of all channels for each sample, so with a wrong number of channels, each value
-        would get a wrong channel."""
+        """The file stores the values of all channels for each sample. If the number of labels were taken as the number
+        of channels, most values would be assigned to wrong channels."""
         channels = [*self.channels(), {"labels": "Cz", "X": 0.0, "Y": 0.0, "Z": 85.0}][:count]
         signal = open_file(self.write(tmp_path, channels))
         names = ["EEG 000", "EEG 001", "EEG 002", "EEG 003"]

@@ -471,7 +471,8 @@ def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Li
     names = {name.rsplit("/", 1)[1] for name in store.ls("bucket/made/dataset")}
     assert names == {*SPLITS, "manifest.json", "ledger.parquet", "fingerprints.parquet", "report.html", "versions"}
     assert "finished already" in remote.run(output)
-    # If a recording was removed, a new version of the dataset without this recording can be written to the store.
+    # After a recording is removed, the job can write a new version of the dataset, without this recording, to the
+    # store.
     store.rm("bucket/recordings/sub-03", recursive=True)
     assert "0 recordings added, 0 recordings changed, 1 recordings removed" in remote.run(output)
 

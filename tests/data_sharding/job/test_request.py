@@ -56,8 +56,8 @@ def test_identities_change_with_the_files(corpus: Path) -> None:
     before = make_plan(config(corpus))
     changed, *_ = sorted(corpus.rglob("*.edf"))
     content = changed.read_bytes()
-    # This file is a hard link to a real file. Other recordings are links to the same real file, so its content must not
-    # be changed.
+    # This file is a hard link to a real file. Other recordings are links to the same real file, so write a separate new
+    # file instead of changing its content.
     changed.unlink()
     changed.write_bytes(content)
     os.utime(changed, ns=(1, 1))
