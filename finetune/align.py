@@ -192,8 +192,8 @@ def measure_retrieval(
     batch_size : int
         Number of trials in one forward pass.
     average_repeats : int
-        Number of presentations of the same image to the same subject that are averaged to one trial; 0 averages all
-        presentations.
+        Largest number of presentations of the same image to the same subject that are averaged to one trial; 0 averages
+        all presentations.
 
     Returns
     -------

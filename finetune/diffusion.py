@@ -239,7 +239,7 @@ def sample(
 
 
 class DenoisingTask(Protocol):
-    """Interface of a module that trains a denoiser."""
+    """Interface of a module that contains a denoiser and computes its error."""
 
     def features(self, eeg: Tensor) -> Tensor:
         """Return the tokens or features [B, ...] of the EEG, from which the condition is computed."""
@@ -259,7 +259,8 @@ class DenoisingWatcher:
     Parameters
     ----------
     eeg : Tensor, shape (B, ...)
-        EEG of the trials in the form that the task's method `features` takes, on the model's device.
+        EEG of the trials, or vectors computed from it, as the task's method `features` takes them; on the model's
+        device.
     clean : Tensor, shape (B, ...)
         Latents or pixels of the trials' images.
     noise_steps : int

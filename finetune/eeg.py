@@ -42,8 +42,8 @@ class EEGConfig:
     """End of the EEG in seconds from the onset of the image. Empty: the end is tmin plus the length of the dataset's
     windows."""
     average_repeats: int = 0
-    """Number of presentations of the same image to the same subject that are averaged to one val trial. 0: average all
-    presentations, as papers do with test images. 1: average nothing."""
+    """Largest number of presentations of the same image to the same subject that are averaged to one val trial. 0:
+    average all presentations, as papers do with test images. 1: average nothing."""
 
     def __post_init__(self) -> None:
         if self.tmin is not None and self.tmax is not None and self.tmax <= self.tmin:

@@ -1,8 +1,8 @@
 """Find and check models in the layouts of diffusers and transformers, before these libraries load them.
 
 The folder of a model holds configs (JSON) and weights (safetensors), and can come from anybody. The checks of this
-module refuse configs that need far more memory than the weight files, and configs that would load code or pickled
-weights.
+module refuse configs of networks that would be far larger than the weight files, and configs that would load code or
+pickled weights.
 """
 
 from __future__ import annotations

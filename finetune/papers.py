@@ -8,7 +8,8 @@ The folder of a paper has three parts, and `finetune.linear` is the smallest exa
 - The file ``__init__.py`` of the folder defines ``PAPER``.
 - A training command writes the model to the folder ``RUN/model``, in which ``dreamscale.json`` contains the model's
   ``kind``. The training command uses `start_processes` and `use_run` of `finetune.training.accelerate`, and its last
-  step is ``run.status("done")``. A command that is always one process, such as `finetune.linear`, needs only `use_run`.
+  step is ``run.status("done")``. A command that always runs as one process, such as `finetune.linear`, needs only
+  `use_run`.
 - A generator class has the methods of `finetune.generators.Generator`. ``dreamscale generate`` creates the generator
   with ``Class(folder, values, device)``; the values are the content of ``dreamscale.json``.
 """
@@ -39,7 +40,7 @@ class Paper:
     generator: str
     """``module:class`` of the model's generator, with the methods of `finetune.generators.Generator`."""
     launcher: Literal["accelerate"] | None = "accelerate"
-    """Launcher of the training processes; None for a training that is always one process on a CPU."""
+    """Launcher of the training processes; None for a training that always runs as one process on a CPU."""
 
 
 @functools.cache

@@ -55,7 +55,7 @@ def _drop_methods(node: ast.stmt, methods: Collection[str]) -> list[ast.stmt]:
 
 
 def _names(node: ast.AST) -> tuple[set[str], set[str]]:
-    """Return the names that a statement uses when it runs, and the names in its annotations."""
+    """Return the names that a statement uses when it runs and, as a second set, the names in its annotations."""
     annotations: list[ast.AST] = []
     for part in ast.walk(node):
         found = (getattr(part, "annotation", None), getattr(part, "returns", None))

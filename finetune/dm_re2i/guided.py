@@ -26,7 +26,7 @@ class GuidedUNet(ModelMixin, ConfigMixin):
     condition_std: Tensor
 
     def add_condition(self, condition_dim: int, embedding: int, null_condition: bool) -> None:
-        """Add a linear map of the EEG vector to the embedding, the vector's mean and deviation, and a null vector.
+        """Add a linear map (EEG vector to embedding), the mean and deviation of the EEG vector, and a null vector.
 
         Parameters
         ----------
@@ -39,7 +39,7 @@ class GuidedUNet(ModelMixin, ConfigMixin):
         """
         self.condition = nn.Linear(condition_dim, embedding)
         self.null = nn.Parameter(torch.zeros(condition_dim)) if null_condition else None
-        # With mean 0 and standard deviation 1, the EEG vector is used as it is.
+        # The initial mean 0 and standard deviation 1 leave the EEG vector as it is.
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
         self.register_buffer("condition_std", torch.ones(condition_dim))
 

@@ -23,7 +23,8 @@ NAMES = {"evrnet": "EVRNet", "eegnet": "EEGNet", "tsconv": "TSConv", "encoder": 
 """Name of each network for messages and figures."""
 _CLASSES: tuple[type[EEGClassifier], ...] = (EVRNet, EEGNetClassifier, TSConv, EncoderClassifier)
 DROPOUT = {"evrnet": 0.0, "eegnet": 0.25, "tsconv": 0.5, "encoder": 0.0}
-"""Dropout rate of each network if the config does not give a rate: the rate of the network's article."""
+"""Dropout rate of each network if the config does not give a rate: the rate of the network's article, and 0 for an
+encoder."""
 
 
 def build_classifier(stage: EVRNetStage, data: EEGDataset) -> EEGClassifier:

@@ -50,8 +50,8 @@ class GenerateConfig:
     """Scale of the classifier-free guidance; 1 switches guidance off. Empty: the scale is 2, or 1 for a model that was
     trained without dropped conditions (drop 0)."""
     average_repeats: int = 0
-    """Number of presentations of the same image to the same subject that are averaged to one trial. 0: average all
-    presentations, as papers do with test images. 1: average nothing."""
+    """Largest number of presentations of the same image to the same subject that are averaged to one trial. 0: average
+    all presentations, as papers do with test images. 1: average nothing."""
     limit: int = 0
     """Largest number of trials; the trials are spread evenly over the split. 0 uses all trials."""
     batch_size: int = 32

@@ -61,7 +61,7 @@ def generate_images(
     Raises
     ------
     RequestError
-        If a real image cannot be decoded, or if `make` refuses the trials.
+        If an image that the person saw cannot be decoded, or if `make` refuses the trials.
     StopRequested
         If a stop of the command was requested. Every process finishes its current batch before the error is raised.
     """

@@ -68,7 +68,7 @@ def predict(
     name : str
         time, baseline, eyes or nearest.
     table : ImageTable
-        Images of the train split. The same part of each trial is read from the train split and from `test`.
+        Images of the train split. The train split must be opened with the same `tmin` and `tmax` as `test`.
     test : EEGDataset
         Split that contains `trials`.
     trials : sequence of Trial
@@ -77,7 +77,7 @@ def predict(
     seed : int
         Seed for the choice among the training pictures of the predicted category.
     average_repeats : int
-        Number of presentations of an image that ``nearest`` averages into one training trial; 0 averages all
+        Largest number of presentations of an image that ``nearest`` averages into one training trial; 0 averages all
         presentations.
 
     Returns

@@ -1,4 +1,4 @@
-"""List the trials for which images are generated, and choose the EEG from which each image is generated."""
+"""List the trials for which images are generated, with the presentations from whose EEG each image is generated."""
 
 from __future__ import annotations
 

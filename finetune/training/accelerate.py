@@ -96,12 +96,12 @@ def make_accelerator(
 
 @contextmanager
 def start_processes(config: Any, precision: str) -> Iterator[Accelerator]:
-    """Set up Accelerate for a stage, and shut down its process group after the stage.
+    """Set up Accelerate for a command, and shut down the process group at the end of the command.
 
     Parameters
     ----------
     config : dataclass instance
-        Config of the stage, with the keys ``num_processes`` and ``device``.
+        Config of the command, with the keys ``num_processes`` and ``device``.
     precision : str
         Number format of the computation: fp32 or bf16.
 
@@ -131,14 +131,14 @@ def open_run(
     Parameters
     ----------
     config : dataclass instance
-        Config of the stage, with the key ``output`` and possibly the key ``tracker``.
+        Config of the command, with the key ``output`` and possibly the key ``tracker``.
     accelerator : Accelerator or None
-        The accelerator that `make_accelerator` returned; None for a stage that always runs in one process.
+        The accelerator that `make_accelerator` returned; None for a command that always runs in one process.
     free : tuple of str
         Config keys that may change when the run is resumed, as returned by `free_keys`.
     output : str or Path, optional
-        Directory that is used in place of the config's ``output``. A stage that trains several networks, each in its
-        own run directory, needs `output`.
+        Directory that is used in place of the config's ``output``. A command with several run directories, such as
+        ``dreamscale ddpm``, needs `output`.
 
     Returns
     -------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def gather_rows(x_b: Tensor) -> Tensor:
-    """Gather tensors from all processes in the order of the ranks, so that gradients flow back to every process.
+    """Gather tensors from all processes, in the order of the ranks. Gradients flow back to every process.
 
     Parameters
     ----------

@@ -111,7 +111,7 @@ def free_keys(*prefixes: str, independent_samples: bool) -> tuple[str, ...]:
     Parameters
     ----------
     *prefixes : str
-        Keys of the stage's config whose value is a `TrainingConfig`, e.g. ``training`` or ``ddpm.training``.
+        Keys of the command's config whose value is a `TrainingConfig`, e.g. ``training`` or ``ddpm.training``.
     independent_samples : bool
         True if the loss is a mean over samples and the output for a sample does not depend on other samples; then
         ``micro_batch_size`` may change, too. False, for example, for a contrastive loss or for a network with batch

@@ -1,8 +1,8 @@
 """The training loop of every fine-tuning stage, with evaluation, checkpoints, and resuming.
 
-A stage is one command of fine-tuning, e.g. ``dreamscale align``. A stage puts all trainable layers, and all layers
-through which gradients flow, into one module, and then calls `fit`. The module's ``forward(**inputs)`` returns a
-dictionary of scalars, which must contain ``loss``.
+A stage is one training: most commands, such as ``dreamscale align``, have one stage, and ``dreamscale ddpm`` has two. A
+stage puts all trainable layers, and all layers through which gradients flow, into one module, and then calls `fit`. The
+module's ``forward(**inputs)`` returns a dictionary of scalars, which must contain ``loss``.
 
 A run that is stopped and resumed gives exactly the same weights as an uninterrupted run:
 

@@ -107,8 +107,8 @@ def _name(network: str) -> str:
 def _compare_pair(more_n: NDArray[Any], people_n: NDArray[Any], images_n: NDArray[Any]) -> dict[str, Any]:
     """Summarise the difference in accuracy between two networks on the same trials: mean, intervals and p-values.
 
-    There are two intervals and two p-values: one allows that trials of one person depend on each other, the other one
-    that trials of one image do.
+    There are two intervals and two p-values. The first interval and p-value stay valid if trials of one person depend
+    on each other, the second ones if trials of one image do.
     """
     found: dict[str, Any] = {"mean": float(more_n.mean())}
     for unit, clusters in (("people", people_n), ("images", images_n)):
@@ -135,7 +135,7 @@ def summarise_runs(
     Returns
     -------
     dict
-        For each network: ``accuracy``, its 95 % intervals ``interval_people`` and ``interval_images`` (which allow that
+        For each network: ``accuracy``, its 95 % intervals ``interval_people`` and ``interval_images`` (valid even if
         trials of one person, or of one image, depend on each other), and ``people`` (accuracy of each person).
         ``shuffled`` holds the same values for the network that was trained with shuffled categories. The differences
         are ``minus_shuffled`` (from the control) and ``minus_first`` (from the first network).

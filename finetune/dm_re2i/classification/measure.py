@@ -81,9 +81,9 @@ def summarise(
     dict
         The metrics of `score`. ``trials``: number of trials. ``chance``: 1 / K. ``largest_class``: share of the most
         frequent class, which is the accuracy of always answering this class. ``interval_images`` and
-        ``interval_subjects``: 95 % intervals of the accuracy, which allow that trials of one image, or of one person,
-        depend on each other. ``interval_subjects`` is left out if there is only one person. ``confusion``: for each
-        true class, the number of trials with each answer. ``labels``: names of the classes. ``subjects``: for each
+        ``interval_subjects``: 95 % intervals of the accuracy, which are valid even if trials of one image, or of one
+        person, depend on each other. ``interval_subjects`` is left out if there is only one person. ``confusion``: for
+        each true class, the number of trials with each answer. ``labels``: names of the classes. ``subjects``: for each
         person, the metrics of `score`, ``trials`` and ``interval_images``.
     """
     from sklearn.metrics import confusion_matrix
@@ -163,7 +163,8 @@ def evaluate_classifier(
     device : torch.device
         Device of the network.
     average_repeats : int
-        Number of presentations of the same image to the same person that are averaged; 0 averages all presentations.
+        Largest number of presentations of the same image to the same person that are averaged; 0 averages all
+        presentations.
     """
     groups = group_repeats(dataset, average_repeats)
     first = [group[0] for group in groups]
