@@ -1,8 +1,9 @@
 """Convert a checkpoint of DreamDiffusion's released code: ``dreamscale convert CHECKPOINT OUT``.
 
 The checkpoints are pickle files with weights and an object of DreamDiffusion's config class. PyTorch's restricted
-unpickler reads only tensors and plain values from a checkpoint. An empty class replaces DreamDiffusion's config class.
-If a checkpoint contains an object of another class, an error is raised. Code in a checkpoint is never run.
+unpickler reads only tensors and plain values from a checkpoint. While a checkpoint is read, an empty class replaces
+DreamDiffusion's config class. If the checkpoint contains an object of any other class, an error is raised. Code in a
+checkpoint is never run.
 
 In this file, "foreign" names are the names of weights in DreamDiffusion's code, and "own" names are the names of the
 same weights in `pretrain.model`. The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
@@ -163,10 +164,11 @@ def convert_weights(
     weights : dict of str to Tensor
         Weights by their names in DreamDiffusion's code.
     heads, decoder_heads : int, optional
-        Numbers of attention heads; they cannot be found from the weights.
+        Number of attention heads of the encoder, and of the decoder. The shapes of the weights do not show these
+        numbers.
     class_token : bool, optional
-        Whether the encoder uses its class token. By default, the class token is used if the checkpoint has a decoder,
-        as in DreamDiffusion's code.
+        Whether the encoder uses its class token. By default, the class token is used exactly if the checkpoint has a
+        decoder: DreamDiffusion's code uses it in pretraining, but not in fine-tuning.
 
     Returns
     -------
@@ -177,19 +179,20 @@ def convert_weights(
     ------
     RequestError
         If weights are missing, unknown, of a wrong shape or not finite. If the decoder's position embeddings are not
-        sines and cosines. If a number of heads is not known or does not divide the width.
+        sines and cosines. If `heads` or `decoder_heads` is needed but None, or does not divide the width of a token.
     """
     # Ignore the weights with the prefix "nature_img_": they belong to an image encoder that some checkpoints also hold.
     weights = {name: _to_float32(name, value) for name, value in weights.items() if not name.startswith("nature_img_")}
     with_decoder = "decoder_pred.weight" in weights
-    # DreamDiffusion's encoder for fine-tuning has a mask token but never uses it.
+    # A fine-tuned checkpoint has a mask token that DreamDiffusion's code never uses.
     unused = () if with_decoder else ("mask_token",)
     class_token = with_decoder if class_token is None else class_token
     width, channels, patch = _get_weight(weights, "patch_embed.proj.weight", 3).shape
     shape = _find_shape(weights, "blocks", width, heads, "heads")
     table = _get_positions(weights, "pos_embed", width)
     tokens = table.shape[0] - 1
-    # DreamDiffusion's fine-tuning also trains the position embeddings, which are fixed in pretraining.
+    # In pretraining, the position embeddings are fixed sines and cosines; in DreamDiffusion's fine-tuning, they are
+    # trained.
     learned = _distance(table) > 1e-4
     encoder = EncoderConfig(
         channels=channels,
@@ -235,8 +238,8 @@ def convert_weights(
         }
         with torch.device("meta"):
             decoder_weights = _take(weights, decoder_names, taken, SignalDecoder(decoder, encoder))
-        # DreamDiffusion's decoder orders the values of a token by time, then channel, and our decoder by channel, then
-        # time.
+        # For each token, DreamDiffusion's decoder returns all channels of the first time step, then of the second, and
+        # so on. Our decoder returns all time steps of the first channel, then of the second, and so on.
         order = torch.arange(channels * patch).view(patch, channels).T.flatten()
         for name in ("predict.weight", "predict.bias"):
             decoder_weights[name] = decoder_weights[name][order].contiguous()
@@ -260,7 +263,7 @@ def convert_weights(
 
 
 def _block_names(foreign: str, depth: int) -> dict[str, str]:
-    """Map each name of a block weight in `pretrain.model` to a name in the checkpoint that begins with `foreign`."""
+    """Map the names of block weights in `pretrain.model` to those in the checkpoint, which begin with `foreign`."""
     parts = {"norm1": "norm1", "attn.qkv": "attn.qkv", "attn.proj": "attn.proj", "norm2": "norm2"}
     parts |= {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
     return {
@@ -276,8 +279,8 @@ def _to_float32(name: str, value: Tensor) -> Tensor:
     if value.layout != torch.strided or value.is_nested or value.is_meta or not value.is_floating_point():
         kind = f"{value.dtype}, {value.layout}, {value.device}"
         raise RequestError(f"{name} is not a plain tensor of real numbers ({kind}); save it as float32")
-    # A tensor with stride 0 repeats one number, so the copy of a tensor from a small file could need a huge amount of
-    # memory.
+    # A tensor with stride 0 repeats one stored number. Such a tensor in a small file can claim any size, and its copy
+    # would need a huge amount of memory.
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise RequestError(
             f"{name} claims {value.numel()} numbers, which are not in the file; save it as a plain tensor"
@@ -289,7 +292,7 @@ def _to_float32(name: str, value: Tensor) -> Tensor:
 
 
 def _get_weight(weights: dict[str, Tensor], name: str, rank: int) -> Tensor:
-    """Return a weight whose shape gives the model's architecture; the weight must have `rank` dimensions."""
+    """Return the weight `name`; raise an error if it is missing or does not have `rank` dimensions."""
     if name not in weights:
         raise RequestError(f"weights are missing: {name}")
     value = weights[name]
@@ -299,9 +302,10 @@ def _get_weight(weights: dict[str, Tensor], name: str, rank: int) -> Tensor:
 
 
 def _take(weights: dict[str, Tensor], names: dict[str, str], taken: set[str], model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights under their names in `model`, and add the names that they have in the checkpoint to `taken`.
+    """Return some of the checkpoint's weights, under the names that they have in `model`.
 
-    `model` only gives the expected shapes, so it may be on the meta device.
+    `names` maps names in `model` to names in the checkpoint; the names in the checkpoint are added to `taken`. `model`
+    only gives the expected shapes, so it may be on the meta device.
     """
     missing = sorted(foreign for foreign in names.values() if foreign not in weights)
     if missing:
@@ -318,7 +322,7 @@ def _take(weights: dict[str, Tensor], names: dict[str, str], taken: set[str], mo
 
 
 def _find_shape(weights: dict[str, Tensor], blocks: str, width: int, heads: int | None, key: str) -> dict[str, Any]:
-    """Read depth, heads and hidden width of transformer blocks from the weights."""
+    """Find depth and hidden width of transformer blocks from the weights, and check the given number of heads."""
     numbers = {int(m[1]) for name in weights if (m := re.match(rf"{blocks}\.(\d+)\.", name))}
     first = _get_weight(weights, f"{blocks}.0.mlp.fc1.weight", 2)
     if heads is None:
@@ -331,8 +335,8 @@ def _find_shape(weights: dict[str, Tensor], blocks: str, width: int, heads: int 
     if type(heads) is not int or heads < 1 or width % heads:
         raise RequestError(f"{key} is {heads!r}; give --{key}, a whole number that divides the width {width}")
     ratio = first.shape[0] / width
-    # The model computes its hidden width as int(width * ratio), which rounds down. Make sure that the computed width is
-    # the hidden width of the weights.
+    # The model computes its hidden width as int(width * ratio), which rounds down. If rounding would give one less than
+    # the hidden width of the weights, make the ratio slightly larger.
     ratio = ratio if int(width * ratio) == first.shape[0] else math.nextafter(ratio, math.inf)
     return {"depth": len(numbers), "heads": heads, "mlp_ratio": ratio}
 
@@ -346,7 +350,7 @@ def _get_positions(weights: dict[str, Tensor], name: str, width: int) -> Tensor:
 
 
 def _distance(table: Tensor) -> float:
-    """Return the largest difference between position embeddings and the fixed sines and cosines."""
+    """Return the largest difference between the values of `table` and those of the fixed position embeddings."""
     tokens, width = table.shape[0] - 1, table.shape[1]
     expected = torch.cat([torch.zeros(1, width), sincos_positions(tokens, width)])
     return float((table - expected).abs().max())

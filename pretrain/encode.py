@@ -80,7 +80,7 @@ def encode(config: EncodeConfig) -> int:
     except RequestError as error:
         raise RequestError(f"{config.recording}: {error}") from None
     output = Path(config.output)
-    # Write to a file with another name and then rename this file, so that a file with the final name is always
+    # Write to a file with a temporary name and then rename it, so that a file with the name `output` is always
     # complete.
     partial = output.with_name(f".{output.stem}.{uuid.uuid4().hex[:8]}.npz")
     try:

@@ -67,7 +67,7 @@ def read_run(run: str | Path) -> tuple[PretrainConfig, Path, dict[str, Any]]:
 
 
 def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
-    """Build the autoencoder and load its weights from a checkpoint of any ZeRO stage and any number of processes.
+    """Build the autoencoder and load its weights from a checkpoint of a run with any ZeRO stage and process count.
 
     Parameters
     ----------
@@ -246,7 +246,7 @@ def export(config: ExportConfig) -> int:
             "licenses": licenses,
         },
     )
-    # Read the package once, because reading checks that the package is complete and correct.
+    # Read the finished package once: reading checks that the package is complete and correct.
     EEGEncoder.from_pretrained(output)
     print(
         f"dreamscale export: encoder of step {saved['step']} in {output}. Next: 'dreamscale probe {output} DATASET' "

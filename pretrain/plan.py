@@ -1,8 +1,8 @@
 """Estimate memory and time of a pretraining run: ``dreamscale plan CONFIG``, or ``--preset paper --gpus 8``.
 
 The numbers of a plan are computed, not measured. They are the bytes that ZeRO keeps on each GPU, the bytes that
-autograd keeps for the backward pass, and the number of floating-point operations. The time is computed from a
-utilisation that the user gives. The plan also lists all assumptions.
+autograd keeps for the backward pass, and the number of floating-point operations. The time is computed from these
+numbers and from a model-FLOPs utilisation that the user gives. The plan also lists all assumptions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 MEMORY_GIB: dict[str, float] = {
-    # Memory sizes that the GPU's driver reports; they differ a little from the advertised sizes.
+    # Memory sizes as the GPU's driver reports them; the sizes that the maker advertises are a little different.
     "B200": 179.0,
     "GH200": 95.0,
     "H200": 140.0,
@@ -42,7 +42,8 @@ MEMORY_GIB: dict[str, float] = {
 }
 """Memory in GiB for each kind of GPU. The names are the same as in `pretrain.model.flops.PEAK_TFLOPS`."""
 DEFAULT_WINDOWS = 120_000
-"""Number of windows in DreamDiffusion's corpus, used if there is no dataset whose windows can be counted."""
+"""Number of training windows that is assumed if there is no dataset whose windows can be counted: the number in
+DreamDiffusion's corpus."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,8 +207,8 @@ def resolve(config: PlanConfig) -> Request:
     windows, windows_from = config.windows, "--windows"
     if windows is None and run is not None:
         datasets = [as_path(path) for path in run.datasets or [run.dataset]]
-        # Count the windows only if all datasets are on this machine. A dataset of the config may exist only on another
-        # machine, or not exist yet.
+        # Count the windows only if all datasets of the config are on this machine: a dataset may be on another machine,
+        # or not exist yet.
         if all((path / MANIFEST).is_file() for path in datasets):
             windows = sum(read_manifest(path).samples("train") for path in datasets)
             windows_from = ", ".join(map(str, datasets))
@@ -248,9 +249,9 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        The keys are ``request``, ``model`` (parameters, tokens, FLOPs), ``memory`` (one entry for each ZeRO stage, with
-        and without checkpointing), ``time`` and ``assumptions``. Memory is in bytes, and the name of each time contains
-        its unit.
+        The keys are ``request``, ``model`` (parameters, tokens, FLOPs), ``memory`` (two entries for each possible ZeRO
+        stage, without and with activation checkpointing), ``time`` and ``assumptions``. Memory is in bytes. The name of
+        each value in ``time`` contains its unit.
 
     Raises
     ------

@@ -44,11 +44,11 @@ FREE = (
     "allowed_licenses",
     "model.compute",
 )
-"""Config keys that may change when a run is resumed. Most keys in `FREE` do not influence the trained weights. guards
-and max_skipped can influence the weights, but a failed run may need other values of these keys to continue.
-micro_batch_size may change because each window's loss is a mean over its own tokens, and all windows of a batch have
-the same weight. dataset and datasets may change because a dataset may be moved; the loader raises an error if the
-content of the dataset is different."""
+"""Config keys that may change when a run is resumed. Most of these keys do not influence the trained weights. guards
+and max_skipped can influence the weights; they may change because a failed run may need other values of these two keys
+to continue. micro_batch_size may change because it does not change the loss of a batch: each window's loss is a mean
+over the window's own tokens, and all windows of the batch have the same weight. dataset and datasets may change because
+a dataset may be moved; the loader raises an error if the content of the dataset is different."""
 
 
 def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGDataset | Mixture]:
@@ -67,8 +67,8 @@ def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGData
     Raises
     ------
     RequestError
-        If the model cannot read the dataset's windows, if the training data have a licence that is not allowed, or if
-        the launcher started a wrong number of processes.
+        If the dataset's windows have another size than the model expects, if the training data have a licence that is
+        not allowed, or if the launcher started a wrong number of processes.
     """
     versions = find_run_versions([config.output], config.datasets or [config.dataset], "pretrain")
     train, held_out = (
@@ -114,7 +114,7 @@ def pretrain(config: PretrainConfig) -> int:
     RequestError
         If the run cannot be started with this config.
     StopRequested
-        If a stop was requested; a checkpoint is written first.
+        If a stop was requested; a checkpoint is written before this error is raised.
     """
     train, held_out = check_request(config)
     from pretrain.runs.distributed import choose_device, import_deepspeed, launched_world, process_group
@@ -130,8 +130,8 @@ def pretrain(config: PretrainConfig) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with StopSignal() as stop, _status_on_failure(run):
         deepspeed = import_deepspeed(device)
-        # The watchdog ends a hanging run after timeout_s, and its message names the hanging process. The timeout of the
-        # process group is twice `timeout_s`, so that the watchdog acts first.
+        # The watchdog ends a hanging run after `timeout_s`, and its message names the hanging process. PyTorch's
+        # process group also has a timeout; it is twice `timeout_s`, so that the watchdog acts first.
         with process_group(deepspeed, device, timeout_s=2 * config.timeout_s) as world:
             step, done = train_in(world, deepspeed, config, run, train, held_out, stop)
         if not done:
@@ -189,7 +189,7 @@ def train_in(
 
 @contextlib.contextmanager
 def _status_on_failure(run: RunDirectory) -> Iterator[None]:
-    """If an error is raised, record it in status.json; always close the run directory at the end."""
+    """If the ``with`` block raises an error, record it in status.json; close the run directory in any case."""
     try:
         yield
     except StopRequested:

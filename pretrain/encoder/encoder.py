@@ -38,13 +38,13 @@ class EEGEncoder(nn.Module):
     Parameters
     ----------
     config : EncoderConfig, optional
-        Architecture of the encoder. By default, the architecture is made from the other arguments; they have the same
-        names as in Braindecode.
+        Architecture of the encoder. Without `config`, the architecture follows from the arguments below, which have the
+        same names as in Braindecode.
     spec : PreprocessSpec, optional
         Preprocessing that the weights were trained with.
     n_chans : int, optional
-        Number of channels in the windows that `forward` will get, at most 128. The temporal tokenizer pads windows to
-        128 rows with copies of their channels.
+        Number of channels in the windows that `forward` will get, at most 128. If it is below 128, the temporal
+        tokenizer pads each window to 128 rows with copies of the window's channels.
     n_times : int, optional
         Number of time samples in a window.
     sfreq : float, optional
@@ -128,7 +128,7 @@ class EEGEncoder(nn.Module):
         self.chs_info = list(chs_info) if chs_info is not None else None
         self.backbone: Any = build_encoder(config)
         positions_C3 = _positions_of(self.chs_info) if self.chs_info is not None else None
-        # Positions are not saved with the weights, because the same weights work with any montage.
+        # Electrode positions are not saved with the weights, because the same weights work with any montage.
         self.register_buffer("positions_C3", positions_C3, persistent=False)
         self.head = _head(config.dim, n_outputs)
 
@@ -143,7 +143,7 @@ class EEGEncoder(nn.Module):
         return self.config.tokens
 
     def inputs_of(self, metas: list[dict[str, Any]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Return the electrode positions of samples, if the encoder needs electrode positions.
+        """Return the electrode positions of a batch of samples, if the encoder needs electrode positions.
 
         Parameters
         ----------
@@ -184,9 +184,9 @@ class EEGEncoder(nn.Module):
         x_uv_BCT : Tensor, [B, C, T]
             Windows in microvolts, padded or not; float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
-            Number of recorded channels of each window. The montage tokenizer computes the scale of a window over the
-            recorded channels only. By default, this is the number of electrode positions stored in the encoder, or the
-            number of rows if no positions are stored. The temporal tokenizer always computes the scale over the whole
+            Number of recorded channels of each window; by default, the number of electrode positions stored in the
+            encoder, or the number of rows if no positions are stored. The montage tokenizer computes the scale of a
+            window over the recorded channels only. The temporal tokenizer always computes the scale over the whole
             padded window.
 
         Returns
@@ -206,8 +206,8 @@ class EEGEncoder(nn.Module):
             than the encoder.
         positions : Tensor, [C, 3] or [B, C, 3], optional
             Montage tokenizer only: electrode positions in metres, NaN for an unknown position. If there are fewer
-            positions than channels, the channels at the end of `x_BCT` are ignored. By default, the positions stored in
-            the encoder are used, e.g. those of `chs_info`.
+            positions than channels, the last channels of `x_BCT`, which have no position, are ignored. By default, the
+            positions stored in the encoder are used, e.g. those of `chs_info`.
         count_B : Tensor, [B], int64, optional
             Montage tokenizer only: number of recorded channels of each window, if this number differs between windows.
 
@@ -281,7 +281,7 @@ class EEGEncoder(nn.Module):
         Returns
         -------
         Encoding
-            Tokens, pooled features, times and a coverage report.
+            Tokens and mean token of each window, start times of the windows, and a report on what was encoded.
 
         Raises
         ------
@@ -306,10 +306,11 @@ class EEGEncoder(nn.Module):
                     f"the recording has {len(found.names)} EEG channels to encode, but this encoder takes at most "
                     f"{self.config.channels}; pick at most {self.config.channels} channels of the recording"
                 )
-            # `tokens_BND` has a row for every planned window. Windows that cannot be used are skipped, so rows at the
-            # end can stay unused. Unused rows need no memory, because the system allocates memory at the first write.
+            # `tokens_BND` has a row for every window that the recording could give. Windows that cannot be used are
+            # skipped, so rows at the end can stay unused. Unused rows need no memory, because the system allocates
+            # memory at the first write.
             tokens_BND = np.empty((found.most, self.n_tokens, self.dim), np.float32)
-            # All windows of a recording have the same electrodes.
+            # All windows of a recording have the same electrodes, so collect the electrode positions only once.
             inputs = self.inputs_of([{"n": len(found.names), "positions": found.positions}], device)
             positions_C3 = inputs["positions"][0] if inputs else None
             while batch := list(itertools.islice(found.stream, batch_size)):
@@ -423,7 +424,7 @@ def _positions_of(chs_info: Sequence[dict[str, Any]]) -> Tensor:
     places_C3 = torch.full((len(chs_info), 3), math.nan)
     for row, channel in zip(places_C3, chs_info, strict=True):
         place = np.asarray(channel.get("loc", [math.nan] * 3), np.float64)[:3]
-        # If a position is unknown, MNE writes NaN, and some files have zeros.
+        # For an unknown position, `loc` holds NaN (from MNE) or zeros (from some files).
         if np.isfinite(place).all() and place.any():
             row[:] = torch.from_numpy(place)
     return places_C3

@@ -43,9 +43,9 @@ KIND = "dreamscale_eeg_encoder"
 SCHEMA = 1
 CONFIG, SPEC, EXAMPLE, CARD = "config.json", "preprocess.json", "example.npz", "model_card.md"
 PROGRAM = "encoder.pt2"
-# Largest allowed difference between the stored output and a new output for the same input. The output values are about
-# 1, because of the last layer norm. The outputs of different CPUs differ by about 1e-5, so a difference above 2e-3
-# shows that the weights are wrong.
+# Largest allowed difference between the stored output and a new output for the same input. The last layer norm gives
+# output values of about 1 in size. Outputs computed on two kinds of CPU differ by about 1e-5, so a difference above
+# 2e-3 shows that the weights are wrong.
 TOLERANCE = 2e-3
 MAX_TOLERANCE = 0.1
 """Largest tolerance that an encoder package may state."""
@@ -155,7 +155,7 @@ def write_package(
 
 @contextlib.contextmanager
 def _named_fault(path: str | Path) -> Iterator[None]:
-    """Turn an error of the file system into an error of one line that names the package."""
+    """Turn an OSError in the ``with`` block into an error with a message of one line that names the package."""
     try:
         yield
     except OSError as error:
@@ -214,7 +214,7 @@ def read_package(path_or_hub_id: str | Path) -> PackageContents:
 
 
 def damage_error(folder: Path, error: Exception) -> RequestError:
-    """Return the error to raise if the JSON files of a package do not describe an encoder."""
+    """Return an error that says that the JSON files of a package do not describe an encoder; the caller raises it."""
     return RequestError(f"{folder}: {CONFIG} or {SPEC} is damaged ({error}); export the encoder again")
 
 
@@ -249,8 +249,8 @@ def check_example(model: Any, folder: Path) -> None:
         with torch.no_grad():
             error = float(np.abs(model(*inputs).numpy() - y).max())
     except Exception as problem:
-        # Catch all errors, because a damaged archive can raise different errors in zip, in zlib, in NumPy's header or
-        # in the shape of an array.
+        # Catch all errors: for a damaged archive, zipfile, zlib, NumPy and PyTorch each raise errors of their own
+        # types.
         why = f"{type(problem).__name__}: {one_line(problem)[:200]}"
         raise RequestError(f"{path}: damaged ({why}); export the encoder again") from None
     if not error <= tolerance:
@@ -312,7 +312,7 @@ def _to_lists(positions_C3: Tensor) -> list[list[float] | None]:
 
 
 def _from_lists(lists: Any, where: str) -> Tensor:
-    """Convert the lists that `_to_lists` returned back to a tensor."""
+    """Convert electrode positions back from the lists that `_to_lists` returned to a tensor."""
     if len(check_positions(lists, where)) > N_PADDED:
         raise RequestError(
             f"{where}: has {len(lists)} electrode positions; an encoder takes at most {N_PADDED} channels"
@@ -335,8 +335,8 @@ def _find_folder(path_or_hub_id: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        # Only the files of an encoder package that are in this list are read. Other files, such as the program
-        # `encoder.pt2`, are not downloaded.
+        # Download only the files that this list names. Other files, such as the program `encoder.pt2`, are not needed
+        # here.
         wanted = [CONFIG, SPEC, EXAMPLE, CARD, "*.safetensors"]
         return Path(huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
     except Exception as error:

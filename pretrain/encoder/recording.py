@@ -30,11 +30,11 @@ LINE_FREQS = (40.0, 70.0)
 """Lowest and highest mains frequency in Hz that a user may give. The power grid has 50 or 60 Hz, but the frequency of
 small generators can differ."""
 MAX_OVERLAP = 64
-"""Largest number of windows of an encoder that may contain the same sample of a recording. The work of encoding grows
-with this number."""
+"""Largest number of overlapping windows that may contain the same time sample of a recording. The work of encoding a
+recording grows with the overlap."""
 MAX_BATCH = 2**27
-"""Largest number of values in one forward pass. For long windows, fewer windows than `batch_size` are encoded
-together."""
+"""Largest number of signal values in one forward pass. If windows are long, fewer of them than `batch_size` are encoded
+in one forward pass."""
 
 
 @dataclass(kw_only=True)
@@ -93,7 +93,7 @@ def windows_of(
     Raises
     ------
     RequestError
-        If sharding would quarantine or exclude the recording (the message gives the reason), or if an argument has an
+        If sharding would leave out the whole recording (the message gives the reason), or if an argument has an
         impossible value.
     """
     check_numbers(unit_factor=unit_factor, line_freq=line_freq)
@@ -156,7 +156,7 @@ def windows_of(
 
 
 def check_numbers(*, unit_factor: float | None, line_freq: float | None) -> None:
-    """Raise an error if a number has a value that no recording can have.
+    """Raise an error if `unit_factor` or `line_freq` has a value that no recording can have.
 
     Parameters
     ----------
@@ -166,7 +166,7 @@ def check_numbers(*, unit_factor: float | None, line_freq: float | None) -> None
     Raises
     ------
     RequestError
-        If a number is given and its value is impossible.
+        If one of the two numbers is given and its value is impossible.
     """
     if unit_factor is not None and not 0 < unit_factor < math.inf:
         raise RequestError(f"unit_factor is {unit_factor}; it must be above 0 and finite, or left out")

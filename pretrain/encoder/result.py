@@ -42,9 +42,10 @@ class CoverageReport:
     """Number of windows that were not encoded, by reason. Sharding and encoding leave out windows for the same
     reasons."""
     seconds_left_out: dict[str, float]
-    """Seconds of signal that are in no encoded window, by reason."""
+    """Seconds of the recording that no encoded window contains, for each reason."""
     bad_in_windows: dict[str, int] = dataclasses.field(default_factory=dict)
-    """For each kind of fault, the number of encoded windows with a channel that is bad only in some windows."""
+    """For each kind of fault, the number of encoded windows in which a channel has this fault, although the channel is
+    good in the recording as a whole."""
 
     def __str__(self) -> str:
         channels = f"{len(self.channels_used)} channels used"

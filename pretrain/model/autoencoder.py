@@ -45,8 +45,8 @@ class SignalEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if config.class_token else None
         self.blocks = Blocks(config)
         self.norm = nn.LayerNorm(config.dim)
-        # Fixed position embeddings can be computed from the config, so they are not saved with the weights. The class
-        # token has no position embedding.
+        # Fixed position embeddings are not saved with the weights, because they can be computed from the config. The
+        # class token has no position embedding.
         positions_ND = sincos_positions(config.tokens, config.dim)
         if config.learned_positions:
             self.positions_ND = nn.Parameter(positions_ND)
@@ -88,7 +88,7 @@ class SignalEncoder(nn.Module):
         x_BCT : Tensor, [B, C or fewer, T]
             Scaled signal. Windows with fewer channels than the encoder are padded with copies of their channels.
         positions_BC3, count_B : Tensor, optional
-            Ignored, because this encoder does not use electrodes.
+            Ignored, because this encoder does not use electrode positions.
 
         Returns
         -------
@@ -98,11 +98,11 @@ class SignalEncoder(nn.Module):
         return self(pad_channels(x_BCT, self.config.channels))[:, int(self.cls_token is not None) :]
 
     def electrode_inputs(self, metas: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return an empty dictionary, because this encoder needs no electrodes as arguments of `EEGEncoder.tokens`."""
+        """Return an empty dictionary, because this encoder needs no electrode positions in `EEGEncoder.tokens`."""
         return {}
 
     def common_positions(self, dataset: EEGDataset) -> Tensor | None:
-        """Return None, because this encoder does not use the electrodes of a dataset."""
+        """Return None, because this encoder does not use electrode positions."""
         return None
 
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
@@ -162,7 +162,7 @@ class SignalDecoder(nn.Module):
 
 
 class Samples(Protocol):
-    """The attributes of a batch that a model uses; `data_sharding.dataset.batch.Batch` has these attributes."""
+    """What a model needs to know about a batch; `data_sharding.dataset.batch.Batch` provides it."""
 
     channels: list[int]
     """[B] number of recorded channels of each sample."""
@@ -174,12 +174,12 @@ class Samples(Protocol):
     """[B] metadata of each sample (docs/data_format.md): ``n`` recorded channels, ``positions`` in metres."""
 
     def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the windows in microvolts, [B, C, T], padded by replication."""
+        """Return the windows in microvolts, [B, C, T], padded with copies of their channels."""
         ...
 
 
 class MaskedAutoencoder(nn.Module):
-    """Asymmetric masked autoencoder for windows of EEG; the encoder sees only the visible tokens.
+    """Masked autoencoder for windows of EEG; its encoder sees only the visible tokens, its decoder predicts all tokens.
 
     Parameters
     ----------
@@ -308,7 +308,7 @@ class MaskedAutoencoder(nn.Module):
         return self.untokenize(hidden_BN.unsqueeze(-1).expand(-1, -1, shape.channels * shape.patch))
 
     def power(self, x_BCT: Tensor, **inputs: Tensor) -> Tensor:
-        """Compute the loss of a model that predicts zero everywhere, as a baseline.
+        """Compute the loss that a model would have if it predicted zero everywhere, as a baseline.
 
         Parameters
         ----------
@@ -320,7 +320,7 @@ class MaskedAutoencoder(nn.Module):
         Returns
         -------
         Tensor, [B]
-            Mean square of the targets of hidden tokens.
+            Mean of the squared target values of the hidden tokens.
         """
         return _mean_where(self.targets(x_BCT, **inputs).square().mean(dim=-1), self.hidden(**inputs))
 
@@ -366,12 +366,13 @@ class MaskedAutoencoder(nn.Module):
         x_BCT : Tensor, [B, C, T]
             Scaled signal.
         **inputs : Tensor
-            The results of `prepare`; this model does not need them here.
+            The results of `prepare`; this method does not use them.
 
         Returns
         -------
         Tensor, [B, N, P], float32 or float64
-            Target values of each token. If ``normalize_targets`` is set, each token is standardised.
+            Target values of each token. If ``normalize_targets`` is set, the values of each token are scaled to mean 0
+            and variance 1.
         """
         target_BNP = self.tokenize(full_precision(x_BCT))
         if self.config.normalize_targets:

@@ -32,7 +32,7 @@ class EncoderConfig:
     depth: int = 24
     """Number of transformer blocks."""
     heads: int = 16
-    """Attention heads; must divide `dim`."""
+    """Number of attention heads; it must divide `dim`."""
     mlp_ratio: float = 4.0
     """Hidden width of the blocks' perceptrons as a multiple of `dim` (DreamDiffusion: 4.0 in the paper, 1.0 in the
     code)."""
@@ -60,7 +60,7 @@ class EncoderConfig:
 
     @property
     def by_channel(self) -> bool:
-        """True if each token belongs to a single channel."""
+        """True if each token holds the signal of one channel only; False if it holds the signal of all channels."""
         return TOKENIZERS[self.tokenizer].by_channel
 
     @property
@@ -79,7 +79,7 @@ class EncoderConfig:
         return TOKENIZERS[self.tokenizer].program_usage(self.channels, self.samples)
 
     def token_rows(self, channels: int | None = None) -> int:
-        """Return the number of rows of tokens in a window.
+        """Return how many rows the tokens of a window form: 1, or one for each channel (montage tokenizer).
 
         Parameters
         ----------
@@ -89,7 +89,7 @@ class EncoderConfig:
         Returns
         -------
         int
-            Number of rows. Each row of a window has `self.tokens` tokens; the class token is not counted.
+            Number of rows. Each row has `self.tokens` tokens; the class token is in no row.
         """
         return TOKENIZERS[self.tokenizer].token_rows(channels or self.channels)
 
@@ -107,7 +107,7 @@ class DecoderConfig:
     depth: int = 8
     """Number of transformer blocks."""
     heads: int = 16
-    """Attention heads; must divide `dim`."""
+    """Number of attention heads; it must divide `dim`."""
     mlp_ratio: float = 4.0
     """Hidden width of the blocks' perceptrons as a multiple of `dim`."""
 

@@ -59,7 +59,8 @@ def training_flops(config: MaskedAutoencoderConfig) -> float:
 
     shape = config.encoder
     with torch.device("meta"):
-        # Fixed position embeddings are always created on the CPU, so move the finished model to the meta device.
+        # Although the model is built on the meta device, its fixed position embeddings are on the CPU; `to("meta")`
+        # moves them.
         model = build_autoencoder(dataclasses.replace(config, compute=ComputeConfig(attention="plain"))).to("meta")
     window: Any = SimpleNamespace(
         numbers=[0], epochs=[0], metas=[{"n": shape.channels, "positions": [None] * shape.channels}]
@@ -109,7 +110,8 @@ def batch_flops(config: MaskedAutoencoderConfig, channels: Sequence[int]) -> flo
     Returns
     -------
     float
-        Number of operations, counted as in `training_flops`. Operations on padding tokens are not counted.
+        Number of operations, counted as in `training_flops`. Operations on the montage tokenizer's padding tokens are
+        not counted.
     """
     return math.fsum(_window_flops(config, config.encoder.signal_rows(n)) for n in channels)
 

@@ -1,8 +1,9 @@
 """Choose at random which tokens are hidden and which channels are dropped.
 
-The choice depends only on the seed, the epoch and the number of the sample. A sample therefore gets the same mask for
-any number of processes and workers, also if the run was interrupted and resumed. The random numbers come from a hash of
-(seed, epoch, sample, counter), because a separate random generator for each sample would be slower.
+The choice depends only on the seed, the epoch and the number that identifies the sample. In one epoch, a sample
+therefore gets the same mask for any number of processes and workers, also in a run that was interrupted and resumed.
+The random numbers come from a hash of (seed, epoch, sample, counter), because a separate random generator for each
+sample would be slower.
 
 The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A number that is mixed into the hash, so that channel dropout and masks use different random numbers.
+# A number that channel dropout mixes into the hash, so that its random numbers differ from those of the masks.
 _DROPOUT = np.uint64(0xD20C4A11E15)
 
 
@@ -25,14 +26,15 @@ def visible_tokens(tokens: int, mask_ratio: float) -> int:
     Parameters
     ----------
     tokens : int
-        Number of tokens of a window.
+        Number of tokens along a window (N).
     mask_ratio : float
         Share of hidden tokens, between 0 and 1.
 
     Returns
     -------
     int
-        Number of visible tokens. The number is the same for all samples, so that they can be stacked into one tensor.
+        Number of visible tokens. It is the same for all samples, so that the samples of a batch can be stacked into one
+        tensor.
     """
     # Round before int(): in floating point, 1 - 0.9 is slightly below 0.1, so int() alone would give one token too few.
     return int(round(tokens * (1.0 - mask_ratio), 6))
@@ -59,14 +61,14 @@ def keep_indices(
     numbers : sequence of int, [B]
         Number that identifies each sample in the dataset.
     tokens : int
-        Number of tokens of a window.
+        Number of tokens along a window (N).
     mask_ratio : float
         Share of the tokens to hide, between 0 and 1.
     block : int
-        Number of neighbouring tokens that are hidden together, as one span. If the number of hidden tokens is not a
-        multiple of `block`, one span is shorter.
+        Number of neighbouring tokens in a span; the tokens of a span are hidden together. If the number of hidden
+        tokens is not a multiple of `block`, one span is shorter.
     channels : sequence of int, [B], optional
-        Index of the channel of each mask, if every channel has a separate mask.
+        If every channel has a separate mask: for each mask, the index of the channel that it belongs to.
 
     Returns
     -------
@@ -82,7 +84,7 @@ def keep_indices(
         order_BN = np.argsort(_noise(state_B, tokens), axis=1, kind="stable")[:, :visible]
         return torch.from_numpy(np.sort(order_BN, axis=1).astype(np.int64))
     # A window consists of J pieces. Each piece is a span of hidden tokens or one visible token. Shuffle the pieces and
-    # put them one after another. After the shuffle, the start of each visible piece is the index of a visible token.
+    # put them one after another. The place where a visible token then begins is its index in the window.
     spans, rest = divmod(tokens - visible, block)
     lengths = np.array([block] * spans + [rest] * (rest > 0) + [1] * visible)
     order_BJ = np.argsort(_noise(state_B, len(lengths)), axis=1, kind="stable")
@@ -105,9 +107,9 @@ def dropped_channels(
     counts : sequence of int, [B]
         Number of recorded channels of each sample.
     share : float
-        Probability with which a recorded channel is dropped. At least one channel is never dropped.
+        Probability with which a recorded channel is dropped. At least one channel of each sample stays.
     width : int
-        Rows of the padded window.
+        Number of rows of the padded window.
 
     Returns
     -------

@@ -1,8 +1,9 @@
 """The masked autoencoder with the montage tokenizer: each token holds a few time samples of one channel.
 
-The electrode's position on the head and the position in time are added to each token. The model identifies a channel
-only by the position of its electrode, so the results do not depend on the order of the channels. The results do not
-depend on the number of padding rows, because attention ignores padding tokens and the loss does not include them.
+Each token is the sum of three embeddings: of its time samples, of its electrode's position on the head, and of its
+position in time. The model identifies a channel only by the position of its electrode, so the results do not depend on
+the order of the channels. The results do not depend on the number of padding rows, because attention ignores padding
+tokens and the loss does not include them.
 
 The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 
@@ -30,8 +31,8 @@ from pretrain.model.transformer import Blocks, initialise, sincos_positions
 if TYPE_CHECKING:
     from data_sharding.dataset.dataset import EEGDataset
 
-# Longest and shortest wavelength, in metres, of the sines and cosines that encode an electrode's position: twice the
-# width of a head, and the distance between neighbouring electrodes in a montage of 128 electrodes.
+# Longest and shortest wavelength, in metres, of the sines and cosines that encode an electrode's position. The longest
+# is twice the width of a head; the shortest is the distance between neighbours in a montage of 128 electrodes.
 _WAVELENGTHS = (0.4, 0.02)
 _BANDS = 8
 
@@ -252,7 +253,7 @@ class MontageEncoder(nn.Module):
         return common_positions(dataset)
 
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
-        """Return the number of recorded channels of each window; the scale of a window is computed over these channels.
+        """Return how many channels of each window were recorded; the scale of a window is computed over these channels.
 
         The scale does not include the copies of channels in a padded window. Otherwise, channels with more copies would
         have a larger weight, and the scale would depend on the order of the channels.
@@ -293,7 +294,7 @@ class MontageDecoder(nn.Module):
         x_BKD : Tensor, [B, 1 + K, D]
             The encoder's output: the class token, then the visible tokens.
         keep_BK : Tensor, [B, K], int64
-            Indices of the visible tokens; padding has the index M, one more than the last token.
+            Indices of the visible tokens. Padding has the index M, which is one more than the index of the last token.
         positions_BC3 : Tensor, [B, C, 3]
             Electrode positions in metres, NaN for an unknown position.
         count_B : Tensor, [B], int64, optional
@@ -307,8 +308,8 @@ class MontageDecoder(nn.Module):
         x_BKD = self.embed(x_BKD)
         B, _, D = x_BKD.shape
         N, C = self.positions_ND.shape[0], positions_BC3.shape[1]
-        # Padding has the index M, so `scatter` writes it into an extra token at the end. This extra token is then
-        # removed.
+        # Padding in `keep_BK` has the index M, so `scatter` writes the values of padding tokens into an extra token
+        # after the last one. This extra token is then removed.
         x_BMD = (
             self.mask_token.to(x_BKD.dtype)
             .expand(B, C * N + 1, D)
@@ -404,14 +405,14 @@ class MontageAutoencoder(MaskedAutoencoder):
                 seed, batch.epochs, batch.numbers, count_B.tolist(), config.channel_dropout, shape.channels
             )[:, :C]
         seen_BK = seen_BC.unsqueeze(-1).expand_as(keep_BCK).flatten(1)
-        # Samples can have different numbers of visible tokens. Move the visible tokens of each sample to the front, and
-        # cut all samples to the largest number of visible tokens. Padding that remains gets the index M in `keep_BK`,
-        # and False in `seen_BK`.
+        # Samples can have different numbers of visible tokens. In each row of `keep_BK`, move the indices of visible
+        # tokens to the front, and cut all rows to the largest number of visible tokens. In a shorter row, the rest is
+        # padding: it gets the index M in `keep_BK`, and False in `seen_BK`.
         order_BK = seen_BK.int().argsort(dim=1, descending=True, stable=True)[:, : int(seen_BK.sum(dim=1).max())]
         seen_BK = seen_BK.gather(1, order_BK)
         keep_BK = keep_BCK.flatten(1).gather(1, order_BK).masked_fill(~seen_BK, C * shape.tokens)
         inputs = {"keep_BK": keep_BK, "positions_BC3": positions_BC3}
-        # If there is no padding, leave out `seen_BK`, because attention without a mask is faster.
+        # If no sample has padding, leave out `seen_BK`, because attention without an attention mask is faster.
         if not bool(seen_BK.all()):
             inputs["seen_BK"] = seen_BK
         if int(count_B.min()) < C:
@@ -499,7 +500,8 @@ class MontageAutoencoder(MaskedAutoencoder):
         Returns
         -------
         Tensor, [B, M, P], float32 or float64
-            Target values of each token. If ``normalize_targets`` is set, each token is standardised.
+            Target values of each token. If ``normalize_targets`` is set, the values of each token are scaled to mean 0
+            and variance 1.
         """
         return super().targets(x_BCT[:, : inputs["positions_BC3"].shape[1]])
 

@@ -7,7 +7,7 @@ from pretrain.model.config import ComputeConfig, DecoderConfig, EncoderConfig, M
 _TINY_DECODER = DecoderConfig(dim=96, depth=2, heads=4, mlp_ratio=2.0)
 
 PRESETS: dict[str, MaskedAutoencoderConfig] = {
-    # For the demo: windows of one second at 128 Hz, trained in minutes on two CPU cores.
+    # For the demo: a small model for windows of one second at 128 Hz, which trains in minutes on two CPU cores.
     "tiny": MaskedAutoencoderConfig(
         encoder=EncoderConfig(samples=128, dim=160, depth=4, heads=4, mlp_ratio=2.0),
         decoder=_TINY_DECODER,

@@ -1,4 +1,4 @@
-"""Facts about each tokenizer that are needed before a model is built: the number of tokens and the description.
+"""What must be known about each tokenizer before a model is built: numbers of tokens, and texts for the model card.
 
 A tokenizer turns a window of EEG into tokens. Only `pretrain.model.build` chooses classes by the name of the tokenizer.
 All other code calls methods of the encoder, or (through `pretrain.model.config.EncoderConfig`) the methods in this
@@ -15,12 +15,12 @@ class TemporalTokenizer:
     """The temporal tokenizer: each token holds a few time samples of all channels, as in DreamDiffusion."""
 
     by_channel: ClassVar[bool] = False
-    """True if each token belongs to a single channel."""
+    """True if each token holds the signal of one channel only; False if it holds the signal of all channels."""
     about: ClassVar[str] = "A token holds a few neighbouring time samples of all channels."
     """Sentence for the model card that says what a token contains."""
 
     def token_rows(self, channels: int) -> int:
-        """Return the number of rows of tokens in a window; each row has one token for each time step."""
+        """Return how many rows the tokens of a window form; a row has one token for each `patch` time samples."""
         return 1
 
     def signal_rows(self, channels: int, padded: int) -> int:
@@ -43,10 +43,10 @@ class TemporalTokenizer:
 
 
 class MontageTokenizer:
-    """The montage tokenizer: each token holds a few time samples of one channel, and the position of its electrode."""
+    """The montage tokenizer: a token holds a few time samples of one channel, and the position of this electrode."""
 
     by_channel: ClassVar[bool] = True
-    """True if each token belongs to a single channel."""
+    """True if each token holds the signal of one channel only; False if it holds the signal of all channels."""
     about: ClassVar[str] = (
         "The encoder identifies a channel by the position of its electrode, so the encoder takes any montage, with the "
         "channels in any order."
@@ -54,7 +54,7 @@ class MontageTokenizer:
     """Sentence for the model card that says how the encoder identifies channels."""
 
     def token_rows(self, channels: int) -> int:
-        """Return the number of rows of tokens in a window; each row has one token for each time step."""
+        """Return how many rows the tokens of a window form; a row has one token for each `patch` time samples."""
         return channels
 
     def signal_rows(self, channels: int, padded: int) -> int:

@@ -174,7 +174,8 @@ class Blocks(nn.ModuleList):
         """
         for block in self:
             if self.checkpointing and torch.is_grad_enabled():
-                # A transformer block draws no random numbers, so the state of the random generator need not be saved.
+                # A transformer block draws no random numbers, so the state of the random generator need not be saved
+                # for the recomputation.
                 x_BND = checkpoint(block, x_BND, real_BN, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BND = block(x_BND, real_BN)
@@ -209,7 +210,7 @@ def initialise(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _make_mimetic(attention: Attention, gain: float) -> None:
-    """Give queries and keys equal weights, so that neighbouring tokens attend to each other from the first step."""
+    """Give queries and keys equal weights, so that similar tokens, such as neighbours, attend to each other at once."""
     dim = attention.proj.weight.shape[0]
     query_DD = torch.randn(dim, dim, device=attention.qkv.weight.device) * (gain / dim) ** 0.5
     attention.qkv.weight[:dim] = query_DD

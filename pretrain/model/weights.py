@@ -25,9 +25,10 @@ WEIGHTS = "model.safetensors"
 
 
 MAX_TABLE = 2**26
-"""Largest number of values in the tables that a network computes, such as position embeddings, and does not store."""
-# A network may have 64 tensors and 2**22 values more than its weights file, so that the later check of names can say
-# which weights are missing.
+"""Largest number of values in all tables, such as fixed position embeddings, that a network computes when it is
+built."""
+# A network may have 64 tensors and 2**22 values more than its weights file. If only a few weights are missing from the
+# file, the network is then still built, and the later check of names can say which weights are missing.
 _MORE_TENSORS, _MORE_VALUES = 64, 2**22
 
 
@@ -52,8 +53,8 @@ def measure_weights(paths: Iterable[Path]) -> WeightsSize:
     Raises
     ------
     RequestError
-        If a file is missing or damaged. The library safetensors refuses a header that claims more bytes than the file
-        has.
+        If a file is missing or damaged. The size in a header can be trusted, because the library safetensors refuses a
+        header that claims more bytes than the file has.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -87,14 +88,15 @@ def check_network(build: Callable[[], Any], size: WeightsSize, where: str | Path
     size : WeightsSize
         Size of the weights file.
     where : str or Path
-        Path of the config, for the error message.
+        Path of the config that describes the network, for the error message.
 
     Raises
     ------
     RequestError
         If the network is larger than the weights, or if it cannot be built.
     """
-    # The hooks store a reference to every tensor, because Python may give the id of a deleted tensor to a new tensor.
+    # The hooks count each tensor once, by its id. They keep a reference to every counted tensor, because Python may
+    # give the id of a deleted tensor to a new tensor.
     parameters: dict[int, Tensor] = {}
     buffers: dict[int, Tensor] = {}
     totals = {"parameters": 0, "buffers": 0}
@@ -191,7 +193,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises
     ------
     RequestError
-        If the file is missing or damaged, or is not a file. (The library would wait for a named pipe.)
+        If the file is missing or damaged, or if the path is not a regular file. (For a named pipe, the library would
+        wait without end.)
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -216,14 +219,15 @@ def set_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, config
     model : nn.Module
         The model.
     weights : dict of str to Tensor
-        Tensor for each name of a weight.
+        The weights by name.
     path, config : Path and str
         File of the weights, and name of the config that gave the model its shape; both for error messages.
 
     Raises
     ------
     RequestError
-        If names or shapes differ from the model's.
+        If names or shapes differ from the model's, or if a weight has another kind of number (float, complex or
+        integer).
     """
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())

@@ -2,15 +2,14 @@
 
 A checkpoint is the folder ``RUN/checkpoints/step_N``:
 
-- ``state_RANK.safetensors``, one file for each process, with this process's share of the named tensors, such as
-  ``weights/NAME``, ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. No tensor is split, and each tensor is stored in exactly
-  one file.
-- ``complete.json``, the manifest: the size and SHA-256 of every file, and all other values that are needed to resume a
-  run.
+- ``state_RANK.safetensors``: the tensors that the process with this rank wrote, such as ``weights/NAME``,
+  ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. No tensor is split, and each tensor is stored in exactly one of these files.
+- ``complete.json``, the manifest: the size and SHA-256 of each of these files, and all values, except the tensors, that
+  are needed to resume a run.
 
-While a checkpoint is being written, its folder has another name. The folder is renamed at the end, so a folder
-``step_N`` is always complete. The tensors and values in a checkpoint do not depend on the number of processes that
-wrote it.
+While a checkpoint is being written, its folder has a temporary name. The folder gets the name ``step_N`` when
+everything is written, so a folder ``step_N`` is always complete. The tensors and their names do not depend on the
+number of processes that wrote the checkpoint, so a run can be resumed with another number of processes.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ MANIFEST = "complete.json"
 """Name of the manifest file in a checkpoint."""
 FORMAT = 3
 """Version of the checkpoint format."""
-# Version 2 of the format, used by pretraining only, stored all weights in one file, and Adam's moments in one file for
-# each process.
+# Version 2 of the format was used by pretraining only. It stored all weights together in one file, and Adam's moments
+# in further files, one for each process.
 _FORMAT_2 = 2
 _FORMAT_2_WEIGHTS = "model.safetensors"
 
@@ -75,15 +74,14 @@ def divide_by_size(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
     Parameters
     ----------
     sizes : mapping of str to int
-        Number of values of each tensor, by the tensor's name. Every process must pass the same mapping of tensor names
-        to sizes.
+        Number of values of each tensor, by the tensor's name. This mapping must be the same on every process.
     parts : int
         Number of processes.
 
     Returns
     -------
     list of list of str
-        Names of tensors for each rank. Every process computes the same division of the tensors.
+        For each rank, the names of the tensors that it writes. Every process gets the same result.
     """
     names: list[list[str]] = [[] for _ in range(parts)]
     # Go from the largest tensor to the smallest; give each tensor to the process with the smallest load so far.
@@ -96,7 +94,7 @@ def divide_by_size(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
 
 
 MAX_LEFT_OUT = 100_000
-"""Largest number of batches that a run leaves out after a loss spike."""
+"""Largest number of batches that one entry of left_out may have, i.e. that a run leaves out after one loss spike."""
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(
         ("step", "skipped", "skipped_in_a_row", "adam_steps", "optimizer_step", "ema_updates", "zero_stage"), int
@@ -105,7 +103,7 @@ _TYPES: dict[str, Any] = {
     "epochs": float,
     "evaluation_due": bool,
 }
-"""Types of values in a manifest; numbers must not be negative."""
+"""Types of the values in a manifest. Numbers in a manifest must not be negative."""
 _DATA_TYPES: dict[str, Any] = {
     "dataset_id": str,
     "versions": dict[str, int],
@@ -119,28 +117,29 @@ _PEOPLE_TYPES: dict[str, Any] = {
     **dict.fromkeys(("sex", "group", "age", "device", "device_filters", "task", "license"), dict[str, int] | None),
     "recording_year": dict[str, int] | None,
 }
-"""Types of values in the description of the people, from `pretrain.training.data_summary.describe_people`."""
+"""Types of the values in the description of subjects and recordings that
+`pretrain.training.data_summary.describe_people` returns."""
 
 
 def check_values(values: Any, where: str) -> dict[str, Any]:
-    """Check the values of a checkpoint's manifest, except its list of files.
+    """Check the values of a checkpoint's manifest, but not the manifest's list of files.
 
     Parameters
     ----------
     values : Any
-        Content of the manifest, which somebody may have changed.
+        Content of the manifest. It cannot be trusted, because somebody may have changed the file.
     where : str
         Path of the manifest, for the message.
 
     Returns
     -------
     dict
-        The values. Values of another stage of training may be missing.
+        The values. Values that only another training stage needs may be missing.
 
     Raises
     ------
     RequestError
-        If a value has another type than Dreamscale writes, or is not possible.
+        If a value has another type than Dreamscale writes for it, or is impossible.
     """
 
     def check(group: Any, types: dict[str, Any], what: str) -> None:
@@ -242,7 +241,7 @@ def _find_steps(checkpoints: Path) -> list[Path]:
 
 
 def read_values(checkpoints: Path) -> dict[str, Any]:
-    """Return the newest checkpoint's manifest, without checking its files; an empty dictionary if there is none."""
+    """Return the newest readable manifest, without checking the tensor files; an empty dictionary if there is none."""
     for folder in reversed(_find_steps(checkpoints)):
         if (folder / MANIFEST).is_file():
             with contextlib.suppress(RequestError):
@@ -275,20 +274,20 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
-    """Find the newest undamaged checkpoint, by comparing the checksums of its files.
+    """Find the newest checkpoint whose files all have the right checksum.
 
-    Damaged checkpoints are renamed, so that the run can write checkpoints of the same steps again. The files of a
-    damaged checkpoint are kept for inspection.
+    Damaged checkpoints that are newer are not deleted, so that somebody can inspect them. They are renamed, so that the
+    run can write checkpoints of the same steps again.
 
     Parameters
     ----------
     checkpoints : Path
         The folder ``checkpoints`` of a run directory.
     left_out : sequence of dict
-        Ranges of batches on which the run must not train any more. In each entry, ``batches`` holds the number of the
-        first batch and the number of the first batch after the range. A checkpoint that was trained on left-out batches
-        is deleted, and an older checkpoint is used. If every checkpoint was trained on left-out batches, the newest
-        checkpoint is used.
+        Ranges of batches on which the run must not train any more. In each entry, ``batches`` holds two numbers: of the
+        first batch in the range, and of the first batch after the range. A checkpoint that was trained on such batches
+        is deleted, and an older checkpoint is used. If this applies to every undamaged checkpoint, none is deleted, and
+        the newest of them is used.
 
     Returns
     -------
@@ -331,7 +330,7 @@ def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()
 
 
 def _trained_on(checkpoint: Path, left_out: Sequence[dict[str, Any]]) -> bool:
-    """Return whether a checkpoint was trained on batches that the run left out later."""
+    """Return whether a checkpoint was trained on batches of `left_out` before the run began to leave them out."""
     if not left_out:
         return False
     saved = read_manifest(checkpoint)
@@ -348,14 +347,14 @@ def commit_checkpoint(
     keep: int,
     milestones: int | None,
 ) -> None:
-    """Complete a checkpoint and delete old ones, on rank 0, after all processes have written their files.
+    """Complete a checkpoint and delete old ones; rank 0 calls this after all processes have written their files.
 
     Parameters
     ----------
     checkpoints : Path
         The folder ``checkpoints`` of a run directory.
     step : int
-        Number of optimiser steps done.
+        Number of optimiser steps done, which is the checkpoint's number.
     files : mapping
         Result of `file_record` for every file, by the file's name.
     manifest : mapping
@@ -436,12 +435,13 @@ class CheckpointReader:
         return f"weights/{stored}" if in_old_weights else stored
 
     def check_manifest(self, *names: str) -> dict[str, Any]:
-        """Return the manifest, if it has all values that are needed.
+        """Return the manifest; raise an error if it does not have all the named values.
 
         Parameters
         ----------
         *names : str
-            Names of the values; ``data.windows`` is the value ``windows`` in the value ``data``.
+            Names of the values that the manifest must have; ``data.windows`` is the value ``windows`` in the group
+            ``data``.
 
         Returns
         -------

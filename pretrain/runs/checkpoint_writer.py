@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 class CheckpointWriter:
     """Writes the checkpoints of one run.
 
-    A background thread that writes a checkpoint never communicates with other processes. The training loop sums the
-    numbers from `progress` over the processes and passes the sums to `settle`. The training loop sums other numbers
-    over the processes in every step anyway, so the numbers from `progress` need no extra communication. A checkpoint is
-    complete when every process has written its share.
+    A checkpoint is complete when every process has written its share of the tensors. A background thread that writes a
+    share does not tell the other processes that it has finished. Instead, the training loop sums the numbers from
+    `progress` over the processes in every step and passes the sums to `settle`. This needs no extra communication,
+    because the training loop sums other numbers in every step anyway.
 
     Parameters
     ----------
@@ -59,8 +59,8 @@ class CheckpointWriter:
         Returns
         -------
         written, failed : float
-            ``written`` is 1 if this process has finished writing, else 0. ``failed`` is 1 if this process could not
-            write its share, else 0. Both numbers are 0 if no checkpoint is being written.
+            ``written`` is 1 if this process has finished its share, with or without success, else 0. ``failed`` is 1 if
+            this process could not write its share, else 0. Both numbers are 0 if no checkpoint is being written.
         """
         if self._step is None or (self._thread is not None and self._thread.is_alive()):
             return 0.0, 0.0
@@ -71,7 +71,7 @@ class CheckpointWriter:
     ) -> None:
         """Begin to write a checkpoint; every process must call this method.
 
-        Before `begin` is called, `wait` or `settle` must have finished the previous checkpoint.
+        Before the next call of `begin`, finish the previous checkpoint with `wait` or `settle`.
 
         Parameters
         ----------
@@ -88,8 +88,8 @@ class CheckpointWriter:
             complete.
         """
         assert self._step is None
-        # Make a deep copy of the manifest, because training may change lists in the manifest while a thread still
-        # writes the checkpoint.
+        # Make a deep copy of the manifest, because the training may change lists in the original while a thread is
+        # still writing the checkpoint.
         self._step, self._error = step, None
         self._manifest = copy.deepcopy({**manifest, "world_size": self._world.size})
         folder = partial_folder(self._checkpoints, step)
@@ -98,7 +98,8 @@ class CheckpointWriter:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
         except OSError as error:
-            # Rank 0 could not make the folder, so the other processes will also fail to write and report the failure.
+            # Without the folder, the other processes cannot write their shares either, so each process reports a
+            # failure.
             self._error = error
         self._world.barrier()
         if asynchronous:
@@ -137,12 +138,12 @@ class CheckpointWriter:
         return bool(self.settle(*self._world.all_reduce_sum(*self.progress())))
 
     def settle(self, written: float, failed: float) -> bool | None:
-        """If every process has finished its share, complete the checkpoint, or delete it if a process failed.
+        """If every process has finished its share, complete the checkpoint; if a process failed, delete it instead.
 
         Parameters
         ----------
         written, failed : float
-            Sums of the two numbers from `progress` over the processes.
+            The two numbers from `progress`, each summed over the processes.
 
         Returns
         -------
@@ -184,7 +185,7 @@ class CheckpointWriter:
         return f"records_{rank:05d}.json"
 
     def _collect_records(self, step: int) -> dict[str, Any]:
-        """Read the records that each process wrote about its file, and delete the files that hold these records."""
+        """Read size and checksum of every process's state file from its records file, and delete the records files."""
         folder = partial_folder(self._checkpoints, step)
         files: dict[str, Any] = {}
         for rank in range(self._world.size):

@@ -23,7 +23,7 @@ def check_at_least(config: Any, least: int, *names: str, prefix: str = "") -> No
     Raises
     ------
     ValueError
-        If a field is below the limit; the message names the field's key.
+        If the value of a field is below `least`; the message names the key of the field.
     """
     for name in names:
         value = getattr(config, name)
@@ -41,7 +41,8 @@ def samples_per_process(batch_size: int, num_processes: int, micro_batch_size: i
     num_processes : int
         Number of processes.
     micro_batch_size : int or None
-        Number of samples that one process computes in one forward pass; None for its whole share of the batch.
+        Number of samples that one process computes in one forward pass; None if it computes its whole share of the
+        batch at once.
     prefix : str
         Prefix of the keys in error messages, e.g. ``training.``.
 
@@ -53,7 +54,7 @@ def samples_per_process(batch_size: int, num_processes: int, micro_batch_size: i
     Raises
     ------
     ValueError
-        If the batch cannot be divided evenly.
+        If the batch cannot be divided evenly among the processes, or a process's share into micro batches.
     """
     if batch_size % num_processes:
         raise ValueError(

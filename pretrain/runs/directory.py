@@ -24,8 +24,8 @@ from pretrain.runs.tracking import TrackerConfig, open_tracker
 FREE = ("output", "tracker", "num_processes", "device")
 """Keys that may change when a run of any stage is resumed, because the trained weights do not depend on these keys."""
 
-# For some config keys, the reason why a resumed run must not change the key. Of a dotted key, only the last part is
-# looked up in `_REASONS`.
+# For some config keys, the reason why the key must not change when a run is resumed. For a nested key such as
+# optimizer.lr, the name after the last dot is looked up here.
 _REASONS = {
     "steps": "the learning rate of every step depends on the number of steps",
     "epochs": "the learning rate of every step depends on the number of epochs",
@@ -44,20 +44,22 @@ class RunDirectory:
     config : dataclass instance
         Config of the run, with all defaults filled in.
     rank : int
-        Rank of this process. Only rank 0 writes to the directory.
+        Rank of this process. Only rank 0 writes to the directory, but every rank can record a failure in status.json.
     tracker : TrackerConfig, optional
-        Where metrics are sent, in addition to metrics.jsonl. By default metrics are written to metrics.jsonl only.
+        Settings of the tracker to which metrics are sent. Metrics are always written to metrics.jsonl too; by default,
+        only there.
     free : tuple of str
-        Dotted config keys that may change when the run is resumed. In this list, the name of a nested config stands for
-        all keys of the nested config.
+        Config keys that may change when the run is resumed; a key of a nested config is written with dots. The name of
+        a nested config stands for all its keys.
     upgrade : callable, optional
-        Function that converts the stored config of an older version, so that it can be compared with `config`. Old keys
-        in the table ``RENAMED`` of a config class are always renamed.
+        Function that converts a stored config that an older version of Dreamscale wrote, so that it can be compared
+        with `config`. Keys in the table ``RENAMED`` of a config class are renamed even without this function.
 
     Attributes
     ----------
     finished : bool
-        True if the run was complete before this process started. Nothing is written to the directory of a complete run.
+        True if the run was already complete when this object was made. Nothing is written to the directory of a
+        complete run.
 
     Raises
     ------
@@ -82,7 +84,7 @@ class RunDirectory:
         self._stream = self._lock = None
         self._config = plain(to_dict(config))
         status = self.path / "status.json"
-        # Read status.json only once, because the first process may write it at the same time.
+        # Read status.json only once: if rank 0 writes the file between two reads, the values would not belong together.
         old = check_group(read_json(status), str(status)) if status.is_file() else None
         if old is not None:
             check_text(old.get("state"), str(status), "state")
@@ -110,8 +112,8 @@ class RunDirectory:
     ) -> None:
         stored = old.get("config")
         if not isinstance(stored, dict):
-            # In runs of older versions, status.json holds a checksum of the config, so read the config from
-            # config.yaml.
+            # In runs of older versions of Dreamscale, status.json holds only a checksum of the config, so read the
+            # config itself from config.yaml.
             stored = read_stored_config(self.path / "config.yaml", type(config), upgrade)
         for key, before, now in changed_keys(stored, config):
             if any(key == name or key.startswith(f"{name}.") for name in free):
@@ -133,7 +135,7 @@ class RunDirectory:
         state : str
             One of running, done, stopped (a stop was requested and a checkpoint was written) and failed.
         any_rank : bool
-            If True, every rank writes the file; if False, only rank 0 writes the file.
+            If True, this process writes the file, whatever its rank; if False, it writes the file only if it is rank 0.
         **extra
             Further entries for status.json, e.g. the step.
         """
@@ -169,7 +171,8 @@ class RunDirectory:
             self._stream.write(json.dumps({"step": step, "time": time.time(), **clean}) + "\n")
             self._stream.flush()
         except OSError as error:
-            # A full disk must not end a training, so only print a message.
+            # A metrics line that cannot be written, e.g. because the disk is full, must not end a training, so only
+            # print a message.
             print(f"dreamscale: metrics of step {step} could not be written ({error})", file=sys.stderr)
         try:
             self._log(step, clean)
@@ -183,14 +186,14 @@ class RunDirectory:
             )
 
     def rewind_metrics(self, step: int, *, evaluated: bool = True) -> None:
-        """Delete the lines of metrics after a step, because the resumed run writes these lines again.
+        """Delete the metrics of all steps after `step`, because the resumed run repeats these steps.
 
         Parameters
         ----------
         step : int
             The step from which the run is resumed; -1 deletes all lines.
         evaluated : bool
-            Whether the line with the evaluation of step `step` is kept.
+            If False, the line with the evaluation at step `step` is deleted too.
         """
         if self.rank or self._stream is None:
             return
@@ -231,7 +234,7 @@ class RunDirectory:
 
 
 def _step_of(line: str) -> int:
-    """Return the step of a line of metrics; for a line that was only partly written, return a very large number."""
+    """Return the step of a line of metrics; for a partly written line, a very large number, so that it is deleted."""
     try:
         return int(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError):

@@ -20,7 +20,7 @@ from data_sharding.common.errors import RankError, RequestError
 class World:
     """The processes of a training run, as one of these processes sees them.
 
-    A `World` of one process needs no process group.
+    If the run has only one process, a `World` works without a PyTorch process group.
     """
 
     rank: int = 0
@@ -55,7 +55,7 @@ class World:
         return self.all_reduce_sum(float(flag))[0] > 0
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on every process; the value must be picklable."""
+        """Return, on every process, the value that rank 0 passed; the value must be picklable."""
         if self.size == 1:
             return value
         box = [value]
@@ -63,7 +63,7 @@ class World:
         return box[0]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Return the values of all processes in the order of ranks; the values must be picklable and small."""
+        """Return a list of the processes' values, in the order of ranks; the values must be picklable and small."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -89,7 +89,8 @@ def check_num_processes(num_processes: int, launcher: str) -> None:
     num_processes : int
         Number of processes according to the config.
     launcher : str
-        Command that starts the right number of processes, for the error message. ``{}`` is replaced by the number.
+        Command that starts the right number of processes, for the error message. `num_processes` is put in place of
+        ``{}``.
 
     Raises
     ------
@@ -115,12 +116,13 @@ def choose_device(device: str) -> torch.device:
     Returns
     -------
     torch.device
-        The CPU, or the GPU that belongs to this process.
+        The CPU, or the GPU whose number is the process's number on its machine.
 
     Raises
     ------
     RequestError
-        If the name is unknown, or if a GPU is requested but there is no GPU for this process.
+        If `device` is another word, if it is cuda but there is no GPU, or if there are fewer GPUs than processes on
+        this machine.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise RequestError(f"device is {device}; use auto, cpu or cuda")
@@ -139,7 +141,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed without its messages, and without a compilation during the import.
+    """Import DeepSpeed, without printing its messages and without compiling any of its extensions.
 
     Parameters
     ----------
@@ -212,12 +214,13 @@ def process_group(deepspeed: Any, device: torch.device, *, timeout_s: float = 18
             timeout=datetime.timedelta(seconds=timeout_s or 7 * 86400),
         )
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
-        # Wait for the other processes only if this process has succeeded, because a process that failed must not wait.
+        # Wait here for the other processes. If the ``with`` block raises an error, this line is not reached, so a
+        # process that fails ends without waiting.
         dist.barrier()
     finally:
         if dist.is_initialized():
-            # DeepSpeed remembers its process groups. Delete the groups, because a second run in this process would
-            # otherwise use groups that do not exist any more.
+            # DeepSpeed also remembers the process group in `cdb`. Set `cdb` to None, because a second run in this
+            # process would otherwise use the destroyed group.
             deepspeed.comm.destroy_process_group()
             deepspeed.comm.comm.cdb = None
         for name in ours:

@@ -45,14 +45,15 @@ class GuardConfig:
 class SpikeDetector:
     """Detects loss spikes: losses that are far above the losses just before them.
 
-    Every process passes the same losses and gets the same result, so the processes need not communicate.
+    Each process has its own detector. All detectors get the same losses and so find the same spikes; they need not
+    communicate.
 
     Parameters
     ----------
     config : GuardConfig
         Settings that define a loss spike.
     recent : sequence of float
-        The last losses before the interruption, if a run is resumed.
+        If a run is resumed: the value of `recent` in the checkpoint.
     """
 
     def __init__(self, config: GuardConfig, recent: Sequence[float] = ()) -> None:
@@ -61,11 +62,11 @@ class SpikeDetector:
 
     @property
     def recent(self) -> list[float]:
-        """The losses of the last steps; checkpoints store these losses."""
+        """The losses with which `check` compares the next loss; checkpoints store them."""
         return list(self._recent)
 
     def check(self, loss: float) -> str | None:
-        """Check whether a loss is a spike; add a loss that is not a spike to the last losses.
+        """Check whether a loss is a spike; if it is not, add it to the last losses.
 
         Parameters
         ----------
@@ -89,7 +90,7 @@ class SpikeDetector:
         return None
 
     def accept(self, loss: float) -> None:
-        """Add a loss to the last losses, even if it is a spike."""
+        """Add a loss to the last losses, even if `check` found that it is a spike."""
         self._recent.append(loss)
 
 
@@ -100,15 +101,15 @@ PHASES = ("waiting for data", "computing", "agreeing on the loss", "updating", "
 class Watchdog:
     """Ends a training run in which a process hangs, and names that process.
 
-    A thread in each process reports the progress of this process's training loop through the key-value store of the
-    process group. If a training loop makes no progress for too long, its thread compares the reports of all processes.
-    A process counts as hanging if its reports have stopped, or if its progress is the smallest, because then all other
-    processes wait for it. After the comparison, the thread ends its process, so that a launcher can restart the run.
+    Each process has a thread that reports the progress of the process's training loop to the key-value store of the
+    process group. If the loop makes no progress for too long, the thread compares the reports of all processes. A
+    process counts as hanging if its reports have stopped, or if it is behind all others, because then the others wait
+    for it. After the comparison, the thread ends the process in which it runs, so that a launcher can restart the run.
 
     Parameters
     ----------
     timeout_s : float
-        Seconds without progress after which the run ends; 0 for never.
+        If a process makes no progress for this many seconds, the run ends; with 0, it never ends for this reason.
     rank, size : int
         Rank of this process, and number of processes.
     run : RunDirectory
@@ -128,7 +129,8 @@ class Watchdog:
         if timeout_s > 0:
             import torch.distributed as dist
 
-            # Open a new connection to the store: a thread that waits for an answer blocks all users of its connection.
+            # Open a connection to the store for this thread alone: while a request waits for its answer, nobody else
+            # can use the same connection.
             store = store or dist.distributed_c10d._get_default_store().clone()
             self._store = dist.PrefixStore("dreamscale_watchdog", store)
             self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -146,13 +148,14 @@ class Watchdog:
             self._thread.join(timeout=2 * self._period_s)
 
     def at(self, step: int, phase: str) -> None:
-        """Report the progress of this process: its number of optimiser steps, and its current phase from `PHASES`."""
+        """Note this process's progress for its next report: optimiser steps done, and the current phase of `PHASES`."""
         self._place, self._since = (step, PHASES.index(phase)), time.monotonic()
 
     def _report(self) -> None:
         self._beat += 1
         state = {"place": self._place, "beat": self._beat, "host": socket.gethostname(), "pid": os.getpid()}
-        # Ignore errors here: if the process that holds the store has ended, the training loop also gets an error.
+        # An error here means that the process that holds the store has ended. Ignore it: the training loop then gets an
+        # error too.
         with contextlib.suppress(RuntimeError):
             self._store.set(str(self._rank), json.dumps(state))
 
@@ -160,8 +163,8 @@ class Watchdog:
         while not self._end.wait(self._period_s):
             late = time.monotonic() - self._since > self._timeout_s
             if late:
-                # A request to the store never returns if the store's host is frozen, so start a timer that ends this
-                # process.
+                # If the store's host is frozen, the requests to the store below never return. Start a timer that then
+                # ends this process.
                 alone = threading.Timer(6 * self._period_s, self._give_up, ("the store does not answer",))
                 alone.daemon = True
                 alone.start()
@@ -172,7 +175,7 @@ class Watchdog:
     def _end_late(self) -> None:
         diagnosis = self.diagnose()
         try:
-            # Only the process that first finds out which process hangs prints this diagnosis.
+            # All processes find out which process hangs, but only the first one to do so prints the diagnosis.
             first = self._store.add("diagnosed", 1) == 1
         except RuntimeError:
             first = True
@@ -185,12 +188,12 @@ class Watchdog:
             message = f"no progress for {self._timeout_s:g} s: {diagnosis}"
             print(f"dreamscale pretrain: {message}", file=sys.stderr, flush=True)
             self._run.failed(message)
-        # End the process with os._exit: the main thread hangs in a system call or in a collective operation, and an
-        # exception would not reach it.
+        # End the process with os._exit: an exception would not reach the main thread, which hangs in a system call or
+        # in a collective operation.
         os._exit(EXIT_FAILED)
 
     def diagnose(self) -> str:
-        """Return the part of an error message that says which processes hang according to the reports."""
+        """Compare the reports of all processes, and return a text that says which processes hang."""
         before = self._states()
         time.sleep(3 * self._period_s)
         after = self._states()

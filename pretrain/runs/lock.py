@@ -14,9 +14,9 @@ from typing import IO
 from data_sharding.common.errors import RequestError, show
 from data_sharding.common.files import open_to_append
 
-# Seconds to wait for a lock whose owner is on the same host, or on another host. If the owner of a lock was killed, the
-# lock soon becomes free. If the owner ran on another host, the lock can stay taken for a minute or more, because the
-# file server must first notice that the owner has ended.
+# How many seconds to wait for a lock, if its owner is on this host, and if its owner is on another host. The owner may
+# have been killed. If it was on this host, its lock soon becomes free. If it was on another host, the lock can stay
+# taken for a minute or more, because the file server must first notice that the owner has ended.
 _SAME_HOST_S, _OTHER_HOST_S = 10, 120
 
 
@@ -26,7 +26,8 @@ def hold_lock(path: Path) -> IO[str]:
     Parameters
     ----------
     path : Path
-        The lock file; it holds the name of the lock's owner. The file is created if it is missing.
+        The lock file. It contains the process id and the host of the lock's owner. The file is created if it is
+        missing.
 
     Returns
     -------
@@ -36,12 +37,13 @@ def hold_lock(path: Path) -> IO[str]:
     Raises
     ------
     RequestError
-        If another process holds the lock and does not release the lock in time, or if the path is a symbolic link or
-        not a file.
+        If another process holds the lock and does not release it while this function waits, or if the path is a
+        symbolic link or not a file.
     """
     # The package filelock is not used, because it does not say which process holds a lock. With filelock, `hold_lock`
-    # would still have to store the owner's name, wait, and write the message. A POSIX lock works between hosts that
-    # share a network disk. A POSIX lock is released when its process ends, and forked processes do not inherit it.
+    # would still need its own code to store the owner's name, to wait, and to write the message. A POSIX lock works
+    # between hosts that share a network disk. A POSIX lock is released when its process ends, and forked processes do
+    # not inherit it.
     stream = os.fdopen(open_to_append(path), "a+")
     waited = 0
     while True:

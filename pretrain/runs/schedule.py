@@ -19,7 +19,7 @@ def learning_rate(step: int, total: int, *, lr: float, min_lr: float, warmup: fl
     Parameters
     ----------
     step : int
-        Number of optimiser steps that the run has done before the step whose learning rate is returned.
+        Index of the optimiser step, counted from 0.
     total : int
         Number of optimiser steps in the whole run.
     lr : float
@@ -27,7 +27,7 @@ def learning_rate(step: int, total: int, *, lr: float, min_lr: float, warmup: fl
     min_lr : float
         Learning rate at the end of the run.
     warmup : float
-        Number of warm-up steps, or a fraction of all steps if the value is below 1.
+        Length of the warm-up: a fraction of all steps if the value is below 1, else a number of steps.
 
     Returns
     -------

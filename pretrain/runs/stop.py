@@ -15,7 +15,7 @@ STOP_FILE = "DREAMSCALE_STOP_FILE"
 """Name of an environment variable that holds the path of a stop file. The training stops when the stop file appears. A
 launcher sets this variable if the launcher's signals do not reach the training processes."""
 
-# If a signal arrives twice within this number of seconds, the two signals count as one request.
+# If a second signal arrives within this number of seconds after the first one, both count as one request.
 _SAME_REQUEST_S = 3.0
 
 
@@ -23,9 +23,10 @@ class StopSignal:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop reads.
 
     A SIGINT that arrives more than three seconds after the first signal interrupts the process at once. A second SIGINT
-    within three seconds is ignored, because one request can arrive twice: from the terminal or the batch system, and
-    from torchrun, which forwards signals to its workers. If the environment variable `STOP_FILE` is set, the flag is
-    also set when the stop file appears. The class checks at most once a second whether the stop file exists.
+    within these three seconds is ignored, because a single request can arrive as two signals: one from the terminal or
+    the batch system, and one from torchrun, which forwards signals to its workers. If the environment variable
+    `STOP_FILE` is set, the flag is also set when the stop file appears. The class checks at most once a second whether
+    the stop file exists.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class StopSignal:
         return self._signalled
 
     def __enter__(self) -> StopSignal:
-        # Python allows only the main thread to set signal handlers.
+        # Python allows only the main thread to set signal handlers. In another thread, only the stop file works.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._handle)

@@ -30,12 +30,12 @@ def read_stored_config(
         The config's dataclass. The attribute ``RENAMED`` of the dataclass and of its nested dataclasses maps old keys
         to new keys.
     upgrade : callable, optional
-        Function that makes further changes to an old config, before keys are renamed.
+        Function that changes an old config in other ways than renaming keys; it is called before keys are renamed.
 
     Returns
     -------
     dict
-        The values of the config under the current names of the keys.
+        The values of the config; renamed keys have their current names.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def read_stored_config(
 
 
 def load_stored_config(path: Path, config_class: type[T]) -> T:
-    """Read the config.yaml of a run into its dataclass; an older version of Dreamscale may have written the file.
+    """Read the config.yaml of a run as a dataclass instance; an older version of Dreamscale may have written the file.
 
     Parameters
     ----------
@@ -92,8 +92,8 @@ def _rename(values: dict[str, Any], config_class: type) -> dict[str, Any]:
 
     values = dict(values)
     for old, new in getattr(config_class, "RENAMED", {}).items():
-        # If there is no new key for an old key, RENAMED holds a sentence in place of a new key, and the old key is
-        # ignored. If a new key contains dots, the parts before the last dot name nested configs.
+        # RENAMED maps an old key to its new key, or to a sentence if there is no new key; in this case, the old key
+        # stays as it is. If a new key contains dots, the parts before the last dot name nested configs.
         if old in values and " " not in new:
             *parts, name = new.split(".")
             place = values
@@ -114,12 +114,12 @@ def changed_keys(stored: dict[str, Any], config: Any, prefix: str = "") -> list[
     Parameters
     ----------
     stored : dict
-        The stored values. A missing key did not exist when the run began, so its default value is used for the
-        comparison.
+        The stored values. A key that is missing here did not exist yet when the run began, so the key's default value
+        counts as its old value.
     config : dataclass instance
         The new config.
     prefix : str
-        Dotted name of the nested config that is compared, with a dot at the end.
+        If `config` is a nested config, its dotted name with a dot at the end; it is put in front of the returned keys.
 
     Returns
     -------

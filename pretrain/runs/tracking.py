@@ -87,17 +87,18 @@ def _open_wandb(
     common: dict[str, Any] = {
         "project": config.project,
         "name": name,
-        # If wandb is offline, it makes a new run at each start. All wandb runs of one training get the same group.
+        # If wandb is offline, each start or resumption of a training is a separate run at wandb. These runs get the
+        # same group.
         "group": os.environ.get("WANDB_RUN_GROUP") or name,
         "dir": str(path),
         "config": values,
-        # Pass the settings as a dictionary. wandb would store the run in a Settings object, and a second attempt to
-        # open a run would then continue the first run.
+        # Pass the settings as a dictionary, not as a wandb.Settings object: wandb would store the run in this object,
+        # and a second call of `wandb.init` with it would then continue the first run.
         "settings": {"silent": True, "console": "off"},
     }
     if mode == "online":
         try:
-            # With a fixed id, a resumed training continues its earlier run at wandb.
+            # The id stays the same when a training is resumed, so the training continues its earlier run at wandb.
             run = wandb.init(**common, mode=mode, id=_run_id(path), resume="allow")
         except wandb.errors.CommError as error:
             print(
@@ -108,14 +109,14 @@ def _open_wandb(
             mode = "offline"
     if mode != "online":
         run = wandb.init(**common, mode=mode)
-    # Use the metric "step" as the x-axis. wandb's own step cannot be used: it must not decrease, but a training goes
-    # back to an earlier step after a loss spike.
+    # Use the metric "step" as the x-axis. wandb's own step cannot be used, because wandb does not allow it to decrease,
+    # but a training goes back to an earlier step after a loss spike.
     run.define_metric("*", step_metric="step")
     return (lambda step, metrics: run.log({"step": step, **metrics})), run.finish
 
 
 def logged_in() -> bool:
-    """Return whether wandb has a key, in WANDB_API_KEY or in the file that ``wandb login`` writes."""
+    """Return whether wandb has an API key, in WANDB_API_KEY or in the file that ``wandb login`` writes."""
     import wandb
 
     if os.environ.get("WANDB_API_KEY"):
@@ -158,7 +159,7 @@ _ROWS = (
 
 
 def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the title and the formatted value of each row of the live table; `metrics` holds the newest values."""
+    """Return a title and a formatted value for each row of the live table; `metrics` holds the newest values."""
     return [(title, form.format(metrics[name])) for name, title, form in _ROWS if metrics.get(name) is not None]
 
 

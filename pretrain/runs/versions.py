@@ -18,14 +18,15 @@ def find_run_versions(runs: Sequence[str | Path], paths: Iterable[str], command:
     """Return a dictionary from the path of each dataset to the id of the dataset version with which the run began.
 
     If recordings were added to a dataset after the run began, the dataset has a newer version, but the run continues to
-    read the old version. If the dataset does not have the version with which the run began, the id is empty, and the
-    loader refuses to resume. For a new run and for a complete run, the returned dictionary is empty.
+    read the old version. If a dataset does not have the version with which the run began, its id in the dictionary is
+    an empty text, and the loader then refuses to resume the run. For a new run and for a complete run, the returned
+    dictionary is empty.
 
     Parameters
     ----------
     runs : sequence of str or Path
-        Run directories of the stages of the run, the last stage first. The versions are read from the first of these
-        run directories that has a checkpoint.
+        Run directories, one for each stage of the run, the last stage first. The versions are read from the first
+        directory in this order that has a checkpoint.
     paths : iterable of str
         Paths of the datasets of the run.
     command : str
@@ -34,7 +35,7 @@ def find_run_versions(runs: Sequence[str | Path], paths: Iterable[str], command:
     Returns
     -------
     dict
-        Dataset id of the version to read, for each path.
+        For each path, the dataset id of the version to read.
 
     Raises
     ------

@@ -22,8 +22,8 @@ class OptimizerConfig:
     lr: float = 2.5e-4
     """Peak learning rate for the given batch_size, or for base_batch if base_batch is set."""
     base_batch: int | None = None
-    """Batch size for which lr and min_lr are given. If batch_size is not base_batch, lr and min_lr are scaled. If
-    base_batch is not set, lr and min_lr are not scaled."""
+    """Batch size for which lr and min_lr are meant. If the run's batch_size is another number, lr and min_lr are scaled
+    (see batch_scaling). If base_batch is not set, they are never scaled."""
     batch_scaling: Literal["linear", "sqrt"] = "linear"
     """How lr and min_lr are scaled if base_batch is set. linear: multiply by batch_size / base_batch; sqrt: multiply by
     the square root of batch_size / base_batch, which suits Adam."""
@@ -31,13 +31,14 @@ class OptimizerConfig:
     """Learning rate at the end of the schedule, where the cosine is lowest."""
     warmup: float = 0.08
     """Length of the learning rate's warm-up: a number of steps, or a fraction of all steps if the value is below 1. The
-    default means 40 of 500 epochs, as in the released DreamDiffusion code."""
+    default is 8 % of all steps: 40 of 500 epochs, as in the released DreamDiffusion code."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of Adam's two moments (beta1 and beta2)."""
     eps: float = 1e-8
     """Small number added to the denominator of Adam's update."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of weight matrices. Biases, layer norms, class tokens and mask tokens have no decay."""
+    """Decoupled weight decay, applied to weight matrices only. Biases, layer norms, class tokens and mask tokens have
+    no decay."""
     grad_clip: float = 0.8
     """Largest norm of the whole gradient; a larger gradient is scaled down. 0: the norm has no limit."""
 
@@ -64,12 +65,12 @@ class OptimizerConfig:
         Parameters
         ----------
         step : int
-            Number of optimiser steps that the run has done before the step whose learning rate is returned.
+            Index of the optimiser step, counted from 0.
         total : int
             Number of optimiser steps in the whole run.
         batch_size : int, optional
-            Number of windows in one step. If `base_batch` is set, the learning rate is scaled for this batch size; None
-            for no scaling.
+            Number of windows in one step. If `base_batch` is set, the learning rate is scaled for this batch size; with
+            None, it is not scaled.
 
         Returns
         -------
@@ -91,7 +92,7 @@ _OURS = {
     "scheduler": "optimizer",
     "checkpoint": "checkpoint",
 }
-"""Keys of DeepSpeed's config that users may not set, and the Dreamscale key that replaces each of them."""
+"""For each key of DeepSpeed's config that users may not set, the Dreamscale key that they must use instead."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +100,11 @@ class EvaluationConfig:
     """Evaluation of the loss on the val split. Every evaluation uses the same masks."""
 
     every: int = 500
-    """Number of steps between two evaluations. The loss is also evaluated before the first step and after the last
-    step."""
+    """Number of steps between two evaluations. In addition, the loss is evaluated before the first step and after the
+    last step."""
     windows: int = 2048
-    """Largest number of windows of the val split to evaluate on, spread evenly over the split. 0: all windows."""
+    """Largest number of windows on which the loss is evaluated. They are spread evenly over the val split. 0: all
+    windows of the split."""
     batch_size: int | None = None
     """Number of windows that one process evaluates in one forward pass; by default, as many as in training."""
 
@@ -125,9 +127,10 @@ class PretrainConfig:
     """Licences that the training data may have, as glob patterns: [CC0*, CC-BY-*]. If the list is not empty and a
     recording has another licence, or no known licence, training and export stop with an error."""
     order: Literal["global", "shards"] = "global"
-    """Order of samples in an epoch. global: random over all samples; shards: random over 16 shards at a time. Use
-    'order: shards' for a remote dataset that is larger than the cache. The environment variable DREAMSCALE_CACHE names
-    the folder of the cache, and DREAMSCALE_CACHE_GB gives its size in GB (50 by default)."""
+    """Order of samples in an epoch. global: all samples are shuffled together; shards: 16 shards at a time are read,
+    and only their samples are shuffled together. Use 'order: shards' for a remote dataset that is larger than the
+    cache. The environment variable DREAMSCALE_CACHE names the folder of the cache, and DREAMSCALE_CACHE_GB gives its
+    size in GB (50 by default)."""
     output: str
     """Run directory. To resume an interrupted run, give the same command again."""
     num_processes: int = 1
@@ -152,8 +155,8 @@ class PretrainConfig:
     share of the batch is complete. By default, each process computes its whole share of the batch in one forward
     pass."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the computation. With bf16, master weights are still float32, and gradients are accumulated and
-    reduced in float32; bf16 needs zero_stage 1 to 3."""
+    """Number format of the computation. With bf16, the optimiser still updates a float32 copy of the weights (master
+    weights), and gradients are still added up in float32; bf16 needs zero_stage 1 to 3."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """Stage of ZeRO: what is divided among the processes. 0: nothing; 1: the optimiser state; 2: also the gradients; 3:
     also the weights."""
@@ -175,8 +178,8 @@ class PretrainConfig:
     guards: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     """Settings for the detection of loss spikes."""
     timeout_s: float = 1800.0
-    """If the training makes no progress for this many seconds, the run fails and names the hanging process. 0: the
-    time without progress has no limit."""
+    """If the training makes no progress for this many seconds, the run fails with a message that names the hanging
+    process. 0: the run may wait without limit."""
     restarts: int = 0
     """How many times 'dreamscale pretrain' restarts its processes after one of them was killed. Each restart resumes
     from the newest checkpoint. If you start the run with torchrun, use torchrun's flag --max-restarts instead."""

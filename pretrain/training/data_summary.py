@@ -24,17 +24,19 @@ def describe_people(dataset: EEGDataset | Mixture) -> dict[str, Any]:
     Parameters
     ----------
     dataset : EEGDataset or Mixture
-        The split. The datasets of a mixture are assumed to have no subject in common.
+        The split. For a mixture, the numbers of its datasets are added up, as if no subject were in two of the
+        datasets.
 
     Returns
     -------
     dict
         ``subjects``: number of identified subjects; None if this number is unknown. ``recordings``: number of
         recordings. ``unknown``: number of recordings with an unknown subject. ``not_confirmed``: number of recordings
-        whose subject was only recognised from the path. ``sex``, ``group`` and ``age`` (in decades): number of subjects
-        with each value. ``device``, ``device_filters``, ``task``, ``license`` and ``recording_year``: number of
-        recordings with each value. An empty text stands for an unknown value. If the dataset has no ledger, only
-        ``subjects`` is returned; if such a dataset has more than 20,000 samples, ``subjects`` is None.
+        whose subject is only a guess from the file's path. ``sex``, ``group`` and ``age`` (in decades): a dictionary
+        with the number of subjects for each value. ``device``, ``device_filters``, ``task``, ``license`` and
+        ``recording_year``: a dictionary with the number of recordings for each value. In these dictionaries, an empty
+        text stands for an unknown value. If the dataset has no ledger, only ``subjects`` is returned; if such a dataset
+        has more than 20,000 samples, ``subjects`` is None.
     """
     if isinstance(dataset, Mixture):
         return _merge([describe_people(part) for part in dataset.parts])
@@ -80,7 +82,7 @@ def _describe_without_ledger(dataset: EEGDataset) -> dict[str, Any]:
 
 
 def _merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Add up the descriptions of several datasets. If a number is missing for one dataset, the sum is None."""
+    """Add up each number in the descriptions of several datasets. If one dataset lacks the number, the sum is None."""
     out: dict[str, Any] = {}
     for name in parts[0]:
         values = [part.get(name) for part in parts]
@@ -99,11 +101,11 @@ def check_licenses(allowed: Sequence[str], found: Mapping[str, int] | None, plac
     Parameters
     ----------
     allowed : sequence of str
-        Allowed licences as glob patterns; upper and lower case are the same. If the list is empty, all licences are
-        allowed.
+        Allowed licences, as glob patterns in which upper and lower case make no difference. If the list is empty, all
+        licences are allowed.
     found : mapping of str to int, or None
-        Number of recordings with each licence. An empty text as the licence stands for recordings without a known
-        licence. None if nothing is known about licences.
+        Number of recordings for each licence that the training data have. The key for recordings without a known
+        licence is an empty text. None if nothing is known about the licences of any recording.
     place : str
         The dataset or the run, for the error message.
 
@@ -144,7 +146,7 @@ def describe_data(dataset: EEGDataset | Mixture, people: dict[str, Any], windows
     people : dict
         Result of `describe_people` for the training split.
     windows_seen : int
-        Number of windows on which the model was trained. A window that was used twice is counted twice.
+        Number of windows on which the model was trained. A window on which it was trained twice is counted twice.
 
     Returns
     -------
@@ -171,7 +173,7 @@ def describe_versions_in_words(data: Mapping[str, Any]) -> list[str]:
     Parameters
     ----------
     data : mapping
-        Result of `describe_data`, without version numbers if it comes from an older version of Dreamscale.
+        Result of `describe_data`. If an older version of Dreamscale wrote it, it has no version numbers of datasets.
 
     Returns
     -------
@@ -194,7 +196,7 @@ def describe_people_in_words(people: Mapping[str, Any]) -> list[str]:
     ----------
     people : mapping
         Result of `describe_people`, or an empty mapping if the run is from an older version of Dreamscale. If the
-        mapping is empty or has no number of recordings, the returned list is empty.
+        mapping has no entry ``recordings``, or if this number is 0, the returned list is empty.
     """
     if not people.get("recordings"):
         return []

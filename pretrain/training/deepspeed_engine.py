@@ -22,8 +22,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that clips the gradient and skips a step whose gradient is not finite.
 
-    This class is used at ZeRO stage 0, because there DeepSpeed would take a step with a NaN gradient, and the weights
-    would become NaN. At stages 1 to 3, ZeRO's optimisers skip steps whose gradient is not finite.
+    This class is used at ZeRO stage 0 only. With the plain AdamW, DeepSpeed would there take a step with a NaN
+    gradient, and the weights would become NaN. At stages 1 to 3, ZeRO's own optimisers skip steps whose gradient is not
+    finite.
 
     Parameters
     ----------
@@ -38,15 +39,15 @@ class GuardedAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], *, clip: float, **options: Any) -> None:
         super().__init__(groups, **options)
         self._clip = clip
-        # DeepSpeed's engine reads the attributes `overflow` and `_global_grad_norm`.
+        # These two attributes have the names under which DeepSpeed's engine reads them.
         self.overflow = False
         self._global_grad_norm = 0.0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take an optimiser step if the gradient is finite; `closure` is not supported."""
-        # The gradients were averaged over the processes before the call of this method, so every process skips the same
-        # steps.
+        # DeepSpeed averages the gradients over the processes before it calls this method. All processes therefore see
+        # the same gradient and skip the same steps.
         parameters = [p for group in self.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
         self._global_grad_norm = float(norm)
@@ -79,7 +80,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: int) -> torch.optim.Optimizer:
-    """Build PyTorch's AdamW optimiser: ZeRO supports this optimiser, and it needs no compilation.
+    """Build PyTorch's AdamW, which ZeRO supports; unlike DeepSpeed's own Adam, it need not be compiled first.
 
     Parameters
     ----------
@@ -93,11 +94,11 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: i
     Returns
     -------
     torch.optim.Optimizer
-        The optimiser that DeepSpeed wraps.
+        The optimiser, to be passed to DeepSpeed.
     """
     groups = parameter_groups(module, config.weight_decay)
-    # The fused AdamW is faster than the normal AdamW, on CPUs too: it reads and writes the memory once, the normal
-    # AdamW about ten times.
+    # The fused AdamW is faster than the normal AdamW, on CPUs too: in one step, the fused AdamW goes through the memory
+    # once, the normal AdamW about ten times.
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
     if zero_stage == 0:
         return GuardedAdamW(groups, clip=config.grad_clip, **options)
@@ -122,14 +123,15 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
         The config for `deepspeed.initialize`. Keys in `config.deepspeed` override the generated keys.
     """
     share = config.batch_size // config.num_processes
-    # Each communication bucket is a buffer in memory. With DeepSpeed's default of 5e8 values, a small model would need
-    # gigabytes for the buckets.
+    # Each communication bucket is a buffer in memory, so limit its size to the number of parameters. With DeepSpeed's
+    # default of 5e8 values, a small model would need gigabytes for the buckets.
     bucket = int(min(5e8 if device.type == "cuda" else 5e7, max(parameters, 2**16)))
     generated: dict[str, Any] = {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.micro,
         "gradient_accumulation_steps": share // config.micro,
-        # At stage 0, `GuardedAdamW` clips the gradient, because it computes the gradient's norm anyway.
+        # At stage 0, `GuardedAdamW` clips the gradient, because it computes the gradient's norm anyway; so DeepSpeed
+        # must not clip.
         "gradient_clipping": config.optimizer.grad_clip if config.zero_stage else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
@@ -138,14 +140,15 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         },
-        # With immediate_grad_update, stage 1 adds each bf16 gradient to the float32 gradients at once and frees its
-        # memory.
+        # With immediate_grad_update, stage 1 adds each bf16 gradient to the float32 gradients as soon as it is
+        # computed, and then frees the memory of the bf16 gradient.
         "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": config.precision == "bf16"},
-        # Without the keys communication_data_type and data_types, bf16 gradients would be reduced and accumulated in
-        # bf16.
+        # Without the keys communication_data_type and data_types, bf16 gradients would be summed in bf16, both over the
+        # processes and over the micro batches.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        # Use PyTorch's Adam for an offloaded optimiser too, because DeepSpeed's CPU Adam takes minutes to compile.
+        # With False, DeepSpeed accepts PyTorch's Adam for an offloaded optimiser too. DeepSpeed's CPU Adam would take
+        # minutes to compile.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -178,16 +181,17 @@ def start_engine(deepspeed: Any, config: PretrainConfig, device: torch.device) -
     torch.manual_seed(config.seed)
     model = build_autoencoder(config.model)
     settings = deepspeed_config(config, parameters=count_parameters(model), device=device)
-    # Move the model to the device first: a fused AdamW needs its parameters on the GPU when it is created.
+    # Move the model to the device before the optimiser is built: a fused AdamW needs its parameters on their final
+    # device.
     model.to(device)
     optimizer = build_optimizer(model, config.optimizer, zero_stage=config.zero_stage)
     # DeepSpeed's bf16 optimiser prints tables of memory at every log level; hide this output.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if hasattr(engine.optimizer, "get_grads_for_reduction"):
-        # The bf16 optimiser of stage 1 keeps the float32 gradients of each parameter group in one tensor. DeepSpeed
-        # would copy each gradient tensor into a bucket and back in every step, even with a single process. With a
-        # bucket size of 0, each tensor is reduced in place.
+        # The bf16 optimiser of stage 1 keeps the float32 gradients of each parameter group in one large tensor. To sum
+        # this tensor over the processes, DeepSpeed would copy it into a bucket and back in every step, even if there is
+        # only one process. With a bucket size of 0, the tensor is summed in place.
         reduce = engine.buffered_allreduce_fallback
         engine.buffered_allreduce_fallback = lambda grads=None, elements_per_buffer=0: reduce(grads, 0)
     fill_optimizer_state(engine)
@@ -197,7 +201,8 @@ def start_engine(deepspeed: Any, config: PretrainConfig, device: torch.device) -
 def fill_optimizer_state(engine: Any) -> None:
     """Allocate Adam's moments, filled with zeros, before the first step.
 
-    The moments are allocated early so that a checkpoint of any step, even of step 0, holds the same tensors.
+    The moments are allocated early so that the checkpoints of all steps, even of step 0, hold tensors of the same
+    names.
 
     Parameters
     ----------
@@ -208,17 +213,16 @@ def fill_optimizer_state(engine: Any) -> None:
     fused = bool(inner.defaults.get("fused"))
     for flat in _updated_tensors(engine):
         if not inner.state[flat]:
-            # torch.optim.Adam would create the same tensors in its first step.
+            # These are the tensors that torch.optim.Adam itself would create in its first step.
             counter = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
             inner.state[flat] = {"step": counter} | {name: torch.zeros_like(flat) for name in MOMENTS}
     if engine.zero_optimization_stage() in (1, 2):
-        # Tell DeepSpeed where the moments of each parameter are, because DeepSpeed itself would look for them only in
-        # its first step.
+        # Let DeepSpeed look up the moments of each parameter now; otherwise it would do this only in its first step.
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def adam_steps(engine: Any) -> int:
-    """Return how many steps Adam took, not counting skipped steps; Adam's bias correction depends on this number."""
+    """Return how many steps Adam took, without skipped steps; Adam's bias correction depends on this number."""
     return int(next(iter(_inner(engine).state.values()))["step"])
 
 
@@ -235,7 +239,7 @@ def divide_state(engine: Any, world: World) -> list[list[str]]:
     Returns
     -------
     list of list of str
-        Names of tensors by rank.
+        For each rank, the names of the tensors that it writes.
     """
     sizes = {f"weights/{name}": buffer.numel() for name, buffer in _buffers(engine.module)}
     for name, parameter in engine.module.named_parameters():
@@ -260,7 +264,7 @@ def gather_state(engine: Any, world: World) -> dict[str, Tensor]:
     -------
     dict of str to Tensor
         float32 weights as ``weights/NAME`` and Adam's moments as ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. The shares
-        of all processes together hold the same tensors for any number of processes and any ZeRO stage.
+        of all processes together hold the same tensors, whatever the number of processes and the ZeRO stage.
     """
     mine = set(divide_state(engine, world)[world.rank])
     state: dict[str, Tensor] = {}
@@ -279,7 +283,7 @@ def gather_state(engine: Any, world: World) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_state(engine: Any, saved: CheckpointReader) -> None:
-    """Restore weights and optimiser state from a checkpoint, for any number of processes and any ZeRO stage.
+    """Restore weights and optimiser state from a checkpoint; the ZeRO stage and number of processes may have changed.
 
     Parameters
     ----------
@@ -307,12 +311,12 @@ def load_state(engine: Any, saved: CheckpointReader) -> None:
 
 
 def _inner(engine: Any) -> torch.optim.Optimizer:
-    """Return the Adam optimiser that ZeRO's optimiser wraps."""
+    """Return the Adam optimiser inside ZeRO's optimiser; at stage 0, the engine's optimiser is Adam itself."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def _updated_tensors(engine: Any) -> list[Tensor]:
-    """Return the tensors that Adam updates: the parameters at ZeRO stage 0, else this process's part of the weights."""
+    """Return the tensors that Adam updates: at ZeRO stage 0 the parameters, else this process's part of them."""
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in _inner(engine).param_groups for p in group["params"] if p.requires_grad]
@@ -334,13 +338,14 @@ def _to_cpu(whole: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
-    """Gather a parameter's whole moment, or its float32 weight if `key` is None; every process must call `_whole`."""
+    """Gather the moment `key` of a parameter, or its float32 weights if `key` is None; all processes must call this."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if engine.zero_optimization_stage() == 0:
         return parameter if key is None else _inner(engine).state[parameter][key]
     if key is None and not hasattr(parameter, "ds_id") and parameter.dtype == torch.float32:
-        # At ZeRO stages 1 and 2, each process holds the whole float32 parameters.
+        # At ZeRO stages 1 and 2 without bf16, each process holds the whole float32 parameter, so nothing need be
+        # gathered.
         return parameter
     found = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
     assert found is not None
@@ -348,7 +353,7 @@ def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
 
 
 def _own_part(parameter: Any, whole: Tensor) -> Tensor:
-    """Return the part of a parameter that this process holds at ZeRO stage 3, padded with zeros to the common size."""
+    """Return the part of a tensor that this process holds at ZeRO stage 3; zeros fill the part up to its fixed size."""
     size = parameter.ds_tensor.numel()
     flat = whole.flatten()
     start = size * torch.distributed.get_rank()
@@ -368,10 +373,10 @@ def _set_weight(engine: Any, parameter: Any, whole: Tensor) -> None:
             safe_set_local_fp32_param(parameter, part)
         parameter.ds_tensor.data.copy_(part)
         if parameter.numel() == parameter.ds_numel:
-            # DeepSpeed keeps small parameters whole on every process.
+            # DeepSpeed also keeps a whole copy of each small parameter on every process; set this copy too.
             parameter.data.copy_(whole.view(parameter.ds_shape))
         return
-    # The copy rounds float32 values to the parameter's number format, as DeepSpeed rounds its master weights.
+    # The parameter may be bf16. The copy then rounds the float32 values, as DeepSpeed does with its master weights.
     parameter.data.copy_(whole)
     if engine.zero_optimization_stage() and parameter.requires_grad:
         safe_set_full_fp32_param(parameter, whole)

@@ -42,7 +42,8 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
     precision : str
         Number format of the computation: fp32 or bf16. Gradients are accumulated in float32 in both formats.
     offload : str
-        What is kept in the CPU's memory: none, optimizer or all. Gradients are always counted on the GPU.
+        What is kept in the CPU's memory: none, optimizer or all. Gradients are counted as GPU memory in all three
+        cases.
 
     Returns
     -------
@@ -57,11 +58,11 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
     weights = parameters * value / (gpus if zero_stage == 3 else 1)
     gradients = parameters * 4 / (gpus if zero_stage >= 2 else 1)
     moments = parameters * 8 / (gpus if zero_stage else 1)
-    # At ZeRO stage 0, Adam updates the weights themselves. At stages 1 to 3, each GPU keeps a float32 copy of its part
-    # of the weights, even if the weights are float32 already.
+    # At ZeRO stage 0, Adam updates the weights themselves, so there are no master weights. At stages 1 to 3, each GPU
+    # keeps a float32 copy of its part of the weights, even if the weights are float32 already.
     master = parameters * 4 / gpus if zero_stage else 0
-    # The size of a communication bucket is the size that `pretrain.training.deepspeed_engine` sets. Two buckets are
-    # needed if communication overlaps with the backward pass.
+    # A communication bucket has the size that `pretrain.training.deepspeed_engine` sets. If communication overlaps with
+    # the backward pass, DeepSpeed needs two buckets.
     bucket = min(5e8, max(parameters, 2**16)) * value
     gathered = min(parameters, 10**9) * value if zero_stage == 3 else 0
     # With bf16, ZeRO stage 1 sums the float32 gradients over the GPUs in place, so it needs no bucket.
@@ -74,7 +75,7 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
 
 
 def tokens_of(model: MaskedAutoencoderConfig, channels: int | None = None) -> tuple[int, int]:
-    """Count the tokens of one window in the encoder and in the decoder.
+    """Count how many tokens of one window go through the encoder, and how many through the decoder.
 
     Parameters
     ----------
@@ -87,7 +88,8 @@ def tokens_of(model: MaskedAutoencoderConfig, channels: int | None = None) -> tu
     Returns
     -------
     encoder, decoder : int
-        Number of tokens in the encoder and in the decoder, class token included.
+        Number of visible tokens, for the encoder, and of all tokens, for the decoder. Both numbers include the class
+        token.
     """
     shape = model.encoder
     rows = shape.token_rows(channels)
@@ -106,14 +108,14 @@ def activation_bytes(
     precision : str
         Number format of the computation: fp32 or bf16.
     checkpointing : bool
-        Whether each block is recomputed in the backward pass.
+        Whether each block's activations are computed again in the backward pass and therefore not kept.
     channels : int, optional
         Number of recorded channels, for the montage tokenizer.
 
     Returns
     -------
     float
-        Number of bytes. Attention is assumed to be a fused kernel.
+        Number of bytes, for fused attention, which does not keep the attention matrix.
     """
     value = 2 if precision == "bf16" else 4
     seen, every = tokens_of(model, channels)
@@ -153,9 +155,10 @@ def exchanged_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: s
     Returns
     -------
     float
-        Number of bytes, if the GPUs use ring algorithms. Gradients are sent in float32, and weights in the run's number
-        format. At ZeRO stage 0, no weights are sent. Stages 2 and 3 sum the gradients over the GPUs for every micro
-        batch, and stage 3 gathers the weights for every micro batch.
+        Number of bytes, if the GPUs communicate with ring algorithms. Gradients are sent in float32, and weights in the
+        run's number format. At ZeRO stage 0, no weights are sent. Stages 2 and 3 sum the gradients over the GPUs once
+        for every micro batch; stages 0 and 1 do it once for every step. Stage 3 also gathers the weights twice for
+        every micro batch.
     """
     value = 2 if precision == "bf16" else 4
     reduced = 4 * (micro_batches if zero_stage >= 2 else 1)

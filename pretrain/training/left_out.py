@@ -9,8 +9,9 @@ from pretrain.runs.checkpoint import check_ranges
 from pretrain.runs.directory import RunDirectory
 
 LEFT_OUT = "left_out.json"
-"""Name of the list's file in the run directory. Each entry has ``batches`` (number of the first batch left out, and
-number of the first batch after the range), ``step`` and ``loss`` (a description of the spike)."""
+"""Name of the file in the run directory that holds the list of left-out batches. Each entry has ``batches`` (the number
+of the first batch left out, and the number of the first batch after the range), ``step`` (where the spike occurred) and
+``loss`` (a description of the spike)."""
 
 
 def read_left_out(run: RunDirectory) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def plot_reconstruction(
     step : int
         Number of optimiser steps done, for the title of the figure.
     windows : int
-        Number of windows to draw, spread evenly over the split.
+        Number of windows to draw; they are spread evenly over the split.
     """
     numbers = sorted(
         set(np.linspace(0, len(dataset) - 1, min(windows, len(dataset)) + 2).round().astype(int)[1:-1].tolist())
@@ -57,8 +57,8 @@ def plot_reconstruction(
     # The montage tokenizer reconstructs only recorded channels, so remove the rows that are padding.
     x_BCT = x_BCT[:, : hidden_BCT.shape[1]]
     if model.config.normalize_targets:
-        # The model predicts standardised tokens. Scale the predictions back with the mean and the standard deviation of
-        # the true tokens.
+        # The model predicts tokens with mean 0 and variance 1. Scale each predicted token back with the mean and the
+        # standard deviation of the true token.
         true_BNP = model.tokenize(x_BCT)
         made_BNP = made_BNP * (true_BNP.var(dim=-1, keepdim=True) + 1e-6).sqrt() + true_BNP.mean(dim=-1, keepdim=True)
     if not world.first:
@@ -90,8 +90,8 @@ def _draw(
     time_T = np.arange(true_BCT.shape[-1]) / dataset.spec.sfreq
     for row, meta in enumerate(metas):
         true_CT, made_CT = true_BCT[row], made_BCT[row]
-        # Draw one channel from the front and one from the back of the head; channels are usually ordered from front to
-        # back.
+        # Draw the channels at one quarter and three quarters of the list. Channels are usually ordered from the front
+        # of the head to the back, so one channel is from the front and one from the back.
         for column, channel in enumerate((meta["n"] // 4, (3 * meta["n"]) // 4)):
             axis = axes[row][column]
             hidden_T = hidden_BCT[row, channel]
@@ -127,7 +127,8 @@ def _draw(
         Line2D([], [], color=MADE, linewidth=1.8, label="reconstructed by the model"),
         Patch(color=SHADE, label="hidden from the model"),
     ]
-    # The figure shows only two channels of each window, so its title summarises all channels.
+    # The figure shows only two channels of each window, so its title gives the median and the quartiles of the
+    # correlations of all channels.
     fits = [
         _correlation(true_BCT[row, channel][hidden_BCT[row, channel]], made_BCT[row, channel][hidden_BCT[row, channel]])
         for row, meta in enumerate(metas)

@@ -15,7 +15,7 @@ from pretrain.training.config import PretrainConfig
 
 
 class Throughput:
-    """Counts steps, losses, tokens, arithmetic operations and waiting time since the last line of metrics.
+    """Counts steps, tokens and operations, and collects losses and waiting times, since the last line of metrics.
 
     Parameters
     ----------
@@ -27,8 +27,8 @@ class Throughput:
     Attributes
     ----------
     steps : int
-        Number of steps since the last line of metrics. Steps that were done before an interruption of the run are
-        counted too.
+        Number of steps since the last line of metrics. If the run was interrupted after this line, the steps before the
+        interruption are counted too.
     losses : list of float or None
         Losses of the steps since the last line of metrics; None for a loss that was not finite.
     """
@@ -38,36 +38,37 @@ class Throughput:
         self._peak = peak_flops(world.device, config.precision, config.peak_tflops)
         if self._peak is not None:
             # The first call of `batch_flops` takes seconds, because it counts the model's operations. Call
-            # `batch_flops` here, so that its first call is not measured as training time. The list has a window with
-            # one channel, because `batch_flops` then also prepares its formula for any number of channels.
+            # `batch_flops` here, so that its first call is not measured as training time. One of the two windows has
+            # only one channel, so that `batch_flops` also computes its formula for other numbers of channels now.
             batch_flops(self._model, [1, self._model.encoder.channels])
         self.reset()
 
     def reset(self, steps: int = 0, losses: Sequence[float | None] = ()) -> None:
-        """Set all counters to zero, for a new line of metrics.
+        """Start counting for a new line of metrics. All counters except `steps` and `losses` begin with zero.
 
         Parameters
         ----------
         steps : int
-            Number of steps since the last line of metrics, if a run is resumed between two lines.
+            If a run is resumed between two lines of metrics: number of steps that it had done since the first of these
+            lines.
         losses : sequence of float or None
             Losses of the steps since the last line of metrics; None for a loss that was not finite.
         """
         self.steps, self.losses = steps, list(losses)
-        # Rates such as `samples_per_s` are computed only from the steps that this process took after its start, so an
-        # interruption of the run does not change the rates.
+        # Only steps that this process took itself count for rates such as `samples_per_s`. After a resumption, `steps`
+        # also contains steps of an earlier process, whose time is not known here.
         self._timed_steps = 0
         self._stall_s = self._flops = 0.0
         self._tokens = 0
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Start the clock: measure the time of the steps from now on."""
+        """Start the clock again: the time before this call does not count for the rates."""
         self._started = time.monotonic()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time of a ``with`` block as time of the training."""
+        """Stop the clock for the duration of a ``with`` block."""
         since = time.monotonic()
         yield
         self._started += time.monotonic() - since
@@ -109,8 +110,8 @@ class Throughput:
         -------
         dict
             ``samples_per_s`` and ``tokens_per_s``: speed of all processes together. ``mfu``: model-FLOPs utilisation;
-            None if the device's peak speed is not known. ``data_stall_s`` and ``data_stall_share``: time that the
-            slowest process waited for data, in seconds and as a share of the whole time.
+            None if the device's peak speed is not known. ``data_stall_s`` and ``data_stall_share``: time spent waiting
+            for data, by the process that waited longest, in seconds and as a share of the measured time.
         """
         seconds = time.monotonic() - self._started
         (stall_s,) = self._world.all_reduce_max(self._stall_s)

@@ -34,9 +34,9 @@ from pretrain.training.validation import evaluate
 class Trainer:
     """The training loop of one pretraining run; each process has one `Trainer`.
 
-    Most methods contain collective operations, so every process must make the same decisions in the same order. Some
-    decisions use values that are equal on all processes, such as the reduced loss or the step. Rank 0 makes all other
-    decisions and broadcasts them.
+    Most methods contain collective operations, so every process must make the same decisions in the same order. If a
+    decision depends only on values that are equal on all processes, such as the mean loss or the step, each process
+    makes it itself. Rank 0 makes all other decisions and broadcasts them.
 
     Parameters
     ----------
@@ -87,8 +87,8 @@ class Trainer:
         self.total_steps = config.total_steps(len(train))
         self.global_step = self.skipped = self.skipped_in_a_row = 0
         self.stopping = False
-        # Whether `loop` must evaluate the model before it trains: before the first step, and after a stop that
-        # interrupted an evaluation.
+        # Whether `loop` must evaluate the model before it trains. It must do so in a new run, and in a resumed run if
+        # the stop had interrupted an evaluation.
         self.evaluation_due = True
         self.throughput = Throughput(config, world)
         self.spikes = SpikeDetector(config.guards)
@@ -105,7 +105,8 @@ class Trainer:
         Parameters
         ----------
         rewind : bool
-            True if a running training goes back to an earlier checkpoint; at least one checkpoint must exist.
+            True if a running training goes back to an earlier checkpoint (in this case at least one checkpoint must
+            exist); False if a run starts or is resumed.
 
         Raises
         ------
@@ -116,8 +117,8 @@ class Trainer:
         if fault is not None:
             raise RequestError(fault)
         if folder is None:
-            # Delete the metrics and the list of left-out batches that an earlier attempt may have written, if it ended
-            # without a checkpoint.
+            # There is no checkpoint, so the run starts from the beginning. Delete the metrics and the list of left-out
+            # batches of an earlier attempt that ended before its first checkpoint.
             self.run.rewind_metrics(-1)
             self.left_out = []
             if self.world.first:
@@ -135,25 +136,26 @@ class Trainer:
         self.spikes = SpikeDetector(self.config.guards, saved["recent_losses"])
         self.evaluation_due = not rewind and saved.get("evaluation_due", False)
         self.throughput.reset(saved["interval"]["steps"], saved["interval"]["losses"])
-        # The run evaluates once more after its last checkpoint. A resumed run repeats the evaluation after the last
-        # checkpoint, so delete the line of the old evaluation.
+        # At the end of a run, the last checkpoint is written first, and then the model is evaluated. If a run is
+        # resumed from this checkpoint, it repeats the evaluation, so delete the line of the old evaluation.
         evaluated = not self.evaluation_due and self.global_step < self.total_steps
         self.run.rewind_metrics(self.global_step, evaluated=evaluated)
         if self.world.first and not rewind:
             print(f"dreamscale pretrain: resuming from step {self.global_step} ({folder})", file=sys.stderr)
 
     def _find_newest(self) -> tuple[Path | None, str | None]:
-        """Return the newest checkpoint and None, or None and the message of the error that occurred in the search."""
+        """Return (newest checkpoint or None, None), or (None, message of the error) if the search fails."""
         try:
             return self.run.latest(self.left_out), None
         except RequestError as error:
             return None, str(error)
 
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless it exists; in the background if `asynchronous` is set."""
+        """Write a checkpoint of the current step, unless there is one; in the background if `asynchronous` is set."""
         self.writer.wait()
         folder = step_folder(self.run.checkpoints, self.global_step)
-        # Only rank 0 checks the files, because other machines may see new files on a network disk late.
+        # Only rank 0 checks whether the checkpoint exists, because other machines may see new files on a network disk
+        # late.
         if not self.world.broadcast(self.world.first and find_damage(folder, read_bytes=False)):
             return
         manifest = {
@@ -185,8 +187,8 @@ class Trainer:
             If the checkpoint could not be written.
         """
         self.watchdog.at(self.global_step, "saving")
-        # An earlier asynchronous checkpoint may fail although the last checkpoint succeeds, so count only failures
-        # after this line.
+        # An earlier asynchronous checkpoint may still fail here. This is no error if the last checkpoint succeeds, so
+        # wait for the earlier one first, and count only failures after this line.
         self.writer.wait()
         failed = self.writer.failed
         self.save()
@@ -204,12 +206,13 @@ class Trainer:
         spike : str
             Description of the spike.
         loss : float
-            Loss of the current step.
+            Loss of the current step, i.e. the loss that is the spike.
 
         Returns
         -------
         bool
-            True if training went back to a checkpoint; False if there is no checkpoint yet, so that training continues.
+            True if training went back to a checkpoint; False if there is no checkpoint yet. In this case, training
+            continues as without a spike.
 
         Raises
         ------
@@ -236,8 +239,8 @@ class Trainer:
         spiked_at = self.global_step
         self.left_out = [*self.left_out, {"batches": [end - guards.leave_out, end], "step": spiked_at, "loss": spike}]
         if self.world.first:
-            # Write the list to disk before the training returns to an earlier checkpoint. If the run is interrupted
-            # now, the resumed run then leaves out the same batches.
+            # Write the list of left-out batches to disk before the training returns to an earlier checkpoint, so that
+            # the run leaves out these batches even if it is interrupted now and resumed later.
             write_left_out(self.run, self.left_out)
         self.resume(rewind=True)
         self.run.log(self.global_step, rewound_from=spiked_at, rewinds=len(self.left_out))
@@ -257,8 +260,8 @@ class Trainer:
         Returns
         -------
         dict
-            The metrics of the evaluation. The dictionary is empty if a stop was requested during the evaluation; the
-            resumed run then repeats the evaluation.
+            The metrics of the evaluation. If a stop was requested during the evaluation, the dictionary is empty, and
+            the run repeats the evaluation when it is resumed.
         """
         result = evaluate(
             self.engine,
@@ -291,7 +294,8 @@ class Trainer:
         Raises
         ------
         RuntimeError
-            If the gradient was not finite in too many steps in a row.
+            If the gradient was not finite in `max_skipped` steps in a row, or if DeepSpeed took a step although the
+            loss was not finite.
         """
         config, engine = self.config, self.engine
         for group in engine.optimizer.param_groups:
@@ -300,8 +304,8 @@ class Trainer:
         own_loss = self._accumulate_gradient(batch)
         finite = math.isfinite(own_loss)
         self.watchdog.at(self.global_step, "agreeing on the loss")
-        # One small all-reduce tells every process the loss, whether any loss was not finite, whether a stop was
-        # requested, and how far the asynchronous checkpoint is.
+        # One small all-reduce tells every process the sum of the losses, whether any loss was not finite, whether a
+        # stop was requested, and how many processes have written their share of an asynchronous checkpoint.
         total, bad, stops, *written = self.world.all_reduce_sum(
             own_loss if finite else 0.0, float(not finite), float(self.stop.requested), *self.writer.progress()
         )
@@ -326,7 +330,7 @@ class Trainer:
         return float("nan") if bad else total / self.world.size
 
     def _accumulate_gradient(self, batch: Batch) -> float:
-        """Run forward and backward passes for this process's part of a batch, and return the mean loss of the part."""
+        """Run forward and backward passes on this process's part of a batch, and return the mean loss of this part."""
         config, engine, device = self.config, self.engine, self.world.device
         # Draw the masks before the batch is divided into micro batches, so that masks do not depend on
         # micro_batch_size.
@@ -339,9 +343,9 @@ class Trainer:
             engine.backward(loss)
             losses.append(loss.detach())
             if start + config.micro < len(batch.numbers):
-                # DeepSpeed counts micro batches by calls of `engine.step`. For all micro batches of a step except the
+                # DeepSpeed counts micro batches by calls of `engine.step`. Here, after every micro batch except the
                 # last, `engine.step` only counts the call and does not change the weights. After the last micro batch,
-                # `take_step` calls `engine.step` to update the weights.
+                # `take_step` calls `engine.step`, which then updates the weights.
                 engine.step()
         return float(torch.stack(losses).mean())
 
@@ -369,7 +373,7 @@ class Trainer:
                 spike = self.spikes.check(loss)
                 if spike and self.rewind(spike, loss):
                     if self.global_step < self.total_steps and not self.stopping:
-                        # `rewind` moved the loader back to an earlier batch, but the old iterator would continue with
+                        # `rewind` moved the loader back to an earlier batch. The old iterator would still continue with
                         # later batches, so make a new iterator.
                         batches = iter(self.loader)
                     continue
@@ -384,7 +388,7 @@ class Trainer:
                         self.save()
 
     def log(self) -> dict[str, Any]:
-        """Write one line of metrics, start counting for the next line, and return the metrics."""
+        """Write a line of metrics, reset the counters for the next line, and return the metrics."""
         (rss,) = self.world.all_reduce_max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         on_gpu = self.world.device.type == "cuda"
         norm = self.engine.get_global_grad_norm()
@@ -409,13 +413,13 @@ class Trainer:
         Returns
         -------
         bool
-            True if everything was done. False if a stop was requested during the evaluation; the resumed run then
-            evaluates the model and draws the figures.
+            True if all three were done. False if a stop was requested during the evaluation; the model is then
+            evaluated and the figures are drawn when the run is resumed.
         """
         from pretrain.training.plots import plot_loss, plot_reconstruction
 
-        # Write the checkpoint before the evaluation, because a batch system may kill the run after a stop signal before
-        # a long evaluation ends.
+        # Write the checkpoint first: after a stop signal, a batch system may not wait until a long evaluation ends, but
+        # kill the run.
         self.save_last()
         result = self.evaluate()
         if not result:

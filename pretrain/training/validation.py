@@ -24,7 +24,7 @@ can be compared."""
 
 
 def choose_windows(dataset: EEGDataset | Mixture, most: int) -> list[int]:
-    """Return the indices of at most `most` windows, spread evenly over the split; of all windows if `most` is 0."""
+    """Return the indices of at most `most` windows, spread evenly over the split; if `most` is 0, of all windows."""
     count = min(most or len(dataset), len(dataset))
     return np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
 
@@ -59,11 +59,11 @@ def evaluate(
     Returns
     -------
     dict or None
-        ``val_loss``: mean loss of the windows. ``val_explained``: share of the hidden tokens' sum of squares that the
-        reconstruction explains; 1 for a perfect reconstruction, 0 if the model predicts zero everywhere.
-        ``val_loss_corpus/NAME``: mean loss of the windows of one corpus. ``val_loss_channels/NUMBER``: mean loss of the
-        windows with NUMBER recorded channels. If a stop was requested in any process, the evaluation ends early,
-        because a batch system may not wait for it, and the result is None.
+        ``val_loss``: mean loss of the windows. ``val_explained``: 1 - loss / power, where power is the loss of a model
+        that predicts zero everywhere. It is 1 for a perfect reconstruction, and 0 for a model that predicts zero
+        everywhere. ``val_loss_corpus/NAME``: mean loss of the windows of one corpus. ``val_loss_channels/NUMBER``: mean
+        loss of the windows with NUMBER recorded channels. If a stop was requested in any process, the evaluation ends
+        early, and the result is None: a batch system may kill the run before the evaluation ends.
     """
     windows = choose_windows(dataset, config.evaluation.windows)
     mine = windows[world.rank :: world.size]
@@ -74,7 +74,7 @@ def evaluate(
     model = engine.module
     model.eval()
     loss, power = 0.0, 0.0
-    # For each corpus and each number of channels: sum of the losses, and number of windows.
+    # For each corpus, and separately for each number of channels: sum of the losses, and number of windows.
     parts: dict[str, tuple[float, int]] = {}
     for start in range(0, rounds * batch_size, batch_size):
         before_batch()
@@ -83,7 +83,7 @@ def evaluate(
             return None
         numbers = mine[start : start + batch_size]
         counted = bool(numbers)
-        # A process that has no windows left still runs the model on one window, but ignores the result.
+        # A process that has no windows left runs the model on a window of another process, but ignores the result.
         numbers = numbers or windows[:1]
         batch = collate(dataset, numbers)
         x_BCT = model.windows(batch, dataset.spec, world.device)
@@ -105,7 +105,7 @@ def evaluate(
 
 
 def _average_parts(of_processes: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """Return the mean loss for each corpus and each number of channels, averaged over the windows of all processes."""
+    """Return the mean loss of the windows of each corpus, and of the windows with each number of channels."""
     sums: dict[str, tuple[float, int]] = {}
     for parts in of_processes:
         for name, (total, number) in parts.items():
