@@ -214,7 +214,7 @@ def embed_images(
 
 
 def digest_weights(model: torch.nn.Module) -> list[float]:
-    """Compute a short digest of a frozen model's weights, which is used in the keys of caches.
+    """Compute a short digest of a frozen model's weights, for the keys of caches.
 
     Parameters
     ----------

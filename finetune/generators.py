@@ -25,7 +25,7 @@ a lower limit. class: the true category of the trial in place of its EEG, so tha
 
 
 SCHEMA = 1
-"""Version of the layout of a fine-tuned model's folder, which is stored in the folder's dreamscale.json."""
+"""Version of the layout of a fine-tuned model's folder. The folder's dreamscale.json stores this version."""
 
 
 class Generator(Protocol):

@@ -214,7 +214,8 @@ class DMRE2IConfig:
     output: str
     """Run directory, with the run of the first stage in `evrnet/` and the trained model in `model/`."""
     eeg: EEGConfig = field(default_factory=EEGConfig)
-    """Which part of each trial EVRNet reads, and how repeated presentations are averaged in the evaluation."""
+    """Which part of each trial EVRNet (or a pretrained encoder) reads, and how repeated presentations are averaged in
+    the evaluation."""
     evrnet: EVRNetStage = field(default_factory=EVRNetStage)
     """Settings of the first stage, which trains EVRNet."""
     stages: Literal["both", "evrnet"] = "both"

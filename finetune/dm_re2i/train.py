@@ -303,7 +303,7 @@ def train(config: DMRE2IConfig) -> int:
         )
     with start_processes(config, precision) as accelerator:
         # Open the run directory of the second stage only after that of the first stage is closed, because a tracker can
-        # follow only one run.
+        # follow only one run at a time.
         guide = given or EEGGuide(train_evrnet(config, data, val, tables, accelerator), stage.guide)
         if config.stages == "evrnet":
             return EXIT_DONE

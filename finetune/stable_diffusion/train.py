@@ -70,7 +70,8 @@ class StableDiffusionConfig:
     the encoder's tokens. A: train the U-Net's cross-attentions and their norms (attn2, norm2). E+A: train all of these
     parts."""
     time_path: bool = True
-    """Also add a projection of the EEG to the time embedding, as in DreamDiffusion's code but not in its paper."""
+    """Also add a vector from the EEG to the U-Net's time embedding, as in DreamDiffusion's code but not in its
+    paper."""
     hidden: int = 64
     """Number of tokens between the two convolutions of the projector."""
     drop: float = 0.1

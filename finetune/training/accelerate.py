@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 WAIT_S = 7 * 86_400.0
-"""Longest time in seconds that a process waits for the others in commands in which one process may work for hours."""
+"""Longest time in seconds that a process waits for the others, for commands whose processes may work alone for
+hours."""
 
 
 def quiet_libraries() -> None:

@@ -218,7 +218,8 @@ class _Loop:
                 self.accelerator.backward(out["loss"] / parts)
             for name, value in out.items():
                 self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) / parts
-        # The processes have exchanged gradients, so they all have the same gradient and all skip the same steps.
+        # The processes have exchanged gradients, so they all have the same gradient. If it is not finite, all processes
+        # skip this step.
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in trainables(self.module).values() if p.grad is not None], config.grad_clip or math.inf
         )
