@@ -42,7 +42,7 @@ def make_png(label: int, rng: np.random.Generator) -> bytes:
 
 
 def write_folder(root: Path, images: int) -> Path:
-    """Write a dataset, and a folder as ``dreamscale generate`` writes it; return the folder."""
+    """Write a dataset, and a folder of images as ``dreamscale generate`` writes it; return the folder of images."""
     from data_sharding.dataset.dataset import write_dataset
     from data_sharding.dataset.samples import Sample
     from data_sharding.processing.preprocess import PreprocessSpec

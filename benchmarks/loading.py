@@ -2,11 +2,11 @@
 
 ``python benchmarks/loading.py --out loading.json``. The programs are Dreamscale's `Loader`, ``wds.WebDataset`` on the
 same shards, and a memory map of the decoded data. All programs make float32 batches in a random order; the 64 channels
-of a sample are repeated to 128. (WebDataset's order is only partly random: it shuffles the shards, and the samples
-within a buffer.) Each program runs in its own process, and the programs take turns several times. The memory of a
-program is the largest proportional set size (PSS) of the process and its children, without the page cache of files.
-``--index-samples`` measures the time to open a dataset with the given number of samples; the shards of this dataset are
-sparse files without content.
+of a sample are repeated, so that a sample in a batch has 128 channels. (WebDataset's order is only partly random: it
+shuffles the shards, and the samples within a buffer.) Each program runs in its own process, and the programs take turns
+several times. The memory of a program is the largest proportional set size (PSS) of the process and its children,
+without the page cache of files. ``--index-samples`` measures the time to open a dataset with the given number of
+samples; the shards of this dataset are sparse files without content.
 """
 
 from __future__ import annotations

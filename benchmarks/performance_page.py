@@ -1,7 +1,7 @@
 """Write docs/performance.md from the results of the benchmarks: ``python benchmarks/performance_page.py``.
 
-The page names the command of each benchmark. A benchmark writes its file in ``benchmarks/results`` with the option
-``--out``.
+The page names the command of each benchmark. The results are read from files in ``benchmarks/results``. To renew such a
+file, give its path to the benchmark with the option ``--out``.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class EEGImageNetOptions:
     """File in root with the released split by image: block_splits_by_image_all.pth, or
     block_splits_by_image_single.pth for subject 4. If empty, a hash of the image name decides the split."""
     fold: int = 0
-    """Number of the split to use. The file in the option 'splits' contains several splits."""
+    """Index of the split to use, from 0, because the file in the option 'splits' contains several splits."""
     unit: Literal["standardised", "uV"] = "standardised"
     """Unit of the values. The released *_std files are standardised and have no unit."""
 

@@ -1,4 +1,4 @@
-"""Measure the colour of the shape in a picture, and how well a picture identifies the seen picture.
+"""Measure the colour of the shape in a picture, and how well a generated picture identifies the seen picture.
 
 Array shapes: B trials, H rows, W columns.
 """

@@ -1,5 +1,5 @@
-"""Tests that the code of the project never loads files in a way that could run code, and that all readers use the
-checks."""
+"""Tests that the code of the project never loads files in a way that could run code, and that all code that reads files
+uses the checks for untrusted files."""
 
 from __future__ import annotations
 

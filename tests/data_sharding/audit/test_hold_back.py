@@ -203,8 +203,8 @@ def test_trials_with_images_of_a_held_back_dataset_are_left_out(
 
 @pytest.fixture(scope="module")
 def sharded(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Make a benchmark dataset of one subject, and a training dataset of the whole corpus that holds the benchmark
-    back."""
+    """Make a benchmark dataset of one subject. Also make a training dataset of the whole corpus, from which the
+    benchmark is held back."""
     from data_sharding.job.run import main as shard
 
     folder = tmp_path_factory.mktemp("jobs")

@@ -1,4 +1,4 @@
-"""Compares sharded samples with the true signal of synthetic recordings, which can be computed for any time.
+"""Compares sharded samples of synthetic recordings with their true signal; this signal can be computed for any time.
 
 The true signals are sums of sinusoids. The environment variable `DREAMSCALE_CASES` contains the path of a folder with
 recordings. The file ``truth.py`` in the folder of the recordings computed their signals. `true_uv` computes the same

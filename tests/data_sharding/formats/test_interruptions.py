@@ -401,7 +401,7 @@ def fif_marked_epochs(folder: Path) -> Path:
 
 
 def other(writer: str, name: str, **more: list) -> Callable[[Path], Path]:
-    """Return a function that writes a recording with a pause, with one of the writers in test_neo_readers.py."""
+    """Return a function that uses a writer of test_neo_readers.py to write a recording that has a pause."""
 
     def write(folder: Path) -> Path:
         spec = importlib.util.spec_from_file_location("others", Path(__file__).with_name("test_neo_readers.py"))
