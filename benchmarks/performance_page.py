@@ -272,6 +272,44 @@ plain loop over `UNet2DModel` in training, and {1 / ratios[1]:.2f} times in samp
 """
 
 
+def trials(found: dict[str, Any]) -> str:
+    names = {
+        "one JSON a trial": "a loop that parses the JSON of every trial",
+        "first process": "Dreamscale, first process: makes the table of trials",
+        "next process": "Dreamscale, next process: finds the table",
+    }
+    rows = [[title, f"{found[name]['cpu_s']:.1f}", f"{found[name]['peak_mb']:,.0f}"] for name, title in names.items()]
+    rows += [
+        [
+            f"Dreamscale, one of two processes that start without a table ({i})",
+            f"{r['cpu_s']:.1f}",
+            f"{r['peak_mb']:,.0f}",
+        ]
+        for i, r in enumerate(found["two processes, no table"], 1)
+    ]
+    parts = [
+        [how, f"{found[f'features {how}']['cpu_s']:.1f}", f"{found[f'features {how}']['peak_mb']:,.0f}"]
+        for how in ("at once", "part by part")
+    ]
+    return f"""## Opening many trials
+
+This measurement was made with the command
+`python benchmarks/trials.py`. The dataset has {found["trials"]:,} trials, as many as THINGS-EEG2.
+The windows are short, so that the dataset fits on a small disk; the JSON of a trial has its true size. Each program
+opens the train split and groups the trials by image. The memory is the growth after the imports, with the pages of
+mapped files, which all processes share. The file of the table has {found["table_mb"]:,.0f} MB.
+
+{table(["program", "CPU time (s)", "peak memory (MB)"], rows)}
+
+The next table is for {found["windows"]:,} trials of 128 x 440 values, the size of EEG-ImageNet: a feature (the mean
+over time) is computed from all trials at once, or part by part as in training.
+
+{table(["trials in memory", "CPU time (s)", "peak memory (MB)"], parts)}
+
+{origin(found)}
+"""
+
+
 SECTIONS = {
     "sharding": sharding,
     "sharding_minute": sharding_minute,
@@ -280,6 +318,7 @@ SECTIONS = {
     "planning": planning,
     "loading": loading,
     "pretraining": pretraining,
+    "trials": trials,
     "ddpm": ddpm,
 }
 

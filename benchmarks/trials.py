@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import describe_run
 
 CHANNELS, PEOPLE, IMAGES = 63, 10, 16_540
 PROGRAMS = ("one JSON a trial", "first process", "next process")
@@ -180,7 +180,7 @@ def main() -> int:
     if args.program:
         run_one(args.program, Path(args.root))
         return 0
-    found: dict[str, Any] = {"trials": args.trials, "windows": args.windows}
+    found: dict[str, Any] = {"trials": args.trials, "windows": args.windows, **describe_run()}
     if args.folder:
         Path(args.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -202,7 +202,6 @@ def main() -> int:
         for program in ("features at once", "features part by part"):
             found[program] = result(start(program, Path(folder)))
             print(program, found[program], flush=True)
-    found |= {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     found |= {"versions": {name: version(name) for name in ("numpy", "pyarrow", "torch")}}
     Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
     return 0

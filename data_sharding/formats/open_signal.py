@@ -171,6 +171,10 @@ def _check_parts(raw: BaseRaw) -> BaseRaw:
     return raw
 
 
+MAX_EPOCHS = 2**22
+"""Largest number of epochs of an EEGLAB file. MNE allocates memory for every epoch before it reads the file."""
+
+
 def _eeglab(path: Path) -> Any:
     import mne
 
@@ -183,6 +187,9 @@ def _eeglab(path: Path) -> Any:
         if not (match := re.search(r"number of trials is (\d+)", str(error))):
             raise
         count = int(match.group(1))
+        if count > MAX_EPOCHS:
+            text = f"the header states {count} epochs; a recording has at most {MAX_EPOCHS}"
+            raise ReadError(Reason("damaged header", text)) from None
         # Replace the events by one event for each epoch, because MNE refuses a file with two events at the same sample.
         events = np.column_stack([np.arange(count), np.zeros(count, int), np.ones(count, int)])
         try:

@@ -13,6 +13,7 @@ import mne
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.typed_values import check_typed
@@ -208,3 +209,14 @@ def test_project_names_that_wandb_refuses_are_refused(project: str) -> None:
     with pytest.raises(ValueError, match=r"tracker\.project .*: use 1 to 128 characters") as caught:
         TrackerConfig(project=project)
     assert caught.value.args[0].isprintable() and TrackerConfig(project="our EEG (2026)")
+
+
+def test_an_eeglab_file_with_very_many_epochs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    eeg = {"setname": "a", "nbchan": 2, "pnts": 1000, "trials": 500_000_000, "srate": 100.0, "xmin": 0.0, "xmax": 9.99}
+    eeg |= {"data": np.zeros((2, 1000), np.float32), "event": [], "epoch": [], "icawinv": [], "icasphere": []}
+    eeg |= {"icaweights": [], "chanlocs": np.array([("Cz",), ("Pz",)], dtype=[("labels", object)])}
+    savemat(tmp_path / "a.set", {"EEG": eeg}, appendmat=False)
+    make_encoder(tmp_path / "encoder")
+    assert main(["encode", str(tmp_path / "encoder"), str(tmp_path / "a.set"), "-o", str(tmp_path / "x.npz")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "500000000 epochs; a recording has at most" in said and "\n" not in said
