@@ -87,8 +87,8 @@ class ShardCache:
         Returns
         -------
         int
-            File descriptor of the cached file; the caller must close it. The descriptor can be read even after the
-            cache has deleted the file.
+            File descriptor of the cached file; the caller must close it. The file can be read through the descriptor
+            even after the cache has deleted the file.
 
         Raises
         ------
@@ -163,7 +163,7 @@ class ShardCache:
         )
 
     def _reserve(self, temporary: Path, size: int, url: AnyPath) -> None:
-        """Reserve disk space for a file, so that parallel downloads do not exceed the limit together."""
+        """Reserve disk space for a file, so that simultaneous downloads do not together exceed the size limit."""
         if size > self.limit:
             raise RequestError(
                 f"{url}: the file has {size / 1e9:.3g} GB, more than the whole cache of {self.limit / 1e9:.3g} GB; "
@@ -189,8 +189,8 @@ class ShardCache:
                         else:
                             stream.truncate(size)
                     return
-            # The remaining files are being downloaded by other processes, and can only be deleted when their download
-            # is complete.
+            # The remaining files are being downloaded by other processes, and can be deleted only when their download
+            # is complete, so wait.
             time.sleep(0.05)
 
     def _is_dead(self, temporary: Path) -> bool:

@@ -164,12 +164,12 @@ def _ignore_job_signals(parent: int, worker: int) -> None:
 class Loader:
     """Endless stream of training batches.
 
-    The loader works on one endless sequence of samples: first the samples of epoch 0 in their order, then the samples
-    of epoch 1, and so on. Global batch `t` is the slice ``[t * B, (t + 1) * B)`` of the sequence of samples, where `B`
-    is the global batch size. Each rank reads every `world_size`-th sample of the global batch. So every sample occurs
-    exactly once in each epoch, all ranks have the same number of steps, and the global batches do not depend on the
-    number of ranks or workers. In a mixture, each dataset has its own sequence of samples, and the weight of a dataset
-    is the average fraction of a batch that comes from this dataset.
+    The loader works on one endless sequence of samples: first the samples of epoch 0 in their random order, then the
+    samples of epoch 1, and so on. Global batch `t` is the slice ``[t * B, (t + 1) * B)`` of the sequence of samples,
+    where `B` is the global batch size. Each rank reads every `world_size`-th sample of the global batch. So every
+    sample occurs exactly once in each epoch, all ranks have the same number of steps, and the global batches do not
+    depend on the number of ranks or workers. In a mixture, each dataset has its own sequence of samples, and the weight
+    of a dataset is the average fraction of a batch that comes from this dataset.
 
     Parameters
     ----------
@@ -365,7 +365,7 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
     Raises
     ------
     RequestError
-        If the shards that the loader needs at the same time are together larger than the cache.
+        If the shards that the loader needs at the same time are together larger than the size limit of the cache.
     """
     remote = [part for part in dataset.parts if part.cache]
     if not remote:

@@ -1,4 +1,4 @@
-"""The manifest of a dataset: a list of its files and settings, which is checked when the dataset is opened.
+"""The manifest of a dataset lists the files and settings of the dataset; it is checked when the dataset is opened.
 
 A dataset has several versions if it was changed after its first job, for example by adding recordings. The file
 ``manifest.json`` in the directory of the dataset belongs to the current version. The folder ``versions/<number>``
@@ -90,16 +90,18 @@ class Manifest:
     labels: list[str] = field(default_factory=list)
     """Name of each label, in the order of the label numbers; empty if the dataset has no labels."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Counts: the recordings found, the recordings with each status, the windows, and for each reason the windows or
-    trials left out."""
+    """Numbers of recordings and windows: recordings found, recordings with each status, windows in the dataset, and
+    windows or trials left out for each reason."""
     hours: dict[str, float] = field(default_factory=dict)
-    """Hours: all recordings found, the recordings with each status, and the signal written."""
+    """Hours of signal: in all recordings found, in the recordings with each status, and in the windows that were
+    written."""
     config: dict[str, Any] = field(default_factory=dict)
     """Config of the job that wrote the dataset."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of this project, and of the libraries that influence the stored bytes."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Further entries, such as ``request``, ``ledger_sha256``, and ``corpora`` with the design of each corpus."""
+    """Further entries, such as ``request``, ``ledger_sha256``, and ``corpora`` (in which order each corpus showed its
+    categories)."""
 
     def samples(self, split: str) -> int:
         """Return the number of samples of a split; 0 if the split does not exist."""

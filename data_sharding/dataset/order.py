@@ -21,7 +21,7 @@ import numpy as np
 
 Order = Literal["global", "shards"]
 """Order within an epoch. With "global", the samples are shuffled over the whole dataset; with "shards", only within
-groups of a few shards."""
+windows of a few shards."""
 
 _ROUNDS = 8
 _BLOCK = 4096

@@ -23,7 +23,8 @@ decides whether such a trial is in train or val."""
 class SplitConfig:
     """Subjects, images and concepts to hold out for val and test. A held-out subject or image is never in two splits.
 
-    All sessions of a subject are in the same split. Subjects of two corpora with the same name count as one subject.
+    All sessions of a subject are in the same split. If subjects in two corpora have the same name, they count as one
+    subject.
     """
 
     seed: int = 0

@@ -88,7 +88,7 @@ def _describe_recognised(label: str, items: Sequence[Item]) -> list[str]:
     else:
         lines.append(f"  if these names are right, confirm them with a table in the key 'subjects'; {wrong}")
     lines += [f"  {scheme.note}" for scheme in schemes if scheme.note]
-    # The same name in several folders is ambiguous: in anna/s1.edf and bert/s1.edf, s1 may be a session, but in
+    # A name that occurs in several folders is ambiguous: in anna/s1.edf and bert/s1.edf, s1 may be a session, but in
     # open/S01.edf and closed/S01.edf, S01 may be a person.
     places: defaultdict[str, set[str]] = defaultdict(set)
     for item in items:

@@ -160,7 +160,7 @@ def require_token() -> None:
     if "ray" in sys.modules:
         from ray._raylet import AuthenticationTokenLoader, Config
 
-        # Ray read the variables of the token when it was imported, so tell Ray about the new values.
+        # Ray read the environment variables of the token when Ray was imported, so tell Ray about the new values.
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
 

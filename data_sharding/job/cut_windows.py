@@ -212,7 +212,7 @@ def clean_windows(
     cuts: dict[int, list[Cut]],
     account: Account,
 ) -> Iterator[CleanWindow]:
-    """Filter all parts of a signal that contain windows, cut out the windows, and yield the windows that can be used.
+    """Filter the parts of a signal with windows in them, cut out the windows, and yield the windows that can be used.
 
     Parameters
     ----------

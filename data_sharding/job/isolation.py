@@ -90,7 +90,7 @@ def _private_bytes(pid: int) -> int:
 
 
 def _remove_if_dead(folder: Path) -> None:
-    """Remove a temporary folder of this user if no process holds its lock."""
+    """Remove a temporary folder of this user if no process holds the lock of the folder."""
     found = folder.lstat()
     # Leave alone what another user has made: a folder with a name of the same form, or a link to a folder of this user.
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or (folder / KEEP).exists():

@@ -116,7 +116,7 @@ def plan_shards(
 
 
 def write_shard(plan: ShardPlan, root: AnyPath, work: AnyPath) -> Shard:
-    """Copy samples from the parts of recordings into a shard, without decoding the samples.
+    """Copy samples from the parts of recordings, or from old shards, into a shard, without decoding the samples.
 
     Parameters
     ----------

@@ -153,7 +153,10 @@ def count_repeats(trials: Sequence[Trial]) -> list[int]:
 
 
 def nearest(value: float) -> int:
-    """Round to the nearest whole number. Halves are rounded up, so that equal distances stay equal."""
+    """Round to the nearest whole number, and round halves up.
+
+    Python's `round` rounds halves to the even number, so it can change a distance of 1 between two values to 0 or 2.
+    """
     return math.floor(value + 0.5)
 
 

@@ -83,7 +83,8 @@ class Plan:
     items: dict[str, Item]
     """All recordings of the job, by key."""
     states: dict[str, list[FileState]]
-    """States of the files of each recording, by the key of the recording. The state of each file is read only once."""
+    """For the key of each recording: the state of each of its files, that is, size, modification time, and checksum
+    from an object store. The state of each file is read only once."""
     labels: list[str]
     """Names of the labels; the number of a label is its index in this list."""
     request: str
@@ -97,7 +98,7 @@ class Plan:
     subjects: list[str] = field(default_factory=list)
     """Lines for the terminal about subjects that are unknown or not confirmed; see `describe_subjects`."""
     images: dict[str, FileState] = field(default_factory=dict)
-    """State of each image file, by the path of the file."""
+    """State of each image file (see `states`), by the path of the file."""
     corpus_of: dict[str, int] = field(default_factory=dict)
     """Index of the corpus in the config, by the key of the recording."""
 

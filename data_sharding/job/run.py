@@ -76,7 +76,7 @@ def _find_former(output: AnyPath) -> Manifest | None:
     Raises
     ------
     RequestError
-        If the output is a file, or a folder with other files.
+        If the output is a file, or a folder whose files do not belong to a dataset.
     """
     if fresh(output).exists() and not output.is_dir():
         raise RequestError(f"output '{output}': is a file, not a folder; choose another path")
@@ -461,8 +461,8 @@ def _collect(
     Returns
     -------
     state : bytes
-        Results of all recordings, stored before duplicates are marked. The next job uses these results if it adds
-        recordings.
+        Results of all recordings, as they were before duplicates were marked. The next job uses these results if it
+        adds recordings.
     rows : list of LedgerRow
         Rows of the ledger.
     kept : list of PartResult
@@ -532,7 +532,7 @@ def _make_private(decoded: Path) -> None:
 
 
 def _limit_decoded(config: ShardConfig, decoded: Path | None) -> None:
-    """Delete decoded signals that were not used for a long time, if the config limits their total size."""
+    """If the config limits the size of all decoded signals, delete those that were not used for the longest time."""
     if decoded and config.decoded_gb:
         deleted, left = limit_size(decoded, 1e9 * config.decoded_gb)
         if deleted:

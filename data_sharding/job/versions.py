@@ -56,7 +56,7 @@ class _Stored:
 
 @dataclass
 class Former:
-    """The version of the dataset in the output folder when the job begins."""
+    """The finished version of the dataset that is in the output folder when the job begins."""
 
     root: AnyPath
     manifest: Manifest
@@ -270,7 +270,8 @@ class NewVersion:
 
     number: int
     splits: dict[str, list[Shard]]
-    """Shards of the former version that remain, with their withdrawn samples."""
+    """Shards of the former version that remain. Each entry lists all samples of the shard that are not in the new
+    version."""
     moved: list[Piece]
     """Samples that are copied from old shards to new shards, because the old shards are deleted."""
     lost: list[str]

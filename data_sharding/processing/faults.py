@@ -53,7 +53,7 @@ class WindowFaults:
     silent: set[int] = field(default_factory=set)
     """Rows without a signal in a part of the window."""
     near: set[int] = field(default_factory=set)
-    """Rows without a signal shortly before or after the window. Because of this, the window contains a filter
+    """Rows without a signal shortly before or after the window. In the window, these rows contain a filter
     transient."""
 
 
@@ -115,7 +115,7 @@ class Bridge:
     rows : sequence of int
         Rows to read from the scratch file.
     factor : float
-        Factor that converts the values to microvolts.
+        Factor that converts the values in the scratch file to microvolts.
     begin : int
         Number of the segment's first sample in the scratch file.
     piece : (int, int)

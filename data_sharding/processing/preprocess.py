@@ -463,7 +463,7 @@ def reference_rows(n_channels: int, spec: PreprocessSpec, bads: Sequence[int], n
     spec : PreprocessSpec
         Preprocessing settings.
     bads : sequence of int
-        Rows that are left out of an average reference.
+        Rows of the bad channels, which are left out of an average reference.
     names : sequence of str
         Names of the rows; needed if the spec names reference channels.
 

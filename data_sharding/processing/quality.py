@@ -205,7 +205,7 @@ class Cells:
     segments : sequence of Segment
         Segments of the recording. A cell never crosses the end of a segment.
     to_uv : float
-        Factor that converts the values to microvolts.
+        Factor that converts the values as read from the file to microvolts.
     spec : QualitySpec
         Thresholds.
     """

@@ -230,7 +230,7 @@ class Survey:
     segments : sequence of Segment
         Segments of the recording.
     scale : float
-        Factor that converts the values to microvolts.
+        Factor that converts the values as read from the file to microvolts.
 
     Notes
     -----
