@@ -319,8 +319,9 @@ def run_tasks(
             if lost[key] < often:
                 waiting.append((key, argument))
                 continue
-            # If a worker was lost because its machine ran out of memory, the task may be the cause, so give up only
-            # this task. If a worker was lost for another reason, the cluster has a problem, so the job ends.
+            # If a worker was lost because its machine ran out of memory, the task may be the cause, so `give_up`
+            # decides about this task. If a worker was lost for another reason, the cluster has a problem, so the job
+            # ends.
             is_clusters_fault = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
             if is_clusters_fault and not isinstance(failure, OutOfMemoryError):
                 raise ClusterFailed(
