@@ -41,9 +41,9 @@ _WEIGHTS = ("model", "model_state_dict", "state_dict")
 class ConvertConfig:
     """Write an encoder package from a checkpoint of DreamDiffusion's released code.
 
-    There are two kinds of checkpoints: checkpoints of pretraining (key ``model``), and checkpoints of a fine-tuned
-    Stable Diffusion (key ``model_state_dict``). The names of the weights show which kind a checkpoint is. From a
-    fine-tuned Stable Diffusion, only the encoder is converted.
+    There are two kinds of checkpoints: of pretraining (with the weights under the key ``model``), and of a fine-tuned
+    Stable Diffusion (with the weights under the key ``model_state_dict``). The names of the weights show which kind a
+    checkpoint is. From a fine-tuned Stable Diffusion, only the encoder is converted.
     """
 
     checkpoint: str
@@ -86,10 +86,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     Returns
     -------
     weights : dict of str to Tensor
-        Weights by their names in DreamDiffusion's code. For a fine-tuned model, only the encoder's weights are
-        returned.
+        The weights; the keys are their names in DreamDiffusion's code. For a fine-tuned model, only the encoder's
+        weights are returned.
     settings : dict
-        Numbers and strings in the checkpoint's config; an empty dictionary if the checkpoint has no config.
+        Those entries of the checkpoint's config that are numbers or strings; empty if the checkpoint has no config.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def convert_weights(
     Parameters
     ----------
     weights : dict of str to Tensor
-        Weights by their names in DreamDiffusion's code.
+        The weights; the keys are their names in DreamDiffusion's code.
     heads, decoder_heads : int, optional
         Number of attention heads of the encoder, and of the decoder. The shapes of the weights do not show these
         numbers.
@@ -179,7 +179,8 @@ def convert_weights(
     ------
     RequestError
         If weights are missing, unknown, of a wrong shape or not finite. If the decoder's position embeddings are not
-        sines and cosines. If `heads` or `decoder_heads` is needed but None, or does not divide the width of a token.
+        the fixed sines and cosines. If `heads` or `decoder_heads` is needed but None, or does not divide the width of a
+        token.
     """
     # Ignore the weights with the prefix "nature_img_": they belong to an image encoder that some checkpoints also hold.
     weights = {name: _to_float32(name, value) for name, value in weights.items() if not name.startswith("nature_img_")}
@@ -331,7 +332,7 @@ def _find_shape(weights: dict[str, Tensor], blocks: str, width: int, heads: int 
         )
     if width % 2:
         raise RequestError(f"the width of {blocks} is {width}; it must be even, since sines and cosines come in pairs")
-    # Check the type too, because a number that was read from a checkpoint may have any type.
+    # Check the type too, because a value from the checkpoint's config may have any type.
     if type(heads) is not int or heads < 1 or width % heads:
         raise RequestError(f"{key} is {heads!r}; give --{key}, a whole number that divides the width {width}")
     ratio = first.shape[0] / width

@@ -202,8 +202,8 @@ class EEGEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Windows in model units (see `scale_for_model`). The temporal tokenizer pads windows that have fewer channels
-            than the encoder.
+            Windows in model units (see `scale_for_model`). The temporal tokenizer pads windows that have fewer than
+            `config.channels` channels.
         positions : Tensor, [C, 3] or [B, C, 3], optional
             Montage tokenizer only: electrode positions in metres, NaN for an unknown position. If there are fewer
             positions than channels, the last channels of `x_BCT`, which have no position, are ignored. By default, the
@@ -220,8 +220,7 @@ class EEGEncoder(nn.Module):
         Raises
         ------
         ValueError
-            If the windows have another length than the encoder's windows, or if there are too many channels or
-            positions.
+            If the windows have another length than the encoder takes, or if there are too many channels or positions.
         RequestError
             If the encoder has the montage tokenizer and there are no electrode positions.
         """
@@ -241,8 +240,8 @@ class EEGEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Windows in model units (see `scale_for_model`). The temporal tokenizer pads windows that have fewer channels
-            than the encoder.
+            Windows in model units (see `scale_for_model`). The temporal tokenizer pads windows that have fewer than
+            `config.channels` channels.
         positions, count_B : Tensor, optional
             See `tokens`.
 
@@ -286,9 +285,9 @@ class EEGEncoder(nn.Module):
         Raises
         ------
         RequestError
-            If the recording has no EEG channel, or more EEG channels than the encoder takes. If the unit of the
-            recording is unknown, if values are missing, or if the recording is shorter than a window. If an argument
-            has an impossible value.
+            If the recording has no EEG channel, or more EEG channels than the encoder takes. If the recording cannot be
+            used for another reason, e.g. because its unit is unknown or it is shorter than a window. If an argument has
+            an impossible value.
         """
         from pretrain.encoder.recording import MAX_BATCH, windows_of
 
@@ -365,8 +364,8 @@ class EEGEncoder(nn.Module):
         RequestError
             If the encoder's output holds NaN or infinite values; then no package is written.
         """
-        # Make a copy on the CPU in float32, because the output for the example must not depend on the device of the
-        # training.
+        # Make a copy on the CPU in float32, because the output that is stored for the self-check must not depend on the
+        # device of the training.
         model = EEGEncoder(self.config, self.spec, n_chans=self.n_chans, n_outputs=self.n_outputs)
         model.load_state_dict({k: v.detach().float().cpu() for k, v in self.state_dict().items()})
         model.eval()
@@ -381,7 +380,7 @@ class EEGEncoder(nn.Module):
         path_or_hub_id : str or Path
             Directory of the package, or its name on the Hugging Face hub (``user/name``).
         n_outputs : int, optional
-            Number of classes of a new classification head for the encoder.
+            Number of classes, if the encoder is to get a new classification head.
 
         Returns
         -------
@@ -392,7 +391,7 @@ class EEGEncoder(nn.Module):
         ------
         RequestError
             If a file is missing or damaged, if the weights do not fit the config, or if the encoder's output for the
-            example differs from the stored output.
+            package's example input differs from the output stored there.
         """
         found = read_package(path_or_hub_id)
 

@@ -215,7 +215,7 @@ def open_recording(path: str | Path) -> Signal:
 
 
 def _wrap(recording: Any) -> Signal:
-    """Convert an MNE object or an array to a `Signal`; a `Signal` is returned as it is."""
+    """Convert an MNE object or a tuple (see `windows_of`) to a `Signal`; a `Signal` is returned as it is."""
     import mne
 
     from data_sharding.formats.mne_signal import EpochsSignal, RawSignal

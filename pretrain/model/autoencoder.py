@@ -81,12 +81,12 @@ class SignalEncoder(nn.Module):
         return self.norm(self.blocks(x_BND))
 
     def over_time(self, x_BCT: Tensor, positions_BC3: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
-        """Encode windows; a window may have fewer channels than the encoder.
+        """Encode windows, which may have fewer channels than `config.channels`.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C or fewer, T]
-            Scaled signal. Windows with fewer channels than the encoder are padded with copies of their channels.
+            Scaled signal. Windows with fewer than `config.channels` channels are padded with copies of their channels.
         positions_BC3, count_B : Tensor, optional
             Ignored, because this encoder does not use electrode positions.
 
@@ -202,7 +202,7 @@ class MaskedAutoencoder(nn.Module):
         return SignalEncoder(config.encoder), SignalDecoder(config.decoder, config.encoder)
 
     def windows(self, batch: Samples, spec: PreprocessSpec, device: torch.device) -> Tensor:
-        """Turn samples into the input of the model.
+        """Pad and scale the windows of a batch, as the model needs them.
 
         Parameters
         ----------
@@ -237,7 +237,7 @@ class MaskedAutoencoder(nn.Module):
         return self.encoder.channels_for_scale(batch.channels)
 
     def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
-        """Draw the masks of samples, without using the model's weights.
+        """Draw a random mask for each sample of a batch; the model's weights are not used.
 
         Parameters
         ----------

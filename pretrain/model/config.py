@@ -55,7 +55,7 @@ class EncoderConfig:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens along a window, without the class token."""
+        """Number of tokens one after another along a window (N in tensor names), without the class token."""
         return self.samples // self.patch
 
     @property
@@ -120,7 +120,10 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the model is computed. The compute settings change the results only by rounding errors."""
+    """How the model is computed, e.g. by which implementation of attention.
+
+    These settings change the results of the model only by rounding errors.
+    """
 
     attention: AttentionKind = "auto"
     """Implementation of attention. sdpa: PyTorch's fused attention. plain: two matrix products and a softmax. auto:
@@ -148,10 +151,10 @@ class MaskedAutoencoderConfig:
     too easy a task: neighbouring tokens are so similar that a model can fill a single gap by interpolation."""
     mask_each_channel: bool = False
     """Montage tokenizer only: draw a separate mask for each channel. Without separate masks, the same times are hidden
-    in all channels, as in DreamDiffusion. With separate masks, a model can copy the signal from a neighbouring
-    electrode, because neighbouring electrodes record nearly the same signal."""
+    in all channels, as in DreamDiffusion. With separate masks, the task is easier: a model can copy the hidden signal
+    from a neighbouring electrode, because neighbouring electrodes record nearly the same signal."""
     normalize_targets: bool = False
-    """Standardise each target token with the mean and the standard deviation of this token."""
+    """Scale the values of each token that the decoder must predict to mean 0 and variance 1."""
     channel_dropout: float = 0.0
     """Probability with which a channel is hidden from the encoder in training; 0 in DreamDiffusion's paper. The decoder
     must still predict a hidden channel."""

@@ -51,9 +51,9 @@ def training_flops(config: MaskedAutoencoderConfig) -> float:
     Returns
     -------
     float
-        Number of operations in matrix products and convolutions: three times the number of the forward pass, because
-        the backward pass needs twice the operations of the forward pass. Activations that are computed again to save
-        memory are counted once. PyTorch counts the operations on the meta device.
+        Number of operations in matrix products and convolutions: three times the number in a forward pass, because a
+        backward pass needs twice as many as a forward pass. Operations that activation checkpointing repeats are
+        counted once. PyTorch counts the operations on the meta device.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -50,7 +50,7 @@ def keep_indices(
     block: int = 1,
     channels: Sequence[int] | None = None,
 ) -> Tensor:
-    """Draw the visible tokens of samples.
+    """Draw at random, for each sample, which tokens are visible.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def keep_indices(
 def dropped_channels(
     seed: int, epochs: Sequence[int], numbers: Sequence[int], counts: Sequence[int], share: float, width: int
 ) -> Tensor:
-    """Draw the channels that are hidden from the encoder.
+    """Draw at random, for each sample, which channels are hidden from the encoder.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def dropped_channels(
 
 
 def _state(seed: int, epochs: Sequence[int], numbers: Sequence[int]) -> np.ndarray:
-    """Return a 64-bit hash of the seed, the epoch and the sample's number for each sample."""
+    """For each sample, return a 64-bit hash of the seed, the epoch and the sample's number."""
     state_B = _mix(_mix(np.full(len(epochs), seed % 2**64, np.uint64)) ^ np.asarray(epochs, np.uint64))
     return _mix(state_B ^ np.asarray(numbers, np.uint64))
 

@@ -366,7 +366,7 @@ class MontageAutoencoder(MaskedAutoencoder):
         return MontageEncoder(config.encoder), MontageDecoder(config.decoder, config.encoder)
 
     def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
-        """Draw the masks of samples and collect their electrode positions, without using the model's weights.
+        """Draw random masks for the samples of a batch, and collect their electrode positions.
 
         Parameters
         ----------

@@ -43,7 +43,7 @@ class TemporalTokenizer:
 
 
 class MontageTokenizer:
-    """The montage tokenizer: a token holds a few time samples of one channel, and the position of this electrode."""
+    """The montage tokenizer: a token holds a few time samples of one channel and its electrode's position."""
 
     by_channel: ClassVar[bool] = True
     """True if each token holds the signal of one channel only; False if it holds the signal of all channels."""

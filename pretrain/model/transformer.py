@@ -210,7 +210,7 @@ def initialise(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _make_mimetic(attention: Attention, gain: float) -> None:
-    """Give queries and keys equal weights, so that similar tokens, such as neighbours, attend to each other at once."""
+    """Give queries and keys equal weights, so that similar tokens (neighbours) attend to each other from the start."""
     dim = attention.proj.weight.shape[0]
     query_DD = torch.randn(dim, dim, device=attention.qkv.weight.device) * (gain / dim) ** 0.5
     attention.qkv.weight[:dim] = query_DD

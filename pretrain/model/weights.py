@@ -78,13 +78,13 @@ def check_network(build: Callable[[], Any], size: WeightsSize, where: str | Path
     """Check that a network that a config describes is not larger than its weights file.
 
     The network is built without memory (on PyTorch's meta device), and the building stops as soon as the network has
-    more parameters than the weights file can contain. A small file with a damaged or changed config therefore cannot
-    make the code build a huge network.
+    clearly more parameters than the weights file. A damaged or changed config therefore cannot make the code build a
+    network that is much larger than its weights file.
 
     Parameters
     ----------
     build : callable
-        Function that builds the network, or several networks.
+        Function that builds the network, or several networks, whose sizes are then added.
     size : WeightsSize
         Size of the weights file.
     where : str or Path

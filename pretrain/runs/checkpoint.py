@@ -276,8 +276,8 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
     """Find the newest checkpoint whose files all have the right checksum.
 
-    Damaged checkpoints that are newer are not deleted, so that somebody can inspect them. They are renamed, so that the
-    run can write checkpoints of the same steps again.
+    Damaged checkpoints that are newer than this one are not deleted, so that somebody can inspect them. They are
+    renamed, so that the run can write checkpoints of the same steps again.
 
     Parameters
     ----------
@@ -493,5 +493,5 @@ class CheckpointReader:
         return file.get_tensor(stored)
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """Return all tensors under a prefix such as ``weights/``, without the prefix in their names."""
+        """Return all tensors whose names begin with a prefix such as ``weights/``; the returned names lack it."""
         return {name.removeprefix(prefix): self[name] for name in sorted(self._places) if name.startswith(prefix)}

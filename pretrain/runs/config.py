@@ -84,7 +84,7 @@ class CheckpointConfig:
     asynchronous: bool = False
     """If true, the training state is copied to the CPU's memory, and a background thread writes this copy to disk.
     Training waits only until the state is copied. In pretraining, the copy needs twelve bytes of CPU memory for each
-    parameter, divided among the processes."""
+    parameter of the model; every process holds its share of the copy."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "every", "keep", "milestones", prefix="checkpoint.")

@@ -25,7 +25,8 @@ class TrackerConfig:
     """Where metrics are sent, in addition to metrics.jsonl."""
 
     kind: Literal["none", "wandb", "tensorboard"] = "wandb"
-    """Kind of tracker. wandb is offline unless you are logged in ('wandb login' or WANDB_API_KEY) or set WANDB_MODE."""
+    """Kind of tracker. wandb is online if you are logged in ('wandb login' or WANDB_API_KEY), else offline; the
+    environment variable WANDB_MODE overrides this choice."""
     project: str = "dreamscale"
     """Name of the project at wandb."""
     name: str | None = None

@@ -20,7 +20,7 @@ class OptimizerConfig:
     RENAMED: ClassVar[dict[str, str]] = {"clip": "grad_clip"}
 
     lr: float = 2.5e-4
-    """Peak learning rate for the given batch_size, or for base_batch if base_batch is set."""
+    """Peak learning rate for the run's batch_size, or for a batch size of base_batch if base_batch is set."""
     base_batch: int | None = None
     """Batch size for which lr and min_lr are meant. If the run's batch_size is another number, lr and min_lr are scaled
     (see batch_scaling). If base_batch is not set, they are never scaled."""
@@ -121,8 +121,8 @@ class PretrainConfig:
     """Directory written by 'dreamscale shard', on a disk or an object store (s3://bucket/lab). The length of the
     dataset's windows must be model.encoder.samples."""
     datasets: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Use this key in place of 'dataset' to train on several datasets. Each entry has the directory of a dataset and
-    its fraction of the training samples. All datasets must have the same preprocessing."""
+    """Use this key in place of 'dataset' to train on several datasets. For each directory of a dataset, give the
+    fraction of the training samples that is drawn from it. All datasets must have the same preprocessing."""
     allowed_licenses: list[str] = dataclasses.field(default_factory=list)
     """Licences that the training data may have, as glob patterns: [CC0*, CC-BY-*]. If the list is not empty and a
     recording has another licence, or no known licence, training and export stop with an error."""
@@ -166,7 +166,8 @@ class PretrainConfig:
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further keys for DeepSpeed's config; they override the values that Dreamscale would set."""
     num_workers: int = 2
-    """Number of processes that read data for each training process. 0: the training process itself reads the data."""
+    """Number of additional processes that each training process starts to read its data. 0: the training process itself
+    reads the data."""
     log_every: int = 10
     """Number of steps between two lines of metrics."""
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)

@@ -121,9 +121,10 @@ def activation_bytes(
     seen, every = tokens_of(model, channels)
 
     def block(shape: EncoderConfig | DecoderConfig, tokens: int) -> float:
-        # For each token, autograd keeps eight vectors of the model's width: input, norm, q, k, v, output of the
-        # attention, sum and second norm. Autograd also keeps two vectors of the hidden width (before and after the
-        # GELU), and, in float32, two statistics for each norm and one statistic for each head.
+        # For each token, autograd keeps eight vectors of the model's width: the block's input, the first norm's output,
+        # q, k, v, the attention's output, the sum of this output and the input, and the second norm's output. Autograd
+        # also keeps two vectors of the hidden width (before and after the GELU), and, in float32, two statistics for
+        # each norm and one statistic for each head.
         wide = tokens * (8 * shape.dim + 2 * int(shape.dim * shape.mlp_ratio)) * value
         return wide + tokens * 4 * (4 + shape.heads)
 
@@ -134,7 +135,7 @@ def activation_bytes(
     else:
         kept = sum(shape.depth * block(shape, tokens) for shape, tokens in stacks)
     # Autograd also keeps the inputs and outputs of the last norms, the window in float32 and in the model's number
-    # format, and the errors in float32.
+    # format, and the prediction errors in float32.
     ends = sum(2 * tokens * shape.dim * value for shape, tokens in stacks)
     rows = model.encoder.signal_rows(channels)
     return kept + ends + rows * model.encoder.samples * (8 + value % 4)
