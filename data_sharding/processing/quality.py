@@ -37,6 +37,11 @@ MOST_HARMONICS_HZ = 1000.0
 TONAL = 4.0
 """The harmonics of the mains frequency are removed from a cell only if their mean energy is more than 4 times the mean
 energy of the other frequencies."""
+RHYTHMS_HZ = (10.0, 20.0, 30.0)
+"""Frequencies of slow rhythms that are not muscle activity."""
+LEAST_MUSCLE_HZ = 175.0
+"""Lowest sampling rate at which muscle activity is measured. At lower rates, a cell has too few samples to tell muscle
+activity from the rhythms in `RHYTHMS_HZ` and from mains noise."""
 LEAST_FREE = 4
 """The harmonics of the mains frequency are removed only if a cell has at least 4 samples more than the number of
 removed signals (basis and harmonics)."""
@@ -137,7 +142,7 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
     """
     t = (np.arange(length) - (length - 1) / 2) / sfreq
     columns = [np.ones(length), t]
-    for hertz in (10.0, 20.0, 30.0):
+    for hertz in RHYTHMS_HZ:
         if hertz < 0.4 * sfreq and len(columns) + 2 < length - 4:
             columns += [np.cos(2 * np.pi * hertz * t), np.sin(2 * np.pi * hertz * t)]
     mains = {}
@@ -429,11 +434,11 @@ class Cells:
         self.compared[rows] += live.sum(axis=1) * (self.length - 1)
         if not self.spec.check:
             return
-        basis, mains, n_free = _basis(self.length, self.sfreq)
+        basis, mains, _ = _basis(self.length, self.sfreq)
         x = (x - x[:, :, :1]).astype(np.float32)
         parts = (x @ basis) ** 2
         scale = self.to_uv**2 / self.length
-        if n_free >= 6:
+        if self.sfreq >= LEAST_MUSCLE_HZ:
             rest = np.einsum("rkl,rkl->rk", x, x) - parts.sum(axis=2)
             r, k = np.nonzero((scale * rest > self.spec.muscle_uv**2) & live)
             if len(r):

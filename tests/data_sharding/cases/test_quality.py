@@ -252,6 +252,15 @@ class TestBadChannels:
         assert not sharded.row.windows_left_out and marked and all(18 < start < 42 for start in marked), marked
         assert sharded.row.line_freq == line and set(sharded.row.bad_in_windows) == {"muscle"}
 
+    @pytest.mark.parametrize(("sfreq", "rhythm"), [(64.0, 10.0), (80.0, 10.0), (100.0, 20.0)])
+    def test_rhythms_at_low_sampling_rates_are_no_muscle_activity(
+        self, shard_one, true_uv, sfreq: float, rhythm: float
+    ) -> None:
+        t = get_times(sfreq)
+        sharded = shard_one(true_uv(16, 8, t) + 150 * np.sin(2 * np.pi * rhythm * t), sfreq)
+        assert sharded.row.windows > 50, sharded.row.reason
+        assert not sharded.row.bad_in_windows and not sharded.row.windows_left_out
+
     def test_ordinary_eeg_has_no_bad_windows(self, shard_one, true_uv) -> None:
         t, rng = get_times(), np.random.default_rng(2)
         uv = true_uv(14, 8, t) + rng.normal(0, 3, (8, t.size)) + 30 * np.sin(2 * np.pi * 50 * t)
