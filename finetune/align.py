@@ -80,7 +80,10 @@ class AlignConfig:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or self.encoder_lr < 0:
-            raise ValueError("need temperature > 0 and encoder_lr >= 0")
+            raise ValueError(
+                "'temperature' must be above 0 and 'encoder_lr' at least 0, got "
+                f"{self.temperature} and {self.encoder_lr}"
+            )
 
 
 def infonce(embeds_GP: Tensor, target_GP: Tensor, row_G: Tensor, temperature: float) -> Tensor:

@@ -72,7 +72,10 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         if self.shift < 0 or self.noise < 0 or not 0 <= self.drop_channels < 1:
-            raise ValueError("augment: need shift >= 0, noise >= 0 and 0 <= drop_channels < 1")
+            raise ValueError(
+                "augment.shift and augment.noise must be at least 0, and augment.drop_channels at least 0 and below 1, "
+                f"got {self.shift}, {self.noise} and {self.drop_channels}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

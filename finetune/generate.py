@@ -108,7 +108,10 @@ def _describe_eeg(dataset: EEGDataset, trial: Trial) -> dict[str, Any]:
 def _open_train(dataset: EEGDataset, config: GenerateConfig) -> EEGDataset:
     """Open the train split for a predictor, in the dataset version from which `dataset` was read."""
     if config.split == "train":
-        raise RequestError(f"split is train, but --control {config.control} learns from train; give another split")
+        raise RequestError(
+            f"--split train cannot be used with --control {config.control}, which learns from the train split; give "
+            "another split"
+        )
     try:
         version = dataset.manifest.dataset_id
         found = EEGDataset(config.dataset, "train", version=version, tmin=dataset.tmin, tmax=dataset.tmax)

@@ -236,7 +236,9 @@ def digest_folder(*folders: Path) -> str:
             files = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
             for path in files:
                 if path.suffix == ".json" and path.stat().st_size > MAX_JSON:
-                    raise RequestError(f"{path}: larger than {MAX_JSON} bytes, so it is no file of a model; remove it")
+                    raise RequestError(
+                        f"{path}: larger than {MAX_JSON} bytes, so this file cannot belong to a model; remove this file"
+                    )
             found.append({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
     except OSError as error:
         raise RequestError(f"{error.filename}: cannot be read ({error.strerror}); copy the model again") from None

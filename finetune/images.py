@@ -340,7 +340,9 @@ class ImageTable:
         if path is not None and path.is_file():
             found = read_tensors(path).get("features")
             if found is None or len(found) != len(self) or not found.is_floating_point():
-                raise RequestError(f"{path}: holds no features of these images; delete this file")
+                raise RequestError(
+                    f"{path}: this file of stored features does not hold the features of these images; delete the file"
+                )
             return found
         parts = []
         for start in range(0, len(self), batch_size):

@@ -102,7 +102,10 @@ def copy_configs(files: list[Path], folder: Path) -> None:
     targets = {folder / path.relative_to(shipped_configs()): path.read_bytes() for path in files}
     for target, content in targets.items():
         if target.exists() and (not target.is_file() or target.read_bytes() != content):
-            raise RequestError(f"{target}: exists and differs; move it away, or choose another folder for -o")
+            raise RequestError(
+                f"{target}: a file with this name and other content exists; move that file away, or choose another "
+                "folder for -o"
+            )
     try:
         for target, content in targets.items():
             target.parent.mkdir(parents=True, exist_ok=True)

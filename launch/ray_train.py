@@ -36,7 +36,7 @@ def _train(job: dict[str, Any]) -> None:
     os.environ[STOP_FILE] = str(folder / _STOP)
     code = main(job["words"])
     if code == EXIT_FAILED:
-        raise RuntimeError("training failed; see above")
+        raise RuntimeError("training failed; the error of the training is printed above")
     if os.environ["RANK"] == "0":
         atomic_write_text(folder / _EXIT, str(code))
 

@@ -99,7 +99,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """
     path = Path(path)
     if not path.is_file():
-        raise RequestError(f"{path}: no such checkpoint")
+        raise RequestError(f"{path}: no such checkpoint; give the path of a checkpoint of DreamDiffusion")
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception as error:
@@ -295,7 +295,7 @@ def _to_float32(name: str, value: Tensor) -> Tensor:
 def _get_weight(weights: dict[str, Tensor], name: str, rank: int) -> Tensor:
     """Return the weight `name`; raise an error if it is missing or does not have `rank` dimensions."""
     if name not in weights:
-        raise RequestError(f"weights are missing: {name}")
+        raise RequestError(f"weights are missing: {name}; give a complete checkpoint of DreamDiffusion")
     value = weights[name]
     if value.ndim != rank or 0 in value.shape:
         raise RequestError(f"{name} has the shape {list(value.shape)}; it must have {rank} dimensions, none of them 0")
@@ -310,7 +310,10 @@ def _take(weights: dict[str, Tensor], names: dict[str, str], taken: set[str], mo
     """
     missing = sorted(foreign for foreign in names.values() if foreign not in weights)
     if missing:
-        raise RequestError(f"weights are missing: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}")
+        raise RequestError(
+            f"weights are missing: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}; give a complete checkpoint "
+            "of DreamDiffusion"
+        )
     shapes = {foreign: model.get_parameter(own).shape for own, foreign in names.items()}
     wrong = sorted(foreign for foreign, shape in shapes.items() if weights[foreign].shape != shape)
     if wrong:

@@ -55,7 +55,7 @@ def read_run(run: str | Path) -> tuple[PretrainConfig, Path, dict[str, Any]]:
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
-        raise RequestError(f"{run}: no config.yaml, so this is not a run directory of 'dreamscale pretrain'")
+        raise RequestError(f"{run}: no config.yaml in this folder; give the output folder of 'dreamscale pretrain'")
     config = load_stored_config(run / "config.yaml", PretrainConfig)
     complete = complete_checkpoints(run / "checkpoints")
     if not complete:

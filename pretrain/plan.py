@@ -268,7 +268,10 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     model = request.model
     if config.channels is not None:
         if not model.encoder.by_channel:
-            raise RequestError("channels is for the montage tokenizer only; the temporal tokenizer always has 128 rows")
+            raise RequestError(
+                "the key 'channels' can be set only for a model with the montage tokenizer, and this model has the "
+                "temporal tokenizer, which always has 128 channels; leave 'channels' out"
+            )
         model = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, channels=config.channels))
     with torch.device("meta"):
         built = build_autoencoder(model)
@@ -422,7 +425,9 @@ def run_plan(config: PlanConfig) -> int:
         try:
             write_json(Path(config.output), plan)
         except OSError as error:
-            raise RequestError(f"output {config.output}: cannot be written ({error.strerror})") from None
+            raise RequestError(
+                f"output {config.output}: cannot be written ({error.strerror}); choose another output"
+            ) from None
     return EXIT_DONE
 
 

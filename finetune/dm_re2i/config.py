@@ -78,15 +78,25 @@ class EVRNetStage:
 
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= 128 or self.calibration_trials < 2:
-            raise ValueError("evrnet: need 1 <= channels <= 128 and calibration_trials >= 2")
+            raise ValueError(
+                "evrnet.channels must be from 1 to 128 and evrnet.calibration_trials at least 2, got "
+                f"{self.channels} and {self.calibration_trials}"
+            )
         if not self.encoder_lr > 0:
             raise ValueError(f"evrnet.encoder_lr must be above 0, got {self.encoder_lr}")
         if not 0 <= self.whiten <= 1:
             raise ValueError(f"evrnet.whiten must be from 0 to 1, got {self.whiten}")
         if not 1 <= self.average_end <= self.average or not 0 <= self.mixup <= 0.5 or not 0 <= self.label_smoothing < 1:
-            raise ValueError("evrnet: need 1 <= average_end <= average, 0 <= mixup <= 0.5 and 0 <= label_smoothing < 1")
+            raise ValueError(
+                "evrnet.average_end must be from 1 to evrnet.average, evrnet.mixup from 0 to 0.5, and "
+                f"evrnet.label_smoothing at least 0 and below 1; got average_end {self.average_end}, average "
+                f"{self.average}, mixup {self.mixup} and label_smoothing {self.label_smoothing}"
+            )
         if not 0 <= self.image_weight < math.inf or self.image_components < 1:
-            raise ValueError("evrnet: need a finite image_weight >= 0, and image_components >= 1")
+            raise ValueError(
+                "evrnet.image_weight must be finite and at least 0, and evrnet.image_components at least 1, got "
+                f"{self.image_weight} and {self.image_components}"
+            )
         if self.image_weight and self.network == "encoder" and not self.train_encoder:
             raise ValueError(
                 "evrnet.image_weight trains the feature, but the feature of a frozen encoder does not change; set "
@@ -173,7 +183,10 @@ class EGDDPMStage:
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1 or self.condition_noise < 0 or self.noise_steps < 2:
-            raise ValueError("ddpm: need 0 <= drop < 1, condition_noise >= 0 and noise_steps >= 2")
+            raise ValueError(
+                "ddpm.drop must be at least 0 and below 1, ddpm.condition_noise at least 0, and ddpm.noise_steps at "
+                f"least 2, got {self.drop}, {self.condition_noise} and {self.noise_steps}"
+            )
         multiple = self.patch * 2 ** (len(self.multipliers) - 1)
         if len(self.multipliers) < 2 or self.patch < 1 or self.image_size < 1 or self.image_size % multiple:
             raise ValueError(
@@ -245,10 +258,15 @@ class DMRE2IConfig:
         if not re.fullmatch(r"[A-Za-z0-9.-]+", self.license):
             raise ValueError(f"license is '{self.license}'; give an identifier such as cc-by-4.0, mit or unknown")
         if self.ddpm.guide == "encoder" and self.evrnet_from is not None:
-            raise ValueError("evrnet_from is not used with ddpm.guide encoder; leave one of the two out")
+            raise ValueError(
+                "'evrnet_from' cannot be set with 'ddpm.guide: encoder', which uses no EVRNet; remove one of the two"
+            )
         if self.stages == "evrnet" and (self.evrnet_from is not None or self.ddpm.guide == "encoder"):
-            other = "evrnet_from" if self.evrnet_from is not None else "ddpm.guide encoder"
-            raise ValueError(f"stages is evrnet, but with {other} no EVRNet is trained; remove one of the two keys")
+            other = "evrnet_from" if self.evrnet_from is not None else "ddpm.guide: encoder"
+            raise ValueError(
+                f"'stages: evrnet' only trains EVRNet, but with '{other}' no EVRNet is trained; remove one of the two "
+                "keys"
+            )
 
     @staticmethod
     def free_keys() -> tuple[str, ...]:

@@ -108,7 +108,7 @@ class ClassMeans:
             values = read_tensors(path)
             means = cls(values["mean"].float(), values["count"].long())
             if means.mean_KD.shape != (len(means.count_K), dim) or not means.mean_KD.isfinite().all():
-                raise ValueError("the means do not fit the model")
+                raise ValueError("the means are not finite, or their shape is not that of the model")
         except (KeyError, ValueError) as error:
             raise RequestError(
                 f"{path}: cannot be read ({one_line(error)[:200]}); train the model again for the control 'class'"

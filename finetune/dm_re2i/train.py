@@ -243,15 +243,19 @@ def _check_data(config: DMRE2IConfig, splits: tuple[EEGDataset, EEGDataset], tab
     for dataset, table in zip(splits, tables, strict=True):
         if len(dataset.labels) < 2:
             raise RequestError(
-                f"{dataset.path}: EVRNet needs at least two categories, but the dataset has {len(dataset.labels)}"
+                f"{dataset.path}: EVRNet needs at least two categories, but the dataset has {len(dataset.labels)}; "
+                "give another dataset, or train a model without categories ('dreamscale finetune')"
             )
         if table.labels.min() < 0 or table.labels.max() >= len(dataset.labels):
-            raise RequestError(f"{dataset.path} ({dataset.split}): a trial's label is not in the manifest's labels")
+            raise RequestError(
+                f"{dataset.path} ({dataset.split}): a trial's label is not in the labels of the manifest; make the "
+                "dataset again"
+            )
         most = int(dataset.trials.numbers("n").max())
         if config.ddpm.guide != "encoder" and most > config.evrnet.channels:
             raise RequestError(
                 f"evrnet.channels is {config.evrnet.channels}, but a trial of {dataset.path} ({dataset.split}) has "
-                f"{most} channels; set it to {most} or more"
+                f"{most} channels; set evrnet.channels to {most} or more"
             )
 
 
@@ -265,7 +269,7 @@ def _load_evrnet(path: str, data: EEGDataset) -> EEGClassifier:
     if evrnet.n_times not in (None, data.n_times):
         raise RequestError(
             f"{path}: this classifier takes trials of {evrnet.n_times} samples, but eeg.tmin to eeg.tmax has "
-            f"{data.n_times}; set the same part as in its training, or leave evrnet_from out"
+            f"{data.n_times}; set eeg.tmin and eeg.tmax as in its training, or leave evrnet_from out"
         )
     return evrnet.requires_grad_(False)
 

@@ -49,7 +49,10 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 2 or self.width < 4 or not self.lr > 0:
-            raise ValueError("training: need steps >= 1, batch_size >= 2, width >= 4 and lr > 0")
+            raise ValueError(
+                "training.steps must be at least 1, training.batch_size at least 2, training.width at least 4 and "
+                f"training.lr above 0, got {self.steps}, {self.batch_size}, {self.width} and {self.lr}"
+            )
         if self.size < 16 or self.size % 8:
             raise ValueError(f"training.size must be a multiple of 8 and at least 16, got {self.size}")
 

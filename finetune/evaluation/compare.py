@@ -125,7 +125,9 @@ def compare(config: CompareConfig) -> int:
         try:
             write_json(Path(config.output), result)
         except OSError as error:
-            raise RequestError(f"output {config.output}: cannot be written ({describe(error)})") from None
+            raise RequestError(
+                f"output {config.output}: cannot be written ({describe(error)}); choose another output"
+            ) from None
         print(f"-> {config.output}")
     return EXIT_DONE
 

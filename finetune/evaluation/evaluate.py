@@ -133,11 +133,13 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if not set(self.lpips) <= {"alex", "vgg"}:
-            raise ValueError(f"lpips may hold only alex and vgg, got {self.lpips}")
+            raise ValueError(f"'lpips' can hold only 'alex' and 'vgg', got {self.lpips}")
         if self.permutations < 99 or self.examples < 1 or any(n < 2 for n in self.n_way):
-            raise ValueError("need permutations >= 99, examples >= 1 and every n_way >= 2")
+            raise ValueError(
+                "'permutations' must be at least 99, 'examples' at least 1 and every number of 'n_way' at least 2"
+            )
         if self.draws < 2 or any(k < 1 for k in self.top_k):
-            raise ValueError("need draws >= 2 and every top_k >= 1")
+            raise ValueError("'draws' must be at least 2 and every number of 'top_k' at least 1")
         if self.num_processes < 1:
             raise ValueError(f"num_processes must be at least 1, got {self.num_processes}")
 

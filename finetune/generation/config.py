@@ -69,7 +69,10 @@ class GenerateConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         repeated = {name for name in self.controls if [self.control, *self.controls].count(name) > 1}
         if repeated:
-            raise ValueError(f"controls names a control twice, or also the value of control: {', '.join(repeated)}")
+            raise ValueError(
+                f"'controls' repeats a control, or the control of the key 'control': {', '.join(repeated)}; name each "
+                "control once"
+            )
         if self.average_repeats < 0:
             raise ValueError(f"average_repeats must be 0 (all) or more, got {self.average_repeats}")
         if self.limit < 0:

@@ -95,7 +95,10 @@ class PartialFolder:
         """
         found = self._names()
         if (self.path.exists() and not self.path.is_dir()) or (found - {_LOCK} and _STATE not in found):
-            raise RequestError(f"{self.path}: does not hold unfinished images; move it or choose another output")
+            raise RequestError(
+                f"{self.path} already exists and is not the output of an interrupted generation; move it or "
+                "choose another output"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = hold_lock(self.path / _LOCK)
         if _STATE in found and (differ := self._find_differences()):

@@ -53,9 +53,12 @@ class LinearConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= 128 or self.image_size < 1:
-            raise ValueError("need 1 <= channels <= 128 and image_size >= 1")
+            raise ValueError(
+                "'channels' must be from 1 to 128 and 'image_size' at least 1, got "
+                f"{self.channels} and {self.image_size}"
+            )
         if self.bins < 1 or self.components < 1:
-            raise ValueError(f"need bins >= 1 and components >= 1, got {self.bins} and {self.components}")
+            raise ValueError(f"'bins' and 'components' must be at least 1, got {self.bins} and {self.components}")
 
 
 def _read_features(data: EEGDataset, groups: list[list[int]], channels: Sequence[str], bins: int) -> Floats:
@@ -98,7 +101,9 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
         If a time bin would be shorter than one sample, or if the trials have no channel in common.
     """
     if config.bins > data.n_times:
-        raise RequestError(f"bins is {config.bins}, but a trial has {data.n_times} samples; set bins to {data.n_times}")
+        raise RequestError(
+            f"'bins' is {config.bins}, but a trial has {data.n_times} samples; set 'bins' to at most {data.n_times}"
+        )
     tables = ImageTable(data), ImageTable(val)
     images, held = (table.pixels(size=config.image_size) for table in tables)
     components_MP, held_MP = find_components(images, held, config.components)

@@ -198,7 +198,7 @@ def fit_ridge(train: EEGDataset, target_MP: Floats, test: EEGDataset, *, bins: i
         if not len(own):
             raise RequestError(
                 f"{test.path}: {person} is not in the train split, so no regression can be fitted for this person; "
-                f"set fit: pooled"
+                "set 'fit: pooled'"
             )
 
         held = np.isin(row_B[own], np.unique(row_B[own])[::5])

@@ -91,13 +91,17 @@ class RetrieveConfig:
 
     def __post_init__(self) -> None:
         if not self.average_repeats or any(number < 0 for number in self.average_repeats):
-            raise ValueError("average_repeats needs at least one number, and no number below 0")
+            raise ValueError("'average_repeats' must hold at least one number, and no number below 0")
         if any(n < 2 for n in self.n_way) or self.resamples < 99 or self.bins < 1:
-            raise ValueError("need every n_way >= 2, resamples >= 99 and bins >= 1")
+            raise ValueError(
+                "every number of 'n_way' must be at least 2, 'resamples' at least 99 and 'bins' at least 1"
+            )
         if self.model != RIDGE and (self.layer is not None or self.fit != "pooled"):
-            raise ValueError("the keys layer and fit are only for model: ridge")
+            raise ValueError("the keys 'layer' and 'fit' can be set only with 'model: ridge'")
         if self.model == RIDGE and not self.target:
-            raise ValueError("model: ridge needs the key target, e.g. openai/clip-vit-large-patch14")
+            raise ValueError(
+                "'model: ridge' needs the key 'target': give a CLIP model, such as openai/clip-vit-large-patch14"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,7 +154,10 @@ def open_time_path(unet: UNet2DConditionModel) -> int:
     """
     kind = unet.config.class_embed_type
     if kind not in (None, "identity") or unet.config.num_class_embeds is not None:
-        raise RequestError("the base model is conditioned on classes; set time_path: false, or choose another base")
+        raise RequestError(
+            "the base model is conditioned on classes, so its class input cannot take EEG; set 'time_path: false', or "
+            "choose another base"
+        )
     unet.class_embedding = nn.Identity()
     unet.register_to_config(class_embed_type="identity")
     return int(unet.time_embedding.linear_2.out_features)

@@ -100,9 +100,14 @@ class StableDiffusionConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1 or self.hidden < 1 or self.val_trials < 1:
-            raise ValueError("need 0 <= drop < 1, hidden >= 1 and val_trials >= 1")
+            raise ValueError(
+                "'drop' must be at least 0 and below 1, and 'hidden' and 'val_trials' at least 1, got "
+                f"{self.drop}, {self.hidden} and {self.val_trials}"
+            )
         if self.order == "joint" and self.clip is None:
-            raise ValueError("order joint needs 'clip': give the CLIP model whose image embeddings the encoder learns")
+            raise ValueError(
+                "'order: joint' needs the key 'clip': give the CLIP model whose image embeddings the encoder learns"
+            )
 
 
 def encode_images(

@@ -90,7 +90,8 @@ def make_accelerator(
         )
     if accelerator.num_processes != num_processes:
         raise RequestError(
-            f"num_processes is {num_processes}, but Accelerate started {accelerator.num_processes} processes"
+            f"num_processes is {num_processes}, but Accelerate started {accelerator.num_processes} processes; set "
+            f"num_processes: {accelerator.num_processes}, or start {num_processes} processes"
         )
     return accelerator
 

@@ -267,7 +267,10 @@ class _Loop:
             complete = self.save()
             if self.stopping and (not final or state.evaluation_due):
                 if not complete:
-                    raise RuntimeError(f"{self.run.path}: the checkpoint of step {state.step} could not be written")
+                    raise RuntimeError(
+                        f"{self.run.path}: the checkpoint of step {state.step} could not be written; free some disk "
+                        "space there and run the same command again: the run resumes from the previous checkpoint"
+                    )
                 self.run.status("stopped", at=state.step)
                 self.run.close()
                 raise StopRequested(f"checkpoint at step {state.step}; run the same command to resume")

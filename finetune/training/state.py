@@ -44,7 +44,8 @@ def load_trainables(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise RequestError(
-            f"the parameters of the checkpoint and of this model differ: {odd[0]} and {len(odd) - 1} more"
+            f"the parameters of the checkpoint and of this model differ: {odd[0]} and {len(odd) - 1} more; "
+            "choose another output to train again"
         )
     with torch.no_grad():
         for name, parameter in own.items():
@@ -227,7 +228,10 @@ class TrainingState:
         if self.ema is not None:
             shadow = reader.group("ema/")
             if shadow.keys() != self.ema.shadow.keys():
-                raise RequestError(f"{reader.folder}: this checkpoint has no moving average of this model's weights")
+                raise RequestError(
+                    f"{reader.folder}: this checkpoint has no moving average of this model's weights; "
+                    "choose another output to train again"
+                )
             self.ema.shadow = {name: tensor.copy_(shadow[name]) for name, tensor in self.ema.shadow.items()}
             self.ema.updates = manifest["ema_updates"]
         self.best_weights = reader.group("best/") or None

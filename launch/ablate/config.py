@@ -59,7 +59,7 @@ class AblationConfig:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise ValueError("stages must name at least one command with its config")
+            raise ValueError("'stages' is empty; name at least one command with its config")
         if self.resamples < 99:
             raise ValueError(f"resamples must be at least 99, got {self.resamples}")
 

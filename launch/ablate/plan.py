@@ -69,7 +69,9 @@ def _assign(keys: Mapping[str, Any], stages: list[str], where: str) -> dict[str,
             found[first][rest] = value
         else:
             known = ", ".join(f"{name}." for name in (*stages, "generate"))
-            raise RequestError(f"{where}: key '{key}' names no command; begin it with {known}")
+            raise RequestError(
+                f"{where}: key '{key}' does not say to which command it belongs; begin the key with one of {known}"
+            )
     return found
 
 
@@ -101,7 +103,8 @@ class _Planner:
         where = f"{self.files[row]}: row '{row}'"
         if taken := [key for key in _SET_HERE if key in changes]:
             raise RequestError(
-                f"{where}: key '{taken[0]}' is the same for all rows; set '{taken[0]}' of the ablation instead"
+                f"{where}: key '{taken[0]}' cannot be set in a row, because all rows have the same {taken[0]}; "
+                f"set '{taken[0]}' in the config of the ablation instead"
             )
         module, _, name = str(STAGES[stage].config).partition(":")
         cls = getattr(importlib.import_module(module), name)
@@ -137,8 +140,8 @@ class _Planner:
             self.dataset = self.dataset or config["dataset"]
             if config["dataset"] != self.dataset:
                 raise RequestError(
-                    f"{self.where}: stages: '{stage}' has the dataset {config['dataset']}, another command has "
-                    f"{self.dataset}; set 'dataset' of the ablation"
+                    f"{self.where}: stages: the commands have different datasets ({config['dataset']} for '{stage}', "
+                    f"{self.dataset} for another command); set 'dataset' in the config of the ablation"
                 )
             if same in self.runs:
                 before, run = self.runs[same]
@@ -169,7 +172,7 @@ class _Planner:
         judging = flatten(config.evaluate)
         for what, given, taken in (("generate", options, _GENERATE_KEYS), ("evaluate", judging, _EVALUATE_KEYS)):
             if wrong := sorted(taken & given.keys()):
-                raise RequestError(f"{where}: key '{what}.{wrong[0]}' is set by the ablation; remove it")
+                raise RequestError(f"{where}: key '{what}.{wrong[0]}' is set by the ablation itself; remove this key")
         words = [str(run / "model"), self.dataset, "--output", str(images), "--split", config.split, "--seed", seed]
         words += [*(["--controls", '["shuffle"]'] if config.control else []), *_words(options)]
         self._check(GenerateConfig, words, ("model", "dataset"), f"{where}: generate")
@@ -249,4 +252,6 @@ def check_dataset(dataset: str, split: str) -> None:
     manifest = read_manifest(as_path(dataset))
     for name in dict.fromkeys(("train", "val", split)):
         if not manifest.samples(name):
-            raise RequestError(f"{dataset}: no samples in split '{name}', which the ablation needs")
+            raise RequestError(
+                f"{dataset}: no samples in split '{name}', which the ablation needs; give a dataset with this split"
+            )

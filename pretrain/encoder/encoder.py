@@ -101,7 +101,7 @@ class EEGEncoder(nn.Module):
             samples = n_times or (spec.window if spec else EncoderConfig().samples)
             config = EncoderConfig(channels=N_PADDED, samples=samples, **shape)
         elif shape:
-            raise ValueError(f"{', '.join(shape)}: give the shape either in config or as arguments")
+            raise ValueError(f"{', '.join(shape)}: cannot be given together with config; set these values in config")
         if spec is None:
             default = PreprocessSpec()
             spec = PreprocessSpec(
@@ -111,11 +111,16 @@ class EEGEncoder(nn.Module):
                 stride=config.samples,
             )
         if spec.window != config.samples:
-            raise ValueError(f"preprocessing cuts windows of {spec.window} samples, the encoder takes {config.samples}")
+            raise ValueError(
+                f"spec.window is {spec.window}, but the encoder takes windows of {config.samples} samples; make "
+                "spec.window and config.samples equal"
+            )
         if spec.sfreq != sfreq:
             raise ValueError(f"sfreq is {sfreq}, but the preprocessing resamples to {spec.sfreq} Hz")
         if n_times not in (None, config.samples):
-            raise ValueError(f"n_times is {n_times}, the encoder takes {config.samples}")
+            raise ValueError(
+                f"n_times is {n_times}, but the encoder takes windows of {config.samples} samples; leave n_times out"
+            )
         if n_chans is not None and not 1 <= n_chans <= config.channels:
             raise ValueError(f"n_chans is {n_chans}; the encoder takes 1 to {config.channels} channels")
         self.config, self.spec = config, spec

@@ -342,7 +342,7 @@ def _find_folder(path_or_hub_id: str | Path) -> Path:
     except Exception as error:
         raise RequestError(
             f"{path_or_hub_id}: no such directory, and the Hugging Face hub has no such package or cannot be reached "
-            f"({type(error).__name__})"
+            f"({type(error).__name__}); give the folder of an encoder package, or the id of a package on the hub"
         ) from None
 
 

@@ -128,7 +128,7 @@ def record_opening(
 
 
 def count_openings(log: Path, split: str) -> Openings | None:
-    """Count the openings of a split in a log.
+    """Count how often commands opened a split to evaluate a model on its samples, according to a log.
 
     Parameters
     ----------

@@ -359,7 +359,7 @@ def _check_features(values: ArrayLike, what: str) -> NDArray[np.floating]:
         raise RequestError(f"the {what} features have the shape {x_nF.shape}; give one row of features for each trial")
     if bad := int((~np.isfinite(x_nF)).any(axis=1).sum()):
         raise RequestError(
-            f"{bad} of {len(x_nF)} {what} trials have a feature that is NaN or infinite; remove the cause"
+            f"{bad} of {len(x_nF)} {what} trials have a feature that is NaN or infinite; correct these features"
         )
     return x_nF
 
@@ -400,7 +400,7 @@ def noise_features(x_nCT: ArrayLike, sfreq: float) -> NDArray[np.float64]:
     if x_nCT.ndim != 3 or not x_nCT.shape[-1]:
         raise RequestError(f"the EEG has the shape {x_nCT.shape}; give trials x channels x samples")
     if not np.isfinite(x_nCT).all():
-        raise RequestError("the EEG has values that are NaN or infinite; remove the cause")
+        raise RequestError("the EEG has values that are NaN or infinite; leave out the trials that have such values")
     frequencies = np.fft.rfftfreq(x_nCT.shape[-1], 1 / sfreq)
     low, high = min(low for low, _ in BANDS.values()), max(high for _, high in BANDS.values())
     if not ((frequencies >= low) & (frequencies < high)).any():

@@ -233,9 +233,7 @@ def check_finite(values: ArrayLike, what: str) -> None:
     """Raise a `RequestError` if a value is NaN or infinite. The error message calls the values `what`."""
     array = np.asarray(values, float)
     if bad := int((~np.isfinite(array)).sum()):
-        raise RequestError(
-            f"{what}: {bad} of {array.size} values are NaN or infinite; remove the cause of these values"
-        )
+        raise RequestError(f"{what}: {bad} of {array.size} values are NaN or infinite; give only finite values")
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:

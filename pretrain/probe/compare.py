@@ -176,7 +176,8 @@ def _fine_tune(
             choose_by = (fold.train[:0], fold.train[:0])
         else:
             raise RequestError(
-                f"{config.dataset}: there are no trials by which to choose among finetune_rates; give one rate"
+                f"{config.dataset}: there are no held-out trials for choosing among the learning rates of "
+                "'finetune_rates'; give only one rate"
             )
         labels_n, rate = finetune_and_predict(
             encoder,

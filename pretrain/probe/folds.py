@@ -130,7 +130,7 @@ def _fold_of_splits(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], Le
     if not len(kept):
         raise RequestError(
             f"{config.dataset}: every image or all EEG of split '{config.split}' is in the training or val split as "
-            "well; give folds: subjects, or shard with a split by images"
+            "well; set 'folds: subjects', or make the dataset again with 'split.by: image'"
         )
     left_out = {
         "images": {"test": len(test) - len(new), "train": 0},
@@ -144,11 +144,15 @@ def _fold_by_subjects(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], 
     subjects = np.unique(trials.subjects_n)
     if len(subjects) < 2:
         raise RequestError(
-            f"{config.dataset}: the dataset has one subject only; folds: subjects needs at least two, use folds: split"
+            f"{config.dataset}: the dataset has only one subject, but 'folds: subjects' needs at least two; set "
+            "'folds: split'"
         )
     parts = config.image_groups if _share_images(trials, every) else 1
     if parts == 1 and config.image_groups == 1 and _share_images(trials, every):
-        raise RequestError("image_groups is 1, but subjects saw the same images; give at least 2")
+        raise RequestError(
+            "image_groups is 1, but the subjects saw the same images, so no training trials would be left; set "
+            "image_groups to at least 2"
+        )
     part = divide_images(trials, every, parts)
     folds, left_out = [], {name: {"test": 0, "train": 0} for name in ("images", "eeg")}
     for subject in subjects:

@@ -196,14 +196,14 @@ def _check_trials(config: ProbeConfig, trials: Trials) -> None:
         len(np.unique(trials.labels_n[trials.subjects_n == subject])) == 1 for subject in np.unique(trials.subjects_n)
     ):
         raise RequestError(
-            f"{config.dataset}: every subject has trials of one label only, and standardize: subject would remove the "
-            "difference between labels; give standardize: none, but then a high accuracy may only show differences "
-            "between subjects"
+            f"{config.dataset}: every subject has trials of one label only, so 'standardize: subject' would "
+            "remove the difference between labels; set 'standardize: none', but then a high accuracy may only show "
+            "differences between subjects"
         )
     if "fine-tuning" in config.methods and any(set(meta["ch_names"]) != set(trials.channels) for meta in trials.metas):
         raise RequestError(
-            f"{config.dataset}: fine-tuning needs the same channels in all trials, but the dataset has several caps; "
-            "leave fine-tuning out of methods"
+            f"{config.dataset}: fine-tuning needs the same channels in all trials, but the trials have different "
+            "channels; remove 'fine-tuning' from the key 'methods'"
         )
 
 

@@ -97,7 +97,7 @@ class RunDirectory:
             (self.path / "plots").mkdir(exist_ok=True)
             atomic_write_text(self.path / "config.yaml", to_yaml(config))
         except OSError as error:
-            raise RequestError(f"{self.path}: cannot be written ({error.strerror})") from None
+            raise RequestError(f"{self.path}: cannot be written ({error.strerror}); choose another output") from None
         self._lock = hold_lock(self.path / "lock")
         self.status("running")
         self._stream = os.fdopen(open_to_append(self.path / "metrics.jsonl"), "a")

@@ -40,7 +40,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         lines = read_limited(path, MAX_METRICS).splitlines()
     except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({describe(error)})") from None
+        raise RequestError(f"{path}: cannot be read ({describe(error)}); check the file and its permissions") from None
     return [found for line in lines if (found := _parse_line(line)) is not None]
 
 

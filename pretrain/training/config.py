@@ -192,7 +192,9 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         if bool(self.dataset) == bool(self.datasets):
-            raise ValueError("set either dataset, or datasets with a share for each of them")
+            raise ValueError(
+                "set exactly one of the keys 'dataset' and 'datasets' ('datasets' holds a share for each dataset)"
+            )
         check_at_least(self, 1, "num_processes", "batch_size", "log_every", "max_skipped", "steps")
         check_at_least(self, 0, "num_workers", "timeout_s", "restarts")
         if not self.epochs > 0:

@@ -315,7 +315,10 @@ class Trainer:
         engine.step()
         skipped = not engine.was_step_applied()
         if bad and not skipped:
-            raise RuntimeError(f"step {self.global_step}: the loss was not finite, but DeepSpeed took the step")
+            raise RuntimeError(
+                f"step {self.global_step}: the loss was not finite, but DeepSpeed did not skip the step, so the "
+                "weights may be damaged; run the same command to resume from the newest checkpoint"
+            )
         self.global_step += 1
         self.stopping = self.stopping or stops > 0
         self.skipped += skipped

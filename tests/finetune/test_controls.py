@@ -223,7 +223,7 @@ def test_predictors_learn_from_the_train_split_only(
 ) -> None:
     words = [str(run), str(blocks), "-o", str(tmp_path / "o"), "--split", "train", "--control", "time"]
     assert run_main(main, words) == 2
-    assert "learns from train; give another split" in capsys.readouterr().err
+    assert "learns from the train split; give another split" in capsys.readouterr().err
 
 
 def test_a_control_that_the_data_cannot_give_says_why(

@@ -136,7 +136,7 @@ def test_unfinished_images_of_other_settings_are_generated_anew(
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial" / "mine.txt").write_text("keep")
     assert run_main(main, [*args, "-o", str(tmp_path / "new"), "--seed", "1"]) == 2
-    assert "new.partial: does not hold unfinished images" in capsys.readouterr().err
+    assert "new.partial already exists and is not the output of an interrupted generation" in capsys.readouterr().err
     assert len(list((tmp_path / "new" / "images").iterdir())) == 2 and (tmp_path / "new.partial" / "mine.txt").exists()
 
 
@@ -178,8 +178,8 @@ def test_one_command_generates_several_controls_and_keeps_complete_results(
     (tmp_path / "out-class" / "mine.txt").write_text("keep")
     for controls, message in (
         ("[class]", "out-class: exists but does not hold generated images"),
-        ("[shuffle, shuffle]", "controls names a control twice, or also the value of control: shuffle"),
-        ("[none]", "controls names a control twice, or also the value of control: none"),
+        ("[shuffle, shuffle]", "'controls' repeats a control, or the control of the key 'control': shuffle"),
+        ("[none]", "'controls' repeats a control, or the control of the key 'control': none"),
     ):
         assert run_main(main, [*few, "-o", str(tmp_path / "out"), "--controls", controls]) == 2
         assert message in capsys.readouterr().err

@@ -104,7 +104,11 @@ def test_two_rows_are_trained_stopped_resumed_and_compared(folder: Path, tmp_pat
     [
         ("l1.yaml", "ddpm: {los: l1}", r"l1\.yaml: row 'l1': .*ddpm\.los"),
         ("l1.yaml", "ddpm: {loss: l3}", r"l1\.yaml: row 'l1': .*ddpm\.loss"),
-        ("l1.yaml", "output: elsewhere", r"l1\.yaml: row 'l1': key 'output' is the same for all rows"),
+        (
+            "l1.yaml",
+            "output: elsewhere",
+            r"l1\.yaml: row 'l1': key 'output' cannot be set in a row, because all rows have the same output; ",
+        ),
         ("l1.yaml", "generate: {split: val}", r"l1\.yaml: row 'l1': key 'generate\.split' is set by the ablation"),
         ("l1.yaml", "generate: {stepps: 3}", r"l1\.yaml: row 'l1': generate: .*stepps"),
         ("l1.yaml", "- a", r"l1\.yaml: holds no keys"),
@@ -161,7 +165,10 @@ def test_rows_share_runs_with_equal_configs_and_get_the_aligned_encoder(tmp_path
     assert str(tmp_path / "out/rows/base/finetune/model") in guided.steps[0].words
     assert guided.steps[0].words[-2:] == ["--guidance_scale", "4"]
     assert "base.evaluate" in guided.steps[-1].needs
-    with pytest.raises(RequestError, match=r"key 'loss' names no command; begin it with align\., finetune\."):
+    with pytest.raises(
+        RequestError,
+        match=r"key 'loss' does not say to which command it belongs; begin the key with one of align\., finetune\.",
+    ):
         plan_rows(read_ablation([str(tmp_path / "a.yaml"), "--common", '{"loss": "cosine"}']))
 
 

@@ -56,7 +56,7 @@ def test_a_folder_of_configs_is_copied_but_never_over_other_files(
     (out / "pretrain/released.yaml").write_text("steps: 3\n")
     (out / "pretrain/tiny.yaml").unlink()
     assert main(["configs", "-o", str(out)]) == 2
-    assert "released.yaml: exists and differs" in capsys.readouterr().err
+    assert "released.yaml: a file with this name and other content exists" in capsys.readouterr().err
     assert not (out / "pretrain/tiny.yaml").exists() and not (out / "demo").exists()
 
 

@@ -67,9 +67,9 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         if not self.networks or not self.seeds:
-            raise ValueError("networks and seeds must not be empty")
+            raise ValueError("the keys 'networks' and 'seeds' must not be empty")
         if self.encoder is None and {"frozen", "trained"} & set(self.networks):
-            raise ValueError("the networks frozen and trained need an encoder package; give encoder")
+            raise ValueError("the networks 'frozen' and 'trained' need an encoder package; set the key 'encoder'")
 
 
 def _make_words(config: CompareConfig, network: str, shuffled: bool, seed: int, output: Path) -> list[str]:

@@ -43,7 +43,7 @@ def _read(file: Path) -> bytes:
     try:
         return read_limited(file, MAX_IMAGE)
     except OSError as error:
-        raise RequestError(f"{file}: {error.strerror or error}; check the folder real_images") from None
+        raise RequestError(f"{file}: {error.strerror or error}; check the folder of the key 'real_images'") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def take_training_images(
     left_out = set(seen_ids).union(*copies)
     rows_M = np.array([row for row, name in enumerate(table.ids) if name not in left_out], np.int64)
     if len(rows_M) < 2:
-        return NotApplicable(reason="the training split has fewer than two images that are not seen images or copies")
+        return NotApplicable(reason="the training split has fewer than two images that were not seen and have no copy")
     return OtherImages(
         source="images of the training split",
         images_MHW3=TableImages(table, rows_M, size),
@@ -123,7 +123,7 @@ def read_folder(folder: str | Path, labels: Sequence[str], seen: set[str], size:
         If there is no such folder, or if it has fewer than two different images.
     """
     if not Path(folder).is_dir():
-        raise RequestError(f"{folder}: no such folder; give a folder of images as real_images")
+        raise RequestError(f"{folder}: no such folder; set the key 'real_images' to a folder of images")
     number_of = {name: number for number, name in enumerate(labels)}
     files, found, known = [], [], set(seen)
     for file in sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in ENDINGS and path.is_file()):
@@ -134,7 +134,8 @@ def read_folder(folder: str | Path, labels: Sequence[str], seen: set[str], size:
             found.append(number_of.get(file.parent.name, -1))
     if len(files) < 2:
         raise RequestError(
-            f"{folder}: {len(files)} images ({', '.join(ENDINGS)}) are neither seen images nor copies; give at least 2"
+            f"{folder}: needs at least 2 images ({', '.join(ENDINGS)}) that were not seen and do not repeat another "
+            f"image; found {len(files)}"
         )
     return OtherImages(
         source=f"images of the folder {Path(folder).name}",

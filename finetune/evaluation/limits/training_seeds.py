@@ -56,14 +56,16 @@ def measure_training_seeds(
         where = f"{folder}/generated.json"
         digest = check_text(about.get("model_digest"), where, "model_digest")
         if digest in digests:
-            raise RequestError(f"{folder}: holds images of a model that is given twice; give one folder for each model")
+            raise RequestError(
+                f"{folder}: holds images of the same model as another given folder; give one folder for each model"
+            )
         digests.add(digest)
         where = f"{folder}/metrics.json"
         classifier = check_group(evaluated.get("classifier"), where, "classifier")
         if classifier.get("sha256") != result["classifier"]["sha256"]:
             raise RequestError(
                 f"{folder}: was judged by another classifier than {own.path}, so the accuracies cannot be compared; "
-                f"evaluate it again with --classifier {own.path / 'classifier.safetensors'}"
+                f"evaluate this folder again with --classifier {own.path / 'classifier.safetensors'}"
             )
         found.append(_take_numbers(check_group(evaluated.get("generated"), where, "generated")))
     names = [name for name in found[0] if all(name in numbers for numbers in found)]

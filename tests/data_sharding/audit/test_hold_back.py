@@ -26,7 +26,7 @@ def items(folder_corpus: Path) -> list:
 
 
 class Rows:
-    """Makes ledger rows and fingerprints for signals in memory, like those that workers return."""
+    """Makes, from signals in memory, ledger rows and fingerprints like the rows and fingerprints of workers."""
 
     def __init__(self, make_row, make_raw) -> None:
         self.make_row, self.make_raw = make_row, make_raw

@@ -74,7 +74,7 @@ def test_differences_count_whole_people() -> None:
 
 
 def test_wrong_requests_are_refused(paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="need an encoder package; give encoder"):
+    with pytest.raises(ValueError, match="need an encoder package; set the key 'encoder'"):
         CompareConfig(settings="c", output="o", networks=("frozen",))
     with pytest.raises(ValueError, match="must not be empty"):
         CompareConfig(settings="c", output="o", seeds=())

@@ -136,7 +136,7 @@ def test_more_channels_than_the_network_was_made_for_are_refused(
     with pytest.raises(ValueError, match="takes up to 16 channels, but a trial has 20"):
         generator.generate(wide, steps=2, guidance_scale=1.0, seeds=[0])
     assert run_main(main, _args(paired_dataset, tmp_path / "run", evrnet__channels=8)) == 2
-    assert "set it to 16 or more" in capsys.readouterr().err
+    assert "set evrnet.channels to 16 or more" in capsys.readouterr().err
 
 
 def _stop_when(path: Path) -> None:

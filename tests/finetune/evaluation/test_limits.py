@@ -72,7 +72,9 @@ def test_a_folder_of_images_with_and_without_categories(paired_dataset: Path, tm
     np.testing.assert_array_equal(other.images_MHW3[1:3], table.pixels([3, 4], 16))
     with pytest.raises(RequestError, match="no such folder"):
         read_folder(tmp_path / "missing", [], set(), 16)
-    with pytest.raises(RequestError, match="give at least 2"):
+    with pytest.raises(
+        RequestError, match=r"needs at least 2 images .* that were not seen and do not repeat another image; found 1$"
+    ):
         read_folder(tmp_path, [], seen | hash_images(table, table.ids[4:]), 16)
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(RequestError, match=r"bad\.png: the image cannot be decoded"):
@@ -190,7 +192,7 @@ def test_spread_over_training_seeds(tmp_path: Path) -> None:
         ({"about": {"control": "shuffle"}}, "images of a control"),
         ({"about": {"split": "val"}}, "split is 'val', but 'test'"),
         ({"about": {"trials": [{"key": "t1"}]}}, "holds other trials"),
-        ({"about": {"model_digest": "0"}}, "a model that is given twice"),
+        ({"about": {"model_digest": "0"}}, "holds images of the same model as another given folder"),
         ({"about": {"model_digest": 3}}, "model_digest"),
         ({"classifier": "other"}, "another classifier"),
     ],

@@ -93,7 +93,7 @@ def test_wrong_requests_end_with_one_line(
 ) -> None:
     out = ["-o", str(tmp_path / "out")]
     for words, text in (
-        (["ridge", str(paired_dataset), *out], "needs the key target"),
+        (["ridge", str(paired_dataset), *out], "needs the key 'target'"),
         ([str(tmp_path), str(paired_dataset), *out], "not a complete alignment run"),
         (["ridge", str(paired_dataset), *out, "--target", str(tmp_path)], "not a CLIP or DINOv2 model"),
         (["ridge", str(paired_dataset), *out, "--target", str(dino), "--layer", "9"], "2 hidden layers"),
