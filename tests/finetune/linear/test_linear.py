@@ -155,6 +155,6 @@ def test_wrong_settings_are_refused(paired_dataset: Path, tmp_path: Path, capsys
     config = tmp_path / "linear.yaml"
     config.write_text("dataset: x\noutput: y\n")
     assert main([str(config), *words, "--bins", "1000"]) == 2
-    assert "bins is 1000" in capsys.readouterr().err
+    assert "'bins' is 1000" in capsys.readouterr().err
     assert main([str(config), *words, "--num_processes", "2"]) == 2
     assert "num_processes" in capsys.readouterr().err
