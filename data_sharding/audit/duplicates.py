@@ -431,7 +431,7 @@ def find_duplicates(
         points = at[key].points
         if points is None:
             if load_points is None:
-                raise ValueError(f"the fingerprint of {key} is not in memory; pass load_points")
+                raise ValueError(f"the fingerprint of {key} is not in memory; pass the argument 'load_points'")
             points = load_points(key)
         return np.asarray(points, np.float32)
 

@@ -152,11 +152,11 @@ class Fingerprints:
 
         self.path = current_file(dataset, NAME)
         if not self.path.is_file():
-            raise RequestError(f"{self.path}: no such file; only 'dreamscale shard' writes fingerprints")
+            raise RequestError(f"{self.path}: no such file, so the dataset has no fingerprints; shard the corpus again")
         try:
             self._rows = Rows(self.path.open("rb"), self.path.stat().st_size, str(self.path), _schema())
             if missing := [name for name in _schema().names if name not in self._rows.names]:
-                raise RequestError(f"{self.path}: has no column {missing[0]}; shard the corpus again")
+                raise RequestError(f"{self.path}: the column '{missing[0]}' is missing; shard the corpus again")
             self.recordings = [
                 RecordingFingerprint(**check_fields(_Stored, row, f"{self.path}, row {number}"))
                 for number, row in enumerate(self._rows.iterate(_COLUMNS), start=1)
@@ -165,7 +165,7 @@ class Fingerprints:
             raise RequestError(f"{self.path}: damaged ({show(error)}); shard the corpus again") from None
         self._at = {recording.key: i for i, recording in enumerate(self.recordings)}
         if len(self._at) < len(self.recordings):
-            raise RequestError(f"{self.path}: damaged (a key is there twice); shard the corpus again")
+            raise RequestError(f"{self.path}: damaged (two rows have the same key); shard the corpus again")
         self._group = lru_cache(maxsize=16)(self._read_group)
         self._starts = np.cumsum([0, *self._rows.group_sizes()])
 

@@ -89,7 +89,9 @@ def read_list(path: str) -> list[Entry]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"hold_back.lists '{path}': cannot be read ({error})") from None
+        raise RequestError(
+            f"hold_back.lists '{path}': cannot be read ({error}); correct the key, or repair the file"
+        ) from None
     entries = []
     for number, line in enumerate(lines, start=1):
         text = re.sub(r"(^|\s)#.*", "", line).strip()
@@ -105,7 +107,8 @@ def read_list(path: str) -> list[Entry]:
             )
         if kind == "sha256" and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
             raise RequestError(
-                f"hold_back.lists '{path}', line {number}: '{value}' is not a SHA-256 checksum of 64 hexadecimal digits"
+                f"hold_back.lists '{path}', line {number}: '{value}' is not a SHA-256 checksum; "
+                "write 64 hexadecimal digits"
             )
         entries.append(Entry(kind=kind, value=value.lower() if kind == "sha256" else value, source=where))  # type: ignore[arg-type]
     return entries
@@ -207,8 +210,8 @@ class HoldBack:
             keys = names.find(entry)
             if not keys:
                 raise RequestError(
-                    f"{entry.source}: {entry.kind} '{entry.value}' was not found in the corpora; there are "
-                    f"{names.examples(entry.kind)}"
+                    f"{entry.source}: {entry.kind} '{entry.value}' is not in the corpora; correct or remove the entry; "
+                    f"the corpora have {names.examples(entry.kind)}"
                 )
             for key in keys:
                 named.setdefault(key, f"{entry.kind} {entry.value} ({entry.source})")

@@ -394,7 +394,7 @@ def _compare_subjects(a: Contents, b: Contents, out: Findings) -> None:
         where[subject].append(corpus)
     for corpus, subject in sorted(ours - theirs):
         if others := sorted(set(where[subject]) - {corpus}):
-            text = f"same name: subject {subject} of corpus {corpus}, and of {', '.join(others)} in the other"
+            text = f"same name: subject {subject} of corpus {corpus}, and of {', '.join(others)} in the other dataset"
             out.found.append(Finding(kind="subject", text=text, proof=False))
     for contents in (a, b):
         _report_unnamed(contents, out)
@@ -402,11 +402,11 @@ def _compare_subjects(a: Contents, b: Contents, out: Findings) -> None:
 
 def _report_unnamed(contents: Contents, out: Findings) -> None:
     if unnamed := contents.count_unnamed():
-        text = f"subjects of {unnamed} recordings of {contents.name}: they are unknown; set subject_pattern or subjects"
-        out.not_compared.append(text)
+        text = f"subjects of {unnamed} recordings of {contents.name}: the subjects are unknown"
+        out.not_compared.append(f"{text}; set the key 'subject_pattern' or 'subjects'")
     if recognised := contents.count_recognised():
         text = f"subjects of {recognised} recordings of {contents.name}: their names were recognised from the paths"
-        out.to_confirm.append(f"{text}; confirm the names with subject_pattern or subjects")
+        out.to_confirm.append(f"{text}; confirm the names with the key 'subject_pattern' or 'subjects'")
     names = {subject for _, subject in contents.known_subjects()}
     for group in find_look_alikes(names):
         text = f"the names {', '.join(group)} in {contents.name}: are they one person?"

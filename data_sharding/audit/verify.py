@@ -51,7 +51,7 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         if self.lines < 0:
-            raise ValueError(f"lines must not be negative, got {self.lines}")
+            raise ValueError(f"the key 'lines' must not be negative, got {self.lines}")
         if self.against and not self.content:
             raise ValueError(
                 "the key 'against' needs 'content: true', because it compares the windows of both datasets; remove "
@@ -81,7 +81,7 @@ def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
             return [f"{called}: missing"]
     faults = []
     if tar.stat().st_size != shard.bytes:
-        faults.append(f"{shard.path}: {tar.stat().st_size} bytes, the manifest says {shard.bytes}")
+        faults.append(f"{shard.path}: the file has {tar.stat().st_size} bytes, but the manifest says {shard.bytes}")
     elif sha256_file(tar) != shard.sha256:
         faults.append(f"{shard.path}: its sha256 differs from the manifest's")
     if sha256_file(index) != shard.index_sha256:
@@ -91,7 +91,7 @@ def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
     except RequestError as error:
         return [*faults, one_line(error)]
     if len(entries) != shard.samples:
-        faults.append(f"{name}: {len(entries)} samples, the manifest says {shard.samples}")
+        faults.append(f"{name}: the index has {len(entries)} samples, but the manifest says {shard.samples}")
     if not faults:
         indexed = {f"{e['key']}.{name}": at for e in entries for name, at in e["members"].items()}
         if _list_members(tar, shard.bytes) != indexed:
@@ -158,7 +158,7 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
     for split in manifest.splits if not growing else ():
         for tar in sorted((root / split).glob("*.tar")):
             if f"{split}/{tar.name}" not in known:
-                faults.append(f"{split}/{tar.name}: not in the manifest")
+                faults.append(f"{split}/{tar.name}: the manifest does not list this shard")
     keys: set[str] = set()
     for shard in shards:
         index = (root / shard.path).with_suffix(".idx")
@@ -192,9 +192,9 @@ def _ledger_faults(root: AnyPath, manifest: Manifest) -> list[str]:
     samples = sum(manifest.samples(split) for split in manifest.splits)
     faults = []
     if windows != samples:
-        faults.append(f"{LEDGER}: {windows} windows, the manifest has {samples} samples")
+        faults.append(f"{LEDGER}: the rows count {windows} windows, but the manifest has {samples} samples")
     if len(rows) != manifest.counts.get("found"):
-        faults.append(f"{LEDGER}: {len(rows)} recordings, the manifest counts {manifest.counts.get('found')}")
+        faults.append(f"{LEDGER}: {len(rows)} recordings, but the manifest counts {manifest.counts.get('found')}")
     if (digest := manifest.extra.get("fingerprints_sha256")) and (
         not fingerprints.is_file() or sha256_file(fingerprints) != digest
     ):
@@ -227,7 +227,8 @@ def _count_proofs(findings: Findings) -> str:
 def _verify_against(config: VerifyConfig) -> int:
     if as_path(config.dataset).resolve() == as_path(config.against).resolve():
         raise RequestError(
-            f"against '{config.against}' is the dataset itself; leave 'against' out to compare the splits"
+            f"the key 'against' is '{config.against}', which is the dataset itself; name another dataset, or leave "
+            "'against' out to compare the splits"
         )
     for path in (config.dataset, config.against):
         Manifest.read(path)
@@ -275,7 +276,7 @@ def verify(config: VerifyConfig) -> int:
         If the folder is not a complete dataset.
     """
     if not config.dataset:
-        raise RequestError("dreamscale verify: name the folder of the dataset")
+        raise RequestError("dreamscale verify: no dataset is given; write the folder of the dataset after the command")
     if config.against:
         return _verify_against(config)
     faults = find_faults(config.dataset)

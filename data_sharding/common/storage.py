@@ -82,15 +82,19 @@ def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
     if protocol in (None, "", "file", "local"):
         path = rest if protocol else os.fspath(text)
         if len(os.fsencode(path)) > LONGEST_PATH or max(map(len, os.fsencode(path).split(b"/"))) > LONGEST_NAME:
-            raise RequestError(f"'{show(path)}': too long for a path")
+            raise RequestError(f"'{show(path)}': this path is too long; use a shorter path")
         try:
             return Path(path).expanduser()
         except RuntimeError:
-            raise RequestError(f"'{show(path)}': there is no such user on this machine") from None
+            raise RequestError(
+                f"'{show(path)}': no user of this machine has the name after '~'; write the full path"
+            ) from None
     try:
         fsspec.get_filesystem_class(protocol)
     except ValueError:
-        raise RequestError(f"'{text}': the protocol '{protocol}://' is unknown to fsspec") from None
+        raise RequestError(
+            f"'{text}': fsspec does not know the protocol '{protocol}://'; correct the address"
+        ) from None
     except ImportError as error:
         raise RequestError(f"'{text}': {error}") from None
     return UPath(os.fspath(text))

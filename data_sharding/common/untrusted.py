@@ -204,7 +204,7 @@ def check_list(value: Any, where: str, what: str = "the content") -> list[Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("two keys are equal")
     return values
 
 
@@ -276,7 +276,9 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise RequestError(f"{path}: not a file, but a folder, a device or a named pipe; remove it or choose another")
+        raise RequestError(
+            f"{path}: not a file, but a folder, a device or a named pipe; remove it or choose another file"
+        )
     return descriptor
 
 

@@ -116,7 +116,10 @@ class ArraysCorpus(Adapter):
         check_unit_factors(config, [item.path for item in items])
         if images is not None:
             if not any(item.trials for item in items):
-                raise RequestError(f"corpora: root '{root}': no paired trials; no sidecar names an image")
+                raise RequestError(
+                    f"corpora: root '{root}': no sidecar names an image, so no trial has an image; name the images in "
+                    "the sidecars, or remove the key 'images'"
+                )
             check_images(items, images)
         return items
 
@@ -167,10 +170,10 @@ class ArraysCorpus(Adapter):
             raise ReadError(unreadable(error)) from None
         if own["epochs"] is not None and (x.ndim != 3 or own["epochs"] != len(x)):
             count = len(x) if x.ndim == 3 else 0
-            text = f"the sidecar describes {own['epochs']} epochs, and the array has {count}"
+            text = f"the sidecar describes {own['epochs']} epochs, but the array has {count}"
             raise ReadError(Reason("array does not fit its sidecar", text=text))
         if own.get("tmin") and x.ndim != 3:
-            text = "tmin is for epochs, but the array has no epochs"
+            text = "the sidecar has the key 'tmin', which is for epochs, but the array has no epochs; remove the key"
             raise ReadError(Reason("array does not fit its sidecar", text=text))
         part: Callable[[int], np.ndarray] = (lambda i: x[i]) if x.ndim == 3 else (lambda _: x)
         standardised = own["unit"] == "standardised"
@@ -348,10 +351,10 @@ def _ordered(x: np.ndarray, axes: str, channels: int) -> np.ndarray:
     if x.ndim not in (2, 3) or len(axes) != x.ndim:
         raise _Fault(
             "array does not fit its sidecar",
-            text=f"an array of {x.ndim} dimensions; continuous recordings have 2, epochs 3 (key 'axes')",
+            text=f"the array has {x.ndim} dimensions; continuous recordings have 2, epochs have 3 (key 'axes')",
         )
     if x.dtype.kind not in "fiu":
-        raise _Fault("array does not fit its sidecar", text=f"an array of {x.dtype}, not of numbers")
+        raise _Fault("array does not fit its sidecar", text=f"the values of the array are not numbers, but {x.dtype}")
     x = x.transpose([axes.index(axis) for axis in wanted])
     if x.shape[-2] != channels:
         raise _Fault(

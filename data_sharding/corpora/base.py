@@ -104,15 +104,16 @@ class CorpusConfig:
                     f"({', '.join(others)})"
                 )
         if self.tmin is not None and self.tmax is not None and self.tmax <= self.tmin:
-            raise ValueError(f"tmax {self.tmax:g} must be later than tmin {self.tmin:g} (both in seconds)")
+            raise ValueError(f"the key 'tmax' ({self.tmax:g} s) must be later than 'tmin' ({self.tmin:g} s)")
         if self.line_freq is not None:
             check_line_freq(self.line_freq, "line_freq")
         if abs(self.stimulus_delay_ms) > 1000:
             raise ValueError(
-                f"stimulus_delay_ms is {self.stimulus_delay_ms:g}, more than a second; the key is in milliseconds"
+                f"the key 'stimulus_delay_ms' is {self.stimulus_delay_ms:g}, which is more than a second; give the "
+                "delay in milliseconds, at most 1000"
             )
         if adapter.needs_images and not self.images:
-            raise ValueError(f"kind {self.kind} needs the key 'images', the folder of the images")
+            raise ValueError(f"the key 'images' is missing; kind {self.kind} needs the folder of the images")
         try:
             groups = re.compile(self.subject_pattern).groupindex
         except re.error as error:
@@ -120,7 +121,10 @@ class CorpusConfig:
                 f"subject_pattern '{self.subject_pattern}' is not a valid regular expression ({error})"
             ) from None
         if self.subject_pattern and "subject" not in groups:
-            raise ValueError(f"subject_pattern '{self.subject_pattern}' needs a group (?P<subject>...)")
+            raise ValueError(
+                f"subject_pattern '{self.subject_pattern}' has no group (?P<subject>...); put this group around "
+                "the name of the subject"
+            )
         adapter.read_options(self)
 
 

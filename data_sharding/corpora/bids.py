@@ -101,8 +101,8 @@ class BIDSCorpus(Adapter):
         folders = Folders()
         if "dataset_description.json" not in folders(root):
             raise RequestError(
-                f"corpora: root '{root}': not a BIDS dataset, dataset_description.json is missing; give its top "
-                "folder, or use kind: folder"
+                f"corpora: root '{root}': not a BIDS dataset, because dataset_description.json is missing; give the "
+                "top folder of the dataset, or use kind: folder"
             )
         people = _participants(root, folders, options)
         described, participants = _describe_participants(root, folders)
@@ -141,7 +141,8 @@ class BIDSCorpus(Adapter):
         if images is not None:
             if not any(item.trials for item in items):
                 raise RequestError(
-                    f"corpora: root '{root}': no paired trials; no events.tsv names an image in stim_file or image"
+                    f"corpora: root '{root}': no events.tsv names an image in the column 'stim_file' or 'image', so no "
+                    "trial has an image; add the column, or remove the key 'images'"
                 )
             check_images(items, images)
         return items
@@ -229,7 +230,7 @@ class _Sidecars:
             except (ValueError, RecursionError) as error:
                 raise _Broken(f"{path.name}: not valid JSON ({one_line(error)[:100]})") from None
             if not isinstance(value, dict):
-                raise _Broken(f"{path.name}: must consist of keys with values")
+                raise _Broken(f"{path.name}: must be a JSON object (keys with values)")
             self._parsed[key] = value
         return self._parsed[key]
 
@@ -340,7 +341,7 @@ def _positions(sidecars: _Sidecars, recording: AnyPath, notes: list[str]) -> dic
         return {}
     frame = sidecars.nearest(recording, "coordsystem", ".json")
     if frame is None:
-        notes.append("electrodes.tsv has no coordsystem.json, so its positions are not used")
+        notes.append("the positions in electrodes.tsv are not used, because there is no coordsystem.json")
         return {}
     about = sidecars.json(frame)
     system = str(about.get("EEGCoordinateSystem", about.get("iEEGCoordinateSystem", ""))).lower()
@@ -476,7 +477,7 @@ def _participants(root: AnyPath, folders: Folders, options: BIDSOptions) -> dict
     path = folders(root).get("participants.tsv")
     if path is None:
         raise RequestError(
-            f"corpora: root '{root}': participants.tsv is missing, and the option 'participants' needs it"
+            f"corpora: root '{root}': participants.tsv is missing; add this table, or remove the option 'participants'"
         )
     try:
         rows = _rows(path)
@@ -485,10 +486,13 @@ def _participants(root: AnyPath, folders: Folders, options: BIDSOptions) -> dict
     for column, wanted in options.participants.items():
         there = sorted({row.get(column, "") for row in rows})
         if not rows or column not in rows[0]:
-            raise RequestError(f"{path}: no column '{column}' (option 'participants')")
+            raise RequestError(f"{path}: the column '{column}' is missing; correct the option 'participants'")
         for value in wanted:
             if value not in there:
-                raise RequestError(f"{path}: no participant has {column} '{value}'; values: {', '.join(there[:8])}")
+                raise RequestError(
+                    f"{path}: no participant has '{value}' in the column '{column}'; correct the option "
+                    f"'participants'; the column has, for example, {', '.join(there[:8])}"
+                )
     return {row.get("participant_id", ""): row for row in rows}
 
 

@@ -174,14 +174,17 @@ def _tables(path: Path, content: Any) -> tuple[list[dict[str, Any]], list[str], 
     """Check a released file, and return three lists: the trials, the categories and the image names."""
     wanted = {"dataset", "labels", "images"}
     if not isinstance(content, dict) or not wanted <= set(content):
-        raise RequestError(f"{path}: not EEG-ImageNet as released; it needs the entries {', '.join(sorted(wanted))}")
+        raise RequestError(
+            f"{path}: not a released file of EEG-ImageNet, which has the entries {', '.join(sorted(wanted))}; correct "
+            "the option 'file'"
+        )
     entries, labels, names = content["dataset"], content["labels"], content["images"]
     for key, value in (("dataset", entries), ("labels", labels), ("images", names)):
         if not isinstance(value, list | tuple):
             raise RequestError(f"{path}: entry '{key}' is not a list")
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict) or not {"eeg", "image", "label", "subject"} <= set(entry):
-            raise RequestError(f"{path}: trial {index} lacks one of eeg, image, label, subject")
+            raise RequestError(f"{path}: trial {index} lacks one of the entries eeg, image, label, subject")
         if not isinstance(entry["eeg"], np.ndarray) or entry["eeg"].dtype.kind not in "fiu":
             raise RequestError(f"{path}: the eeg of trial {index} is not an array of numbers")
         if not all(isinstance(entry[key], int | np.integer) for key in ("image", "label", "subject")):
@@ -207,12 +210,14 @@ def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
     content = _load(path)
     folds = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(folds, list | tuple) or not folds:
-        raise RequestError(f"{path}: not a split of EEG-ImageNet; it needs the entry 'splits'")
+        raise RequestError(f"{path}: not a split file of EEG-ImageNet, because the entry 'splits' is missing")
     if not 0 <= fold < len(folds):
-        raise RequestError(f"{path}: has {len(folds)} splits, but the option 'fold' is {fold}")
+        raise RequestError(
+            f"{path}: has {len(folds)} splits; the option 'fold' must be from 0 to {len(folds) - 1}, not {fold}"
+        )
     chosen = folds[fold]
     if not isinstance(chosen, dict) or not set(SPLITS) <= set(chosen):
-        raise RequestError(f"{path}: split {fold} lacks one of {', '.join(SPLITS)}")
+        raise RequestError(f"{path}: split {fold} lacks one of the entries {', '.join(SPLITS)}")
     out: dict[int, str] = {}
     for split in SPLITS:
         try:

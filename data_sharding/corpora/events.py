@@ -69,7 +69,10 @@ def read_trials(
         return ()
     if "onset" not in rows[0] or not any(name in rows[0] for name in IMAGE_COLUMNS):
         missing = "onset" if "onset" not in rows[0] else "image"
-        raise RequestError(f"{table}: no column '{missing}'; it needs at least onset and image, tab-separated")
+        raise RequestError(
+            f"{table}: the column '{missing}' is missing; the table needs at least the columns 'onset' and 'image', "
+            "separated by tabs"
+        )
     return make_trials(rows, images, str(table), first_line=2, label_column=label_column, faults=faults)
 
 
@@ -126,9 +129,9 @@ def make_trials(
             onset = math.nan
         fault = ""
         if not math.isfinite(onset):
-            fault = f"onset '{row.get('onset')}' is not a number of seconds"
+            fault = f"the onset '{row.get('onset')}' is not a number of seconds"
         elif given("split") not in (*SPLITS, ""):
-            fault = f"split '{given('split')}' must be one of {', '.join(SPLITS)}"
+            fault = f"the split '{given('split')}' must be one of {', '.join(SPLITS)}"
         if fault:
             if faults is None:
                 raise RequestError(f"{where}, line {number}: {fault}")
@@ -176,7 +179,11 @@ class EventsCorpus(Adapter):
                     item = dataclasses.replace(add_marks(item, table), trials=read_trials(table, images))
             items.append(item)
         if not any(item.trials for item in items):
-            what = "the events tables name no image" if tables else "no recording has a <recording>_events.tsv"
-            raise RequestError(f"corpora: root '{root}': no paired trials; {what}")
+            what = (
+                "the events tables name no image; fill in their column 'image'"
+                if tables
+                else "no recording has an events table; write RECORDING_events.tsv next to each recording"
+            )
+            raise RequestError(f"corpora: root '{root}': {what}")
         check_images(items, images)
         return items

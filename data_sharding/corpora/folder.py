@@ -135,7 +135,10 @@ def check_unit_factors(config: CorpusConfig, paths: list[str]) -> None:
     """
     for pattern in config.unit_factors:
         if not any(fnmatch.fnmatch(path, pattern) for path in paths):
-            raise RequestError(f"corpora: unit_factors '{pattern}' matches no recording under {config.root}")
+            raise RequestError(
+                f"corpora: the pattern '{pattern}' of the key 'unit_factors' matches no recording under {config.root}; "
+                "correct or remove the pattern"
+            )
 
 
 def find(config: CorpusConfig) -> tuple[AnyPath, list[tuple[str, Recording]]]:

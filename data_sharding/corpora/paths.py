@@ -322,7 +322,7 @@ def read_marks(table: AnyPath) -> tuple[list[tuple[float, float, str, list[str]]
             continue
         onset, duration = _seconds(row.get("onset")), _seconds(row.get("duration"))
         if onset is None:
-            notes.append(f"{table.name}, line {number}: '{text}' has no onset; not used")
+            notes.append(f"{table.name}, line {number}: the mark '{text}' has no onset, and is not used")
         else:
             names = (name.strip() for name in re.split(r"[,;|]", str(row.get("channel") or "")))
             marks.append((onset, duration or 0.0, text, [name for name in names if name not in NOTHING]))

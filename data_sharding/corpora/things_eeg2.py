@@ -58,7 +58,7 @@ class ThingsEEG2Options:
 
     def __post_init__(self) -> None:
         if not self.partitions:
-            raise ValueError("partitions is empty; name training, test, or both")
+            raise ValueError("the option 'partitions' is empty; write training, test, or both")
 
 
 @dataclass(frozen=True)
@@ -182,23 +182,25 @@ def _content(path: Path, source: str) -> dict[str, Any]:
     content = load_npy(path)
     key, ndim = ("preprocessed_eeg_data", 4) if source == "preprocessed" else ("raw_eeg_data", 2)
     if not isinstance(content, dict) or key not in content or "ch_names" not in content:
-        raise _Unusable(f"not a file of THINGS-EEG2 as released; it needs the entries {key} and ch_names")
+        raise _Unusable(f"not a released file of THINGS-EEG2, which has the entries '{key}' and 'ch_names'")
     x, names = content[key], [str(name) for name in content["ch_names"]]
     if not isinstance(x, np.ndarray) or x.ndim != ndim or x.dtype.kind not in "fiu":
-        raise _Unusable(f"{key} is not an array of numbers in {ndim} dimensions")
+        raise _Unusable(f"the entry '{key}' is not an array of numbers in {ndim} dimensions")
     if x.shape[-2] != len(names):
-        raise _Unusable(f"the array has {x.shape[-2]} channels, but ch_names has {len(names)} names")
+        raise _Unusable(f"the array has {x.shape[-2]} channels, but the entry 'ch_names' has {len(names)} names")
     if source == "raw":
         sfreq = float(content.get("sfreq", 0))
         types = [str(kind) for kind in content.get("ch_types", [])]
         if not sfreq > 0 or len(types) != len(names) or "stim" not in types:
-            raise _Unusable("the file needs the entries sfreq and ch_types, with the type stim for one channel")
+            raise _Unusable(
+                "the entries 'sfreq' and 'ch_types' are missing or invalid; one channel must have the type stim"
+            )
         return {"x": x, "ch_names": names, "ch_types": types, "sfreq": sfreq}
     times = np.asarray(content.get("times", []), float)
     if times.ndim != 1 or len(times) < 2 or not np.median(np.diff(times)) > 0:
-        raise _Unusable("the file needs the entry times: the time of each sample of an epoch, in seconds")
+        raise _Unusable("the entry 'times' (the time of each sample of an epoch, in seconds) is missing or invalid")
     if len(times) != x.shape[-1]:
-        raise _Unusable(f"an epoch has {x.shape[-1]} samples, but the entry times has {len(times)} times")
+        raise _Unusable(f"an epoch has {x.shape[-1]} samples, but the entry 'times' has {len(times)} times")
     # Round the sampling rate, because the times in the file have only a few digits.
     sfreq = float(np.round((len(times) - 1) / (times[-1] - times[0]), 2))
     return {"x": x, "ch_names": names, "sfreq": sfreq, "tmin": float(times[0])}
@@ -232,7 +234,7 @@ def _trials(
         return tuple(trial(i // reps, i * epoch, i) for i in range(count * reps)), {}
     stim = np.asarray(content["x"][content["ch_types"].index("stim")])
     if not np.isfinite(stim).all():
-        raise _Unusable("the stim channel is not finite")
+        raise _Unusable("the stim channel has NaN or infinite values")
     # If an event code lasts for several samples, count it as one event.
     at = np.flatnonzero((stim != 0) & (np.diff(stim, prepend=0) != 0))
     codes = np.round(stim[at]).astype(np.int64)
@@ -264,7 +266,10 @@ def _images(options: ThingsEEG2Options, root: Path, images: AnyPath) -> dict[str
         lists = [table.get(key) for key in keys] if isinstance(table, dict) else []
         sized = [len(v) for v in lists if isinstance(v, list | tuple) or (isinstance(v, np.ndarray) and v.ndim == 1)]
         if len(sized) != 2 or sized[0] != sized[1]:
-            raise RequestError(f"{path}: not the table of images of THINGS-EEG2; it needs {keys[0]} and {keys[1]}")
+            raise RequestError(
+                f"{path}: not the table of images of THINGS-EEG2, which has the entries '{keys[0]}' and '{keys[1]}'; "
+                "correct the option 'metadata'"
+            )
         out[partition] = [
             _Image(
                 path=str(images / f"{partition}_images" / str(concept) / str(file)),

@@ -118,7 +118,7 @@ class EEGDataset:
         tmax = tmin + self.spec.window_s if tmax is None else tmax
         self._shift, self.n_times = round(tmin * sfreq), round((tmax - tmin) * sfreq)
         if self.n_times < 1:
-            raise RequestError(f"tmin {tmin:g} s and tmax {tmax:g} s: tmax must be later than tmin")
+            raise RequestError(f"'tmax' ({tmax:g} s) must be later than 'tmin' ({tmin:g} s)")
         # `samples` and `onset` are 0 if an older version of Dreamscale wrote the index: that version stored exactly one
         # window of each trial, which begins at the onset.
         stored = np.where(self.index["samples"], self.index["samples"], self.spec.window).astype(np.int64)
@@ -195,8 +195,8 @@ class EEGDataset:
         """
         if not self.paired:
             raise RequestError(
-                f"{self.path} ({self.split}): no paired images; "
-                "this stage needs an EEG-image dataset (a corpus of kind 'events')"
+                f"{self.path} ({self.split}): this dataset has no paired images; give an EEG-image dataset (from a "
+                "corpus with the key 'images')"
             )
         return self
 
@@ -341,7 +341,7 @@ class EEGDataset:
         if not location.image:
             raise RequestError(
                 f"{self.path}: sample {self.key(number)} has no image; "
-                "images are in EEG-image datasets only (from a corpus of kind 'events')"
+                "images are in EEG-image datasets only (from a corpus with the key 'images')"
             )
         return self.reader.image(location)
 

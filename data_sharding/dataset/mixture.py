@@ -200,5 +200,5 @@ def _require_same_preprocess(first: EEGDataset, other: EEGDataset) -> None:
     if differ := first.spec.differences(other.spec):
         raise RequestError(
             f"datasets: {first.path} and {other.path} were preprocessed differently ({', '.join(differ.values())}); "
-            "shard one of them again"
+            "shard one of them again with the settings of the other"
         )

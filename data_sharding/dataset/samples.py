@@ -143,7 +143,7 @@ def decode_eeg(data: bytes, n: int | None = None, samples: int | None = None) ->
             out = np.empty(shape, np.float16)
             got = stream.readinto(out.data.cast("B"))
             if got != out.nbytes or (samples or shape[1]) != shape[1] or stream.read(1):
-                raise ValueError(f"not as many bytes as a window of float16 {shape} has")
+                raise ValueError(f"the number of bytes differs from that of a window of float16 {shape}")
     except zstandard.ZstdError as error:
         raise ValueError(f"not compressed by zstd, or damaged ({error})") from None
     return out[:n]
@@ -205,7 +205,9 @@ class Sample:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.key):
             raise ValueError(f"sample key '{self.key}': only letters, digits, '_' and '-' are allowed")
         if len(self.eeg) != self.meta.get("n"):
-            raise ValueError(f"sample {self.key}: meta n={self.meta.get('n')} but {len(self.eeg)} channels")
+            raise ValueError(
+                f"sample {self.key}: the metadata say n={self.meta.get('n')}, but there are {len(self.eeg)} channels"
+            )
         text = json.dumps(self.meta, sort_keys=True, separators=(",", ":"), allow_nan=False)
         members = [(f"{self.key}.eeg.npy.zst", encode_eeg(self.eeg))]
         if self.image is not None:

@@ -60,7 +60,8 @@ class SplitConfig:
         both = {_bare(s) for s in self.val_subjects} & {_bare(s) for s in self.test_subjects}
         if both:
             raise ValueError(
-                f"split: {', '.join(sorted(both))} is in val_subjects and test_subjects; remove it from one list"
+                f"split: {', '.join(sorted(both))} cannot be in both 'val_subjects' and 'test_subjects'; remove each "
+                "subject from one of these lists"
             )
 
     @property
@@ -108,7 +109,9 @@ class SplitConfig:
         if self.by == "image":
             return _by_hash(f"{self.seed}/image/{image_id}", val, test)
         if not concept:
-            raise RequestError(f"split.by is concept, but image '{image_id}' has no concept; use split.by: image")
+            raise RequestError(
+                f"the key 'split.by' is 'concept', but image '{image_id}' has no concept; set 'split.by' to 'image'"
+            )
         return _by_hash(f"{self.seed}/concept/{concept}", val, test)
 
     def trial(self, subject: str, image_id: str, column: str = "", concept: str = "") -> str | None:
@@ -160,7 +163,8 @@ class SplitConfig:
             if _bare(name) not in bare:
                 some = ", ".join(sorted(everyone)[:6])
                 raise RequestError(
-                    f"split: subject '{name}' is not in the corpora; there are {some}{' ...' * (len(everyone) > 6)}"
+                    f"split: subject '{name}' is not in the corpora; "
+                    f"the corpora have {some}{' ...' * (len(everyone) > 6)}"
                 )
         if everyone and not any(self.subject(s) == "train" for s in everyone):
             raise RequestError(

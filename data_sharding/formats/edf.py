@@ -339,7 +339,8 @@ def _rate_of_eeg(layout: headers.Layout) -> int:
     usable = [electrodes[i] for i in range(len(layout.labels)) if i not in layout.unscaled]
     if layout.unscaled and not (any(usable) if any(electrodes) else counts):
         number, fault = next(iter(layout.unscaled.items()))
-        text = f"of {len(layout.unscaled)} channels such as {layout.labels[number]}: {fault}; correct the header"
+        name = layout.labels[number]
+        text = f"{len(layout.unscaled)} channels have no scale, for example {name}: {fault}; correct the header"
         raise ReadError(Reason("no physical range", text))
     if not counts:
         raise NotContinuous(Reason("no signal", "no channel has samples"))

@@ -420,7 +420,8 @@ def _walk_local(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
     def refuse(error: OSError) -> None:
         raise RequestError(
-            f"{error.filename}: cannot be listed ({error.strerror}); repair it, or exclude its parent folder"
+            f"{error.filename}: cannot be listed ({error.strerror}); make this folder readable, "
+            "or exclude its parent folder"
         )
 
     seen: set[tuple[int, int]] = set()
@@ -442,7 +443,9 @@ def _walk_remote(root: Any) -> Iterator[tuple[Any, list[str]]]:
     try:
         entries = sorted(root.iterdir(), key=lambda entry: entry.name)
     except OSError as error:
-        raise RequestError(f"{root}: cannot be listed ({error}); repair it, or exclude its parent folder") from None
+        raise RequestError(
+            f"{root}: cannot be listed ({error}); make this folder readable, or exclude its parent folder"
+        ) from None
     names, folders = [], []
     for entry in entries:
         whole = entry.name.lower().endswith((".mff", ".mefd"))

@@ -197,8 +197,8 @@ def fit_clock(
         lines = _fit_lines(anchors, runs, 1 / sfreq, fixed=True)
     elif drift * len(order) / sfreq > NOTED_S:
         notes.append(
-            "times count in samples of the amplifier; its clock and the clock of the time stamps differ by "
-            f"{1e6 * drift:.0f} ppm, {drift * len(order) / sfreq:.3f} s in the whole recording"
+            "the times are counted in samples of the amplifier, whose clock differs from the clock of the time stamps "
+            f"by {1e6 * drift:.0f} ppm, {drift * len(order) / sfreq:.3f} s in the whole recording"
         )
     segments, begins = _place_segments(anchors, runs, lines, sfreq, len(order), notes)
     return Clock(

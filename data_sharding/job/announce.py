@@ -114,7 +114,7 @@ def _describe_unknown(label: str, items: Sequence[Item], total: int) -> list[str
     ]
     for item in items:
         if names := recognise(item.path).candidates:
-            lines.append(f"  {item.path} has several names ({', '.join(names)}), so none of them was used")
+            lines.append(f"  {item.path} contains several names ({', '.join(names)}), so no name was used")
             break
     folders = {item.path.split("/")[0] for item in items if "/" in item.path}
     if len(folders) > 1:
@@ -140,7 +140,7 @@ def _find_contradictions(label: str, items: Sequence[Item]) -> list[str]:
     lines = []
     if several := [names for names in of_patient.values() if len(names) > 1]:
         lines.append(
-            f"  but the paths of {len(several)} of these subjects have several names, for example "
+            f"  but the paths of {len(several)} of these subjects name several people, for example "
             f"{', '.join(sorted(several[0])[:3])}; if the paths are right, set subject_pattern"
         )
     if several := sorted(name for name, patients in of_name.items() if len(patients) > 1):

@@ -145,7 +145,7 @@ def owned_folder(base: Path, kind: str) -> Iterator[Path]:
 
 
 def _too_much_memory(memory_gb: float) -> Reason:
-    return Reason("memory", f"needs more than {memory_gb:g} GB (key 'ray.memory_gb')")
+    return Reason("memory", f"the recording needs more than {memory_gb:g} GB (key 'ray.memory_gb')")
 
 
 class Child:

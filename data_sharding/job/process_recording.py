@@ -395,7 +395,8 @@ class _Reading:
             raise SetAside("excluded", Reason("rate too low", text))
         if spec.sfreq > MAX_UPSAMPLING * info.sfreq:
             text = (
-                f"{info.sfreq:g} Hz, and windows of {spec.sfreq:g} Hz have more than {MAX_UPSAMPLING} times this rate"
+                f"the rate is {info.sfreq:g} Hz, and windows of {spec.sfreq:g} Hz have more than {MAX_UPSAMPLING} "
+                "times this rate"
             )
             raise SetAside("excluded", Reason("rate too low", text))
         self.names = list(channels.names)

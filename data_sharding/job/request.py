@@ -285,7 +285,10 @@ def check_trial_span(where: str, corpus: CorpusConfig, spec: PreprocessSpec) -> 
         )
     longest = LONGEST / spec.sfreq
     if max(-(corpus.tmin or 0.0), 0.0) + max(corpus.tmax or 0.0, 0.0) > longest:
-        raise RequestError(f"{where}: tmin and tmax make trials longer than {longest:g} s, the longest that is stored")
+        raise RequestError(
+            f"{where}: 'tmin' and 'tmax' make trials too long; a stored trial has at most {longest:g} s, so set 'tmin' "
+            "and 'tmax' closer together"
+        )
 
 
 def make_plan(config: ShardConfig) -> Plan:

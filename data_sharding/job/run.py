@@ -84,7 +84,8 @@ def _find_former(output: AnyPath) -> Manifest | None:
         return Manifest.read(output)
     if output.is_dir() and any(output.iterdir()) and not (output / WORK).is_dir():
         raise RequestError(
-            f"output '{output}': not empty, and its files are not from an unfinished dataset; choose another folder"
+            f"output '{output}': this folder is not empty, and its files are not from an interrupted 'dreamscale "
+            "shard'; choose an empty or new folder"
         )
     return None
 

@@ -24,7 +24,8 @@ PARTS_AT = 176 + 16 * 4
 def _recognise(file: File) -> Recording | None:
     if file.head.startswith(b"* MICROMED"):
         version = file.head[175:176]
-        fault = Reason("no reader", f"Micromed header version {version[0] if version else 'missing'}, only 4 is read")
+        told = f"has version {version[0]}" if version else "ends before the version"
+        fault = Reason("no reader", f"the Micromed header {told}; Dreamscale reads only version 4")
         return file.recording("micromed", problem=None if version == b"\x04" else fault)
     if file.suffix == ".trc":
         return file.recording("micromed", problem=Reason("unreadable", "not Micromed: it has no Micromed header"))
@@ -50,7 +51,8 @@ def _open(path: Path) -> Any:
             segments.append(Segment(start=start, stop=stop, onset=max(time / sfreq, _end_of(segments, sfreq))))
         signal.info = dataclasses.replace(signal.info, segments=segments)
     elif table and table[0][1] > 0:
-        note = f"the first {table[0][1]} samples belong to no part in the header's table of parts; not used"
+        why = "because they belong to no part in the header's table of parts"
+        note = f"the first {table[0][1]} samples are not used, {why}"
         signal.info = dataclasses.replace(signal.info, notes=[*signal.info.notes, note])
     return signal
 

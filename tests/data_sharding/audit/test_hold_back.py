@@ -74,7 +74,7 @@ class TestNames:
     @pytest.mark.parametrize(
         ("config", "words"),
         [
-            ({"subjects": ["sub-77"]}, ["hold_back.subjects", "sub-77", "there are"]),
+            ({"subjects": ["sub-77"]}, ["hold_back.subjects", "sub-77", "the corpora have"]),
             ({"subjects": ["clinic/sub-01"]}, ["clinic/sub-01"]),
             ({"recordings": ["lab/sub-09/*"]}, ["hold_back.recordings", "lab/sub-09/*"]),
             ({"lists": ["/nowhere/list.txt"]}, ["hold_back.lists", "/nowhere/list.txt"]),

@@ -94,7 +94,7 @@ class TestAgainst:
         assert (
             "has no ledger.parquet" in out
             and "has no fingerprints.parquet" in out
-            and "they are unknown; set subject_pattern" in out
+            and "the subjects are unknown; set the key 'subject_pattern'" in out
         )
 
     def test_shared_subject_is_found(self, dataset, publish, make_raw, tmp_path, capsys) -> None:
@@ -105,7 +105,7 @@ class TestAgainst:
         assert main([str(dataset), "--against", str(tmp_path / "b")]) == 1
         out = capsys.readouterr().out
         assert "shared: subject sub-02 of corpus lab is in both" in out
-        assert "to look at: same name: subject sub-03 of corpus lab, and of clinic in the other" in out
+        assert "to look at: same name: subject sub-03 of corpus lab, and of clinic in the other dataset" in out
 
     def test_equal_bytes_are_shared_and_equal_names_are_questions(
         self, dataset, publish, make_raw, tmp_path, capsys

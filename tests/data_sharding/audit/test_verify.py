@@ -43,7 +43,7 @@ def test_missing_truncated_and_extra_shards_are_found(copy: Path, capsys) -> Non
     assert (
         "val/000000.tar: missing" in out
         and "train/000000.tar: " in out
-        and "train/000009.tar: not in the manifest" in out
+        and "train/000009.tar: the manifest does not list this shard" in out
     )
 
 

@@ -209,8 +209,8 @@ def test_a_broken_sidecar_affects_only_its_recording(tmp_path: Path, about: dict
     [
         ("a.npy", X[:2], {}, "2 channels in the array"),
         ("a.npy", X[0], {}, "1 dimensions"),
-        ("a.npy", np.array([["x"]]), {}, "not of numbers"),
-        ("a.npy", EPOCHS, {"labels": [1, 2]}, "describes 2 epochs, and the array has 4"),
+        ("a.npy", np.array([["x"]]), {}, "are not numbers"),
+        ("a.npy", EPOCHS, {"labels": [1, 2]}, "describes 2 epochs, but the array has 4"),
         ("a.npz", {"x": X, "y": X}, {}, "the variables are x, y; name one in the key 'data' of the sidecar"),
         ("a.npz", {"x": X}, {"data": "z"}, "has no variable 'z'; it has x"),
         ("a.npy", np.array([{"a": 1}], dtype=object), {}, "unreadable: ValueError"),

@@ -35,7 +35,7 @@ from data_sharding.formats.sniffing import Recording
             {"kind": "folder", "images": "y"},
             "the key 'images' does not belong to kind folder; remove it, or use a kind that has it (arrays, bids, ",
         ),
-        ({"kind": "events"}, "needs the key 'images'"),
+        ({"kind": "events"}, "the key 'images' is missing"),
         (
             {"kind": "eeg_imagenet", "images": "y", "exclude": ["*"]},
             "the key 'exclude' does not belong to kind eeg",
@@ -46,7 +46,7 @@ from data_sharding.formats.sniffing import Recording
             "did you mean 'fold'? The options are file, splits, fold, unit",
         ),
         ({"kind": "eeg_imagenet", "images": "y", "options": {"fold": "one"}}, "fold"),
-        ({"subject_pattern": "(?P<who>x)"}, "needs a group"),
+        ({"subject_pattern": "(?P<who>x)"}, "has no group"),
         ({"subject_pattern": "("}, "not a valid regular expression"),
     ],
 )
@@ -149,7 +149,7 @@ def test_an_onset_that_is_not_a_number(events_corpus: Path, tmp_path: Path, valu
     root = Path(copytree(events_corpus, tmp_path / "copy"))
     table = root / "eeg" / "sub-01" / "sub-01_task-images_events.tsv"
     table.write_text(f"onset\timage\n{value}\timg-0.png\n")
-    with pytest.raises(RequestError, match="line 2: onset"):
+    with pytest.raises(RequestError, match="line 2: the onset"):
         list_items(CorpusConfig(kind="events", root=str(root / "eeg"), images=str(root / "images")))
 
 
@@ -158,7 +158,7 @@ def test_expand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert expand("${LAB}/a", "root") == tmp_path / "a"
     with pytest.raises(RequestError, match="NOT_SET is not set"):
         expand("${NOT_SET}/a", "root")
-    with pytest.raises(RequestError, match="'gopher://' is unknown"):
+    with pytest.raises(RequestError, match="does not know the protocol 'gopher://'"):
         expand("gopher://a", "root")
 
 
@@ -231,4 +231,4 @@ def test_marks_in_a_table_beside_a_recording_are_used(tmp_path: Path, make_raw, 
     info = open_item(item).info
     assert item.path == path.name and [(s.start, s.stop) for s in info.segments] == [(0, 600), (600, 1200)]
     assert info.bad_spans == [(1.0, 1.5, "BAD_move")]
-    assert info.notes == ["a_events.tsv, line 5: 'BAD' has no onset; not used"]
+    assert info.notes == ["a_events.tsv, line 5: the mark 'BAD' has no onset, and is not used"]

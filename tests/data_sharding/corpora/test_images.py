@@ -175,7 +175,7 @@ class TestEEGImageNet:
 
     def test_faults(self, tmp_path: Path) -> None:
         config = write_imagenet(tmp_path, released(), splits())
-        with pytest.raises(RequestError, match="has 1 splits, but the option 'fold' is 3"):
+        with pytest.raises(RequestError, match="the option 'fold' must be from 0 to 0, not 3"):
             list_items(dataclasses.replace(config, options={"fold": 3}))
         with pytest.raises(RequestError, match="no such file"):
             list_items(dataclasses.replace(config, options={"file": "eeg_14_70_std.pth"}))
@@ -415,11 +415,11 @@ class TestThingsEEG2:
         config = write_things(tmp_path)
         with pytest.raises(RequestError, match=r"no sub-XX/ses-XX/raw_eeg_training\.npy"):
             list_items(dataclasses.replace(config, options={"source": "raw"}))
-        with pytest.raises(ValueError, match=r"tmax 0\.1 must be later than tmin 0\.2"):
+        with pytest.raises(ValueError, match=r"'tmax' \(0\.1 s\) must be later than 'tmin' \(0\.2 s\)"):
             dataclasses.replace(config, tmin=0.2, tmax=0.1)
-        with pytest.raises(ValueError, match="stimulus_delay_ms is 30000, more than a second"):
+        with pytest.raises(ValueError, match="'stimulus_delay_ms' is 30000, which is more than a second"):
             dataclasses.replace(config, stimulus_delay_ms=30_000)
-        with pytest.raises(ValueError, match="needs the key 'images'"):
+        with pytest.raises(ValueError, match="the key 'images' is missing"):
             dataclasses.replace(config, images="")
         (tmp_path / "image_metadata.npy").unlink()
         with pytest.raises(RequestError, match=r"image_metadata\.npy"):

@@ -245,7 +245,7 @@ class TestAnnouncements:
             write_records(tmp_path / f"{name}.edf")
         lines = self.lines(tmp_path)
         assert "lab: the subject of 3 of 3 recordings is not known, for example of anna/one.edf" in lines[0]
-        assert "s13_S07.edf has several names (s13, S07)" in lines[1]
+        assert "s13_S07.edf contains several names (s13, S07), so no name was used" in lines[1]
         assert "(anna, bert ...) is one person: subject_pattern: '^(?P<subject>[^/]+)/'" in lines[2]
 
     def test_similar_names_contradictions_and_names_in_paths_are_said(self, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ class TestAnnouncements:
         assert kept["intracranial"] and "rename the file" in kept["notes"][0]
         text = "\n".join(self.lines(tmp_path))
         assert "the names S1, s01 look like one person" in text
-        assert "the paths of 1 of these subjects have several names, for example P04, P05" in text
+        assert "the paths of 1 of these subjects name several people, for example P04, P05" in text
         assert "the paths of 1 recordings contain the patient's name or number" in text and "0234567" not in text
 
     def test_name_in_several_folders_is_questioned(self, tmp_path: Path) -> None:

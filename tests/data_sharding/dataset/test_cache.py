@@ -145,7 +145,7 @@ def test_remote_dataset_reads_like_a_local_one(tmp_path: Path, own_cache: Path) 
 def test_missing_remote_dataset_and_unknown_protocol_are_refused() -> None:
     with pytest.raises(RequestError, match=r"memory://nowhere: no manifest\.json"):
         EEGDataset("memory://nowhere")
-    with pytest.raises(RequestError, match="unknown to fsspec"):
+    with pytest.raises(RequestError, match="fsspec does not know the protocol"):
         EEGDataset("nonsense://lab")
 
 

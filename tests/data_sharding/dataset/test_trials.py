@@ -75,7 +75,7 @@ def test_a_part_that_no_trial_has_is_refused(tmp_path: Path) -> None:
     write_trials(tmp_path / "d")
     with pytest.raises(RequestError, match=r"no trial is stored from -0\.5 to 0\.5 s around the onset"):
         EEGDataset(tmp_path / "d", tmin=-0.5, tmax=0.5)
-    with pytest.raises(RequestError, match="tmax must be later than tmin"):
+    with pytest.raises(RequestError, match=r"'tmax' \(.* s\) must be later than 'tmin'"):
         EEGDataset(tmp_path / "d", tmin=0.5, tmax=0.5)
 
 

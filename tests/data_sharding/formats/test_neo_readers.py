@@ -88,7 +88,9 @@ def test_micromed_with_samples_before_the_first_part(tmp_path: Path) -> None:
     pytest.importorskip("neo", reason="the extra neo is not installed")
     write_micromed(tmp_path / "a.TRC", make_uv(), [0, 0, 0, 0], [(100, 300)])
     info = open_only(tmp_path).info
-    assert info.notes == ["the first 300 samples belong to no part in the header's table of parts; not used"]
+    assert info.notes == [
+        "the first 300 samples are not used, because they belong to no part in the header's table of parts"
+    ]
     assert info.n_samples == 1700
 
 

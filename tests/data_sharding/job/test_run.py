@@ -354,8 +354,8 @@ class TestBadRequests:
             ({"trial_offset": 0.1}, "corpora[0] (kind events)", "'trial_offset' was renamed; use 'tmin'"),
             ({"tmax": 0.5}, "corpora[0]", "tmax 0.5 is too early", "1 s from 0 s on", "set tmax to 1 or later"),
             ({"tmin": 0.2, "tmax": 1.1}, "tmax 1.1 is too early", "set tmax to 1.2"),
-            ({"tmin": -1e5}, "trials longer than"),
-            ({"tmin": 0.2, "tmax": 0.1}, "must be later than tmin"),
+            ({"tmin": -1e5}, "'tmin' and 'tmax' make trials too long"),
+            ({"tmin": 0.2, "tmax": 0.1}, "must be later than 'tmin'"),
         ):
             self.check(capsys, write_config(tmp_path / "a.yaml", [corpus | keys]), *words)
         config = write_config(tmp_path / "a.yaml", [{"root": str(folder_corpus), "stimulus_delay_ms": 5}])
@@ -363,7 +363,11 @@ class TestBadRequests:
 
     def test_no_trials(self, folder_corpus: Path, events_corpus: Path, tmp_path: Path, capsys) -> None:
         corpus = {"kind": "events", "root": str(folder_corpus), "images": str(events_corpus / "images")}
-        self.check(capsys, write_config(tmp_path / "a.yaml", [corpus]), "no paired trials")
+        self.check(
+            capsys,
+            write_config(tmp_path / "a.yaml", [corpus]),
+            "no recording has an events table; write RECORDING_events.tsv",
+        )
 
     def test_unknown_subject(self, folder_corpus: Path, tmp_path: Path, capsys) -> None:
         config = write_config(tmp_path / "a.yaml", [{"root": str(folder_corpus)}], split={"test_subjects": ["sub-77"]})
