@@ -238,7 +238,7 @@ def test_units_of_xdf_streams() -> None:
     units = ["microvolts", "nV", "mV", "Volts", "", "foo", "%"]
     labels = ["Fp1", "Fp2", "C3", "C4", "P3", "P4", "SaO2"]
     declared = [{"label": [label], "unit": [unit], "type": ["EEG"]} for label, unit in zip(labels, units, strict=True)]
-    names, found, _ = _channels([{"channels": [{"channel": declared}]}], 7)
+    names, _, found, _ = _channels([{"channels": [{"channel": declared}]}], 7)
     assert names == labels and found.unknown == {"P4": "foo"} and found.ch_types[-1] == "misc"
     np.testing.assert_allclose(found.gains[:6], [1e-6, 1e-9, 1e-3, 1, 1, 1])
     assert found.assumed == {"P3": 1.0}
