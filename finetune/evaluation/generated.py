@@ -278,7 +278,10 @@ def check_control(own: GeneratedSet, control: GeneratedSet) -> None:
     # The controls no_eeg and class need not have an image for every trial: the comparison with the control leaves out
     # the trials without a control image.
     if keys != own_keys and not (name in ("no_eeg", "class") and set(keys) <= set(own_keys)):
-        raise RequestError(f"{control.path}: holds other trials than {own.path}; generate both for the same trials")
+        raise RequestError(
+            f"{control.path}: the images are of other trials than those in {own.path}; "
+            "generate both folders for the same trials"
+        )
     trial_of = {trial["key"]: trial for trial in own.trials}
     for trial in control.trials:
         if differ := [n for n in ("image_id", "label", "subject") if trial[n] != trial_of[trial["key"]][n]]:

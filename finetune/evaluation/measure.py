@@ -91,7 +91,9 @@ def _classify(
 ) -> dict[str, Any]:
     """Compute the accuracies and the confusion matrix from the category probabilities of images."""
     predicted_B, classes = probabilities_BK.argmax(axis=1), probabilities_BK.shape[1]
-    confusion: list[list[int]] | str = f"not computed: {classes} categories are more than {MOST_CONFUSED}"
+    confusion: list[list[int]] | str = (
+        f"not computed: the table is made for at most {MOST_CONFUSED} categories, and there are {classes}"
+    )
     if classes <= MOST_CONFUSED:
         counts_KK = np.zeros((classes, classes), int)
         np.add.at(counts_KK, (labels_B, predicted_B), 1)

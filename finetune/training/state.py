@@ -51,7 +51,8 @@ def load_trainables(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -
         for name, parameter in own.items():
             if parameter.shape != tensors[name].shape:
                 raise RequestError(
-                    f"checkpoint: {name} has shape {list(tensors[name].shape)}, not {list(parameter.shape)}"
+                    f"the parameter {name} of the checkpoint has shape {list(tensors[name].shape)}, but this model "
+                    f"needs {list(parameter.shape)}; choose another output to train again"
                 )
             parameter.copy_(tensors[name])
 

@@ -417,7 +417,9 @@ class CheckpointReader:
                 for stored in file.keys():  # noqa: SIM118, not a dictionary
                     name = self._current_name(file_name, stored)
                     if name in self._places:
-                        raise RequestError(f"{self.folder}: tensor {name} is stored twice; delete this checkpoint")
+                        raise RequestError(
+                            f"{self.folder}: damaged (tensor {name} is stored twice); delete this checkpoint"
+                        )
                     self._places[name] = file, stored
         except BaseException as error:
             self._stack.close()

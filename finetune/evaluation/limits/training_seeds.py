@@ -97,7 +97,10 @@ def _check(own: GeneratedSet, about: dict[str, Any], folder: str | Path) -> None
     trials = check_list(about.get("trials"), where, "trials")
     keys = [check_group(trial, where, "a trial").get("key") for trial in trials]
     if keys != [trial["key"] for trial in own.trials]:
-        raise RequestError(f"{folder}: holds other trials than {own.path}; generate both for the same trials")
+        raise RequestError(
+            f"{folder}: the images are of other trials than those in {own.path}; generate both folders for the same "
+            "trials"
+        )
 
 
 def _take_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
