@@ -191,7 +191,7 @@ def test_spread_over_training_seeds(tmp_path: Path) -> None:
     [
         ({"about": {"control": "shuffle"}}, "images of a control"),
         ({"about": {"split": "val"}}, "split is 'val', but 'test'"),
-        ({"about": {"trials": [{"key": "t1"}]}}, "holds other trials"),
+        ({"about": {"trials": [{"key": "t1"}]}}, "the images are of other trials than"),
         ({"about": {"model_digest": "0"}}, "holds images of the same model as another given folder"),
         ({"about": {"model_digest": 3}}, "model_digest"),
         ({"classifier": "other"}, "another classifier"),
