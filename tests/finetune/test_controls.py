@@ -268,7 +268,7 @@ def test_a_forged_control_is_refused(make: Callable[..., Path]) -> None:
         ("shuffle", {"dataset_id": "x"}, "dataset_id is 'x'"),
         ("shuffle", {"dataset_version": 2}, "dataset_version is 2"),
         ("shuffle", {"split": "val"}, "split is 'val'"),
-        ("shuffle", {"trials": folders["shuffle"].trials[1:]}, "holds other trials"),
+        ("shuffle", {"trials": folders["shuffle"].trials[1:]}, "the images are of other trials than"),
         ("shuffle", {"control": "none"}, "does not hold control images"),
         ("shuffle", first("shuffle", eeg_key=mine), "was made from its own EEG, so the folder is not the control"),
         ("shuffle", first("shuffle", eeg_keys=["x", mine]), "was made from its own EEG"),
