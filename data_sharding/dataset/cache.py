@@ -139,7 +139,9 @@ class ShardCache:
                 self._reserve(temporary, expected, url)
                 got, digest = _download(url, temporary, expected)
                 if digest == sha256:
-                    temporary.replace(path)
+                    # Rename under the lock 'room': a folder that is listed during a renaming may show neither name.
+                    with locked(self.folder / "locks" / "room"):
+                        temporary.replace(path)
                     return
                 found = f"{got} bytes of {expected}" if got != expected else "its sha256 differs from the manifest's"
             except RequestError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import signal
 import threading
@@ -38,6 +39,13 @@ class _WorkerError:
     """
 
     message: str
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked worker must not collect unused objects of the training process. For example, an unused process group of
+    # torch is deleted by joining its threads, but a forked process does not have these threads, so the deletion would
+    # abort the worker or wait forever.
+    os.register_at_fork(after_in_child=gc.freeze)
 
 
 class _ShardPrefetcher:

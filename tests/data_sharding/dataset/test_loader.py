@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
+import os
 import pickle
 import shutil
 import subprocess
@@ -361,3 +364,28 @@ def test_missing_image_is_refused_and_the_sample_is_named(unpaired_dataset: Path
     data = EEGDataset(unpaired_dataset)
     with pytest.raises(RequestError, match=f"sample {data.key(2)} has no image"):
         data.image(2)
+
+
+class _Unused:
+    """Object in a reference cycle, which only the garbage collector deletes."""
+
+    def __init__(self, record: Path) -> None:
+        self.record, self.cycle = record, self
+
+    def __del__(self) -> None:
+        self.record.write_text(str(os.getpid()))
+
+
+def test_a_forked_process_does_not_delete_unused_objects_of_its_parent(tmp_path: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        _Unused(tmp_path / "deleted")
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+        child.join()
+        assert child.exitcode == 0 and not (tmp_path / "deleted").exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert (tmp_path / "deleted").read_text() == str(os.getpid())
