@@ -40,7 +40,7 @@ def test_local_path_or_file_url_becomes_a_path(tmp_path: Path) -> None:
 def test_url_is_remote_and_unknown_protocol_is_refused() -> None:
     path = as_path("memory://a/b.edf")
     assert is_remote(path) and path.name == "b.edf" and as_path(path) is path
-    with pytest.raises(RequestError, match="protocol 'nonsense://' is unknown"):
+    with pytest.raises(RequestError, match="fsspec does not know the protocol 'nonsense://'"):
         as_path("nonsense://a/b")
 
 
