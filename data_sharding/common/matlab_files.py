@@ -111,11 +111,13 @@ class _Walker:
             raise refusal(self._where, f"the header of a variable has {size} bytes")
         return content.read(size + -size % 8)[:size]
 
-    def _values(self, content: _Content) -> None:
+    def _values(self, content: _Content) -> int:
+        """Skip an element with values, and return its size in bytes."""
         _, size, data = self._tag(content)
         if data is None:
             self._count(size)
             content.skip(size + -size % 8)
+        return size
 
     def variable(self, content: _Content, tag: tuple[int, int]) -> None:
         """Read the structure of one variable. `tag` (type and size of the variable's element) has already been read."""
@@ -163,11 +165,7 @@ class _Walker:
     def _fields(self, content: _Content, kind: int) -> int:
         if kind == OBJECT:
             self._small(content)  # the name of the class
-        length = self._small(content)
-        _, size, data = self._tag(content)
-        if data is None:
-            self._count(size)
-            content.skip(size + -size % 8)
+        length, size = self._small(content), self._values(content)
         (longest,) = struct.unpack(f"{self._order}I", length[:4]) if len(length) >= 4 else (0,)
         if not longest:
             raise _End

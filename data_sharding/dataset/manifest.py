@@ -174,7 +174,7 @@ class Manifest:
             ) from None
 
 
-def _check_manifest(values: Any, where: str) -> dict[str, Any]:
+def _check_manifest(values: Any, where: str) -> None:
     """Check the content of a dataset's manifest.
 
     Parameters
@@ -183,11 +183,6 @@ def _check_manifest(values: Any, where: str) -> dict[str, Any]:
         Parsed content of the manifest.
     where : str
         Path of the manifest, for the error message.
-
-    Returns
-    -------
-    dict
-        The content.
 
     Raises
     ------
@@ -232,7 +227,6 @@ def _check_manifest(values: Any, where: str) -> dict[str, Any]:
         for corpus in check_list(corpora, where, "corpora"):
             check_group(corpus, where, "a corpus")
     check_count(values.get("extra", {}).get("version", 1), where, "extra.version", least=1, most=999_999)
-    return values
 
 
 def version_folder(dataset: str | AnyPath, number: int) -> AnyPath:

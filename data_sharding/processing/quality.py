@@ -127,7 +127,7 @@ class _Rail:
 
 
 @functools.lru_cache(maxsize=16)
-def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int]:
+def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice]]:
     """Return orthonormal basis signals for one cell: offset, trend, slow rhythms up to 30 Hz, and mains noise.
 
     Returns
@@ -137,8 +137,6 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
         noise.
     mains : dict
         For each flag of mains noise (MAINS_50 and MAINS_60): the columns of `basis` for this noise.
-    n_free : int
-        Number of samples of a cell minus number of basis signals: L - K.
     """
     t = (np.arange(length) - (length - 1) / 2) / sfreq
     columns = [np.ones(length), t]
@@ -151,7 +149,7 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
             mains[flag] = slice(len(columns), len(columns) + 2)
             columns += [np.cos(2 * np.pi * hertz * t), np.sin(2 * np.pi * hertz * t)]
     basis = np.linalg.qr(np.stack(columns, axis=1))[0]
-    return np.ascontiguousarray(basis, np.float32), mains, length - len(columns)
+    return np.ascontiguousarray(basis, np.float32), mains
 
 
 @functools.lru_cache(maxsize=16)
@@ -189,7 +187,8 @@ def _without_harmonics(x: np.ndarray, rest: np.ndarray, sfreq: float) -> np.ndar
     ndarray, shape (cells,)
         Energy of each cell without the harmonics.
     """
-    n_free, harmonics = _basis(x.shape[1], sfreq)[2], _harmonics(x.shape[1], sfreq)
+    length = x.shape[1]
+    harmonics, n_free = _harmonics(length, sfreq), length - _basis(length, sfreq)[0].shape[1]
     count = harmonics.shape[1]
     if not count or n_free - count < LEAST_FREE:
         return rest
@@ -434,7 +433,7 @@ class Cells:
         self.compared[rows] += live.sum(axis=1) * (self.length - 1)
         if not self.spec.check:
             return
-        basis, mains, _ = _basis(self.length, self.sfreq)
+        basis, mains = _basis(self.length, self.sfreq)
         x = (x - x[:, :, :1]).astype(np.float32)
         parts = (x @ basis) ** 2
         scale = self.to_uv**2 / self.length
