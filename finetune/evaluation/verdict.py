@@ -48,13 +48,15 @@ def make_comparison_table(verdict: dict[str, Any]) -> Table:
                 _percent(more["mean"], "+"),
                 _interval(more["over_images"]),
                 _interval(more["over_people"]),
+                Cell(text=f"{_interval(more['interval']).text} ({more['decides']})", is_number=True),
                 Cell(text=f"{found['p_corrected']:.2g}", is_number=True),
                 "yes" if found["holds"] else "no",
                 _find_need(found),
             ]
         )
-    head = ["A - B", "trials", "A", "B", "difference", "over images", "over people", "p (Holm)", "A is better"]
-    return Table(head=[*head, "signal needs"], rows=rows)
+    intervals = ["over images", "over people", "deciding"]
+    head = ["A - B", "trials", "A", "B", "difference", *intervals, "p (Holm)", "A is better", "signal needs"]
+    return Table(head=head, rows=rows)
 
 
 def _find_need(comparison: dict[str, Any]) -> str:
@@ -87,7 +89,8 @@ def explain_comparisons(verdict: dict[str, Any]) -> str:
         return ""
     return (
         "Each row compares two scores, A and B, of the same trials. The intervals are 95 % intervals of the "
-        "difference. A is better only if the interval that decides lies above 0 and p is small enough. "
+        "difference: over images, over people, and, under 'deciding', the one that the verdict uses (in brackets: what "
+        "its bootstrap draws). A is better only if the deciding interval lies above 0 and p is small enough. "
         + "; ".join(meanings)
         + "."
     )

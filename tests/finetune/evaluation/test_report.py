@@ -66,7 +66,13 @@ def write_page(folder: Path, held_out: dict) -> Path:
                     "n": 8,
                     "left": 0.75,
                     "right": 0.25,
-                    "difference": {"mean": 0.5, "over_images": [0.25, 0.75], "over_people": None},
+                    "difference": {
+                        "mean": 0.5,
+                        "over_images": [0.25, 0.75],
+                        "over_people": None,
+                        "interval": [0.25, 0.75],
+                        "decides": "images",
+                    },
                     "p_corrected": 0.01,
                     "holds": True,
                 }
@@ -103,7 +109,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_numbers_and_names(page: Path) -> None:
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 3 * 6 + 3 * 3 * 6
-    assert "Signal." in text and "Scope: new people" in text and "+25.0% to +75.0%" in text
+    assert "Signal." in text and "Scope: new people" in text and "+25.0% to +75.0% (images)" in text
     assert "signal needs" in text and "shuffle: EEG of another trial of the whole split." in text
     assert "1 findings of shared data" in text and "opened once" in text and "not applicable: no &lt;script&gt;" in text
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)") > 3 and "&lt;script&gt;alert(2)" in text
