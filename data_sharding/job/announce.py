@@ -1,4 +1,4 @@
-"""Lines for the terminal about subjects: how they were found, which are unknown, and which splits have no subject."""
+"""Lines for the terminal about subjects: how they were found, which are unknown, and which splits have no sample."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from data_sharding.corpora import CorpusConfig, Item
 from data_sharding.corpora.folder import NAME_IN_PATH
 from data_sharding.corpora.naming import confirming_pattern, find_look_alikes, recognise
+from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.dataset.splits import SplitConfig
 
 BEGIN = r"[^/_ -]+(?=[_ -][^/]*$)"
@@ -35,8 +36,7 @@ def describe_subjects(config: CorpusConfig, items: Sequence[Item]) -> list[str]:
     usable = [item for item in items if item.recording.problem is None and item.reason is None]
     by_source: defaultdict[str, list[Item]] = defaultdict(list)
     for item in usable:
-        source = item.subject_from or ("unknown" if item.subject == item.key else "corpus")
-        by_source[source].append(item)
+        by_source[_find_source(item)].append(item)
     label = config.name or config.root
     lines = []
     if recognised := by_source["recognised"]:
@@ -150,40 +150,118 @@ def _find_contradictions(label: str, items: Sequence[Item]) -> list[str]:
     return lines
 
 
-def describe_empty_splits(split: SplitConfig, subjects: Iterable[str], *, images: bool = False) -> list[str]:
-    """Return a line for each of the splits val and test that has no subject, with the reason.
+def describe_empty_splits(
+    split: SplitConfig, items: Iterable[Item], rows: Iterable[LedgerRow] | None = None
+) -> list[str]:
+    """Return a line for each of the splits val and test that has no sample, with the reason.
 
     Parameters
     ----------
     split : SplitConfig
         Settings of the job's splits.
-    subjects : iterable of str
-        Names of the subjects.
-    images : bool
-        Whether the corpora have trials with images, so that val and test may consist of held-out images.
+    items : iterable of Item
+        Recordings of the job.
+    rows : iterable of LedgerRow, optional
+        Rows of the ledger at the end of the job. If `rows` is not given, a split is empty only if the config gives it
+        no recording and no trial.
 
     Returns
     -------
     list of str
-        One line for each split without a subject.
+        One line for each empty split. The line also says what to change.
     """
-    everyone = set(subjects)
-    places = {split.subject(name) for name in everyone} if split.by_subject else set()
+    usable = [item for item in items if item.recording.problem is None and item.reason is None]
+    planned, images = _plan_samples(split, usable)
+    given = any(trial.split for item in usable for trial in item.trials or ())
+    filled = (
+        None if rows is None else {part for row in rows if row.status == "sharded" for part in row.split.split("+")}
+    )
     lines = []
     for name in ("val", "test"):
-        if name in places:
+        if name in planned and (filled is None or name in filled):
             continue
-        fraction, listed = getattr(split, f"{name}_fraction"), split.val_subjects or split.test_subjects
-        if not split.by_subject:
-            if not images:
-                lines.append(f"{name} has no subjects: the config holds out no subjects")
-        elif listed:
-            lines.append(f"{name} has no subjects: {name}_subjects is empty")
-        elif not fraction:
-            lines.append(f"{name} has no subjects: {name}_fraction is 0")
+        of_split = [item for item in usable if split.by_subject and split.subject(item.subject) == name]
+        if name in planned:
+            what = f"none of its {_number(planned[name], 'recording')}"
+            lines.append(f"{name} has no samples: {what} could be used; the ledger has the reason for each recording")
+        elif split.by_subject and not of_split:
+            lines.append(f"{name} has no subjects: {_explain_no_subject(split, name, usable)}")
+        elif split.by_subject:
+            lines.append(f"{name} has no samples: {_explain_crossed_cells(name, of_split, images, given)}")
+        elif not images:
+            lines.append(f"{name} has no subjects: the config holds out no subjects")
         else:
-            lines.append(
-                f"{name} has no subjects: the hash put none of {len(everyone)} subjects there ({name}_fraction "
-                f"{fraction:g}, seed {split.seed}); choose another seed, a larger {name}_fraction, or {name}_subjects"
-            )
+            lines.append(f"{name} has no samples: {_explain_no_image(split, name, len(images), given)}")
     return lines
+
+
+def _plan_samples(split: SplitConfig, items: Sequence[Item]) -> tuple[Counter[str], dict[str, str | None]]:
+    """Return the number of recordings with samples for each split, and the split of each image."""
+    planned: Counter[str] = Counter()
+    images: dict[str, str | None] = {}
+    for item in items:
+        if item.trials is None:
+            planned[split.subject(item.subject) if split.by_subject else "train"] += 1
+            continue
+        found = set()
+        for trial in item.trials:
+            if trial.image_id:
+                images[trial.image_id] = split.image(trial.image_id, trial.split, trial.concept)
+            found.add(split.trial(item.subject, trial.image_id, trial.split, trial.concept))
+        planned.update(name for name in found if name is not None)
+    return planned, images
+
+
+def _explain_no_subject(split: SplitConfig, name: str, items: Sequence[Item]) -> str:
+    """Say why the config puts no subject into the split `name`."""
+    if split.val_subjects or split.test_subjects:
+        return f"{name}_subjects is empty"
+    fraction = getattr(split, f"{name}_fraction")
+    if not fraction:
+        return f"{name}_fraction is 0"
+    known = {item.subject for item in items if _find_source(item) != "unknown"}
+    unknown = sum(_find_source(item) == "unknown" for item in items)
+    whose = "whose subjects are not known, so that each counts as a separate subject"
+    counts = [_number(len(known), "subject")] * bool(known)
+    counts += [f"{_number(unknown, 'recording')} ({whose})"] * bool(unknown)
+    return (
+        f"the hash put none of {' and '.join(counts)} there ({name}_fraction {fraction:g}, seed {split.seed}); choose "
+        f"another seed, a larger {name}_fraction, or {name}_subjects"
+    )
+
+
+def _explain_crossed_cells(name: str, items: Sequence[Item], images: dict[str, str | None], given: bool) -> str:
+    """Say why no trial of the subjects in the split `name` belongs to the split."""
+    people, trials = sorted({item.subject for item in items}), sum(len(item.trials or ()) for item in items)
+    some = f"{', '.join(people[:3])}{' ...' * (len(people) > 3)}"
+    own = sum(where == name for where in images.values())
+    saw = f"none of the {_number(own, f'{name} image')}" if own else f"no {name} image, because there is none"
+    fractions = "set image_val_fraction and image_test_fraction to 0"
+    return (
+        f"the config holds out subjects and images, and its {_number(len(people), 'subject')} ({some}) saw {saw}, so "
+        f"all their {_number(trials, 'trial')} are left out; to hold out only subjects, {fractions}"
+        f"{', and remove the splits that the corpus gives to its images' * given}; to hold out only images, set "
+        "val_fraction and test_fraction to 0, and leave val_subjects and test_subjects empty"
+    )
+
+
+def _explain_no_image(split: SplitConfig, name: str, count: int, given: bool) -> str:
+    """Say why the config, which holds out no subjects, puts none of `count` images into the split `name`."""
+    if given:
+        return f"the corpus puts none of its {_number(count, 'image')} there; correct the splits that the corpus gives"
+    fraction = getattr(split, f"image_{name}_fraction")
+    if not fraction:
+        return f"image_{name}_fraction is 0"
+    return (
+        f"the hash put none of {_number(count, 'image')} there (image_{name}_fraction {fraction:g}, by {split.by}, "
+        f"seed {split.seed}); choose another seed, or a larger image_{name}_fraction"
+    )
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def _find_source(item: Item) -> str:
+    """Return where the name of the subject comes from; ``unknown`` if the subject is not known."""
+    return item.subject_from or ("unknown" if item.subject == item.key else "corpus")

@@ -353,7 +353,7 @@ def make_plan(config: ShardConfig) -> Plan:
         for key, i in sorted(items.items())
     ]
     if config.split.by_subject:
-        lines += describe_empty_splits(config.split, {item.subject for item in usable}, images=bool(shown))
+        lines += describe_empty_splits(config.split, usable)
     people = [[key, item.subject, item.subject_from, item.about] for key, item in sorted(items.items())]
     images = {path: _states([as_path(path)])[0] for path in sorted({t.image for _, t in shown if t.image})}
     labels = sorted({trial.label_name for _, trial in shown})

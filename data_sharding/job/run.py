@@ -445,11 +445,7 @@ def run(config: ShardConfig) -> int:
     elif current is not None:
         say(f"{output}: nothing has changed; version {current.version} stays as it is")
     _say_result(manifest, rows, output)
-    kept = {row.subject for row in rows if row.status == "sharded"}
-    lines = describe_empty_splits(config.split, kept, images=bool(plan.labels))
-    empty = [split for split in ("val", "test") if not manifest.samples(split)]
-    said = {line.split()[0] for line in lines}
-    for line in [*suggestions, *lines, *(f"{split} has no samples" for split in empty if split not in said)]:
+    for line in [*suggestions, *describe_empty_splits(config.split, plan.items.values(), rows)]:
         say(line)
     return _finish(config, manifest, output)
 

@@ -16,9 +16,8 @@ from data_sharding.common.errors import RequestError
 from data_sharding.corpora import CorpusConfig, Item, list_items
 from data_sharding.dataset.ledger import read_ledger
 from data_sharding.dataset.manifest import Manifest
-from data_sharding.dataset.splits import SplitConfig
 from data_sharding.formats.about import edf_about, hide, parse_patient, private_words
-from data_sharding.job.announce import describe_empty_splits, describe_subjects
+from data_sharding.job.announce import describe_subjects
 from data_sharding.job.run import main as shard
 
 HARRY = "MCH-0234567 F 02-MAY-1951 Haagse_Harry"
@@ -274,19 +273,6 @@ class TestAnnouncements:
     def test_chb21_is_chb01(self, tmp_path: Path) -> None:
         write_records(tmp_path / "chb21_01.edf")
         assert "chb21 is a later recording of the person chb01" in self.lines(tmp_path)[2]
-
-
-@pytest.mark.parametrize(
-    ("split", "words"),
-    [
-        ({"seed": 0, "val_fraction": 0.3}, ["test has no subjects: the hash put none of 5 subjects there"]),
-        ({"val_subjects": ["S1"]}, ["test has no subjects: test_subjects is empty"]),
-        ({"val_fraction": 0.0, "test_fraction": 0.0}, ["val has no", "test has no"]),
-    ],
-)
-def test_splits_without_subjects_are_said(split: dict, words: list[str]) -> None:
-    lines = describe_empty_splits(SplitConfig(**split), [f"S{i}" for i in range(1, 6)])
-    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True))
 
 
 class TestJob:
