@@ -374,21 +374,28 @@ def _brainvision(path: Path) -> Signal:
 def _ant(path: Path) -> Signal:
     import mne
 
-    raw = mne.io.read_raw_ant(path)
+    files, stem = files_beside(path), path.stem.lower()
+    # The C library of the reader writes outside its memory if the table of segments is damaged. The library does not
+    # need the table, so it gets a folder without the table.
+    folder = tempfile.TemporaryDirectory(prefix="eeg-")
+    events = {Path(str(files[f"{stem}.{end}"])): f"a.{end}" for end in ("evt", "trg") if f"{stem}.{end}" in files}
+    link_files((path, *events), Path(folder.name), {path: "a.cnt", **events})
+    raw = mne.io.read_raw_ant(Path(folder.name) / "a.cnt")
     units = list(raw._raw_extras[0]["orig_ch_units"])
     # MNE converts only the values of channels with the unit `uv` or `µv`.
     more = read_raw_units(raw, units, [1e-6 if unit in ("uv", "µv") else 1.0 for unit in units])
     sfreq = float(raw.info["sfreq"])
     start = raw.info["meas_date"].timestamp() if raw.info["meas_date"] else None
-    segments = read_ant_segments(path, int(raw.n_times), sfreq, start)
-    if segments is None:
-        return RawSignal(raw, format_="ant", **more)
+    table = files.get(f"{stem}.seg")
+    if table is None:
+        return RawSignal(raw, format_="ant", keep=folder, **more)
+    segments = read_ant_segments(Path(str(table)), int(raw.n_times), sfreq, start)
     # MNE computes the times of annotations as if there were no gaps between segments. The true times are computed here
     # from the table of segments.
     triggers = [
         mark._replace(onset=time_of_sample(segments, sfreq, mark.onset * sfreq)) for mark in annotations_of(raw)
     ]
-    return RawSignal(raw, format_="ant", segments=segments, annotations=triggers, **more)
+    return RawSignal(raw, format_="ant", segments=segments, annotations=triggers, keep=folder, **more)
 
 
 def _mff(path: Path) -> Signal:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from data_sharding.common.errors import one_line
+from data_sharding.common.reason import Reason
 from data_sharding.formats import headers
 from data_sharding.formats.marks.interruptions import Annotation, Found
+from data_sharding.formats.mne_signal import ReadError
 from data_sharding.formats.signal import Segment
 
 SECONDS_A_DAY = 86400
@@ -25,13 +27,13 @@ NEUROSCAN_REJECT, NEUROSCAN_ACCEPT = 0xC, 0xD
 """Codes of the Neuroscan events at which a rejected time span begins and ends."""
 
 
-def read_ant_segments(path: Path, n_samples: int, sfreq: float, start: float | None) -> list[Segment] | None:
+def read_ant_segments(table: Path, n_samples: int, sfreq: float, start: float | None) -> list[Segment]:
     """Read the table of segments (``.seg``) next to an ANT file.
 
     Parameters
     ----------
-    path : Path
-        The ``.cnt`` file.
+    table : Path
+        The table.
     n_samples : int
         Number of samples of the recording.
     sfreq : float
@@ -41,32 +43,62 @@ def read_ant_segments(path: Path, n_samples: int, sfreq: float, start: float | N
 
     Returns
     -------
-    list of Segment or None
+    list of Segment
         Segments. If `start` is None, the gaps between segments are unknown, and each segment begins where the previous
-        segment ends. None if there is no table, or if the numbers of samples in the table contradict `n_samples`.
+        segment ends.
+
+    Raises
+    ------
+    ReadError
+        If the table is damaged, or contradicts the number of samples. Then it is not known where the recording was
+        interrupted.
 
     Notes
     -----
-    The table has one line for each segment except the first. A line has three numbers: the start of the segment in
-    days, exact to a second; the fraction of a second to add to the start; and the number of samples of the segment.
+    The table begins with the line ``NumberSegments=N``, and has one more line for each segment except the first. Such a
+    line has three numbers: the start of the segment in days, exact to a second; the fraction of a second to add to the
+    start; and the number of samples of the segment.
     """
-    table = path.with_suffix(".seg")
-    if not table.is_file():
-        return None
-    lines = re.findall(r"^\s*(\d+(?:\.\d+)?)\s+(\d+(?:\.\d+)?)\s+(\d+)\s*$", table.read_text("latin-1"), re.MULTILINE)
-    counts = [int(count) for _, _, count in lines]
+    with table.open("rb") as stream:
+        content = stream.read(headers.MAX_READ).decode("utf-8-sig", "replace")
+    lines = [line.strip(" \t\0") for line in content.splitlines()]
+    number, rows = None, []
+    for place, line in enumerate(lines, start=1):
+        if not line or line[0] in ";#[":
+            continue
+        if header := re.fullmatch(r"NumberSegments\s*=\s*(\d{1,9})", line, re.IGNORECASE):
+            number = int(header.group(1))
+        elif row := re.fullmatch(r"(\d+(?:[.,]\d+)?)\s+(\d+(?:[.,]\d+)?)\s+(\d{1,15})", line):
+            day, fraction = (float(text.replace(",", ".")) for text in row.groups()[:2])
+            rows.append((day, fraction, int(row.group(3))))
+        else:
+            text = f"line {place} of {table.name} is neither 'NumberSegments=N' nor three numbers"
+            raise _unusable(table, "damaged table of segments", text)
+    if number is None:
+        text = f"{table.name} has no line 'NumberSegments={len(rows) + 1}'"
+        raise _unusable(table, "damaged table of segments", text)
+    if max(number, 1) != len(rows) + 1:
+        text = f"{table.name} says NumberSegments={number}, but has lines for {len(rows) + 1} segments"
+        raise _unusable(table, "damaged table of segments", text)
+    counts = [count for _, _, count in rows]
     first = n_samples - sum(counts)
-    if not lines or first <= 0 or min(counts) <= 0:
-        return None
+    if first <= 0 or min(counts, default=1) <= 0:
+        text = f"{table.name} has {sum(counts)} samples after the first segment, but the recording has {n_samples}"
+        raise _unusable(table, "sidecar of another recording", text)
     segments = [Segment(start=0, stop=first, onset=0.0)]
-    for (day, fraction, _), count in zip(lines, counts, strict=True):
+    for day, fraction, count in rows:
         last = segments[-1]
         begin = last.onset + (last.stop - last.start) / sfreq
         if start is not None:
-            seconds = (float(day) - DAYS_TO_1970) * SECONDS_A_DAY + float(fraction)
+            seconds = (day - DAYS_TO_1970) * SECONDS_A_DAY + fraction
             begin = max(begin, round(seconds - start, 6))
         segments.append(Segment(start=last.stop, stop=last.stop + count, onset=begin))
     return segments
+
+
+def _unusable(table: Path, category: str, text: str) -> ReadError:
+    what = f"correct {table.name}, or remove it if the recording was never interrupted"
+    return ReadError(Reason(category, f"{text}, so it is not known where the recording was interrupted; {what}"))
 
 
 def find_mff_pauses(begins: Sequence[int], ends: Sequence[int], sfreq: float) -> list[Found]:

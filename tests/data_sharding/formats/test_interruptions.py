@@ -586,9 +586,7 @@ EXAMPLES: dict[str, dict[str, Example]] = {
             ant([], "NumberSegments=3\n45541.501 0.25 100\n45541.502 0.75 300\n"),
             [(0, 200, 0.0), (200, 300, 86.4), (300, 600, 173.3)],
         ),
-        "of another file": Example(
-            ant([(100, "__")], "NumberSegments=2\n45541.6 0 5000\n"), [(0, 100, 0.0), (100, 600, 1.0)]
-        ),
+        "no interruption": Example(ant([], "; segments\r\nNumberSegments=1\r\n"), [(0, 600, 0.0)]),
     },
     "ANT disconnection": {
         "span": Example(memory("ant", [(2.0, 1.0, "BAD_disconnection")]), SKIPPED),
