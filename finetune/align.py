@@ -4,8 +4,8 @@ A small head maps the encoder's tokens to CLIP's image space. The image of a tri
 
 The command is ``dreamscale align CONFIG`` or ``accelerate launch -m finetune.align CONFIG``.
 
-Tensor shapes: b trials of this process, G trials of all processes, C channels, T samples, N tokens of width D, P width
-of CLIP's projection, M different images.
+Tensor shapes: b trials of this process, G trials of all processes, C channels, T time points, N tokens of width D, P
+width of CLIP's projection, M different images.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def infonce(embeds_GP: Tensor, target_GP: Tensor, row_G: Tensor, temperature: fl
     embeds_GP, target_GP : Tensor, [G, P]
         Embeddings of the trials and of their images, of unit length.
     row_G : Tensor of int, [G]
-        Row of each trial's image in the table of images. A trial and the image of another trial are not a negative pair
-        if both trials have the same image.
+        Row of each trial's image in the `ImageTable`. Two trials with the same row have the same image, so the first
+        trial and the image of the second trial are not treated as a negative pair.
     temperature : float
         Temperature, by which the cosine similarities are divided.
 
@@ -144,7 +144,7 @@ class Aligner(nn.Module):
         target : Tensor, [b, P]
             CLIP embeddings of the images, of unit length.
         row : Tensor of int, [b]
-            Row of each trial's image in the table of images.
+            Row of each trial's image in the `ImageTable`.
 
         Returns
         -------
@@ -191,7 +191,8 @@ def measure_retrieval(
     device : torch.device
         Device of the computation.
     pulse : callable
-        Function that is called before each batch. The function interrupts the evaluation if a stop was requested.
+        Function that is called before each batch. If the run was asked to stop (e.g. by SIGTERM), this function raises
+        an error, which ends the evaluation.
     batch_size : int
         Number of trials in one forward pass.
     average_repeats : int
@@ -201,11 +202,11 @@ def measure_retrieval(
     Returns
     -------
     dict
-        ``cosine``: mean of 1 - cosine similarity of a trial and its own image. ``top1``: fraction of trials to which no
-        image is more similar than the own image. ``top5``: fraction of trials whose own image is among the five most
-        similar images. ``label``: fraction of trials whose most similar image has the right label. ``images``: number
-        of images, M. ``trials``: number of trials after averaging. ``repeats``: mean number of presentations that are
-        averaged to a trial.
+        ``cosine``: mean of 1 - cosine similarity of a trial and its own image. ``top1``: fraction of trials whose own
+        image is more similar to the trial than all other images, or as similar as the best of them. ``top5``: fraction
+        of trials whose own image is among the five most similar images. ``label``: fraction of trials whose most
+        similar image has the same label as the own image. ``images``: number of images, M. ``trials``: number of trials
+        after averaging. ``repeats``: mean number of presentations that are averaged to a trial.
     """
     parts, groups = [], group_repeats(dataset, average_repeats)
     for start in range(0, len(groups), batch_size):
@@ -313,7 +314,7 @@ def align(config: AlignConfig) -> int:
 
 
 def _say_repeats(found: dict[str, float]) -> str:
-    """Return a note that each trial is a mean over presentations; empty if nothing was averaged."""
+    """Return a note for the user that each trial is a mean over presentations; empty if nothing was averaged."""
     if found["repeats"] <= 1:
         return ""
     return f" (each trial is the mean of {found['repeats']:.3g} presentations, eeg.average_repeats)"

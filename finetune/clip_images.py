@@ -30,7 +30,7 @@ _FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """A kind of image model."""
+    """A kind of image model: CLIP or DINOv2."""
 
     what: str
     """Name of the kind in messages."""
@@ -76,8 +76,8 @@ def load_clip(clip: str | Path) -> tuple[Any, Any]:
     Raises
     ------
     RequestError
-        If `clip` is not a CLIP model, cannot be loaded, or has a config that describes a larger network than the
-        weights.
+        If `clip` is not a CLIP model, cannot be loaded, or has a config that describes a larger network than the one in
+        the weight files.
     """
     return _load(clip, find_model_folder(clip, _KINDS["clip"].what), _KINDS["clip"])
 
@@ -126,7 +126,9 @@ def find_model_folder(model: str | Path, what: str) -> Path:
         folder = Path(load_with_library(lambda: snapshot_download(str(model), allow_patterns=_FILES), model, what))
     for name in ("config.json", "preprocessor_config.json"):
         if not (folder / name).is_file():
-            raise RequestError(f"{model}: not {what} (no {name}); give the directory that save_pretrained wrote")
+            raise RequestError(
+                f"{model}: not {what} (the file {name} is missing); give the directory that save_pretrained wrote"
+            )
     return folder
 
 
@@ -147,8 +149,8 @@ def _load(name: str | Path, folder: Path, kind: _Kind) -> tuple[Any, Any]:
             if value is not None:
                 where = str(folder / "preprocessor_config.json")
                 check_count(value, where, f"{field}.{key}", least=1, most=MAX_SIDE)
-    # Run the processor once: if its config has values of a wrong type, the error occurs only in the processor's
-    # computation.
+    # Run the image processor once, because values of a wrong type in its config cause an error only when it processes
+    # an image.
     black = np.zeros((32, 32, 3), np.uint8)
     load_with_library(lambda: processor(images=[black], return_tensors="pt")["pixel_values"].float(), name, kind.what)
     return model.requires_grad_(False).eval(), processor
@@ -199,7 +201,8 @@ def embed_images(
         raise RequestError(f"layer is {layer}, but {clip} has {layers} hidden layers; give 0 to {layers}, or -1")
 
     def compute(images: list[np.ndarray]) -> Tensor:
-        # The images still have their original size. The processor resizes them, as in the publication of the model.
+        # The images still have their original size. The model's image processor resizes the images, as in the
+        # publication of the model.
         values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
         with torch.no_grad():
             out = model(pixel_values=values, output_hidden_states=layer is not None)

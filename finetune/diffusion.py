@@ -1,9 +1,9 @@
-"""Diffusion code that the papers share: the denoising loss, its evaluation on held-out trials, and the samplers.
+"""Diffusion code that all papers in this project share: the denoising loss, its evaluation, and the samplers.
 
 A denoiser is a function ``(x_t, t, condition)`` that runs the network: ``x_t`` are noisy images, and ``t`` are steps of
 the forward process (the process that adds noise). The noise scheduler's ``prediction_type`` says whether the network
 predicts the noise in ``x_t`` or the velocity. The condition is a tuple of tensors; the first axis of each tensor is the
-batch. An entry of a condition is None if the model does not use this entry.
+batch. An entry of the tuple is None if the model does not use this entry.
 
 Tensor shapes: B trials; x is [B, channels, rows, columns] and contains latents or pixels.
 """
@@ -80,11 +80,16 @@ def choose_sampling(
     most = int(noising_config["num_train_timesteps"])
     steps = steps or (most if sampler == "ddpm" else min(DEFAULT_STEPS, most))
     if steps > most:
-        raise ValueError(f"steps is {steps}; it must not be above {most}, the number of steps in the model's training")
+        raise ValueError(
+            f"steps is {steps}; it must not be above {most}, the number of noise steps with which the model was trained"
+        )
     if guidance_scale is None:
         guidance_scale = 2.0 if dropped else 1.0
     if guidance_scale != 1 and not has_null:
-        raise ValueError("this model was trained with drop 0, so it cannot use guidance; set guidance_scale to 1")
+        raise ValueError(
+            "this model was trained with drop 0 (no dropped conditions), so guidance is impossible; set "
+            "guidance_scale to 1"
+        )
     return Sampling(sampler=sampler, steps=steps, guidance_scale=guidance_scale)
 
 
@@ -253,14 +258,14 @@ class DenoisingTask(Protocol):
 class DenoisingWatcher:
     """Compute the denoising loss on held-out trials, with the same noise at every evaluation.
 
-    The loss is measured twice: with each trial's own EEG, and with the EEG of another trial. A model that ignores the
-    EEG has the same loss with both kinds of EEG.
+    The loss is measured twice: with each trial's own EEG, and with the EEG of another trial. If a model ignores the
+    EEG, the two losses are equal.
 
     Parameters
     ----------
     eeg : Tensor, shape (B, ...)
-        EEG of the trials, or vectors computed from it, as the task's method `features` takes them; on the model's
-        device.
+        Input of the method `features` of the model's `DenoisingTask`: EEG of the trials, or vectors computed from the
+        EEG; on the model's device.
     clean : Tensor, shape (B, ...)
         Latents or pixels of the trials' images.
     noise_steps : int
@@ -274,8 +279,8 @@ class DenoisingWatcher:
         self.eeg, self.clean = eeg, clean
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.randn(self.REPEATS, *clean.shape, generator=generator)
-        # Measure the loss of each trial `REPEATS` (4) times, each time with a noise level from another quarter of the
-        # range.
+        # Measure the loss of each trial `REPEATS` (4) times, each time with a noise level from another quarter of all
+        # noise levels.
         quarters = torch.arange(self.REPEATS)[:, None]
         u = (torch.rand(self.REPEATS, len(clean), generator=generator) + quarters) / self.REPEATS
         self.time = (u * noise_steps).long()
@@ -288,7 +293,8 @@ class DenoisingWatcher:
         task : DenoisingTask
             The model with its loss, in evaluation mode.
         pulse : callable
-            Function that is called before each batch. The function interrupts the evaluation if a stop was requested.
+            Function that is called before each batch. If the run was asked to stop (e.g. by SIGTERM), this function
+            raises an error, which ends the evaluation.
 
         Returns
         -------
@@ -297,8 +303,8 @@ class DenoisingWatcher:
         """
         n, device = len(self.eeg), self.eeg.device
         features = torch.cat([task.features(part) for part in self.eeg.split(self.BATCH)])
-        # For "shuffled", use the EEG of a trial that is n // 2 trials away, because neighbouring trials of a recording
-        # may show the same category.
+        # For the loss "shuffled", each trial gets the EEG of the trial that is n // 2 places away, because neighbouring
+        # trials of a recording may show the same category.
         used = {"loss": features, "shuffled": features.roll(max(1, n // 2), 0)}
         totals = dict.fromkeys(used, 0.0)
         for name, given in used.items():

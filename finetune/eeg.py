@@ -1,6 +1,6 @@
 """Prepare EEG for the models of fine-tuning: load the encoder, scale trials, choose held-out trials, and augment.
 
-Tensor shapes: B trials, b trials of this process, C channels (128 after padding), T samples.
+Tensor shapes: B trials, b trials of this process, C channels (128 after padding), T time points.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PART = 256
 
 @dataclass(frozen=True, kw_only=True)
 class EEGConfig:
-    """Which part of each trial a model reads, and how repeated presentations of an image are averaged."""
+    """Which part of each trial a model reads, and how many presentations of the same image are averaged."""
 
     tmin: float | None = None
     """Start of the EEG in seconds from the onset of the image, such as -0.2 for a part with a baseline. Empty: the
@@ -49,7 +49,9 @@ class EEGConfig:
         if self.tmin is not None and self.tmax is not None and self.tmax <= self.tmin:
             raise ValueError(f"eeg.tmax {self.tmax:g} must be later than eeg.tmin {self.tmin:g}")
         if self.average_repeats < 0:
-            raise ValueError(f"eeg.average_repeats must be 0 (all) or more, got {self.average_repeats}")
+            raise ValueError(
+                f"eeg.average_repeats must be 0 (average all presentations) or more, got {self.average_repeats}"
+            )
 
     @property
     def part(self) -> dict[str, float | None]:
@@ -119,15 +121,15 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
     dataset.require_preprocess(encoder.spec, f"encoder {path}")
     if dataset.n_times != encoder.spec.window:
         raise RequestError(
-            f"encoder {path} reads {encoder.spec.window} time points, and eeg.tmin to eeg.tmax has {dataset.n_times}; "
+            f"encoder {path} reads {encoder.spec.window} time points, but eeg.tmin to eeg.tmax has {dataset.n_times}; "
             f"set eeg.tmax to {encoder.spec.window_s:g} s after eeg.tmin"
         )
     aligned = read_package(path).extra.get("aligned") or {}
     part = {"tmin": dataset.tmin, "tmax": dataset.tmax}
     if (before := aligned.get("eeg")) and before != part:
         raise RequestError(
-            f"encoder {path} was aligned with eeg.tmin {before['tmin']} and eeg.tmax {before['tmax']}, and these keys "
-            f"are {part['tmin']} and {part['tmax']} now; set the same values"
+            f"encoder {path} was aligned with eeg.tmin {before['tmin']} and eeg.tmax {before['tmax']}, but the "
+            f"config sets {part['tmin']} and {part['tmax']}; set the same values as in the alignment"
         )
     if not pretrained or encoder.head is not None:
         bare = EEGEncoder(encoder.config, encoder.spec, n_chans=encoder.n_chans)
@@ -197,7 +199,8 @@ def group_repeats(dataset: EEGDataset, average: int) -> list[list[int]]:
         return [[number] for number in range(len(dataset))]
     trials = dataset.trials
     group = trials.group("corpus", "subject", "image_id", "ch_names")
-    # Trials without an image have no image in common, so each of them gets its own group.
+    # Two trials without an image id do not show the same image, so each trial without an image id is a group of its
+    # own.
     alone = np.array([not image_id for image_id in trials.values("image_id")])[trials.codes("image_id")]
     group[alone] = len(group) + np.flatnonzero(alone)
     order = np.argsort(group, kind="stable")
@@ -289,7 +292,8 @@ def compute_for_trials(
     with progress("features of the trials", len(dataset), enabled=shown) as advance:
         for start in range(0, len(dataset), part * size):
             numbers = np.arange(start + rank * part, start + (rank + 1) * part)
-            # Every process must contribute equally many trials to `gather`, so the last part may repeat the last trial.
+            # Every process must contribute equally many trials to `gather`, so the last part may contain the last trial
+            # several times.
             numbers = np.minimum(numbers, len(dataset) - 1) if size > 1 else numbers[numbers < len(dataset)]
             eeg_BCT = collate(dataset, numbers.tolist()).padded(accelerator.device, torch.float32)
             found = compute(scale_eeg(eeg_BCT, scaling))
@@ -343,7 +347,7 @@ def average_trials_of_image(
     eeg_bCT : Tensor, shape (b, C, T)
         EEG of the batch in microvolts. The tensor is changed in place.
     batch : Batch
-        Trials of this rank.
+        This process's part of the batch.
     dataset : EEGDataset
         Split from which the other trials are read.
     table : ImageTable
@@ -359,8 +363,8 @@ def average_trials_of_image(
         Averaged trials in microvolts.
     """
     b = len(eeg_bCT)
-    # Draw all random numbers before the loop, because every rank must draw equally many random numbers, but the loop
-    # differs between ranks.
+    # Draw all random numbers before the loop, because every rank must draw equally many random numbers, but the number
+    # of passes of the loop differs between ranks.
     extra_b = random.integers(most, b)
     start_b = random.uniform(b)
     for i, number in enumerate(batch.numbers):
@@ -381,12 +385,12 @@ def prepare_eeg(
     random: StepRandom,
     scaling: PreprocessSpec | EEGEncoder,
 ) -> Tensor:
-    """Turn a training batch into augmented EEG in model units.
+    """Turn a training batch into augmented EEG that is scaled for the model.
 
     Parameters
     ----------
     batch : Batch
-        Trials of this rank.
+        This process's part of the batch.
     dataset : EEGDataset
         The split that the trials come from.
     table : ImageTable

@@ -57,7 +57,7 @@ def _compute_on_first(world: World, compute: Callable[[], T]) -> T:
 
 
 def _choose_trials(dataset: EEGDataset, config: GenerateConfig) -> list[Trial]:
-    """List the trials, each with the presentations from whose EEG its image is generated."""
+    """List the trials; each trial has the numbers of the presentations from whose EEG its image is generated."""
     found = group_repeats(dataset, config.average_repeats)
     groups = [found[number] for number in choose_evenly(len(found), config.limit or len(found))]
     if config.control == "shuffle":
@@ -98,7 +98,7 @@ def _use_model(generator: Generator, dataset: EEGDataset, config: GenerateConfig
 
 
 def _describe_eeg(dataset: EEGDataset, trial: Trial) -> dict[str, Any]:
-    """Return the metadata of a trial; if the EEG of another trial is used, with the channels of that trial."""
+    """Return the metadata of a trial; if another trial's EEG is used, take the channels from that other trial."""
     if not trial.source or trial.source[0] in trial.numbers:
         return trial.meta
     other = dataset.meta(trial.source[0])
@@ -121,7 +121,7 @@ def _open_train(dataset: EEGDataset, config: GenerateConfig) -> EEGDataset:
 
 
 def _show_pictures(table: ImageTable, trials: list[Trial], rows_B: NDArray[np.int64], size: int) -> MakeImages:
-    """Return a function that yields the training pictures that a predictor chose for a batch."""
+    """Return a function that returns, for a batch of trials, the training pictures that a predictor chose."""
     row_of = {trial.key: int(row) for trial, row in zip(trials, rows_B, strict=True)}
     return lambda batch: table.pixels([row_of[trial.key] for trial in batch], size)
 
@@ -162,7 +162,7 @@ class _Plan:
 def _make_plan(
     config: GenerateConfig, generator: Generator, dataset: EEGDataset, sampling: Sampling, world: World
 ) -> _Plan:
-    """Choose the trials of a control, and how their images are made: by the model from EEG, or by a predictor.
+    """Choose the trials of a control, and how the images of these trials are made: by the model, or by a predictor.
 
     Raises
     ------

@@ -77,7 +77,7 @@ class Generator(Protocol):
         ...
 
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
-        """Find out whether the model can generate images from a source.
+        """Find out whether the model can generate images from a source of the condition: EEG, no EEG, or the category.
 
         Parameters
         ----------
@@ -122,8 +122,8 @@ class Generator(Protocol):
         source : str
             Condition from which the images are generated (see `Source`).
         metas : sequence of dict, optional
-            Metadata of the trials. The source ``class`` reads from them the categories, and the linear baseline reads
-            the names of the channels.
+            Metadata of the trials. For the source ``class``, the categories are read from the metadata. The linear
+            baseline reads the names of the channels from the metadata.
 
         Returns
         -------
@@ -139,7 +139,7 @@ class Generator(Protocol):
 
 
 def read_part(values: dict[str, Any], where: str) -> dict[str, float | None]:
-    """Read, from the content of a model's dreamscale.json, which part of each trial the model reads.
+    """Read from a model's dreamscale.json which part of each trial (`tmin` to `tmax`) the model uses.
 
     A model of an older version, whose dreamscale.json has no ``eeg``, reads each trial from the onset of the image.
     """
@@ -160,7 +160,9 @@ def read_spec(folder: Path) -> PreprocessSpec:
     try:
         return PreprocessSpec.from_dict(read_json(path), str(path))
     except (TypeError, ValueError) as error:
-        raise RequestError(f"{path}: not a preprocessing spec ({one_line(error)}); train the model again") from None
+        raise RequestError(
+            f"{path}: not a valid description of the preprocessing ({one_line(error)}); train the model again"
+        ) from None
 
 
 def find_model(model_dir: str | Path) -> Path:
@@ -237,7 +239,7 @@ def digest_folder(*folders: Path) -> str:
             for path in files:
                 if path.suffix == ".json" and path.stat().st_size > MAX_JSON:
                     raise RequestError(
-                        f"{path}: larger than {MAX_JSON} bytes, so this file cannot belong to a model; remove this file"
+                        f"{path}: larger than {MAX_JSON} bytes, so it cannot belong to a model; remove this file"
                     )
             found.append({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
     except OSError as error:

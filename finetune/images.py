@@ -29,7 +29,7 @@ def open_paired(
 ) -> EEGDataset:
     """Open a split in which every trial has an image.
 
-    Trials that are not stored from `tmin` to `tmax` are left out, and a message says how many.
+    Trials whose stored EEG does not cover `tmin` to `tmax` are left out, and a message says how many.
 
     Parameters
     ----------
@@ -55,7 +55,8 @@ def open_paired(
     dataset = EEGDataset(path, split, tmin=tmin, tmax=tmax, version=version).require_images()
     if dataset.left_out:
         print(
-            f"{path} ({split}): {dataset.left_out} trials are left out, because they are not stored from tmin to tmax"
+            f"{path} ({split}): {dataset.left_out} trials are left out, because their EEG is not stored from tmin to "
+            "tmax"
         )
     return dataset
 
@@ -76,7 +77,7 @@ def open_train_val(
     command : str
         Name of the command, for messages.
     runs : sequence of str or Path
-        Run directories of all stages, with the last stage first.
+        Run directories of all training stages of the command, with the last stage first.
 
     Returns
     -------
@@ -90,7 +91,8 @@ def open_train_val(
     """
     version = find_run_versions(runs, [path], command).get(path, "")
     train = open_paired(path, "train", version=version, **part)
-    # The dataset may get a new version after train is opened, so open val in the version of train.
+    # The dataset may get a new version after the train split is opened, so open the val split in the version of the
+    # train split.
     return train, open_paired(path, "val", version=train.manifest.dataset_id, **part)
 
 
@@ -341,7 +343,7 @@ class ImageTable:
             found = read_tensors(path).get("features")
             if found is None or len(found) != len(self) or not found.is_floating_point():
                 raise RequestError(
-                    f"{path}: this file of stored features does not hold the features of these images; delete the file"
+                    f"{path}: this cache file does not hold the features of these images; delete the file"
                 )
             return found
         parts = []

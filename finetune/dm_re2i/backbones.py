@@ -1,4 +1,4 @@
-"""Build EG-DDPM's backbone from a config, or load it from a folder. Only this file lists the backbones' classes."""
+"""Build the backbone (U-Net) of EG-DDPM from a config, or load it from a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BACKBONES: dict[str, type[GuidedUNet]] = {"paper": EGDDPM, "unet2d": GuidedUNet2
 
 
 def build_unet(stage: EGDDPMStage, condition_dim: int) -> GuidedUNet:
-    """Build a backbone with new weights.
+    """Build a backbone (U-Net) with new weights.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def build_unet(stage: EGDDPMStage, condition_dim: int) -> GuidedUNet:
 
 
 def load_unet(folder: Path) -> GuidedUNet:
-    """Load a backbone that its method `save_pretrained` wrote.
+    """Load a backbone (U-Net) from a folder that its method `save_pretrained` wrote.
 
     Parameters
     ----------
@@ -68,12 +68,14 @@ def load_unet(folder: Path) -> GuidedUNet:
     name = read_model_config(folder / "config.json").get("_class_name")
     network = next((network for network in BACKBONES.values() if network.__name__ == name), None)
     if network is None:
-        raise RequestError(f"{folder / 'config.json'}: the network '{show(name)}' is unknown; train the model again")
+        raise RequestError(
+            f"{folder / 'config.json'}: '{show(name)}' is not a U-Net that this version knows; train the model again"
+        )
     shape = check_diffusers_model(network, folder)
     check_count(shape.get("sample_size"), str(folder / "config.json"), "sample_size", least=1, most=MAX_SIDE)
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     unet, report = load_with_library(lambda: network.from_pretrained(str(folder), **options), folder, "the U-Net")
     odd = [*report["missing_keys"], *report["unexpected_keys"]]
     if odd:
-        raise RequestError(f"{folder}: {len(odd)} parameters do not fit, e.g. {odd[0]}; train the model again")
+        raise RequestError(f"{folder}: {len(odd)} weights are missing or unknown, e.g. {odd[0]}; train the model again")
     return unet.eval().requires_grad_(False)

@@ -1,8 +1,9 @@
-"""Base class of all classifiers of the first stage: EVRNet and the networks with which EVRNet is compared.
+"""Base class of the EEG classifiers of DM-RE2I's first stage: EVRNet and the networks with which EVRNet is compared.
 
-A classifier computes a feature and class scores from EEG trials. The feature of a classifier can guide EG-DDPM.
+A classifier computes a feature vector and class scores for each EEG trial. The feature vector can guide EG-DDPM, the
+diffusion model of the second stage.
 
-Tensor shapes: B trials, C channels (electrodes), T samples, D feature width, K classes.
+Tensor shapes: B trials, C channels (electrodes), T time points, D feature width, K classes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pretrain.encoder.encoder import EEGEncoder
 
 
 def scale_to_unit_variance(x: Tensor) -> Tensor:
-    """Scale each trial to unit variance over its channels and samples.
+    """Scale each trial to unit variance over its channels and time points.
 
     Parameters
     ----------
@@ -90,7 +91,7 @@ class EEGClassifier(nn.Module):
 
     @property
     def n_times(self) -> int | None:
-        """Required number of samples of a trial; None if any number is possible."""
+        """Required number of time points of a trial; None if any number is possible."""
         return getattr(self.config, "n_times", None)
 
     def scaling(self, spec: PreprocessSpec) -> PreprocessSpec | EEGEncoder:
@@ -106,7 +107,7 @@ class EEGClassifier(nn.Module):
         raise NotImplementedError
 
     def limit_norms(self) -> None:
-        """Limit the norms of weights, if the network's article does so. Each training step calls `limit_norms`."""
+        """Limit the norms of weights, if the network's publication does so; each training step calls this method."""
 
     def normalise(self, x_B1CT: Tensor) -> Tensor:
         """Whiten the background activity of trials, if the config switches noise normalisation on.
@@ -151,5 +152,5 @@ class EEGClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read a network that `save_pretrained` wrote, in evaluation mode. Raises the errors of `load_module`."""
+        """Read a network that `save_pretrained` wrote, in evaluation mode; errors are as in `load_module`."""
         return load_module(cls, cls.CONFIG, folder, cls.KIND)

@@ -99,13 +99,14 @@ class EVRNetStage:
             )
         if self.image_weight and self.network == "encoder" and not self.train_encoder:
             raise ValueError(
-                "evrnet.image_weight trains the feature, but the feature of a frozen encoder does not change; set "
-                "evrnet.image_weight: 0 or evrnet.train_encoder: true"
+                "evrnet.image_weight adds a loss that trains the EEG feature, but the feature of a frozen encoder does "
+                "not change; set evrnet.image_weight: 0 or evrnet.train_encoder: true"
             )
         if self.image_weight and self.average > 1:
             raise ValueError(
-                f"evrnet.image_weight is {self.image_weight} and evrnet.average is {self.average}; set one of them to "
-                "its default, because a mean over trials of different images belongs to no image"
+                f"evrnet.image_weight {self.image_weight} and evrnet.average {self.average} cannot be used together, "
+                "because a mean over trials of different images has no single image to predict; set one of the two "
+                "keys to its default"
             )
         if (self.encoder is None) == (self.network == "encoder"):
             raise ValueError(
@@ -190,8 +191,8 @@ class EGDDPMStage:
         multiple = self.patch * 2 ** (len(self.multipliers) - 1)
         if len(self.multipliers) < 2 or self.patch < 1 or self.image_size < 1 or self.image_size % multiple:
             raise ValueError(
-                f"ddpm.image_size {self.image_size} must be a multiple of {multiple}, because of patch {self.patch} "
-                f"and {len(self.multipliers)} levels (at least 2)"
+                f"ddpm.image_size must be a multiple of {multiple} for ddpm.patch {self.patch} and "
+                f"{len(self.multipliers)} entries in ddpm.multipliers (at least 2 are needed), got {self.image_size}"
             )
         if self.base_channels < 4 or self.base_channels % 2:
             raise ValueError(f"ddpm.base_channels must be even and at least 4, got {self.base_channels}")
@@ -209,12 +210,15 @@ class EGDDPMStage:
         defaults = {f.name: f.default for f in fields(self) if f.name in ("expansion", "heads", "join_first")}
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         if changed:
-            raise ValueError(f"ddpm.{changed[0]} is a key of backbone 'paper'; leave it out for backbone 'unet2d'")
+            raise ValueError(
+                f"ddpm.{changed[0]} is a key for ddpm.backbone 'paper'; leave it out for ddpm.backbone 'unet2d'"
+            )
         maps = [self.base_channels * multiple for multiple in self.multipliers[1:]]
         if self.base_channels % 4 or any(width % self.head_dim for width in maps):
             raise ValueError(
-                f"ddpm: backbone 'unet2d' needs base_channels that are a multiple of 4 (got {self.base_channels}), and "
-                f"feature maps {maps} that are multiples of head_dim {self.head_dim}"
+                f"ddpm.backbone 'unet2d': ddpm.base_channels ({self.base_channels}) must be a multiple of 4, and "
+                f"ddpm.base_channels times each later entry of ddpm.multipliers ({maps}) must be a multiple of "
+                f"ddpm.head_dim ({self.head_dim})"
             )
 
 
@@ -259,7 +263,7 @@ class DMRE2IConfig:
             raise ValueError(f"license is '{self.license}'; give an identifier such as cc-by-4.0, mit or unknown")
         if self.ddpm.guide == "encoder" and self.evrnet_from is not None:
             raise ValueError(
-                "'evrnet_from' cannot be set with 'ddpm.guide: encoder', which uses no EVRNet; remove one of the two"
+                "'evrnet_from' cannot be set with 'ddpm.guide: encoder', which uses no EVRNet; remove one of the keys"
             )
         if self.stages == "evrnet" and (self.evrnet_from is not None or self.ddpm.guide == "encoder"):
             other = "evrnet_from" if self.evrnet_from is not None else "ddpm.guide: encoder"

@@ -177,7 +177,7 @@ class ResidualAttention(nn.Module):
         """
         b, _, height, width = x_BFHW.shape
         qkv = self.qkv(self.norm(x_BFHW)).reshape(b, 3, self.heads, self.head_dim, height * width)
-        q, k, v = qkv.unbind(1)  # each (B, heads, head_dim, N)
+        q, k, v = qkv.unbind(1)  # shape of each: (B, heads, head_dim, N)
         if self.linear:
             q = q.softmax(dim=-2) * self.head_dim**-0.5
             context = k.softmax(dim=-1) @ v.transpose(-1, -2)  # (B, heads, head_dim, head_dim)

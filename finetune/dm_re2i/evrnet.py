@@ -1,6 +1,6 @@
 """EVRNet: a network that computes a semantic feature and class scores for each EEG trial.
 
-Tensor shapes: B batch, C channels (electrodes), T samples, D feature width, K classes, F feature maps.
+Tensor shapes: B batch, C channels (electrodes), T time points, D feature width, K classes, F feature maps.
 """
 
 from __future__ import annotations

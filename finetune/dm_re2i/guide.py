@@ -1,6 +1,6 @@
 """The guide: a network that computes, from EEG, the vector that guides EG-DDPM.
 
-Tensor shapes: B trials, C channels, T samples, D width of the vector.
+Tensor shapes: B trials, C channels, T time points, D width of the vector.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class EEGGuide(nn.Module):
 
     Notes
     -----
-    The network is always in evaluation mode, also when it is trained together with the DDPM. Batch norms keep the
-    statistics of the first stage, so the vector of a trial does not depend on the other trials of the batch.
+    The network is always in evaluation mode, also when it is trained together with the DDPM. Batch norms use the
+    statistics from the first training stage, so the vector of a trial does not depend on the other trials of the batch.
     """
 
     def __init__(self, network: EEGClassifier | EEGEncoder, kind: GuideKind) -> None:
@@ -69,8 +69,8 @@ class EEGGuide(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, shape (B, C, T)
-            A few scaled trials, padded by repeating channels. The gradients of their vectors show which parameters
-            influence the vector.
+            A few scaled trials, padded by repeating channels. The gradients of the vectors of these trials show which
+            parameters influence the vector.
         """
         self.requires_grad_(True)
         parameters = list(self.parameters())
@@ -88,7 +88,7 @@ class EEGGuide(nn.Module):
         ----------
         x_BCT : Tensor, shape (B, C, T)
             Trials, scaled by the object that `scaling` returns, and padded by repeating channels. A classifier uses
-            only the first `n_channels` rows, because the other rows are copies of these.
+            only the first `n_channels` rows, because the other rows are copies of these rows.
 
         Returns
         -------
@@ -104,7 +104,8 @@ class EEGGuide(nn.Module):
     def compute(self, x_BCT: Tensor, batch: int = 128, pulse: Callable[[], None] = lambda: None) -> Tensor:
         """Compute the vectors of many trials without gradients, `batch` trials at a time.
 
-        `pulse` is called before each forward pass, and interrupts the computation if a stop was requested.
+        `pulse` is called before each forward pass. If the run was asked to stop (e.g. by SIGTERM), `pulse` raises an
+        error, which ends the computation.
         """
         parts = []
         for part in x_BCT.split(batch):
@@ -113,12 +114,12 @@ class EEGGuide(nn.Module):
         return torch.cat(parts)
 
     def save(self, folder: Path) -> None:
-        """Write the network to its subfolder of a model's package."""
+        """Write the network to its subfolder in the package folder of a model."""
         self.network.save_pretrained(folder / FOLDERS[self.kind])
 
     @classmethod
     def load(cls, folder: Path, kind: GuideKind) -> EEGGuide:
-        """Read the guide of a model's package.
+        """Read the guide from the package folder of a model.
 
         Raises
         ------

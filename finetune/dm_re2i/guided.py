@@ -1,4 +1,4 @@
-"""Base class of EG-DDPM's backbones, with all that a backbone needs to use the EEG vector.
+"""Base class of the backbones (U-Nets) of EG-DDPM, with everything that a U-Net needs to use the EEG vector.
 
 Shapes: B batch, C image channels, H rows, W columns, D width of the EEG vector, E width of the embedding.
 """
@@ -26,7 +26,7 @@ class GuidedUNet(ModelMixin, ConfigMixin):
     condition_std: Tensor
 
     def add_condition(self, condition_dim: int, embedding: int, null_condition: bool) -> None:
-        """Add a linear map (EEG vector to embedding), the mean and deviation of the EEG vector, and a null vector.
+        """Add a linear map (EEG vector to embedding), the EEG vector's mean and standard deviation, and a null vector.
 
         Parameters
         ----------
@@ -56,14 +56,14 @@ class GuidedUNet(ModelMixin, ConfigMixin):
             Mean and standard deviation of the EEG vectors over the training trials.
         """
         self.condition_mean.copy_(mean_D)
-        # If an entry of the vector was almost constant in training, use the deviation 1, because division by a tiny
-        # deviation would amplify small changes.
+        # If an entry of the vector was almost constant in training, use the standard deviation 1, because division by a
+        # tiny standard deviation would amplify small changes.
         self.condition_std.copy_(
             torch.where(std_D > 1e-3 * std_D.max().clamp_min(1e-12), std_D, torch.ones_like(std_D))
         )
 
     def encode_condition(self, e_BD: Tensor, keep_B: Tensor | None = None) -> Tensor:
-        """Standardise EEG features, and replace the features of dropped conditions with the learned null vector.
+        """Standardise EEG vectors, and replace the vectors of dropped conditions with the learned null vector.
 
         Parameters
         ----------

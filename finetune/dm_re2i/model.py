@@ -1,6 +1,6 @@
 """Save and load a trained DM-RE2I model, and generate images with this model: a vector from EEG guides a DDPM.
 
-Tensor shapes: B trials, C channels, T samples, D feature width, K classes, H rows, W columns.
+Tensor shapes: B trials, C channels, T time points, D feature width, K classes, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def compute_features(
         The network in evaluation mode.
     x_BCT : Tensor, shape (B, C, T)
         Scaled trials, padded by repeating channels. The network uses only the first `n_channels` rows; the other rows
-        are copies of these.
+        are copies of these rows.
     batch : int
         Number of trials in one forward pass.
     pulse : callable
-        Function that is called before each forward pass. The function interrupts the evaluation if a stop was
-        requested.
+        Function that is called before each forward pass. If the run was asked to stop (e.g. by SIGTERM), this function
+        raises an error, which ends the evaluation.
 
     Returns
     -------
@@ -108,15 +108,15 @@ class ClassMeans:
             values = read_tensors(path)
             means = cls(values["mean"].float(), values["count"].long())
             if means.mean_KD.shape != (len(means.count_K), dim) or not means.mean_KD.isfinite().all():
-                raise ValueError("the means are not finite, or their shape is not that of the model")
+                raise ValueError("the mean features are not finite, or their shape is not that of the model")
         except (KeyError, ValueError) as error:
             raise RequestError(
-                f"{path}: cannot be read ({one_line(error)[:200]}); train the model again for the control 'class'"
+                f"{path}: cannot be read ({one_line(error)[:200]}); train the model again to use the control 'class'"
             ) from None
         return means
 
     def find_missing(self, labels: Sequence[int]) -> list[int]:
-        """Return those of the labels that have no train trials, and thus no mean feature, without repetition."""
+        """Return the labels without train trials, and thus without a mean feature; each label only once."""
         return sorted({label for label in labels if label >= len(self.count_K) or not self.count_K[label]})
 
 
@@ -202,7 +202,7 @@ class DMRE2IGenerator:
         self.spec = read_spec(folder)
         kind = values.get("guide", "feature")
         if kind not in [*FOLDERS]:
-            raise RequestError(f"{where}: the guide '{show(kind)}' is unknown; train the model again")
+            raise RequestError(f"{where}: '{show(kind)}' is not a guide that this version knows; train the model again")
         self.guide = EEGGuide.load(folder, kind).to(self.device)
         self.unet = load_unet(folder / "unet")
         self.unet.to(device=self.device)  # pyright: ignore[reportCallIssue] - the library's decorator hides the signature
@@ -228,7 +228,8 @@ class DMRE2IGenerator:
         chosen = sampler or self.sampler
         if chosen == "dpmsolver++":
             raise RequestError(
-                f"{self.folder}: dpmsolver++ diverges with the cosine noise schedule of this model; use ddim or ddpm"
+                f"{self.folder}: the sampler dpmsolver++ diverges with the cosine noise schedule of this model; "
+                "use the sampler ddim or ddpm"
             )
         try:
             return choose_sampling(
@@ -243,7 +244,7 @@ class DMRE2IGenerator:
             raise RequestError(f"{self.folder}: {error}") from None
 
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
-        """Return why the model cannot generate from a source (see `finetune.generators.Generator`).
+        """Return why the model cannot generate images from a source (see `finetune.generators.Source`).
 
         The source ``no_eeg`` needs a null vector, and ``class`` needs train trials of every category in `metas`.
         """

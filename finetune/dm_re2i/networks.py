@@ -1,4 +1,4 @@
-"""Build a classifier from a config, or load it from a folder. Only this file lists the classifiers' classes."""
+"""Build an EEG classifier from a config, or load it from a folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build_classifier(stage: EVRNetStage, data: EEGDataset) -> EEGClassifier:
     Returns
     -------
     EEGClassifier
-        The network. Its weights are random, except for the weights of a pretrained encoder.
+        The network. The weights of the network are random, except for the weights of a pretrained encoder.
 
     Raises
     ------
@@ -85,7 +85,8 @@ def build_classifier(stage: EVRNetStage, data: EEGDataset) -> EEGClassifier:
         return {"eegnet": EEGNetClassifier, "tsconv": TSConv}[stage.network](convolution)
     except ValueError as error:
         raise RequestError(
-            f"{data.path}: {error}; set eeg.tmin and eeg.tmax to a longer part, or choose another evrnet.network"
+            f"{data.path}: {error}; set eeg.tmin and eeg.tmax to a longer part of the trial, or choose "
+            "another evrnet.network"
         ) from None
 
 
@@ -105,7 +106,7 @@ def load_classifier(folder: str | Path) -> EEGClassifier:
     Raises
     ------
     RequestError
-        If a file is missing or damaged, or the folder is not the package of a classifier.
+        If a file is missing or damaged, or the folder does not hold an EEG classifier.
     """
     folder = Path(folder)
     values = read_json(folder / "config.json")
@@ -114,6 +115,6 @@ def load_classifier(folder: str | Path) -> EEGClassifier:
         if kind == network.KIND:
             return network.from_pretrained(folder)
     raise RequestError(
-        f"{folder}: not the package of a classifier ({', '.join(n.KIND for n in _CLASSES)}); give the folder "
+        f"{folder}: not the folder of an EEG classifier ({', '.join(n.KIND for n in _CLASSES)}); give the folder "
         f"RUN/model/evrnet of a run of 'dreamscale ddpm'"
     )

@@ -2,8 +2,8 @@
 
 The command is ``dreamscale ddpm CONFIG`` or ``accelerate launch -m finetune.dm_re2i CONFIG``.
 
-Tensor shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes, M images, H rows,
-W columns.
+Tensor shapes: B trials, b trials of this process, C channels, T time points, D feature width, K classes, M images, H
+rows, W columns.
 """
 
 from __future__ import annotations
@@ -248,8 +248,8 @@ def _check_data(config: DMRE2IConfig, splits: tuple[EEGDataset, EEGDataset], tab
             )
         if table.labels.min() < 0 or table.labels.max() >= len(dataset.labels):
             raise RequestError(
-                f"{dataset.path} ({dataset.split}): a trial's label is not in the labels of the manifest; make the "
-                "dataset again"
+                f"{dataset.path} ({dataset.split}): a trial has a label that is not in the dataset's list of "
+                "labels; make the dataset again"
             )
         most = int(dataset.trials.numbers("n").max())
         if config.ddpm.guide != "encoder" and most > config.evrnet.channels:
@@ -268,7 +268,7 @@ def _load_evrnet(path: str, data: EEGDataset) -> EEGClassifier:
         )
     if evrnet.n_times not in (None, data.n_times):
         raise RequestError(
-            f"{path}: this classifier takes trials of {evrnet.n_times} samples, but eeg.tmin to eeg.tmax has "
+            f"{path}: this classifier takes trials of {evrnet.n_times} time points, but eeg.tmin to eeg.tmax has "
             f"{data.n_times}; set eeg.tmin and eeg.tmax as in its training, or leave evrnet_from out"
         )
     return evrnet.requires_grad_(False)
@@ -303,11 +303,12 @@ def train(config: DMRE2IConfig) -> int:
     precision = stage.training.precision
     if given is None and precision != config.evrnet.training.precision:
         raise RequestError(
-            "evrnet.training.precision and ddpm.training.precision must be equal: both stages share one Accelerator"
+            "evrnet.training.precision and ddpm.training.precision must be equal, because both stages share one "
+            "Accelerator"
         )
     with start_processes(config, precision) as accelerator:
-        # Open the run directory of the second stage only after that of the first stage is closed, because a tracker can
-        # follow only one run at a time.
+        # Open the run directory of the second stage only after the run directory of the first stage is closed, because
+        # an experiment tracker can log only one run at a time.
         guide = given or EEGGuide(train_evrnet(config, data, val, tables, accelerator), stage.guide)
         if config.stages == "evrnet":
             return EXIT_DONE

@@ -1,6 +1,6 @@
 """First stage of DM-RE2I: train EVRNet to recognise the category of the seen image from the EEG of a trial.
 
-Tensor shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes, P principal
+Tensor shapes: B trials, b trials of this process, C channels, T time points, D feature width, K classes, P principal
 components of an image, M images.
 """
 
@@ -43,8 +43,8 @@ def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None
     """Compute the running statistics of the batch norms again, from given trials.
 
     The new statistics depend only on the weights and on the given trials. The statistics from training cannot be used,
-    for two reasons. They come from augmented trials, and they belong to the last weights, whereas the moving average of
-    the weights may be evaluated.
+    for two reasons. They come from augmented trials. They also belong to the weights of the last step, but the
+    evaluation may use the moving average of the weights.
 
     Parameters
     ----------
@@ -97,8 +97,8 @@ def average_within_category(x_bCT: Tensor, labels_b: Tensor, most: int, random: 
         Averaged trials. Each mean is scaled to the standard deviation of the trial that it replaces.
     """
     b = len(x_bCT)
-    # Choose `most` - 1 partners for each trial: each partner is the trial of the same category with the highest random
-    # score.
+    # Choose `most` - 1 partners for each trial. To choose a partner, give every trial of the batch a random score, and
+    # take the trial of the same category with the highest score.
     scores = random.uniform(b, most - 1, b)
     same = (labels_b[:, None] == labels_b[None, :])[:, None, :]
     partner = scores.masked_fill(~same, -1.0).argmax(dim=2)
@@ -172,7 +172,7 @@ def compute_image_error(predicted_BP: Tensor, image_BP: Tensor) -> Tensor:
 
 
 def scale_components(train_MP: np.ndarray, val_MP: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Scale principal components of images so that their variances over the train images have the sum 1."""
+    """Scale principal components of images so that their variances over the train images add up to 1."""
     size = max(float(np.sqrt(np.square(train_MP).sum(axis=1).mean())), 1e-6)
     return torch.from_numpy(train_MP / size), torch.from_numpy(val_MP / size)
 
@@ -209,7 +209,7 @@ def check_labels(data: EEGDataset, table: ImageTable) -> None:
 
 
 def choose_targets(table: ImageTable, stage: EVRNetStage, seed: int) -> np.ndarray:
-    """Return, for each trial, the image from which the trial's target category in training is taken.
+    """Return, for each trial, the image whose category is the trial's target in training.
 
     Parameters
     ----------
@@ -223,8 +223,8 @@ def choose_targets(table: ImageTable, stage: EVRNetStage, seed: int) -> np.ndarr
     Returns
     -------
     array of int, shape (trials,)
-        For each trial, the row of its target image in the table of images. If the images are shuffled, all trials of an
-        image still have the same target, and each category has as many images as before.
+        For each trial, the row of this image in the `ImageTable`. If the images are shuffled, all trials of an image
+        still have the same target, and each category has as many images as before.
     """
     order_M = np.arange(len(table))
     if stage.permute_labels:
@@ -338,8 +338,8 @@ def train_evrnet(
         if val_MP is not None and module.image_layer is not None:
             predicted_BP = module.image_layer(e_BD.to(device))
             found["image_error"] = float(compute_image_error(predicted_BP, val_MP[val_rows].to(device)))
-        # With few val trials, several evaluations often have the same accuracy. In that case, the loss decides among
-        # these evaluations.
+        # With few val trials, several evaluations often have the same accuracy. In that case, the evaluation with the
+        # lowest loss is the best of these evaluations.
         return {**found, "score": found["accuracy"] - 1e-4 * min(found["loss"], 100.0)}
 
     result = fit(

@@ -66,13 +66,13 @@ class GuidedUNet2D(GuidedUNet):
         levels, maps = len(multipliers), [base_channels * m for m in multipliers]
         if levels < 2 or patch < 1 or sample_size % (patch * 2 ** (levels - 1)):
             raise ValueError(
-                f"sample_size {sample_size} must be a multiple of {patch * 2 ** (levels - 1)} for patch {patch} and "
-                f"{levels} levels (at least 2)"
+                f"sample_size must be a multiple of {patch * 2 ** (levels - 1)} for patch {patch} and {levels} "
+                f"multipliers (at least 2 are needed), got {sample_size}"
             )
         if base_channels % 4 or any(width % head_dim for width in maps[1:]):
             raise ValueError(
-                f"base_channels {base_channels} must be a multiple of 4, and the feature maps {maps[1:]} must be "
-                f"multiples of head_dim {head_dim}"
+                f"base_channels {base_channels} must be a multiple of 4, and the numbers of feature maps {maps[1:]} "
+                f"must be multiples of head_dim {head_dim}"
             )
         self.unet = UNet2DModel(
             sample_size=sample_size // patch,

@@ -127,7 +127,7 @@ class ImageClassifier(nn.Module):
         return np.concatenate(features), np.concatenate(probabilities)
 
     def save(self, path: str | Path, metadata: dict[str, str]) -> None:
-        """Write the classifier to one safetensors file. Equal weights and texts give a file with equal bytes.
+        """Write the classifier to one safetensors file. Equal weights and equal metadata give a file with equal bytes.
 
         Parameters
         ----------

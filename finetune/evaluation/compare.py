@@ -1,6 +1,7 @@
 """Compare the images of two models, trial by trial.
 
-The command is ``dreamscale compare A B``. Both folders must have been evaluated with `dreamscale evaluate`.
+The command is ``dreamscale compare A B``. A and B are folders of generated images that `dreamscale evaluate` has
+evaluated.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def compare(config: CompareConfig) -> int:
     rows = {name: entry for name, entry in found["b"].items() if entry["difference"] is not None}
     if not rows:
         raise RequestError(
-            f"{config.a} and {config.b} have no metric in common; evaluate both folders with the same version"
+            f"{config.a} and {config.b} have no metric in common; evaluate both folders with the same version of "
+            "Dreamscale"
         )
     # Several metrics are tested, so the p-values are corrected for multiple comparisons.
     corrected = {
@@ -133,7 +135,7 @@ def compare(config: CompareConfig) -> int:
 
 
 def _check_trials(config: CompareConfig, a: TrialValues, b: TrialValues) -> None:
-    """Check that each trial that both folders hold has the same person and the same seen image in both."""
+    """For each trial that is in both folders, check that the person and the image that the person saw are the same."""
     facts = [
         dict(zip(x.keys, zip(x.subjects_B.tolist(), x.images_B.tolist(), strict=True), strict=True)) for x in (a, b)
     ]

@@ -71,13 +71,15 @@ def read_controls(own: GeneratedSet, folders: Sequence[str | Path]) -> dict[str,
             check_control(own, read)
             name = str(read.about["control"])
         if name in found:
-            raise RequestError(f"{folder}: is a second folder with the control '{name}'; give each control once")
+            raise RequestError(
+                f"{folder}: this is a second folder with the control '{name}'; give only one folder for each control"
+            )
         found[name] = read
     return found
 
 
 def _read_name(own: GeneratedSet, folder: Path) -> str:
-    """Check that a control that is not applicable was made for the generated images, and return the control's name."""
+    """Check that a control without images was made for the generated images, and return the control's name."""
     record = folder / "generated.json"
     about = check_group(read_json(record), str(record))
     name = check_text(about.get("control"), str(record), "control")

@@ -1,4 +1,4 @@
-"""Evaluate generated images: compute metrics, compare each metric with control images, and write a report of one page.
+"""Evaluate generated images: compute metrics, compare them with the metrics of control images, and write a report.
 
 Array shapes: B trials, M images, H rows, W columns, D feature width, K classes.
 """
@@ -158,8 +158,8 @@ def measure_nearest_training_image(images_BHW3: Images, train_MHW3: Images) -> N
         Root mean squared difference of the pixel values, from 0 to 255.
     """
     train_MX, flat_BX = (x.reshape(len(x), -1) for x in (train_MHW3, images_BHW3))
-    # The nearest image is found with a product of matrices in single precision. To keep the rounding errors small, the
-    # pixel values are centred around zero.
+    # A product of matrices in single precision finds the nearest image. To keep the rounding errors small, the pixel
+    # values are centred around zero.
     train = train_MX.astype(np.float32) - 127.5
     lengths_M = np.square(train).sum(axis=1)
     found = []
@@ -178,13 +178,13 @@ def _quartiles(values: NDArray[np.float64]) -> dict[str, float]:
 def _classifier(
     config: EvaluateConfig, table: ImageTable, dataset_id: str, labels: list[str], output: Path
 ) -> tuple[ImageClassifier, Path]:
-    """Load the classifier that the config gives, or train and save a new one; return the classifier and its file."""
+    """Load the classifier that the config gives, or train and save a new classifier; return it and its file."""
     if config.classifier is not None:
         classifier, about = ImageClassifier.load(config.classifier)
         if about.get("dataset_id") != dataset_id or classifier.n_classes != len(labels):
             raise RequestError(
-                f"{config.classifier}: this classifier is of another dataset; leave --classifier out to train a new "
-                "classifier"
+                f"{config.classifier}: this classifier was trained on another dataset; leave --classifier out to train "
+                "a new classifier"
             )
         return classifier, Path(config.classifier)
     images = table.pixels(size=config.training.size)
@@ -218,7 +218,7 @@ def _list_trials(data: EEGDataset, own: GeneratedSet) -> list[Trial]:
 def _check_protocol(
     config: EvaluateConfig, path: AnyPath, train: EEGDataset, data: EEGDataset
 ) -> tuple[dict[str, Any], KnownEEG]:
-    """Find data that two splits share, and data that the pretraining dataset shares with the EEG-image dataset.
+    """Find data that are in two splits, and data that are in the pretraining dataset and in the EEG-image dataset.
 
     The EEG of the evaluated trials is compared with the EEG of the training trials even with ``verify: none``, because
     the verdict needs this comparison.
@@ -245,7 +245,7 @@ def _show_findings(findings: Findings) -> dict[str, list[str]]:
 
 
 def _find_real_images(control: GeneratedSet, own: GeneratedSet, real: RealImages) -> RealImages:
-    """Return the images that the person saw in the trials of a control; some controls lack trials of `own`."""
+    """Return the images that the person saw in the trials of a control; a control may lack some trials of `own`."""
     if [trial["key"] for trial in control.trials] == [trial["key"] for trial in own.trials]:
         return real
     return RealImages(control.real_BHW3, [trial["image_id"] for trial in control.trials], control.labels_B)
@@ -368,19 +368,21 @@ def evaluate(config: EvaluateConfig, sharing: Sharing | None = None) -> dict[str
     control = None if isinstance(shuffle, NotApplicable) else shuffle
     path = as_path(config.dataset or own.about["dataset"])
     if config.dataset is None and is_remote(path):
-        # A folder of images may come from anybody, so it must not make this command read a dataset from a network.
-        raise RequestError(f"{path}: the images are of a remote dataset; give the dataset as --dataset")
+        # A folder of images may come from anybody, so it must not decide which dataset this command reads from the
+        # network.
+        raise RequestError(f"{path}: the images were generated from a remote dataset; give the dataset as --dataset")
     train = open_paired(path, "train")
     if train.manifest.dataset_id != own.about["dataset_id"]:
         raise RequestError(
-            f"{path}: the images in {config.directory} are of another dataset, or of another version of this dataset; "
-            "give the right dataset as --dataset, or generate the images again"
+            f"{path}: the images in {config.directory} were generated from another dataset, or another version of this "
+            "dataset; give the right dataset as --dataset, or generate the images again"
         )
     table = ImageTable(train)
     labels = own.about["labels"]
     if labels != train.labels:
         raise RequestError(
-            f"{config.directory}: the labels differ from the labels of {path}; generate the images again"
+            f"{config.directory}: the labels in generated.json differ from the labels of {path}; generate the images "
+            "again"
         )
     classifier, classifier_file = _classifier(config, table, train.manifest.dataset_id, labels, own.path)
     judges = _load_judges(config, classifier, classifier_file, sharing)

@@ -34,7 +34,7 @@ def make_predictors(
     score: Callable[[Prediction], NDArray[np.float64]],
     seed: int,
 ) -> dict[str, Control | NotApplicable]:
-    """Score the predictors that use no brain response to the picture.
+    """Score simple predictors of the category that use no brain response to the picture.
 
     The predictors use the time of the trial, the EEG before the picture, or the eye and face channels.
 
@@ -91,12 +91,12 @@ class Setting:
         copies: Iterable[tuple[str, str]] | None = None,
         known_eeg: KnownEEG | None = None,
     ) -> Setting:
-        """Read what a verdict needs in addition to scores, for trials of the split `data`.
+        """Read the data, except scores, that a verdict on trials of the split `data` needs.
 
-        `describe_design` explains `declared`. Copies of an image under several names count as one image; `copies` are
-        the pairs of names from `find_copies`, which is called if `copies` is None. `known_eeg` marks the presentations
-        in `data` whose EEG also trained the model; by default, `find_known_eeg` compares the EEG of `data` with the
-        training trials. The EEG of a trial is known if the EEG of any of its presentations is known.
+        `describe_design` explains `declared`. If copies of an image have several names, they are treated as one image;
+        `copies` are the pairs of names from `find_copies`, which is called if `copies` is None. `known_eeg` marks the
+        presentations in `data` whose EEG also trained the model; by default, `find_known_eeg` compares the EEG of
+        `data` with the training trials. A trial is marked if any of its presentations is marked.
         """
         design, evidence = describe_design(data.manifest, declared, where=str(data.path / NAME))
         copies = find_copies(train, data) if copies is None else list(copies)
@@ -133,7 +133,7 @@ class Setting:
     ) -> Evidence:
         """Combine scores and controls into the evidence for `pretrain.evidence.rules.judge`.
 
-        `identification_n` is NaN for the trials whose category has only one seen image.
+        `identification_n` is NaN for the trials of a category of which only one image was seen.
         """
         single_n = None
         if not isinstance(identification_n, NotApplicable):

@@ -146,7 +146,7 @@ def read_generated(path: str | Path) -> GeneratedSet:
         raise RequestError(f"{path}: has no generated.json; make the folder with 'dreamscale generate'")
     about = read_json(record)
     if reason := _find_reason(about):
-        raise RequestError(f"{path}: holds no images, because its control is not applicable ({reason})")
+        raise RequestError(f"{path}: holds no images, because this control cannot be made from the data ({reason})")
     needed = {"dataset", "dataset_id", "split", "control", "labels", "trials"}
     lists = isinstance(about, dict) and all(isinstance(about.get(name), list) for name in ("labels", "trials"))
     if not lists or needed - about.keys() or not about["trials"]:
@@ -216,13 +216,13 @@ def _check_trials_together(trials: list[dict[str, Any]], record: Path) -> None:
 
 
 def _find_reason(about: Any) -> str:
-    """Return why a control is not applicable, from the content of generated.json; empty if the control has images."""
+    """Return why a control cannot be made from the data, as generated.json says; empty if the control has images."""
     reason = about.get("not_applicable") if isinstance(about, dict) else None
     return show(reason, longest=1000) if reason else ""
 
 
 def read_not_applicable(path: str | Path) -> str:
-    """Read why the control in a folder is not applicable.
+    """Read from the folder of a control why the control cannot be made from the data.
 
     Parameters
     ----------
@@ -275,11 +275,11 @@ def check_control(own: GeneratedSet, control: GeneratedSet) -> None:
         raise RequestError(f"{own.path}: this folder holds control images; give this folder in the key 'controls'")
     check_settings(own, control.about, control.path)
     keys, own_keys = [trial["key"] for trial in control.trials], [trial["key"] for trial in own.trials]
-    # The controls no_eeg and class need not have an image for every trial: the comparison with the control leaves out
-    # the trials without a control image.
+    # The controls no_eeg and class may lack images of some trials, because the comparison with a control leaves out the
+    # trials without a control image.
     if keys != own_keys and not (name in ("no_eeg", "class") and set(keys) <= set(own_keys)):
         raise RequestError(
-            f"{control.path}: the images are of other trials than those in {own.path}; "
+            f"{control.path}: the images belong to other trials than the images in {own.path}; "
             "generate both folders for the same trials"
         )
     trial_of = {trial["key"]: trial for trial in own.trials}
@@ -307,11 +307,13 @@ def check_settings(own: GeneratedSet, about: dict[str, Any], path: Path) -> None
     Raises
     ------
     RequestError
-        If an entry of `SAME` differs, or if a generated.json has no checksum of the model.
+        If an entry of generated.json that `SAME` lists differs, or if a generated.json has no checksum of the model.
     """
     for folder, values in ((own.path, own.about), (path, about)):
         if not values.get("model_digest"):
-            raise RequestError(f"{folder}: generated.json has no model_digest; generate the images again")
+            raise RequestError(
+                f"{folder}: generated.json has no model_digest (checksum of the model); generate the images again"
+            )
     for key in SAME:
         if about.get(key) != own.about.get(key):
             raise RequestError(
@@ -325,7 +327,7 @@ def _list_eeg_keys(trial: dict[str, Any]) -> set[str]:
 
 
 def _check_eeg(own: GeneratedSet, control: GeneratedSet) -> None:
-    """Check that the control images were made from the EEG, or without EEG, as the control's name requires."""
+    """Check that each control image was made from the EEG, or without EEG, as the name of the control requires."""
     name = control.about["control"]
     trial_of = {trial["key"]: trial for trial in own.trials}
     for other in control.trials:
@@ -333,8 +335,8 @@ def _check_eeg(own: GeneratedSet, control: GeneratedSet) -> None:
         used, expected = _list_eeg_keys(other), _list_eeg_keys(mine)
         if mine["key"] not in expected:
             raise RequestError(
-                f"{own.path}: the image of trial {mine['key']} was not generated from its own EEG; generate the images "
-                "again"
+                f"{own.path}: the image of trial {mine['key']} was not generated from the EEG of this trial; generate "
+                "the images again"
             )
         fault = ""
         if name in ("shuffle", "shuffle_within"):

@@ -33,7 +33,7 @@ def _unit_rows(rows_BD: NDArray[np.float64], *, centre: bool) -> NDArray[np.floa
 
 
 def _similarities(query_BD: Floats, gallery_MD: Floats, *, centre: bool) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Yield, for one block of queries after the other, the similarities [B, M] to all images of the gallery."""
+    """Yield the similarities [B, M] of one block of queries after another to all images of the gallery."""
     if np.ndim(query_BD) != 2 or np.ndim(gallery_MD) != 2 or query_BD.shape[1] != gallery_MD.shape[1]:
         raise ValueError(
             f"need two arrays of embeddings of equal width, not {np.shape(query_BD)} and {np.shape(gallery_MD)}"
@@ -56,15 +56,15 @@ def two_way_identification(
     """Compute how often a generated image is more similar to its own real image than to another real image.
 
     The similarity is the Pearson correlation of two embeddings, as in the paper below. For each generated image, its
-    own real image is compared with every other real image, and only once with an image that several trials show. A tie
-    counts as one half, so embeddings that are all equal give exactly one half.
+    own real image is compared with every other real image. An image that several trials show is compared only once. A
+    tie has the value one half, so embeddings that are all equal give exactly one half.
 
     Parameters
     ----------
     generated_BD, real_BD : ndarray, shape (B, D)
         Embeddings of the generated images, and of the images that the person saw in the same trials.
     image_ids : sequence of str
-        Id of the image that the person saw in each trial. Real images with the same id count as one image.
+        Id of the image that the person saw in each trial. Real images with the same id are treated as one image.
     labels : sequence of int, optional
         Category of the image that the person saw in each trial; needed for `within_label`.
     within_label : bool

@@ -2,8 +2,9 @@
 
 If all categories of the trials occur in the training images, a trial scores 1 if the classifier finds the right
 category in the generated image, and 0 if it finds another category. A category that does not occur in the training
-images is new, and the classifier cannot recognise it. For trials with new categories, the score is the share of other
-seen images that are less similar to the generated image than the trial's own seen image.
+images is new, and the classifier cannot recognise it. If the trials have new categories, the score of a trial compares
+its generated image with all images that people saw in the trials: the score is the share of the other images that are
+less similar to the generated image than the image seen in this trial.
 
 Array shapes: B trials, M images, D features.
 """
@@ -102,8 +103,8 @@ class Scores:
     """Function that takes, for each trial, the row of a training image, and scores these training images in place of
     the generated images."""
     judge_n: NDArray[np.float64]
-    """Scores of the seen images themselves, or of mirrored and darkened copies of them, in place of generated images;
-    one value for each different seen image. They show how well the judge recognises real images."""
+    """Scores of the images that people saw, or of mirrored and darkened copies of these images, in place of generated
+    images; one value for each different image. These scores show how well the judge recognises real images."""
 
 
 def _score_category(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scores:
@@ -112,7 +113,7 @@ def _score_category(own: GeneratedSet, table: ImageTable, judges: Judge) -> Scor
     shares = np.bincount(labels_B) / len(labels_B)
     return Scores(
         measure="the classifier finds the right category in the generated image",
-        # Chance is the share of the most common category: a model that always shows this category scores as much.
+        # Chance is the share of the most common category: a model that always shows this category has this score.
         chance=float(shares.max()) if len(shares[shares > 0]) > 1 else 1.0 / max(2, len(own.about["labels"])),
         score=lambda given: (judges.classify_chunks(given.images_BHW3) == given.labels_B).astype(float),
         predicted=lambda found: (found.labels_B == labels_B).astype(float),
@@ -128,8 +129,8 @@ def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -
 
     def identify(images_BD: NDArray[np.float64], trials: Any = slice(None)) -> NDArray[np.float64]:
         if len(set(ids)) < 2:
-            # All trials show the same image, so there is no other image to compare with. Every trial scores chance;
-            # with one image, no verdict uses the score.
+            # All trials show the same image, so there is no other image to compare with. Every trial gets the chance
+            # score 0.5. With a single image, no verdict uses the score.
             return np.full(len(images_BD), 0.5)
         return two_way_identification(images_BD, real_BD[trials], np.asarray(ids)[trials].tolist())
 
@@ -140,7 +141,7 @@ def _score_identification(own: GeneratedSet, table: ImageTable, judges: Judge) -
     def of_set(given: GeneratedSet) -> NDArray[np.float64]:
         number_of = {trial["key"]: number for number, trial in enumerate(own.trials)}
         rows = [number_of[trial["key"]] for trial in given.trials]
-        # Compare the control images with the seen images of all evaluated trials, like the generated images.
+        # Compare each control image with the images that people saw in all evaluated trials, as for generated images.
         padded_BD = np.zeros_like(real_BD)
         padded_BD[rows] = judges.compute_features(given.images_BHW3)
         return identify(padded_BD)[rows]
@@ -170,8 +171,8 @@ def find_nearest(images_BD: NDArray[np.float64], train_MD: NDArray[np.float64]) 
     train_MD /= np.maximum(train_MD.std(axis=1, keepdims=True), 1e-12)
     size = max(1, CELLS // len(train_MD))
     parts = (images_BD[start : start + size] for start in range(0, len(images_BD), size))
-    # The features in `part` are not divided by their standard deviation, because one factor for all similarities of an
-    # image does not change which training image is the most similar.
+    # The features in `part` need not be divided by their standard deviation, because this factor is the same for all
+    # training images and does not change which training image is the most similar.
     return np.concatenate([(part @ train_MD.T).argmax(axis=1) for part in parts])
 
 
@@ -272,7 +273,7 @@ def judge_images(
 def _read_scores(
     name: str, given: GeneratedSet | NotApplicable | None, own: GeneratedSet, scores: Scores
 ) -> Control | NotApplicable:
-    """Score the images of a control. Trials for which the control has no image are left out."""
+    """Score the images of a control, and mark the trials for which the control has no image as left out."""
     if given is None:
         return NotApplicable(
             reason=f"the control was not generated ({CONTROLS[name]}: dreamscale generate --control {name})"

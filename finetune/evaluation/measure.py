@@ -1,4 +1,4 @@
-"""Compute all metrics of a set of images: of generated images, of control images, and of the real images.
+"""Compute all metrics of a set of images: generated images, control images, or real images.
 
 Array shapes: B trials, H rows, W columns, K classes.
 """
@@ -76,7 +76,7 @@ def list_tasks(judges: Judges) -> dict[str, Compute]:
 
 
 def _compare_pairs(a_BHW3: ImageSource, b_BHW3: ImageSource, judges: Judges, task: str) -> dict[str, Floats | str]:
-    """Compare pairs of images by all paired metrics (task "pairs"), or by all of them except LPIPS (task "pixels")."""
+    """Compare pairs of images by all paired metrics (task "pairs"), or by all except LPIPS (task "pixels")."""
     if a_BHW3.shape != b_BHW3.shape:
         raise ValueError(f"images must have equal shapes, not {a_BHW3.shape} and {b_BHW3.shape}")
     blocks = list(judges.sharing.compute(task, list_tasks(judges)[task], a_BHW3, b_BHW3, block=PAIRS))
@@ -192,8 +192,8 @@ def _choose_other_trials(image_ids: list[str], rng: np.random.Generator) -> NDAr
     ids = np.asarray(image_ids)
     order = np.argsort(ids, kind="stable")
     first, last = (np.searchsorted(ids[order], ids, side=side) for side in ("left", "right"))
-    # In `order`, the trials that show the same image as a trial have the places from `first` to `last` - 1. A random
-    # place that is `first` or more is increased by their number, so that it skips these trials.
+    # In `order`, the trials that show the same image as a trial have the places from `first` to `last` - 1. If the
+    # random place is `first` or more, it is increased by the number of these trials, so that they are skipped.
     chosen = rng.integers(0, len(ids) - (last - first))
     return order[chosen + np.where(chosen >= first, last - first, 0)]
 

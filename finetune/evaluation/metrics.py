@@ -180,17 +180,17 @@ def kernel_distance(
 ) -> float:
     """Compute the unbiased squared maximum mean discrepancy with the cubic kernel.
 
-    With features of Inception-V3, the squared maximum mean discrepancy is the KID. The estimate is unbiased only if
-    the two rows of every compared pair are independent. Several trials may show the same image, and then their rows
-    are not independent. If ids are given, only one row of each real image is used, and pairs of rows with the same id
-    are left out, also if one row is of a real and the other of a generated image.
+    With features of Inception-V3, the squared maximum mean discrepancy is the KID. The estimate is unbiased only if the
+    two rows of every compared pair are independent. Several trials may show the same image, and then their rows are not
+    independent. If ids are given, only one row of each real image is used, and pairs of rows with the same id are left
+    out, even if one row belongs to a real image and the other row to a generated image.
 
     Parameters
     ----------
     real_BD, generated_BD : ndarray, shape (B, D)
         Features of real and generated images. Each array needs two rows or more.
     real_ids, generated_ids : sequence of str, optional
-        Id of the image that the person saw, for each row. Without ids, all rows count as independent.
+        Id of the image that the person saw, for each row. Without ids, all rows are treated as independent.
 
     Returns
     -------
@@ -296,7 +296,7 @@ def n_way_scores(scores_NK: Floats, labels_N: NDArray[np.integer], *, n: int, k:
 def _rank_true_class(
     scores_NK: Floats, labels_N: NDArray[np.integer], n: int, k: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Count the classes that are better than the true class, and the other classes that are equally good."""
+    """Count the classes with a higher score than the true class, and the other classes with the same score."""
     scores, labels = np.asarray(scores_NK), np.asarray(labels_N)
     trials, classes = scores.shape
     if not 2 <= n <= classes or not 1 <= k < n:
@@ -309,11 +309,11 @@ def _rank_true_class(
 
 
 def _hit_by_rank(classes: int, n: int, k: int) -> NDArray[np.float64]:
-    """Return, for each number of classes that are better than the true class, the probability of a correct trial."""
+    """Return the probability of a correct trial for each number of classes that score higher than the true class."""
     from scipy.stats import hypergeom
 
-    # A trial is correct if fewer than k of the n - 1 drawn classes are better than the true class. These classes are
-    # drawn from the K - 1 classes that are not the true class.
+    # A trial is correct if fewer than k of the n - 1 drawn classes have a higher score than the true class. The classes
+    # are drawn from the K - 1 classes that are not the true class.
     return hypergeom.cdf(k - 1, classes - 1, np.arange(classes), n - 1)
 
 
@@ -336,7 +336,7 @@ def n_way_top_k(
     dict
         ``accuracy``: mean of `n_way_scores`, which is the accuracy over all possible draws. ``std``: standard deviation
         of the accuracy over `draws` random draws, as in papers. ``chance``: k / n, the accuracy of a classifier that
-        guesses. ``constant``: accuracy of the best classifier whose answer is the same for every trial. If some labels
+        guesses. ``constant``: accuracy of the best classifier that predicts the same for every trial. If some labels
         are more frequent than others, ``constant`` is higher than ``chance``.
 
     Raises
@@ -355,7 +355,7 @@ def n_way_top_k(
     for draw in range(draws):
         ahead_N = better_N + rng.integers(0, tied_N + 1)
         drawn[draw] = (rng.hypergeometric(ahead_N, classes - 1 - ahead_N, n - 1) < k).mean()
-    # The best constant answer ranks the classes by their frequency among the labels.
+    # The best constant prediction ranks the classes by their frequency among the labels.
     share_K = np.sort(np.bincount(labels_N, minlength=classes))[::-1] / len(labels_N)
     return {
         "accuracy": float(hits_N.mean()),
@@ -401,9 +401,9 @@ def accuracy_with_p_value(
     -------
     dict
         ``accuracy``: accuracy with the true labels. ``chance``: mean accuracy over all possible shuffles. ``constant``:
-        accuracy of always answering the most frequent label. ``uniform``: 1 / (number of different labels in
-        `labels_N`). ``n``: number of trials. ``images``: number of images. ``p_value``: (1 + k) / (1 + number of
-        shuffles), where k is the number of shuffles whose accuracy is at least ``accuracy``. For few images, all
+        accuracy of a classifier that always predicts the most frequent label. ``uniform``: 1 / (number of different
+        labels in `labels_N`). ``n``: number of trials. ``images``: number of images. ``p_value``: (1 + k) / (1 + number
+        of shuffles), where k is the number of shuffles whose accuracy is at least ``accuracy``. For few images, all
         possible shuffles are tried, and ``p_value`` is the exact share of shuffles whose accuracy is at least
         ``accuracy``. ``interval``: Wilson's 95 % confidence interval of the accuracy, which assumes independent trials.
 
@@ -432,7 +432,7 @@ def accuracy_with_p_value(
     share_K = np.bincount(label_of, minlength=classes) / len(names)
 
     def count_right(labels_M: NDArray[np.integer], axis: int) -> NDArray[np.integer]:
-        """Count the trials that are right if the images have the labels `labels_M`, whose last axis is the image."""
+        """Count the rightly predicted trials if the images have the labels `labels_M`, whose last axis is the image."""
         assert axis == -1
         return votes_MK[np.arange(len(names)), labels_M].sum(axis=-1)
 

@@ -147,7 +147,7 @@ def summarise(
     Parameters
     ----------
     values_B : ndarray, shape (B,)
-        Value of each trial, or difference between two models in each trial. NaN values are left out.
+        Value of each trial, or difference between two models in each trial. Trials with NaN are left out.
     images_B, subjects_B : ndarray of str, shape (B,)
         Image and subject of each trial.
     resamples : int
@@ -155,7 +155,7 @@ def summarise(
     seed : int
         Seed of the resamples.
     test : bool
-        Whether to test if the mean differs from zero.
+        Whether to compute p-values for the hypothesis that the mean is zero.
 
     Returns
     -------

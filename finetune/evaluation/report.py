@@ -131,7 +131,7 @@ def _share_cell(value: float | None) -> Cell:
 def _rank_examples(
     generated: GeneratedSet, control: GeneratedSet | None, similarity_B: np.ndarray | None, each: int = 6
 ) -> list[tuple[str, list[list[Picture]]]]:
-    """Return pictures of the trials in which the seen and the generated image are most, moderately or least similar."""
+    """Return pictures of the trials whose generated image is most, moderately or least similar to the seen image."""
     if similarity_B is None:
         return []
     order = np.argsort(-np.nan_to_num(similarity_B, nan=-np.inf), kind="stable")
@@ -174,8 +174,8 @@ def render_report(
     examples : int
         Largest number of trials whose images are shown.
     similarity_B : ndarray, shape (B,), optional
-        Similarity of each generated image and the seen image. The trials with the largest, the middle and the smallest
-        similarity are shown.
+        Similarity of each generated image to the image that the person saw. The trials with the largest, the middle and
+        the smallest similarity are shown.
 
     Returns
     -------

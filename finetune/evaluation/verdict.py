@@ -63,8 +63,9 @@ def _find_need(comparison: dict[str, Any]) -> str:
     """Return what the column "A is better" must say for the verdict *signal*."""
     if comparison["question"] == "signal" or comparison["name"] == "identification - chance":
         return "yes"
-    # Eye channels may hold a response to the picture, so `eyes` may be better than chance if the model is better than
-    # `eyes`. The model must be better than `nearest` (the nearest training image) only for new concepts.
+    # Eye channels may hold a response to the picture, so the predictor `eyes` may be better than chance if the model is
+    # better than `eyes`. Only for new concepts (categories without training images), the model must be better than
+    # `nearest` (the nearest training image).
     return {"eyes - chance": "no, or own - eyes: yes", "own - nearest": "yes for new concepts"}.get(
         comparison["name"], "no"
     )

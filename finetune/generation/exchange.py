@@ -1,6 +1,6 @@
 """Choose the EEG from which the image of each trial is generated: EEG of other trials, or noise.
 
-Array shapes: C channels, T samples; n presentations of the split.
+Array shapes: C channels, T time points; n presentations of the split.
 """
 
 from __future__ import annotations

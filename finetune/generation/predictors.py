@@ -3,7 +3,7 @@
 The predictors ``time``, ``baseline`` and ``eyes`` use no brain response to the picture, so a score above chance is
 evidence of a confound. The predictor ``nearest`` uses the response, but can only show training pictures.
 
-Array shapes: n presentations, m test presentations, C channels, T samples, F features, B trials, M training images.
+Array shapes: n presentations, m test presentations, C channels, T time points, F features, B trials, M training images.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _find_common_face_channels(parts: Sequence[Part]) -> list[str]:
 
 
 def _read_rows(dataset: EEGDataset, channels: list[str]) -> Window:
-    """Return a function that reads some channels of a trial."""
+    """Return a function that reads the given channels of a trial."""
     find_rows = make_row_finder(dataset, channels)
     return lambda number: dataset[number].eeg[find_rows(number)]
 

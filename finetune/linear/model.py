@@ -4,8 +4,8 @@ The linear baseline generates no images. The baseline predicts the category and 
 similar training image of the predicted category. A generator must be compared with the linear baseline, which
 shows how much of a score comes from the decoding of the EEG alone.
 
-Array shapes: B trials, C channels, T samples, F features, K categories, P image components, M training images, H rows,
-W columns.
+Array shapes: B trials, C channels, T time points, F features, K categories, P image components, M training images, H
+rows, W columns.
 """
 
 from __future__ import annotations
@@ -154,12 +154,14 @@ def _check_channels(value: Any, where: str) -> tuple[str, ...]:
     """Check the channel names of a package."""
     if isinstance(value, int):
         raise RequestError(
-            f"{where}: channels is a number, as in models of older versions; train the model again with "
+            f"{where}: the entry 'channels' is a number, as in models of older versions; train the model again with "
             "'dreamscale linear CONFIG'"
         )
     names = tuple(check_text(name, where, "channels") for name in check_list(value, where, "channels"))
     if not 1 <= len(names) == len(set(names)) <= N_PADDED:
-        raise RequestError(f"{where}: channels must be 1 to {N_PADDED} different names; copy the model again")
+        raise RequestError(
+            f"{where}: the entry 'channels' must hold 1 to {N_PADDED} different names; copy the model again"
+        )
     return names
 
 
@@ -230,7 +232,7 @@ class LinearGenerator:
         )
         floats = (model.mean_F, model.weight_FL, model.bias_L, model.components_MP)
         if not fits or not all(values.dtype.kind == "f" and np.isfinite(values).all() for values in floats):
-            raise ValueError("the arrays of model.safetensors do not fit each other")
+            raise ValueError("the sizes of the arrays in model.safetensors do not fit each other")
 
     @property
     def image_size(self) -> int:
@@ -240,11 +242,11 @@ class LinearGenerator:
     def choose_sampling(
         self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampling:
-        """Return sampling settings. They are recorded but not used, because the linear model has no sampler."""
+        """Return sampling settings. The settings are recorded but not used, because the linear model has no sampler."""
         return Sampling(sampler=sampler or "ddim", steps=steps or 1, guidance_scale=guidance_scale or 1.0)
 
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
-        """Return why the model cannot generate from `source`; empty for EEG (see `finetune.generators.Generator`).
+        """Return why the model cannot make images from `source`; empty for EEG (see `finetune.generators.Source`).
 
         Raises
         ------
@@ -259,7 +261,7 @@ class LinearGenerator:
         if missing := self.model.find_missing_channels(meta["ch_names"] for meta in metas):
             names = ", ".join(map(show, missing[:5])) + (" and others" if len(missing) > 5 else "")
             raise RequestError(
-                f"{self.folder}: the model reads {len(self.model.channels)} channels by name, and a trial of the "
+                f"{self.folder}: the model reads {len(self.model.channels)} channels by name, but a trial of the "
                 f"dataset has no channel {names}; train the model on a dataset with the channels of these trials"
             )
         return ""
@@ -290,7 +292,8 @@ class LinearGenerator:
             raise RequestError(obstacle)
         if metas is None:
             raise RequestError(
-                f"{self.folder}: the linear baseline finds channels by name; give the metadata of trials"
+                f"{self.folder}: the linear baseline finds channels by name; give the trials' metadata, which hold the "
+                "names"
             )
         names_B = [meta["ch_names"] for meta in metas]
         return self.model.images_MHW3[self.model.look_up(self.model.read_eeg(eeg_B128T, names_B, self.spec))]

@@ -37,7 +37,7 @@ Fit = Literal["pooled", "each"]
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentRun:
-    """An alignment run: encoder, head, CLIP model (by name) and training dataset (by id)."""
+    """Results of `dreamscale align`: encoder, head, name of the CLIP model, and id of the training dataset."""
 
     encoder: EEGEncoder
     head: ClipHead
@@ -146,10 +146,11 @@ class RidgeMap:
 def fit_ridge(train: EEGDataset, target_MP: Floats, test: EEGDataset, *, bins: int, fit: Fit) -> RidgeMap:
     """Fit ridge regressions from time courses to embeddings on the train split.
 
-    With `fit` "each", every person has a separate regression. With "pooled", all people share one regression. The two
-    results show how much worse the shared regression is. The penalty is chosen inside the train split: a fifth of the
-    images is held out, and the penalty with the best mean cosine similarity on these images is used. The features are
-    read in parts, and only sums over trials are kept, so the memory does not grow with the number of trials.
+    With `fit` "each", every person has a separate regression. With "pooled", all people share one regression. A
+    comparison of the two results shows how much worse the shared regression is. The penalty is chosen inside the train
+    split: a fifth of the images is held out, and the penalty with the best mean cosine similarity on these images is
+    used. The features are read in parts, and only sums over trials are kept, so the memory does not grow with the
+    number of trials.
 
     Parameters
     ----------
@@ -209,8 +210,8 @@ def fit_ridge(train: EEGDataset, target_MP: Floats, test: EEGDataset, *, bins: i
                 sums[-1].add(x_BF, y_BP)
         total = sums[0] + sums[1]
         scale_F = total.compute_scale()
-        # A single training image is held out, and nothing is left to fit for the choice of the penalty, so use the
-        # middle penalty.
+        # If there is only one training image, it is held out and no image is left to fit, so the penalty cannot be
+        # chosen: use the middle penalty.
         chosen = _choose_penalty(sums[0].fit(scale_F), read(own[held])) if sums[0].n else len(STRENGTHS) // 2
         found = total.fit(scale_F)
         regressions[str(person)] = Regression(
@@ -223,14 +224,14 @@ def fit_ridge(train: EEGDataset, target_MP: Floats, test: EEGDataset, *, bins: i
 
 
 def _people(data: EEGDataset, fit: Fit) -> NDArray[np.str_]:
-    """Return corpus and person of each trial, or empty names if all people share one regression."""
+    """Return the name of each trial's person (with the corpus), or empty names if all people share one regression."""
     if fit == "pooled":
         return np.full(len(data), "", dtype=np.str_)
     return tabulate_trials(data).subjects_n
 
 
 def _choose_penalty(kept: RidgeFit, held: Iterable[tuple[Floats, Floats]]) -> int:
-    """Return the index in `STRENGTHS` of the penalty with the best similarity on held-out training images."""
+    """Return the index in `STRENGTHS` of the penalty with the best mean similarity on held-out training images."""
     weights = [kept.compute_weights(number).astype(np.float32) for number in range(len(STRENGTHS))]
     mean_F, mean_P = kept.mean_F.astype(np.float32), kept.mean_L.astype(np.float32)
     similarities = np.zeros(len(STRENGTHS))

@@ -113,7 +113,7 @@ class Gallery:
     """Embeddings of the images, in the order of the table."""
 
     def rank(self, embeds_BP: NDArray[Any], rows_B: NDArray[np.integer]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Count the images that are more similar than the trial's own image, and those that are equally similar."""
+        """Count the images that are more similar to a trial than its own image, and the equally similar images."""
         return rank_true_images(embeds_BP, self.target_MP, rows_B)
 
 
@@ -180,7 +180,7 @@ def _check_embeddings(embeds_BP: NDArray[Any], what: str) -> NDArray[Any]:
 def _embed_with_neighbours(
     embed: Callable[[list[list[int]]], NDArray[Any]], data: EEGDataset, groups: list[list[int]], seed: int
 ) -> tuple[NDArray[Any], NDArray[Any] | NotApplicable | None]:
-    """Return the embeddings of the groups, and the value of `Question.neighbours_BP`."""
+    """Return the embeddings of groups of presentations, and the value of `Question.neighbours_BP`."""
     if all(len(group) == 1 for group in groups):
         return embed(groups), None
     try:
@@ -192,7 +192,7 @@ def _embed_with_neighbours(
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A set of trials, each of which searches for its own image; a trial is one presentation or a mean of several."""
+    """A set of trials whose own images are searched; a trial is one presentation or a mean of several presentations."""
 
     gallery: Gallery
     rows_B: NDArray[np.integer]
@@ -226,17 +226,17 @@ class Question:
         return self.embeds_BP[order_B], alone_B | (trials.images_n[order_B] == trials.images_n)
 
     def identify(self, embeds_BP: NDArray[Any]) -> NDArray[np.float64]:
-        """Return, for each trial, the share of other images that are less similar than the trial's own image."""
+        """Return, for each trial, the share of other images that are less similar to the trial than its own image."""
         return identify(*self.gallery.rank(embeds_BP, self.rows_B), len(self.gallery.table))
 
     def score_prediction(self, prediction: Prediction) -> NDArray[np.float64]:
-        """Score predicted labels: search with the mean embedding of the predicted label's training images."""
+        """Score predicted labels: search with the mean embedding of all training images with the predicted label."""
         labels = np.unique(self.train_labels_M)
         means_LP = np.stack([self.train_MP[self.train_labels_M == label].mean(axis=0) for label in labels])
         return self.identify(means_LP[np.searchsorted(labels, prediction.labels_B)])
 
     def identify_within_label(self) -> NDArray[np.float64]:
-        """Return the share of other images of the same label that are less similar than the trial's own image.
+        """Return the share of other images with the same label that are less similar to the trial than its own image.
 
         The share is NaN if the label has no other image.
         """

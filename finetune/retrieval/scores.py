@@ -43,7 +43,7 @@ def top_k(
     n : int, optional
         Number of compared images, including the trial's own image; by default, all images.
     k : int
-        The search counts as successful if the trial's own image is among the `k` most similar images.
+        The search is successful if the trial's own image is among the `k` most similar images.
 
     Returns
     -------
@@ -65,15 +65,16 @@ def top_k(
 
 
 def identify(better_B: NDArray[np.integer], tied_B: NDArray[np.integer], images: int) -> Floats:
-    """Return the share of the other images that are less similar than the trial's own image (two-way identification).
+    """Return the share of other images that are less similar to the trial than its own image (two-way identification).
 
-    Chance is 0.5, also for embeddings that are all equal, because an equal image counts as half.
+    Chance is 0.5, also for embeddings that are all equal, because an image that is equally similar is counted as one
+    half.
     """
     return 1 - (better_B + tied_B / 2) / (images - 1)
 
 
 def match_images(embeds_BP: NDArray[Any], target_MP: NDArray[Any], row_B: NDArray[np.integer]) -> float:
-    """Return the share of images that are found if every image may be chosen only once (bipartite matching).
+    """Pair EEG embeddings and images one to one (bipartite matching), and return the share of right pairs.
 
     The EEG embeddings of all trials of an image are averaged first. A matching uses all test trials together (it is
     transductive), so the share cannot be compared with the scores of a retrieval that searches with each trial alone.
@@ -89,14 +90,14 @@ def match_images(embeds_BP: NDArray[Any], target_MP: NDArray[Any], row_B: NDArra
 
 
 def measure_hubness(embeds_BP: NDArray[Any], target_MP: NDArray[Any], k: int = 10) -> dict[str, float]:
-    """Measure whether a few images (hubs) are found for most trials.
+    """Measure hubness: whether a few images (hubs) are among the nearest images of most trials.
 
     Parameters
     ----------
     embeds_BP, target_MP : ndarray
         Embeddings of the trials and of the images.
     k : int
-        How many of the images that are nearest to a trial count as found.
+        Number of images that are found for each trial: the `k` images nearest to its embedding.
 
     Returns
     -------

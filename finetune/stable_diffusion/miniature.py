@@ -1,8 +1,8 @@
 """Train a miniature Stable Diffusion and a miniature CLIP on the images of a dataset, in minutes.
 
 The demo and the tests use the miniature models in place of Stable Diffusion 1.5 and CLIP ViT-L/14, which are too large.
-The small models have the classes and the file layout of diffusers and transformers, so other code can load them like
-the original models.
+The miniature models have the classes and the file layout of diffusers and transformers, so other code can load them
+like the original models.
 
 Tensor shapes: B images, H = W pixels, L tokens of a caption.
 """
@@ -128,7 +128,7 @@ def _tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 def _batches(
     n: int, batch: int, steps: int, seed: int, world: World
 ) -> Iterator[tuple[Tensor, slice, torch.Generator]]:
-    """Yield for each step the numbers of the batch's images, this process's slice of the batch, and a random generator.
+    """Yield for each step the indices of the batch's images, this process's slice of the batch, and a random generator.
 
     Every process draws the random numbers of the whole batch, and then computes only its share.
     """
@@ -281,7 +281,7 @@ def _train_vae(x_M3HW: Tensor, config: MiniatureConfig, world: World) -> Autoenc
         sample_size=config.size,
     ).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        # Start with little noise on the latents: with strong noise, the autoencoder learns colours late or never.
+        # Start with little noise on the latents: with strong noise, the autoencoder learns colours late or not at all.
         vae.quant_conv.bias[4:] -= 6.0
     training = _Training(vae, 3e-3, config.vae_steps, world)
     batches = _batches(len(x_M3HW), max(1, config.batch_size // 2), config.vae_steps, config.seed + 2, world)
@@ -347,7 +347,8 @@ def _train_unet(
     noising = DDPMScheduler.from_config(scheduler.config)
     scale = vae.config.scaling_factor
     with torch.no_grad():
-        # The autoencoder no longer changes, so each image and seven augmented variants are encoded once, in advance.
+        # The autoencoder is not trained any more, so encode each image and seven augmented variants of it once, in
+        # advance.
         generator = torch.Generator().manual_seed(config.seed + 3)
         views = [x_M3HW, *(_augment(x_M3HW, generator, captioned=True) for _ in range(7))]
         latents = torch.cat([vae.encode(p).latent_dist.mean * scale for view in views for p in view.split(64)])

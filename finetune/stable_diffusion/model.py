@@ -1,7 +1,7 @@
 """Stable Diffusion conditioned on EEG: the model, its loss, its package on disk, and the generation of images.
 
-Tensor shapes: B trials, C channels, T samples, N tokens of width D, L condition tokens of width W, h rows and w columns
-of a latent, E width of the U-Net's time embedding, P width of CLIP's projection.
+Tensor shapes: B trials, C channels, T time points, N tokens of width D, L condition tokens of width W, h rows and w
+columns of a latent, E width of the U-Net's time embedding, P width of CLIP's projection.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 KIND = "stable_diffusion"
 Tune = Literal["E+A", "E", "A"]
 _WHAT = "Stable Diffusion"
-# Libraries and classes that each part of a pipeline may have. No other class is loaded, because the code of a class
-# could do anything.
+# Libraries and classes that each part of a pipeline may have. No other class is loaded, because its code could be
+# malicious.
 _PARTS = {
     "unet": {("diffusers", "UNet2DConditionModel")},
     "vae": {("diffusers", "AutoencoderKL")},
@@ -118,7 +118,7 @@ def _check_base(folder: Path) -> None:
         raise RequestError(f"{folder}: not a diffusers pipeline (no model_index.json); give the pipeline's directory")
     values = read_model_config(index)
     if (name := values.get("_class_name")) != "StableDiffusionPipeline":
-        raise RequestError(f"{folder}: holds a {show(name)}, not a StableDiffusionPipeline; choose another base")
+        raise RequestError(f"{folder}: holds a {show(name)}, not a StableDiffusionPipeline; choose another base model")
     for part, allowed in _PARTS.items():
         stated = values.get(part)
         if not isinstance(stated, list) or [*stated] not in [[*words] for words in allowed]:
@@ -397,7 +397,7 @@ class StableDiffusionGenerator:
             raise RequestError(f"{self.folder}: {error}") from None
 
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
-        """Return an empty text, because every source is possible (see `finetune.generators.Generator`)."""
+        """Return an empty text: this model can generate images from every source (see `finetune.generators.Source`)."""
         del source, metas
         return ""
 
@@ -413,8 +413,8 @@ class StableDiffusionGenerator:
         Returns
         -------
         tuple of Tensor
-            Cross-attention states that the text encoder computes from the captions, and the second value of
-            `Conditioner.null`.
+            Cross-attention states that the text encoder computes from the captions, and, as in `Conditioner.null`,
+            zeros for the time embedding (or None).
         """
         tokenizer, text_encoder = self.pipeline.tokenizer, self.pipeline.text_encoder.to(self.device)
         ids = tokenizer(

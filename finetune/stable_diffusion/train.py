@@ -2,7 +2,7 @@
 
 The command is ``dreamscale finetune CONFIG`` or ``accelerate launch -m finetune.stable_diffusion CONFIG``.
 
-Tensor shapes: B trials, T samples, M different images, h rows and w columns of a latent.
+Tensor shapes: B trials, T time points, M different images, h rows and w columns of a latent.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def build(config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection
     encoder : EEGEncoder
         EEG encoder.
     projection : int or None
-        Width of CLIP's embeddings if ``config.order`` is joint; None if it is sequential.
+        Width of CLIP's embeddings if ``config.order`` is joint; None if ``config.order`` is sequential.
 
     Returns
     -------

@@ -114,8 +114,8 @@ def start_processes(config: Any, precision: str) -> Iterator[Accelerator]:
     """
     accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, precision=precision)
     yield accelerator
-    # After an error, this point is not reached. A process must not wait for the others then, because these may never
-    # call `wait_for_everyone`.
+    # After an error, this line is not reached: a process with an error must not wait for the other processes, because
+    # they may never call `wait_for_everyone`.
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -194,7 +194,7 @@ def make_loader(dataset: EEGDataset, config: TrainingConfig, seed: int, accelera
     Returns
     -------
     Loader
-        Data loader. Each of its batches is this process's part of a global batch.
+        Data loader. Each batch of the loader is this process's part of a global batch.
     """
     world = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     return Loader(dataset, config.batch_size, seed, **world, num_workers=config.num_workers)

@@ -80,7 +80,7 @@ class TrainingConfig:
             raise ValueError(f"training.ema is {self.ema}; it must be at least 0 and below 1")
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of the next optimiser step after `step` steps were done."""
+        """Return the learning rate of the optimiser step that follows `step` completed steps."""
         return learning_rate(step, self.steps, lr=self.lr, min_lr=self.min_lr, warmup=self.warmup)
 
     def micro_batches(self, num_processes: int) -> int:

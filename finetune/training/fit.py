@@ -102,8 +102,8 @@ def fit(
         ``evaluate(module, pulse)`` returns a dictionary of metrics. Every process calls `evaluate` with the unwrapped
         module in evaluation mode, without gradients. During `evaluate`, the module has averaged weights if the config
         asks for a moving average of the weights. Only the metrics of rank 0 are used. `evaluate` must call ``pulse()``
-        between its batches, and equally often on every process; ``pulse()`` interrupts the evaluation if a stop was
-        requested.
+        between its batches, and equally often on every process; ``pulse()`` raises an error, which ends the evaluation,
+        if the run was asked to stop (e.g. by SIGTERM).
     watch : str
         Name of the metric that decides which weights are best.
     mode : str
@@ -122,7 +122,7 @@ def fit(
     Raises
     ------
     StopRequested
-        If a stop was requested. Before the error is raised, a checkpoint is written.
+        If the run was asked to stop, e.g. by SIGTERM. Before the error is raised, a checkpoint is written.
     RequestError
         If the batch cannot be divided among the processes, or the newest checkpoint is of another model or version.
     RuntimeError
@@ -204,7 +204,7 @@ class _Loop:
         config, state, world = self.config, self.state, self.world
         random = StepRandom(self.seed, state.step, rank=world.rank, world_size=world.size)
         tensors = {k: v.to(self.accelerator.device) for k, v in self.inputs(batch, random).items()}
-        # Dropout uses PyTorch's global random generator, so its seed must depend on the step as well.
+        # Dropout uses PyTorch's global random generator, so the seed of this generator must depend on the step as well.
         torch.manual_seed((self.seed * 1_000_003 + state.step) * 1_009 + world.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(state.step) * group["scale"]
@@ -218,8 +218,8 @@ class _Loop:
                 self.accelerator.backward(out["loss"] / parts)
             for name, value in out.items():
                 self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) / parts
-        # The processes have exchanged gradients, so they all have the same gradient. If it is not finite, all processes
-        # skip this step.
+        # The processes have exchanged gradients, so they all have the same gradient. If the gradient is not finite, all
+        # processes skip this step.
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in trainables(self.module).values() if p.grad is not None], config.grad_clip or math.inf
         )
@@ -243,7 +243,7 @@ class _Loop:
             self.log(float(norm))
 
     def log(self, grad_norm: float) -> None:
-        """Write one line of metrics. Values with the prefix ``train/`` are means over the steps since the last line."""
+        """Write one line of metrics; values with the prefix ``train/`` are means over the steps since the last line."""
         config, state = self.config, self.state
         n, seconds = state.step - self.logged, time.monotonic() - self.since
         means = {f"train/{k}": v / n for k, v in self.sums.items()}
@@ -276,7 +276,7 @@ class _Loop:
                 raise StopRequested(f"checkpoint at step {state.step}; run the same command to resume")
 
     def check_stop(self) -> bool:
-        """Return True if a stop was requested on any process. Every process must call this method."""
+        """Return True if any process was asked to stop, e.g. by SIGTERM. Every process must call this method."""
         # One all-reduce exchanges two things: requests to stop, and the progress of checkpoints that are written in the
         # background.
         stop, written, failed = self.world.all_reduce_sum(float(self.stop.requested), *self.writer.progress())
@@ -285,7 +285,7 @@ class _Loop:
         return self.stopping
 
     def pulse(self) -> None:
-        """Interrupt the evaluation if a stop was requested."""
+        """Raise an error, which ends the evaluation, if the run was asked to stop (e.g. by SIGTERM)."""
         if self.check_stop():
             raise _EvaluationStopped
 

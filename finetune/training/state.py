@@ -220,7 +220,7 @@ class TrainingState:
         for name, parameter in trainables(self.module).items():
             if name in moments["exp_avg"]:
                 self.optimizer.state[parameter] = {
-                    # A fused AdamW counts its steps on the device of the weights.
+                    # A fused AdamW stores its step count on the device of the weights.
                     "step": torch.tensor(float(manifest["optimizer_step"]), device=parameter.device),
                     # AdamW creates its moments in the memory format of the weights, so copy the loaded moments into
                     # this format.

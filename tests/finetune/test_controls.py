@@ -244,7 +244,7 @@ def test_a_control_that_the_data_cannot_give_says_why(
         assert said.startswith("not applicable: ") and reason in said
         assert [path.name for path in out.iterdir()] == ["generated.json"]
         assert reason in read_not_applicable(out)
-        with pytest.raises(RequestError, match="holds no images, because its control is not applicable"):
+        with pytest.raises(RequestError, match="holds no images, because this control cannot be made from the data"):
             read_generated(out)
     assert read_not_applicable(make("none")) == ""
 
@@ -268,7 +268,7 @@ def test_a_forged_control_is_refused(make: Callable[..., Path]) -> None:
         ("shuffle", {"dataset_id": "x"}, "dataset_id is 'x'"),
         ("shuffle", {"dataset_version": 2}, "dataset_version is 2"),
         ("shuffle", {"split": "val"}, "split is 'val'"),
-        ("shuffle", {"trials": folders["shuffle"].trials[1:]}, "the images are of other trials than"),
+        ("shuffle", {"trials": folders["shuffle"].trials[1:]}, "the images belong to other trials than"),
         ("shuffle", {"control": "none"}, "does not hold control images"),
         ("shuffle", first("shuffle", eeg_key=mine), "was made from its own EEG, so the folder is not the control"),
         ("shuffle", first("shuffle", eeg_keys=["x", mine]), "was made from its own EEG"),

@@ -2,7 +2,7 @@
 
 The networks in this module have the same interface as EVRNet, so each of them can guide EG-DDPM.
 
-Tensor shapes: B trials, C channels, T samples, D feature width, K classes, N encoder tokens.
+Tensor shapes: B trials, C channels, T time points, D feature width, K classes, N encoder tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ConvolutionConfig:
     n_channels: int
     """Number of EEG channels, C."""
     n_times: int
-    """Number of samples of a trial, T."""
+    """Number of time points of a trial, T."""
     sfreq: float
     """Sampling rate in Hz, from which the lengths of the filters follow."""
     dropout: float
@@ -83,8 +83,8 @@ class TSConv(EEGClassifier):
     """TSConv, the temporal-spatial convolution with which NICE encodes EEG, with a linear layer.
 
     In NICE, a projector maps the feature to CLIP's space; in this class, a linear layer maps the feature to class
-    scores. At 250 Hz, the filters have the published lengths in samples. At any other sampling rate, the filters have
-    the same durations in seconds.
+    scores. At 250 Hz, the filters have the published numbers of time points. At any other sampling rate, the filters
+    have the same durations in seconds.
 
     Parameters
     ----------
@@ -107,11 +107,11 @@ class TSConv(EEGClassifier):
 
     def __init__(self, config: ConvolutionConfig) -> None:
         super().__init__(config)
-        # At 250 Hz, each filter has 25 samples, and the pooling computes means of 51 samples at every 5th sample.
+        # At 250 Hz, each filter has 25 time points, and the pooling computes means over 51 time points in steps of 5.
         kernel, pool, stride = (max(1, round(samples / 250 * config.sfreq)) for samples in (25, 51, 5))
         if (shortest := kernel + pool - 1) > config.n_times:
             raise ValueError(
-                f"TSConv needs trials of {shortest} samples or more at {config.sfreq:g} Hz, not {config.n_times}"
+                f"TSConv needs trials of {shortest} or more time points at {config.sfreq:g} Hz, not {config.n_times}"
             )
         self.positions = (config.n_times - shortest) // stride + 1
         self.net = nn.Sequential(
@@ -133,7 +133,7 @@ class TSConv(EEGClassifier):
         return self.WIDTH * self.positions
 
     def embed(self, x_B1CT: Tensor) -> Tensor:
-        """Compute the feature of each trial, [B, D]: the 40 values of each time point, in the order of time."""
+        """Compute the feature of each trial, [B, D]: the outputs of the 40 filters, one time point after another."""
         return self.net(x_B1CT)[:, :, 0].transpose(1, 2).flatten(1)
 
     def classify(self, e_BD: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class EncoderClassifierConfig:
     n_channels: int
     """Number of rows of a padded trial."""
     n_times: int
-    """Number of samples of a trial, T."""
+    """Number of time points of a trial, T."""
     dim: int
     """Width of the encoder's tokens, D."""
     dropout: float = 0.0
@@ -225,14 +225,14 @@ class EncoderClassifier(EEGClassifier):
         encoder, config = EEGEncoder.from_pretrained(folder / "encoder"), head.config
         found = (encoder.dim, encoder.config.channels, encoder.n_times)
         if encoder.head is not None or found != (config.dim, config.n_channels, config.n_times):
-            raise RequestError(f"{folder}: the encoder does not fit the head; train the model again")
+            raise RequestError(f"{folder}: the sizes of the encoder do not fit its linear head; train the model again")
         model = cls(config, encoder)
         model.fc.load_state_dict(head.state_dict())
         return model.eval()
 
 
 class _Head(nn.Linear):
-    """Linear head without the encoder, in the form in which `EncoderClassifier.save_pretrained` stores the head."""
+    """The linear head alone, without the encoder, as `EncoderClassifier.save_pretrained` stores the head."""
 
     def __init__(self, config: EncoderClassifierConfig) -> None:
         super().__init__(config.dim, config.n_classes)

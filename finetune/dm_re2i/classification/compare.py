@@ -73,7 +73,7 @@ class CompareConfig:
 
 
 def _make_words(config: CompareConfig, network: str, shuffled: bool, seed: int, output: Path) -> list[str]:
-    """Return the arguments of the training command for one network."""
+    """Return the command-line arguments for the training of one network."""
     keys: dict[str, Any] = {
         "output": output,
         "stages": "evrnet",
@@ -107,8 +107,9 @@ def _name(network: str) -> str:
 def _compare_pair(more_n: NDArray[Any], people_n: NDArray[Any], images_n: NDArray[Any]) -> dict[str, Any]:
     """Summarise the difference in accuracy between two networks on the same trials: mean, intervals and p-values.
 
-    There are two intervals and two p-values. The first interval and p-value stay valid if trials of one person depend
-    on each other, the second ones if trials of one image do.
+    There are two intervals and two p-values. The interval and the p-value over people are valid even if trials of one
+    person depend on each other. The interval and the p-value over images are valid even if trials of one image depend
+    on each other.
     """
     found: dict[str, Any] = {"mean": float(more_n.mean())}
     for unit, clusters in (("people", people_n), ("images", images_n)):
@@ -120,13 +121,13 @@ def _compare_pair(more_n: NDArray[Any], people_n: NDArray[Any], images_n: NDArra
 def summarise_runs(
     hits: dict[tuple[str, bool], NDArray[Any]], people: Sequence[str], images: Sequence[str], networks: Sequence[str]
 ) -> dict[str, Any]:
-    """Compute the accuracy of each network, and the differences to the network's control and to the first network.
+    """Compute the accuracy of each network, and its differences from the network's control and from the first network.
 
     Parameters
     ----------
     hits : dict
-        Maps the pair (network, whether its categories were shuffled) to an array of shape (n,). The array has, for each
-        trial, the share of right answers among the networks that were trained with different seeds.
+        Maps the pair (network, whether its categories were shuffled in training) to an array of shape (n,) with one
+        value for each trial: the share of training seeds for which the network predicts the right category.
     people, images : sequence of str
         Person and image of each trial.
     networks : sequence of str
@@ -137,8 +138,8 @@ def summarise_runs(
     dict
         For each network: ``accuracy``, its 95 % intervals ``interval_people`` and ``interval_images`` (valid even if
         trials of one person, or of one image, depend on each other), and ``people`` (accuracy of each person).
-        ``shuffled`` holds the same values for the network that was trained with shuffled categories. The differences
-        are ``minus_shuffled`` (from the control) and ``minus_first`` (from the first network).
+        ``shuffled`` holds the same values for the control: the same network, trained with shuffled categories. The
+        differences are ``minus_shuffled`` (from the control) and ``minus_first`` (from the first network).
     """
     people_n, images_n = np.asarray(people), np.asarray(images)
 

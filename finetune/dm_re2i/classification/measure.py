@@ -44,7 +44,8 @@ def score(logits_BK: Tensor, labels_B: Tensor) -> dict[str, float]:
     -------
     dict
         ``accuracy``: top-1 accuracy. ``top5``: top-5 accuracy, only with more than five classes. ``kappa``: Cohen's
-        kappa, which is left out if all trials have the same class and the same answer. ``loss``: cross-entropy.
+        kappa, which is left out if all trials have the same true class and this class is always predicted. ``loss``:
+        cross-entropy.
     """
     from sklearn.metrics import cohen_kappa_score
 
@@ -80,11 +81,11 @@ def summarise(
     -------
     dict
         The metrics of `score`. ``trials``: number of trials. ``chance``: 1 / K. ``largest_class``: share of the most
-        frequent class, which is the accuracy of always answering this class. ``interval_images`` and
+        frequent class, which is the accuracy of a classifier that always predicts this class. ``interval_images`` and
         ``interval_subjects``: 95 % intervals of the accuracy, which are valid even if trials of one image, or of one
         person, depend on each other. ``interval_subjects`` is left out if there is only one person. ``confusion``: for
-        each true class, the number of trials with each answer. ``labels``: names of the classes. ``subjects``: for each
-        person, the metrics of `score`, ``trials`` and ``interval_images``.
+        each true class, the number of trials with each predicted class. ``labels``: names of the classes. ``subjects``:
+        for each person, the metrics of `score`, ``trials`` and ``interval_images``.
     """
     from sklearn.metrics import confusion_matrix
 
@@ -114,7 +115,7 @@ def summarise(
 
 @torch.no_grad()
 def compute_logits(net: EEGClassifier, dataset: EEGDataset, groups: list[list[int]], device: Any) -> Tensor:
-    """Compute the class scores [B, K] of groups of trials. The groups are read part by part, to limit memory.
+    """Compute the class scores [B, K] of groups of trials. Only the EEG of 256 groups is in memory at a time.
 
     Parameters
     ----------

@@ -3,7 +3,7 @@
 `finetune.dm_re2i.portable.write` copies the classes of this module, with all code that they need, into the packages of
 models. In a package, these classes read the same files as the classes of `finetune.dm_re2i.model`.
 
-Tensor shapes: B trials, C channels (up to 128), T samples, D width of the vector.
+Tensor shapes: B trials, C channels (up to 128), T time points, D width of the vector.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class PortableGuide(ModelMixin, ConfigMixin):
         return logits_BK if self.about["guide"] == "logits" else e_BD
 
     def scale_channels(self) -> int | None:
-        """Return the number of rows over which a trial is scaled; None for all rows."""
+        """Return the number of rows (channels) over which a trial is scaled; None for all rows."""
         return None
 
     @classmethod

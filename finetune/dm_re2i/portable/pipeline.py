@@ -1,6 +1,6 @@
 """Sampling of images with EG-DDPM, and the diffusers pipeline in the package of every model.
 
-Tensor shapes: B trials, C channels, T samples, D width of the vector, H rows, W columns.
+Tensor shapes: B trials, C channels, T time points, D width of the vector, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def sample_images(
     kept_B = torch.full((len(seeds),), keep, dtype=torch.bool, device=device)
     return sample(
         lambda x, time, condition: unet(x, time, *condition),
-        # With "trailing", sampling starts at the noisiest step of the training, which fits the pure noise at the start.
+        # With "trailing", the first denoising step is the noisiest training step, which fits the start from pure noise.
         make_scheduler(sampling.sampler, noising_config, timestep_spacing="trailing"),
         draw_noise((unet.config.in_channels, size, size), generators, device).to(e_BD.dtype),
         (e_BD, kept_B) if guidance_scale != 1 or not keep else (e_BD, None),

@@ -1,9 +1,9 @@
 """Judge real images that nobody saw in the trials, as if a generator had made these images.
 
 By default, these other images are images of the training split. If there are other images of every category of the
-trials, each seen image gets one other image of its category, and all metrics are computed as for generated images. If a
-category of the trials has no other images, only the metrics that compare whole sets of images, such as the FID, are
-computed.
+trials, each image that a person saw is paired with another image of its category, and all metrics are computed as for
+generated images. If a category of the trials has no other images, only the metrics that compare whole sets of images,
+such as the FID, are computed.
 
 Array shapes: B trials, M different seen images.
 """
@@ -61,7 +61,7 @@ class OtherImages:
 def take_training_images(
     table: ImageTable, seen_ids: Iterable[str], copies: Iterable[tuple[str, str]], size: int
 ) -> OtherImages | NotApplicable:
-    """Take the training images that nobody saw in the trials and that have no copy under another name.
+    """Take the training images that nobody saw in the trials and that have no copy with another name.
 
     Parameters
     ----------
@@ -108,7 +108,8 @@ def read_folder(folder: str | Path, labels: Sequence[str], seen: set[str], size:
     labels : sequence of str
         Labels of the dataset.
     seen : set of str
-        SHA-256 of the files of the seen images. Files in the folder with one of these checksums are left out.
+        SHA-256 of the files of the images that people saw in the trials. Files in the folder with one of these
+        checksums are left out.
     size : int
         Width and height of the images in pixels.
 
@@ -134,8 +135,8 @@ def read_folder(folder: str | Path, labels: Sequence[str], seen: set[str], size:
             found.append(number_of.get(file.parent.name, -1))
     if len(files) < 2:
         raise RequestError(
-            f"{folder}: needs at least 2 images ({', '.join(ENDINGS)}) that were not seen and do not repeat another "
-            f"image; found {len(files)}"
+            f"{folder}: needs at least 2 images ({', '.join(ENDINGS)}) that were not seen in the trials and are not "
+            f"equal to another file; found {len(files)}"
         )
     return OtherImages(
         source=f"images of the folder {Path(folder).name}",
@@ -145,10 +146,10 @@ def read_folder(folder: str | Path, labels: Sequence[str], seen: set[str], size:
 
 
 def choose_of_category(other: OtherImages, real: RealImages, seed: int) -> NDArray[np.int64] | None:
-    """Choose, for each trial, another image of the category of the seen image.
+    """Choose, for each trial, an image in `other` that has the same category as the image that the person saw.
 
-    All trials of a seen image get the same other image. Two seen images get the same other image only if their category
-    has fewer other images than seen images.
+    Trials in which people saw the same image have the same choice. Two seen images have the same choice only if `other`
+    has fewer images of their category than people saw.
 
     Parameters
     ----------
@@ -162,7 +163,7 @@ def choose_of_category(other: OtherImages, real: RealImages, seed: int) -> NDArr
     Returns
     -------
     ndarray of int, shape (B,), or None
-        For each trial, the row of its other image in `other`; None if a category has no other image.
+        For each trial, the row of the chosen image in `other`; None if `other` lacks a category of the trials.
     """
     label_M = real.labels_B[real.first_M]
     if not set(label_M.tolist()) <= set(other.labels_M.tolist()):
@@ -191,10 +192,10 @@ def measure_other_images(
     -------
     dict or str
         ``source``: where the images come from. ``images``: number of different other images that were used. ``paired``:
-        whether each seen image has another image of its category. ``metrics``: values of the metrics. If there is no
-        result, a text says why. If a seen image has no other image of its category, ``metrics`` has only the metrics of
-        sets. They are computed for a random set of other images that is as large as the set of different seen images,
-        or for all other images if there are fewer.
+        whether there are other images of every category of the trials. ``metrics``: values of the metrics. If there is
+        no result, a text says why. If ``paired`` is false, ``metrics`` has only the metrics that compare two sets of
+        images. These metrics are computed for a random set with as many other images as people saw different images, or
+        for all other images if there are fewer.
 
     Raises
     ------

@@ -59,14 +59,14 @@ def measure_noise_ceiling(
 def measure_eeg_reliability(
     data: EEGDataset, numbers_n: NDArray[np.integer], table: TrialTable, *, seed: int = 0
 ) -> dict[str, Any] | str:
-    """Compute how reliable a person's response to an image is, by comparing random halves of its presentations.
+    """Compute how reliable a person's response to an image is, by comparing random halves of the image's presentations.
 
     Parameters
     ----------
     data : EEGDataset
         Split of the presentations.
     numbers_n : ndarray of int, shape (n,)
-        Sample numbers of the presentations in `data`.
+        Numbers of the presentations in `data`.
     table : TrialTable
         All trials of the split.
     seed : int
@@ -76,11 +76,11 @@ def measure_eeg_reliability(
     -------
     dict or str
         ``reliability``: `split_half_reliability` of the time courses of all channels (see `read_time_courses`), as a
-        mean over people. Before, the mean over all presentations in the same recording is subtracted from each time
-        course. ``ceiling``: the square root of the reliability. Even a perfect model of the noise-free response
-        correlates with the mean of all presentations by no more than about this value. ``by_person``: reliability of
-        each person. ``images``: number of images that a person saw twice or more often, summed over people. If there is
-        no ceiling, the result is a text that says why.
+        mean over people. Before the reliability is computed, the mean over all presentations of a recording is
+        subtracted from each time course of this recording. ``ceiling``: the square root of the reliability. Even a
+        perfect model of the noise-free response correlates with the mean of all presentations by no more than about
+        this value. ``by_person``: reliability of each person. ``images``: number of images that a person saw twice or
+        more often, summed over people. If there is no ceiling, the result is a text that says why.
     """
     chosen = table.select(numbers_n)
     pairs_n = _name_pairs(chosen)

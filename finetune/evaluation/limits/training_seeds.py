@@ -42,8 +42,8 @@ def measure_training_seeds(
     Raises
     ------
     RequestError
-        If a folder was not evaluated, or was evaluated with another classifier. If the trials, data or settings of a
-        folder differ from those of `own`, if the images are control images, or if two folders hold images of the same
+        If a folder was not evaluated, or was evaluated with another classifier. Also if the trials, data or settings of
+        a folder differ from those of `own`, if its images are control images, or if two folders hold images of the same
         model.
     """
     if not folders:
@@ -87,7 +87,9 @@ def _check(own: GeneratedSet, about: dict[str, Any], folder: str | Path) -> None
     """Check that the images in a folder were generated for the same trials and with the same settings as `own`."""
     where = f"{folder}/generated.json"
     if about.get("control") != "none":
-        raise RequestError(f"{folder}: holds images of a control; give images from the trials' own EEG")
+        raise RequestError(
+            f"{folder}: holds images of a control; give a folder of images that were generated from the trials' own EEG"
+        )
     for name in _SAME:
         if about.get(name) != own.about.get(name):
             raise RequestError(
@@ -98,8 +100,8 @@ def _check(own: GeneratedSet, about: dict[str, Any], folder: str | Path) -> None
     keys = [check_group(trial, where, "a trial").get("key") for trial in trials]
     if keys != [trial["key"] for trial in own.trials]:
         raise RequestError(
-            f"{folder}: the images are of other trials than those in {own.path}; generate both folders for the same "
-            "trials"
+            f"{folder}: the images belong to other trials than the images in {own.path}; generate both folders for the "
+            "same trials"
         )
 
 

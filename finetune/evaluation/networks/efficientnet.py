@@ -34,7 +34,7 @@ _GROUPS = (
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's padding ``SAME``: if the number of added zeros is odd, the end gets one more."""
+    """Convolution with TensorFlow's padding ``SAME``: if the number of zeros is odd, the end has one more."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Pad, and compute the convolution."""

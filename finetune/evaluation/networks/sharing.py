@@ -50,7 +50,7 @@ class Sharing:
         self.world = world or World()
 
     def compute(self, name: str, compute: Compute, *sources: ImageSource, block: int) -> Iterator[Any]:
-        """Call a function for all blocks of images; only rank 0 calls this method.
+        """Call a function for each block of images, on all processes; only rank 0 calls this method.
 
         Parameters
         ----------
@@ -97,7 +97,7 @@ class Sharing:
 
     @contextmanager
     def lead(self) -> Iterator[None]:
-        """At the end of a ``with`` block on rank 0, also after an error, tell the other processes to end."""
+        """Context manager for rank 0: at the end, also after an error, it tells the other processes to end."""
         try:
             yield
         finally:

@@ -27,7 +27,7 @@ def _digest_weights(folder: Path) -> str:
 
 
 def _make_prepare(processor: Any, what: str, model: str | Path) -> Any:
-    """Return a function that prepares images with a model's image processor, after trying the processor once."""
+    """Try a model's image processor once, and return a function that prepares images with this processor."""
 
     def prepare(images_BHW3: Images) -> Tensor:
         return torch.as_tensor(np.asarray(processor(images=list(images_BHW3), return_tensors="np")["pixel_values"]))

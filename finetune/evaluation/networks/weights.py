@@ -91,8 +91,8 @@ def fill_network(network: nn.Module, arrays: Mapping[str, np.ndarray], path: str
     network : Module
         The network to fill.
     arrays : mapping of str to ndarray
-        Maps the name of each tensor in the network's state to its values. The arrays may lack the counters of batch
-        norms.
+        Maps the name of each tensor in the network's state dict to its values. The counters of batch norms may be
+        missing.
     path : str or Path
         File of the arrays, for error messages.
 

@@ -139,14 +139,14 @@ def test_wrong_stages_and_packages_are_refused(encoder_package: Path, paired_dat
     ):
         with pytest.raises(ValueError, match=message):
             EVRNetStage(**more)
-    with pytest.raises(RequestError, match="not the package of a classifier"):
+    with pytest.raises(RequestError, match="not the folder of an EEG classifier"):
         load_classifier(encoder_package)
     short = EEGDataset(paired_dataset, tmin=0.0, tmax=0.25)
-    with pytest.raises(RequestError, match="TSConv needs trials of 38 samples"):
+    with pytest.raises(RequestError, match="TSConv needs trials of 38 or more time points"):
         build_classifier(EVRNetStage(network="tsconv"), short)
     net: EEGClassifier = build_classifier(_stages(encoder_package)["frozen"], EEGDataset(paired_dataset))
     net.save_pretrained(tmp_path / "a")
     config = tmp_path / "a" / "config.json"
     config.write_text(config.read_text().replace('"n_times": 128', '"n_times": 64'))
-    with pytest.raises(RequestError, match="the encoder does not fit the head"):
+    with pytest.raises(RequestError, match="the sizes of the encoder do not fit its linear head"):
         load_classifier(tmp_path / "a")

@@ -73,7 +73,8 @@ def test_a_folder_of_images_with_and_without_categories(paired_dataset: Path, tm
     with pytest.raises(RequestError, match="no such folder"):
         read_folder(tmp_path / "missing", [], set(), 16)
     with pytest.raises(
-        RequestError, match=r"needs at least 2 images .* that were not seen and do not repeat another image; found 1$"
+        RequestError,
+        match=r"at least 2 images .* that were not seen in the trials and are not equal to another file; found 1$",
     ):
         read_folder(tmp_path, [], seen | hash_images(table, table.ids[4:]), 16)
     (tmp_path / "bad.png").write_bytes(b"no image")
@@ -191,7 +192,7 @@ def test_spread_over_training_seeds(tmp_path: Path) -> None:
     [
         ({"about": {"control": "shuffle"}}, "images of a control"),
         ({"about": {"split": "val"}}, "split is 'val', but 'test'"),
-        ({"about": {"trials": [{"key": "t1"}]}}, "the images are of other trials than"),
+        ({"about": {"trials": [{"key": "t1"}]}}, "the images belong to other trials than"),
         ({"about": {"model_digest": "0"}}, "holds images of the same model as another given folder"),
         ({"about": {"model_digest": 3}}, "model_digest"),
         ({"classifier": "other"}, "another classifier"),
