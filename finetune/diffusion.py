@@ -87,7 +87,7 @@ def choose_sampling(
         guidance_scale = 2.0 if dropped else 1.0
     if guidance_scale != 1 and not has_null:
         raise ValueError(
-            "this model was trained with drop 0 (no dropped conditions), so guidance is impossible; set "
+            "this model was trained with drop 0 (no dropped conditions), so it cannot use guidance; set "
             "guidance_scale to 1"
         )
     return Sampling(sampler=sampler, steps=steps, guidance_scale=guidance_scale)

@@ -68,7 +68,7 @@ def test_tsconv_keeps_the_duration_of_its_filters_and_refuses_short_trials() -> 
     net = TSConv(dataclasses.replace(NICE, sfreq=500.0, n_times=500))
     assert (net.net[0].kernel_size[1], net.net[1].kernel_size[1], net.net[1].stride[1]) == (50, 102, 10)
     assert TSConv(dataclasses.replace(NICE, n_times=75)).dim == 40
-    with pytest.raises(ValueError, match="needs trials of 75 samples or more at 250 Hz, not 74"):
+    with pytest.raises(ValueError, match="needs trials of 75 or more time points at 250 Hz, not 74"):
         TSConv(dataclasses.replace(NICE, n_times=74))
 
 

@@ -270,10 +270,10 @@ def _change_json(folder: Path, **changes: object) -> None:
         (lambda d: next((d / "images").iterdir()).unlink(), "No such file"),
         (lambda d: next((d / "images").iterdir()).write_bytes(b"\x89PNG"), "cannot be decoded"),
         (lambda d: Image.new("RGB", (8, 8)).save(next((d / "images").iterdir())), "different sizes"),
-        (lambda d: _change_json(d, dataset_id="0"), "of another dataset"),
+        (lambda d: _change_json(d, dataset_id="0"), "from another dataset"),
         (lambda d: _change_json(d, dataset="/nowhere"), "/nowhere"),
         (lambda d: _change_json(d, dataset="memory://nowhere"), "give the dataset as --dataset"),
-        (lambda d: _change_json(d, labels=["a", "b", "c"]), "the labels differ"),
+        (lambda d: _change_json(d, labels=["a", "b", "c"]), "the labels in generated.json differ"),
         (lambda d: _change_json(d, control="shuffle"), "images of the control 'shuffle'"),
         (lambda d: _change_json(d, guidance_scale=3.0), "guidance_scale"),
     ],
@@ -285,7 +285,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     spoil(copy)
     control = (
         []
-        if message in ("of another dataset", "/nowhere", "the labels differ")
+        if message in ("from another dataset", "/nowhere", "the labels in generated.json differ")
         else ["--controls", f"[{perfect / 'own-shuffle'}]"]
     )
     before = (copy / "metrics.json").read_bytes()

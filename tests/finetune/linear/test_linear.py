@@ -137,7 +137,7 @@ def test_a_model_that_reads_channels_by_row_is_refused(run: Path, tmp_path: Path
     copy = Path(shutil.copytree(run / "model", tmp_path / "model"))
     values = json.loads((copy / "dreamscale.json").read_text())
     (copy / "dreamscale.json").write_text(json.dumps(values | {"channels": 16}))
-    with pytest.raises(RequestError, match=r"channels is a number.*train the model again"):
+    with pytest.raises(RequestError, match=r"the entry 'channels' is a number.*train the model again"):
         load_generator(copy)
 
 
