@@ -312,7 +312,7 @@ def test_two_processes_train_the_same_weights_as_one(
         ({"evrnet_from": "nowhere"}, "nowhere"),
         ({"ddpm__guide": "encoder"}, "give ddpm.encoder for the guide"),
         ({"ddpm__guide": "encoder", "ddpm__encoder": "nowhere"}, "nowhere: no such encoder package"),
-        ({"ddpm__backbone": "unet2d"}, "ddpm.heads is a key of backbone 'paper'"),
+        ({"ddpm__backbone": "unet2d"}, "ddpm.heads is a key for ddpm.backbone 'paper'"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_code_2(

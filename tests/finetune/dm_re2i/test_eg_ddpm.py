@@ -204,9 +204,9 @@ def test_impossible_sizes_are_refused(options: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 2}, "ddpm.heads is a key of backbone 'paper'"),
-        ({"join_first": True}, "ddpm.join_first is a key of backbone 'paper'"),
-        ({"base_channels": 20}, "multiples of head_dim 32"),
+        ({"heads": 2}, "ddpm.heads is a key for ddpm.backbone 'paper'"),
+        ({"join_first": True}, "ddpm.join_first is a key for ddpm.backbone 'paper'"),
+        ({"base_channels": 20}, r"must be a multiple of ddpm.head_dim \(32\)"),
     ],
 )
 def test_settings_that_do_not_fit_unet2d_are_refused(options: dict, message: str) -> None:
