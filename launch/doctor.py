@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_sharding.common.config import command
+from data_sharding.common.cores import count_cores
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED
 
 State = Literal["ok", "note", "missing"]
@@ -93,7 +94,7 @@ def _device() -> Finding:
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         return Finding(what="device", state="ok", found=f"{len(names)} x {names[0]}, {memory:.0f} GiB")
-    cores, gpu = os.cpu_count(), shutil.which("nvidia-smi") is not None
+    cores, gpu = count_cores(), shutil.which("nvidia-smi") is not None
     if gpu and "+cpu" in torch.__version__:
         advice = "this machine has a GPU, but torch is built without CUDA: install a CUDA build of torch"
         return Finding(what="device", state="note", found=f"{cores} CPU cores", advice=advice)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from data_sharding.common.cores import count_cores
 from data_sharding.common.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from data_sharding.common.plain_yaml import MAX_YAML, parse_yaml
 from data_sharding.common.shipped import find_config
@@ -145,7 +146,7 @@ def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[
 def _environment(folder: Path, processes: int) -> dict[str, str]:
     environment = dict(os.environ)
     environment[FOLDER] = str(folder)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
     # Keep freed memory in each launched process. By default, the C library returns the memory of every large tensor to
     # the system, and the system must clear the memory for the next tensor, in every training step.
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))

@@ -180,6 +180,12 @@ def test_no_folder_holds_more_than_15_code_files() -> None:
     assert not {folder: count for folder, count in counts.items() if count > MOST_FILES}
 
 
+def test_cores_are_counted_in_one_place() -> None:
+    """A job of a cluster may use only some cores of its machine, and `os.cpu_count` counts all of them."""
+    users = [name for name, path in FILES.items() if "cpu_count(" in path.read_text()]
+    assert users == ["data_sharding.common.cores"], "use data_sharding.common.cores.count_cores"
+
+
 def test_no_file_is_longer_than_700_lines() -> None:
     paths = itertools.chain.from_iterable(
         (ROOT / folder).rglob("*.py") for folder in (*PACKAGES, "tests", "benchmarks")

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +40,7 @@ from data_sharding.audit.fingerprints import (
     fingerprint_image,
     window_digest,
 )
+from data_sharding.common.cores import count_cores
 from data_sharding.common.errors import RequestError
 from data_sharding.common.progress import progress
 from data_sharding.common.storage import AnyPath, as_path
@@ -185,7 +185,7 @@ class Contents:
 
         with (
             progress(f"reading {root}", len(jobs)) as advance,
-            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+            ThreadPoolExecutor(min(8, count_cores())) as pool,
         ):
             for (split, _), samples in zip(jobs, pool.map(read_shard, jobs), strict=True):
                 place = SPLITS.index(split)

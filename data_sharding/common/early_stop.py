@@ -9,7 +9,8 @@ import signal
 from types import FrameType
 
 EXIT_STOPPED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that stop a command. Slurm sends SIGUSR1 some time before the time limit of a job."""
 
 
 def stop_reason(number: int) -> str:
@@ -23,7 +24,7 @@ def _end(number: int, _: FrameType | None) -> None:
 
 
 def end_on_stop_signals() -> None:
-    """Install signal handlers that end this process immediately if SIGTERM or SIGINT arrives.
+    """Install signal handlers that end this process immediately if one of `SIGNALS` arrives.
 
     Call this function only while the process has no child processes and has written no files.
     """
@@ -32,7 +33,11 @@ def end_on_stop_signals() -> None:
 
 
 def restore_default_signals() -> None:
-    """Undo `end_on_stop_signals`, for commands that do not handle stop signals, or handle them later."""
-    for number, handler in zip(SIGNALS, (signal.SIG_DFL, signal.default_int_handler), strict=True):
+    """Undo `end_on_stop_signals`, for commands that do not handle stop signals, or handle them later.
+
+    SIGUSR1 then interrupts a command as Ctrl-C does, because the exit code 75 tells a cluster to run the command again.
+    """
+    defaults = (signal.SIG_DFL, signal.default_int_handler, signal.default_int_handler)
+    for number, handler in zip(SIGNALS, defaults, strict=True):
         if signal.getsignal(number) is _end:
             signal.signal(number, handler)

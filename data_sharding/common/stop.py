@@ -1,4 +1,4 @@
-"""Stop a command at any moment by SIGTERM or Ctrl-C.
+"""Stop a command at any moment by SIGTERM, SIGUSR1 or Ctrl-C.
 
 A signal raises `StopRequested` in the main thread. If the thread is importing a module, the exception is raised after
 the import, because a module that was imported in part can fail later. The exception can be lost: a library that is
@@ -123,7 +123,7 @@ _was_stopped = False
 
 @contextlib.contextmanager
 def raise_on_stop_signals() -> Iterator[None]:
-    """Raise `StopRequested` if SIGTERM or SIGINT arrives during the ``with`` block.
+    """Raise `StopRequested` if one of `SIGNALS` arrives during the ``with`` block.
 
     If such blocks are nested, each inner block installs the signal handlers of the outermost block again, because a
     library may have replaced these handlers in the meantime.
@@ -185,7 +185,7 @@ def check_stop() -> None:
     Raises
     ------
     StopRequested
-        If SIGTERM or SIGINT has arrived.
+        If one of `SIGNALS` has arrived.
     """
     if _stop is not None and _stop.look():
         raise _stop.error()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_sharding.common.cores import count_cores
 from data_sharding.common.errors import RequestError, one_line, printable
 from data_sharding.common.reason import Reason
 from data_sharding.common.stop import check_stop, find_child_processes, kill_processes, raise_on_stop_signals
@@ -38,7 +39,8 @@ class RayConfig:
     """Address of the Ray cluster, for example auto or ray://head:10001. If the key is empty, the environment variable
     RAY_ADDRESS is used. If the key is empty and RAY_ADDRESS is not set, a new cluster is started on this machine."""
     num_cpus: int = 0
-    """Number of workers in a new cluster on this machine; 0 means one worker for each core."""
+    """Number of workers in a new cluster on this machine; 0 means one worker for each core that
+    the job may use."""
     max_in_flight: int = 0
     """Largest number of tasks that run or wait in Ray at the same time. The value 0 means twice the number of tasks
     that can run at the same time."""
@@ -100,7 +102,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
     if address:
         options |= {"address": address}
     else:
-        cpus = config.num_cpus or os.cpu_count() or 1
+        cpus = config.num_cpus or count_cores()
         # The results of tasks are small, so a small object store is enough.
         options |= {
             "address": "local",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data_sharding.common.cores import count_cores
 from launch.cli import main
 from launch.local import _environment, launcher_command, processes_wanted
 from launch.stages import STAGES
@@ -112,4 +113,4 @@ def test_launched_processes_keep_freed_memory_unless_the_user_chose(
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "5")
     found = _environment(tmp_path, 2)
     assert found["MALLOC_TRIM_THRESHOLD_"] == "5" and int(found["MALLOC_MMAP_THRESHOLD_"]) == 2**25
-    assert found["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
+    assert found["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, count_cores() // 2)))

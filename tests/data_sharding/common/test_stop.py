@@ -63,13 +63,13 @@ BODIES = {
         finally:
             raise ValueError("not ready")""",
     "a library has replaced the handler": """
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda *_: None)
         wait(0.5)
         with stop.raise_on_stop_signals():
             wait(60)""",
     "the handler of the library exits": """
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda number, _: sys.exit(number))
         wait(60)""",
     "the command hangs, and so do its child processes": """
@@ -84,7 +84,7 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
 def test_a_stop_is_never_lost(body: str, number: signal.Signals) -> None:
     command = [sys.executable, "-c", COMMAND.replace("{body}", body.strip())]
@@ -130,7 +130,7 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(("module", "seconds"), [("data_sharding.common.errors", 60), ("data_sharding.job.run", 1)])
 @pytest.mark.parametrize("start", STARTS)
 def test_a_sharding_job_can_be_stopped_during_its_first_imports(

@@ -190,9 +190,9 @@ MOMENTS = {
     "while files are listed": ("listing recordings", "", 0.0, signal.SIGINT),
     "before Ray starts": ("starting Ray", "", 0.0, signal.SIGINT),
     "while Ray starts": ("starting Ray", "", 1.0, signal.SIGTERM),
-    "a little later": ("starting Ray", "", 2.0, signal.SIGINT),
+    "a little later": ("starting Ray", "", 2.0, signal.SIGUSR1),
     "when Ray has started": ("reading recordings", "", 0.0, signal.SIGTERM),
-    "while recordings are read": ("", "rows/*.jsonl", 0.2, signal.SIGINT),
+    "while recordings are read": ("", "rows/*.jsonl", 0.2, signal.SIGUSR1),
     "while shards are written": ("", "shards/*/*.json", 0.0, signal.SIGTERM),
 }
 """Moments of a job at which a signal is sent, as tuples: the line on stderr to wait for, the file in the working folder
@@ -202,7 +202,8 @@ to wait for, the seconds to wait after both, and the signal."""
 def stop_at(drill: Drill, output: Path, moment: str, words: list[str]) -> None:
     """Start a job, send a signal at a moment of `MOMENTS`, and check the exit code, the message and the processes.
 
-    SIGINT is sent to all processes of the job, as by Ctrl-C in a terminal. SIGTERM is sent only to its main process.
+    SIGINT and SIGUSR1 are sent to all processes of the job, as by Ctrl-C in a terminal and by Slurm. SIGTERM is sent
+    only to its main process.
     """
     line, file, seconds, number = MOMENTS[moment]
     log = drill.folder / "stopped.log"
@@ -220,6 +221,10 @@ def stop_at(drill: Drill, output: Path, moment: str, words: list[str]) -> None:
     others = psutil.Process(process.pid).children(recursive=True)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
+    elif number == signal.SIGUSR1:
+        for one in (psutil.Process(process.pid), *others):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
     else:
         process.send_signal(number)
     while process.poll() is None:
