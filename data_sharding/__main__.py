@@ -1,7 +1,7 @@
 """Starts the sharding job. `ray job submit` uses ``python -m data_sharding CONFIG.yaml --output DIR``.
 
-To import the modules of the job takes seconds on a busy machine, and a stop signal can arrive meanwhile. So this module
-first imports only the code that handles stop signals.
+Importing the modules of the job takes seconds on a busy machine, and a stop signal can arrive during this time. So this
+module first imports only the code that handles stop signals.
 """
 
 import sys

@@ -89,8 +89,8 @@ def parse_config(
     parser.add_class_arguments(cls, nested_key=None, sub_configs=False)
     short_of = {name: short for short, name in flags.items()}
     for action in parser._actions:
-        # Add the short flags only for the help text; the code above has already replaced the short flags in the
-        # arguments.
+        # The code above has already replaced each short flag in the arguments by its key. The parser gets the short
+        # flags only to show them in the help text.
         if short := short_of.get(action.dest):
             action.option_strings = [short, *action.option_strings]
     files = []
@@ -133,9 +133,9 @@ def _check_config_file(text: str) -> str:
     except OSError as error:
         raise RequestError(f"{text}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeError):
-        pass  # If the text has a fault, the parser explains it and names the line.
+        pass  # Text that is not YAML is refused below, by the parser; the message names the line.
     except ValueError as error:
-        raise RequestError(f"{text}: cannot be used ({error}); write the values without aliases") from None
+        raise RequestError(f"{text}: cannot be used ({error}); write the values without YAML aliases (*name)") from None
     return str(path)
 
 
@@ -147,7 +147,7 @@ def command(
     positionals: Sequence[str] = ("config",),
     aliases: Mapping[str, str] | None = None,
 ) -> Main:
-    """Make the function ``main(argv)`` of a command, which returns the exit code.
+    """Make the function ``main(argv)`` that runs a command and returns its exit code.
 
     Parameters
     ----------
@@ -230,12 +230,12 @@ def merge_configs(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str,
     base : mapping
         A config.
     over : mapping
-        Values that replace those of `base`, also inside nested keys.
+        A config whose values replace the values of the same keys in `base`.
 
     Returns
     -------
     dict
-        The merged config. If both configs have a mapping for a key, these mappings are merged.
+        The merged config. If the value of a key is a mapping in both configs, these two mappings are merged, too.
     """
     merged = dict(base)
     for key, value in over.items():

@@ -56,7 +56,7 @@ def renamed_keys(cls: type, prefix: str = "") -> dict[str, str]:
 
 
 def unknown_key(key: str, cls: type, prefix: str = "") -> str:
-    """Explain that a config class does not have a key; `prefix` is the path to the class, such as ``preprocess.``."""
+    """Explain that a config class does not have a key; `prefix` is the path of the class, such as ``preprocess.``."""
     if prefix + key in (renamed := renamed_keys(cls, prefix)):
         return f"the key '{prefix}{key}' was renamed; {renamed[prefix + key]}"
     keys = list_keys(cls)
@@ -87,7 +87,7 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], str | None]:
     except (yaml.YAMLError, UnicodeError):
         return {}, f"{path}: not a YAML file; give the text file with the keys of this command"
     except ValueError as error:
-        return {}, f"{path}: cannot be used ({error}); write the values without aliases"
+        return {}, f"{path}: cannot be used ({error}); write the values without YAML aliases (*name)"
     if values is None:
         return {}, f"{path}: the file is empty; write the keys of this command into it (see --help)"
     if not isinstance(values, dict):
@@ -126,18 +126,18 @@ def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = Fals
     for key, value in values.items():
         if key not in known:
             return start + unknown_key(str(key), cls, path)
-        # If a key has no value in the YAML file, the default is used.
+        # A key without a value in the YAML file ("key:") is not a fault: the key gets its default value.
         if value is not None and (fault := _value_fault(known[key], value, path + key)):
             return start + fault
     if not where:
-        return None  # A key that is missing in the file may be given on the command line.
+        return None  # At the top level, a key that is missing in the file may be given on the command line.
     for field in dataclasses.fields(cls):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.init and required and values.get(field.name) is None:
             return f"{start}missing key '{path}{field.name}'; add it"
     if is_entry:
-        # The class of a list entry also checks its values. Put the position of the entry in the list before the message
-        # of this check.
+        # The dataclass of a list entry checks the values in its `__post_init__`, whose message does not say which entry
+        # is wrong. So put the position of the entry in the list before the message.
         try:
             cls(**values)
         except ValueError as error:
@@ -273,7 +273,7 @@ def find_fault_in_words(cls: type, words: Sequence[str]) -> str | None:
 
 
 def missing_keys(cls: type, message: str, aliases: Mapping[str, str]) -> str | None:
-    """Explain jsonargparse's message about required keys."""
+    """Explain a message of jsonargparse that lists missing keys; return None for any other message."""
     match = re.search(r"following arguments are required: (.+)", message)
     if not match:
         return None

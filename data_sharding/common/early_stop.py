@@ -33,7 +33,7 @@ def end_on_stop_signals() -> None:
 
 
 def restore_default_signals() -> None:
-    """Undo `end_on_stop_signals`, for commands that do not handle stop signals, or handle them later.
+    """Undo `end_on_stop_signals`, for commands without stop handlers, and commands that install such handlers later.
 
     SIGUSR1 then interrupts a command as Ctrl-C does, because the exit code 75 tells a cluster to run the command again.
     """

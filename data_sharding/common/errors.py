@@ -31,7 +31,7 @@ class RequestError(ValueError):
 
 
 class RankError(RequestError):
-    """A `RequestError` that only one training process raises; this process prints the error, whatever its rank."""
+    """A `RequestError` that only one training process raises. So this process prints the error, whatever its rank."""
 
 
 class StopRequested(BaseException):
@@ -73,7 +73,7 @@ def printable(text: object) -> str:
     -------
     str
         The text. Control characters (except line feed and tab), characters that change the direction of text, and
-        single surrogates are replaced by their code, such as ``\x1b``.
+        unpaired surrogates (halves of a character) are replaced by their code, such as ``\x1b``.
     """
     return _UNPRINTABLE.sub(_code, str(text))
 
@@ -154,8 +154,8 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     Returns
     -------
     int
-        0: done; 1: failed; 2: error in the request; 3: too many recordings were quarantined, or a check could not
-        decide; 75: stopped on request.
+        0: done; 1: failed; 2: error in the request; 3: too many recordings were quarantined, or the leakage check is
+        undecided, because subjects are unknown; 75: stopped on request.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)

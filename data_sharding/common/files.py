@@ -22,7 +22,7 @@ from data_sharding.common.untrusted import open_regular, parse_json, read_limite
 
 
 def sha256_file(path: str | AnyPath) -> str:
-    """Return the SHA-256 of a file as hexadecimal text; read the file in blocks. Refuse named pipes and devices."""
+    """Return the SHA-256 of a file of any size as hexadecimal text. Refuse named pipes and devices."""
     path = as_path(path)
     with path.open("rb") if isinstance(path, UPath) else os.fdopen(open_regular(path), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
@@ -76,8 +76,8 @@ def atomic_write_bytes(path: str | AnyPath, data: bytes) -> None:
 def open_to_append(path: Path) -> int:
     """Open a local file, such as a log, for reading and appending; the file is created if it is missing.
 
-    A folder that somebody else made may contain a symbolic link in place of the file. The link is not followed, so that
-    no file outside the folder is changed.
+    In a folder from another person, the file may be a symbolic link to a file elsewhere. Such a link is refused, so
+    that no file outside the folder is changed.
 
     Parameters
     ----------
@@ -169,9 +169,9 @@ def atomic_directory(path: str | AnyPath, last: str = "manifest.json") -> Iterat
     path : str, Path or UPath
         Final path. An existing directory is replaced only when the new directory is complete.
     last : str
-        File that marks a complete directory. An object store cannot rename a directory. So on an object store, the file
-        `last` of the old directory is deleted first, and the file `last` of the new directory is written after all
-        other files.
+        Name of a file in the directory; a directory with this file is complete. An object store cannot rename a
+        directory. So on an object store, the file `last` of the old directory is deleted first, and the file `last` of
+        the new directory is written after all other files.
 
     Yields
     ------

@@ -1,12 +1,13 @@
 """Check MATLAB 5 files before a library reads them.
 
-SciPy reads nested values of a MATLAB file recursively. It allocates each array, in the size that the file states,
-before it reads the values of the array. So a file of a few kB can crash the process or use all memory. `check_matlab`
-reads only the structure of the file.
+SciPy reads nested values of a MATLAB file recursively. Before SciPy reads the values of an array, it allocates memory
+for the size that the file states. So a file of a few kB can crash the process or use all memory. `check_matlab` reads
+only the structure of the file.
 
-A MATLAB 5 file is a list of elements. An element has a tag (its type and its size in bytes) and its data. The data of a
-matrix are elements too: flags with the class, dimensions, name, and the values. The values of a cell array or of a
-structure are matrices again. The element of the type `COMPRESSED` contains one element, compressed by zlib.
+A MATLAB 5 file is a list of elements. An element has a tag (its type and its size in bytes) and its data. Every MATLAB
+value is an element of the type `MATRIX`. The data of a matrix are again elements: the flags (with the MATLAB class of
+the matrix), the dimensions, the name, and the values. The values of a cell array or of a structure are again matrices.
+An element of the type `COMPRESSED` contains one other element, compressed by zlib.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _BLOCK = 2**20
 
 
 class _End(Exception):
-    """The data end before the end of an element. The library that reads the file next reports this fault."""
+    """The file ends inside an element. SciPy reads the file after this check, and reports this fault."""
 
 
 class _Content:
@@ -92,10 +93,10 @@ class _Walker:
     def _count(self, amount: int) -> None:
         self._total += amount
         if self._total > self._most:
-            raise refusal(self._where, f"its {self._size} bytes unpack to more than {self._most} bytes")
+            raise refusal(self._where, f"the {self._size} bytes of the file unpack to more than {self._most} bytes")
 
     def _tag(self, content: _Content) -> tuple[int, int, bytes | None]:
-        """Read a tag: type and size of the element, and its data if the tag includes them."""
+        """Read the tag of an element: type, size, and the element's data if they are inside the tag (or else None)."""
         head = content.read(8)
         kind, size = struct.unpack(f"{self._order}2I", head)
         if kind >> 16:  # An element of up to 4 bytes has its data inside its tag.
@@ -108,7 +109,7 @@ class _Walker:
         if data is not None:
             return data
         if size > 2**16:
-            raise refusal(self._where, f"the header of a variable has {size} bytes")
+            raise refusal(self._where, f"the header of a variable has {size} bytes, which is too many")
         return content.read(size + -size % 8)[:size]
 
     def _values(self, content: _Content) -> int:
@@ -121,7 +122,7 @@ class _Walker:
 
     def variable(self, content: _Content, tag: tuple[int, int]) -> None:
         """Read the structure of one variable. `tag` (type and size of the variable's element) has already been read."""
-        # Number of matrices that are still to be read, at each depth.
+        # For each level of nesting, the number of matrices that are still to be read.
         todo = [1]
         while todo:
             if not todo[-1]:
@@ -135,10 +136,10 @@ class _Walker:
             elif size:
                 todo.append(self._matrix(content))
                 if len(todo) > MAX_DEPTH:
-                    raise refusal(self._where, f"cells and structures are nested more than {MAX_DEPTH} times")
+                    raise refusal(self._where, f"cell arrays and structures are nested over {MAX_DEPTH} levels deep")
 
     def _matrix(self, content: _Content) -> int:
-        """Read a matrix's header and plain values; return how many matrices follow as values (0 for plain values)."""
+        """Read a matrix's header, and skip plain values; return how many matrices follow as its values (0 if plain)."""
         flags = self._small(content)
         if len(flags) < 4:
             raise _End
@@ -150,7 +151,7 @@ class _Walker:
             return 1
         shape = self._small(content)
         count = math.prod(struct.unpack(f"{self._order}{len(shape) // 4}I", shape[: len(shape) // 4 * 4]))
-        self._small(content)  # the name
+        self._small(content)  # skip the name
         if kind == FUNCTION:
             return 1
         if kind in (CELL, STRUCTURE, OBJECT):
@@ -164,7 +165,7 @@ class _Walker:
 
     def _fields(self, content: _Content, kind: int) -> int:
         if kind == OBJECT:
-            self._small(content)  # the name of the class
+            self._small(content)  # skip the name of the object's class
         length, size = self._small(content), self._values(content)
         (longest,) = struct.unpack(f"{self._order}I", length[:4]) if len(length) >= 4 else (0,)
         if not longest:
@@ -173,7 +174,7 @@ class _Walker:
 
 
 def check_matlab(path: str | os.PathLike[str]) -> None:
-    """Refuse a MATLAB 5 file that is nested very deeply or whose values need far more memory than the file's size.
+    """Refuse a MATLAB 5 file whose values are nested very deeply, or need far more memory than the file's size.
 
     Parameters
     ----------
@@ -183,7 +184,8 @@ def check_matlab(path: str | os.PathLike[str]) -> None:
     Raises
     ------
     RequestError
-        If the file is nested too deeply, or if it unpacks to more than `MAX_UNPACKED` times its size.
+        If the values are nested too deeply, or if they need more than `MAX_UNPACKED` times the size of the file, and
+        more than `FREE_UNPACKED` bytes.
     """
     with os.fdopen(open_regular(path), "rb") as stream:
         size, head = os.fstat(stream.fileno()).st_size, stream.read(128)
@@ -200,5 +202,5 @@ def check_matlab(path: str | os.PathLike[str]) -> None:
                 inner = struct.unpack(f"{order}2I", content.read(8)) if packed else (kind, length)
                 walker.variable(content, inner)
             except (_End, zlib.error, struct.error):
-                pass  # The library that reads the file next reports the damage.
+                pass  # The file is damaged. SciPy reads the file after this check, and reports the damage.
             at += 8 + length

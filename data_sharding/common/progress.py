@@ -32,7 +32,7 @@ def progress(
     Yields
     ------
     callable
-        Function ``advance(n=1, note="")``, which counts `n` more steps as done and shows `note` next to the bar.
+        Function ``advance(n=1, note="")``: call it after `n` more steps; `note` is shown next to the bar.
     """
     if not enabled:
         yield lambda n=1, note="": None
@@ -127,13 +127,13 @@ class JobProgress:
             self.channel_seconds += seconds * channels
 
     def figures(self) -> dict[str, str]:
-        """Return the displayed values, by title.
+        """Return the values that the display shows, by title.
 
         Returns
         -------
         dict of str to str
-            Number of finished recordings, numbers of finished recordings that were not sharded, hours of the finished
-            recordings, speed, number of running tasks, elapsed time, and remaining time.
+            Number of finished recordings; how many of them were not sharded, for each status; hours of the finished
+            recordings; speed; number of recordings that are being read; elapsed time; and remaining time.
         """
         passed = max(time.monotonic() - self._began, 1e-9)
         eta = f"{_clock(self._left * passed / self._read)}" if self._read else "?"

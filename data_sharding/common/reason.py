@@ -6,7 +6,7 @@ from typing import Self
 
 
 class Reason(str):
-    """Reason why a recording is not used: a sentence for the ledger, and a category for counting.
+    """Reason why a recording is not used: a sentence for the ledger (table of recordings), and a category to count.
 
     A reason is a `str`, so it can be printed, compared and stored like any other text. Error messages can contain bytes
     of a damaged file, so unprintable characters are replaced by '?', and the reason is always one line.
@@ -14,9 +14,9 @@ class Reason(str):
     Parameters
     ----------
     category : str
-        Kind of fault, without details of the recording: ``too short``.
+        Kind of fault, without details of the recording; for example ``too short``.
     detail : str
-        Details of this recording: ``0.45 s, a window has 4.00 s``.
+        Details of this recording; for example ``0.45 s, a window has 4.00 s``.
     text : str
         The whole sentence. If the text is empty, the sentence is ``category: detail``.
     """
@@ -31,7 +31,7 @@ class Reason(str):
         return self
 
     def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str]]:
-        # To copy or unpickle a reason, `copy` and `pickle` call the class with these arguments.
+        # `copy` and `pickle` make a new `Reason` from these arguments.
         return (self.category,), {"text": str(self)}
 
     def shortened(self, length: int) -> Reason:

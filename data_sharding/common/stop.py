@@ -3,9 +3,9 @@
 A signal raises `StopRequested` in the main thread. If the thread is importing a module, the exception is raised after
 the import, because a module that was imported in part can fail later. The exception can be lost: a library that is
 starting may catch the exception, or may have replaced the signal handler, so that no exception is raised. So each stop
-signal is also written to a pipe, which a thread reads. Between its steps, the command checks whether the pipe has a
-signal (`check_stop`). If the command has not ended some seconds after the signal, the thread ends the process and all
-its child processes.
+signal is also written to a pipe, which a thread reads. Between its steps, the command calls `check_stop`, which raises
+`StopRequested` if a signal has arrived. If the command has not ended some seconds after the signal, the thread ends the
+process and all its child processes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class _Stop:
 
     def end_now(self) -> None:
         """End this process and its child processes."""
-        # A live display may have hidden the cursor.
+        # The live display of the progress may have hidden the terminal's cursor, so show the cursor again.
         show_cursor = "\033[?25h" if sys.stderr.isatty() else ""
         with contextlib.suppress(OSError):
             os.write(2, f"{show_cursor}dreamscale: stopped on request; {self.error()}\n".encode())
@@ -99,7 +99,7 @@ class _Stop:
 
 
 def is_import(frame: FrameType | None) -> bool:
-    """Return whether a frame, or one of its callers, is importing a module."""
+    """Return whether a stack frame, or one of its callers, is importing a module."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -126,7 +126,7 @@ def raise_on_stop_signals() -> Iterator[None]:
     """Raise `StopRequested` if one of `SIGNALS` arrives during the ``with`` block.
 
     If such blocks are nested, each inner block installs the signal handlers of the outermost block again, because a
-    library may have replaced these handlers in the meantime.
+    library may have replaced these handlers since the outermost block began.
 
     Yields
     ------
@@ -150,13 +150,14 @@ def raise_on_stop_signals() -> Iterator[None]:
             check_stop()
             yield
         except (Exception, SystemExit):
-            check_stop()  # After a request to stop, all other errors are consequences of the request.
+            # An error after a request to stop is a consequence of the request, so raise `StopRequested` instead.
+            check_stop()
             raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         return
-    # `watch` needs psutil. Import it now, because `watch` could not import it while the main thread hangs in an import.
+    # `watch` needs psutil. Import psutil now: if the main thread hangs in an import, `watch` cannot import anything.
     importlib.import_module("psutil")
     wakeup = signal.set_wakeup_fd(stop.write, warn_on_full_buffer=False)
     threading.Thread(target=stop.watch, daemon=True, name="stop").start()
@@ -175,12 +176,12 @@ def raise_on_stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
         _was_stopped = stop.look()
         stop.ended.set()
-        os.close(stop.write)  # The thread waits for the pipe, so closing the pipe ends the thread.
+        os.close(stop.write)  # The thread waits for data in the pipe, so closing the pipe ends the thread.
         _stop = None
 
 
 def check_stop() -> None:
-    """Raise `StopRequested` if a signal has arrived since the beginning of the outermost block.
+    """Raise `StopRequested` if a signal has arrived since the outermost `raise_on_stop_signals` block began.
 
     Raises
     ------
@@ -194,8 +195,8 @@ def check_stop() -> None:
 def end_command(code: int) -> int:
     """Ignore further signals, because the command has ended and a signal must not change its exit code.
 
-    After a stop, this function ends the process immediately, without Python's usual shutdown. During the shutdown, a
-    library whose start was interrupted, for example Ray, could crash the interpreter.
+    If the command was stopped by a signal, this function ends the process immediately, without Python's usual shutdown.
+    During the shutdown, a library whose start was interrupted, for example Ray, could crash the interpreter.
 
     Parameters
     ----------
@@ -205,7 +206,7 @@ def end_command(code: int) -> int:
     Returns
     -------
     int
-        The exit code. After a stop, this function does not return.
+        The exit code. If the command was stopped by a signal, this function does not return.
     """
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
@@ -237,7 +238,7 @@ def kill_processes(processes: Iterable[Any], *, kept: Iterable[Any] = (), tries:
     kept : iterable of psutil.Process
         Child processes that must not be killed.
     tries : int
-        Number of times that this function searches for further child processes.
+        Number of times that this function searches for child processes that are still alive.
     """
     import psutil
 

@@ -101,7 +101,7 @@ def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
 
 
 def is_remote(path: AnyPath | str) -> bool:
-    """Return whether a path is not on a disk of this machine. A path in fsspec's ``memory://`` is remote too."""
+    """Return whether a path is in a file system of fsspec (such as ``s3://`` or ``memory://``), not on a local disk."""
     if isinstance(path, str):
         path = as_path(path)
     return isinstance(path, UPath) and path.protocol not in ("", "file", "local")
@@ -143,7 +143,7 @@ def file_state(path: AnyPath) -> tuple[int, int, str]:
 
 
 def check_scratch(base: Path) -> None:
-    """Create the folder for scratch folders if it is missing, and check that no other user can replace its content.
+    """Create the folder for temporary files if it is missing, and check that no other user can replace its content.
 
     Parameters
     ----------
@@ -191,7 +191,8 @@ def fetch(fs: Any, wanted: Mapping[str, Path]) -> None:
     fs : fsspec.AbstractFileSystem
         The store.
     wanted : mapping of str to Path
-        For each path in the object store, the local path of the downloaded file. Missing local folders are created.
+        For each path in the object store, the local path to which the file is downloaded. Missing local folders are
+        created.
 
     Raises
     ------
@@ -204,7 +205,7 @@ def fetch(fs: Any, wanted: Mapping[str, Path]) -> None:
     for path, target in wanted.items():
         size, got = fs.info(path)["size"], target.stat().st_size if target.is_file() else 0
         if got != size:
-            raise OSError(errno.EIO, f"downloaded {got} of {size} bytes", path)
+            raise OSError(errno.EIO, f"only {got} of {size} bytes were downloaded", path)
 
 
 @contextlib.contextmanager
@@ -219,7 +220,7 @@ def localised(files: Sequence[AnyPath]) -> Iterator[list[Path]]:
     Yields
     ------
     list of Path
-        Local paths in the order of `files`. Remote files are downloaded to a scratch folder, with the same names and
+        Local paths in the order of `files`. Remote files are downloaded to a temporary folder, with the same names and
         subfolders, and deleted at the end of the context. Local files are not copied.
 
     Raises
@@ -232,7 +233,8 @@ def localised(files: Sequence[AnyPath]) -> Iterator[list[Path]]:
         yield [Path(f) for f in files]  # type: ignore[arg-type]
         return
     with scratch_folder() as folder:
-        # Keep the name of the folder, because a recording can be a folder, and readers use its name.
+        # A recording can be a folder (``.mff``), and readers use the folder's name, so the local copy gets the same
+        # name.
         parents = [posixpath.dirname(f.path) for f in remote]
         top = posixpath.dirname(posixpath.commonpath(parents))
         place = {f: folder / posixpath.relpath(f.path, top or posixpath.curdir) for f in remote}
@@ -248,7 +250,7 @@ def localised(files: Sequence[AnyPath]) -> Iterator[list[Path]]:
 
 
 def put(local: Path, target: AnyPath) -> None:
-    """Copy a local file, so that readers never see an incomplete file.
+    """Copy a local file to `target`; readers of `target` never see an incomplete file.
 
     Parameters
     ----------
@@ -281,7 +283,7 @@ def put(local: Path, target: AnyPath) -> None:
 
 
 def deliver(local: Path, target: AnyPath) -> None:
-    """Move a finished local file, so that readers never see an incomplete file.
+    """Move a finished local file to `target`; readers of `target` never see an incomplete file.
 
     Parameters
     ----------
@@ -324,7 +326,7 @@ def remove_tree(path: AnyPath) -> None:
 
 
 def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json") -> None:
-    """Move a finished local folder. A folder is complete when its file `last` exists.
+    """Move a finished local folder to `target`. A folder is complete when its file `last` exists.
 
     Parameters
     ----------
@@ -365,7 +367,7 @@ def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json")
         _move(local, target)
     except OSError as error:
         # Another worker has already written the folder `target`. This happens if the job loses contact with a worker
-        # that still runs, and gives the task of that worker to this worker.
+        # that still runs, and gives its task to a second worker.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (target / last).is_file():
             raise
         shutil.rmtree(local, ignore_errors=True)

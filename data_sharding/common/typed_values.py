@@ -1,4 +1,4 @@
-"""Check values from files against the type hints of a dataclass, before the dataclass is made from them."""
+"""Check that values from a file have the types of a dataclass's fields, before the dataclass is made."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def check_fields(kind: type, values: Any, where: str, *, least: float = -MAX_INT
     values : Any
         Dictionary from the name of each field to its value. Fields with a default value may be missing.
     where : str
-        Where the values come from, for the error message: path of the file and position in the file, in one text.
+        Where the values come from, for the error message: the path of the file, and the place in the file (such as the
+        row).
     least : int
         Smallest value that a number may have.
 
@@ -63,7 +64,7 @@ def _hints(kind: type) -> Mapping[str, Any]:
 
 
 def check_typed(hint: Any, value: Any, where: str, what: str, *, least: float = -MAX_INTEGER) -> Any:
-    """Check that a value has the type of a type hint. `where` (the file) and `what` (the value) are used in messages.
+    """Check that a value has the type `hint`. `where` (the file) and `what` (the value's name) are for messages.
 
     Returns
     -------
@@ -75,7 +76,7 @@ def check_typed(hint: Any, value: Any, where: str, what: str, *, least: float = 
     RequestError
         If the value has another type. The message names the file and the value.
     """
-    # Shortcuts for the most frequent cases, because a ledger may have millions of values.
+    # Check the most frequent types first and fast, because a ledger may have millions of values.
     if type(value) is hint and (
         len(value) <= MAX_TEXT if hint is str else hint in (int, float) and least <= value < MAX_INTEGER
     ):
@@ -118,7 +119,7 @@ def check_typed(hint: Any, value: Any, where: str, what: str, *, least: float = 
         return value
     if hint is str:
         return check_text(value, where, what, most=MAX_TEXT)
-    raise TypeError(f"{what}: no check for the type {hint}")
+    raise TypeError(f"{what}: this function cannot check values of the type {hint}")
 
 
 def _check_union(parts: list[Any], value: Any, where: str, what: str, least: float) -> Any:

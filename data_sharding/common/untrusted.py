@@ -1,4 +1,4 @@
-"""Checks of values that come from files. A value from a file must pass a check of this module before it is used.
+"""Checks of values that were read from files. A value from a file must pass a check of this module before it is used.
 
 Datasets, checkpoints and models are copied between laboratories, and somebody may have changed them. So all code that
 reads such files calls the functions of this module. Most functions of this module return a valid value, and raise a
@@ -66,7 +66,7 @@ _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 _TEXT, _NUMBER = (str, None), ((int, float), None)
-# Type and smallest value of each entry of a sample's metadata.
+# Type and smallest allowed value (None: no limit) of each entry of a sample's metadata.
 _META: dict[str, tuple[Any, float | None]] = {
     **dict.fromkeys(("reference", "recording", "subject", "session", "corpus", "split"), _TEXT),
     **dict.fromkeys(("image_id", "label_name", "caption", "concept"), _TEXT),
@@ -340,7 +340,7 @@ def check_entries(
     tar_bytes : int
         Size of the tar file in bytes. Every member must be inside the tar file.
     longest : int
-        Largest number of time points of a sample.
+        Largest number of time points that a sample may have.
 
     Returns
     -------
@@ -367,7 +367,7 @@ def check_entry(entry: Any, where: str, members: Mapping[str, int], *, tar_bytes
         if name not in members:
             raise refusal(where, f"a member '{show(name)}'")
         if not isinstance(place, list) or len(place) != 2:
-            raise refusal(where, f"the value of {name} is not an offset and a size")
+            raise refusal(where, f"the value of {name} is not a pair of offset and size")
         size = check_count(place[1], where, f"the size of {name}", most=min(tar_bytes, members[name]))
         check_count(place[0], where, f"the offset of {name}", most=tar_bytes - size)
 
@@ -408,7 +408,7 @@ def check_preprocess(values: Any, where: str) -> dict[str, Any]:
 
 
 def check_meta(values: Any) -> dict[str, Any]:
-    """Check the types of a sample's metadata. Known entries may be missing, and unknown entries may have any value.
+    """Check the types of a sample's metadata. Entries may be missing, and an unknown entry may have any value.
 
     Parameters
     ----------
@@ -534,7 +534,7 @@ def check_unpacked(sizes: Iterable[int], packed: int, where: str) -> None:
     """
     total = sum(sizes)
     if total > max(FREE_UNPACKED, MAX_UNPACKED * packed):
-        raise refusal(where, f"its {packed} bytes unpack to {total} bytes")
+        raise refusal(where, f"the {packed} bytes of the file unpack to {total} bytes")
 
 
 def open_npz(path: str | os.PathLike[str]) -> Any:
@@ -573,7 +573,7 @@ def _size_of_hdf5(path: str | os.PathLike[str]) -> int | None:
     """Return the size of an HDF5 file in bytes; None if the file is not HDF5."""
     with os.fdopen(open_regular(path), "rb") as stream:
         size, at = os.fstat(stream.fileno()).st_size, 0
-        # Other data may lie before the start of HDF5. HDF5 then starts at byte 512, 1024, 2048 and so on.
+        # A file may have other data before the HDF5 signature. The signature is then at byte 512, 1024, 2048 and so on.
         while at < size:
             stream.seek(at)
             if stream.read(8) == b"\x89HDF\r\n\x1a\n":
@@ -583,7 +583,7 @@ def _size_of_hdf5(path: str | os.PathLike[str]) -> int | None:
 
 
 def check_hdf5(path: str | os.PathLike[str]) -> None:
-    """Refuse an HDF5 file (for example a MATLAB or EEGLAB file) that reads data from other files.
+    """Refuse an HDF5 file (for example MATLAB or EEGLAB) with data in other files, or data far larger than the file.
 
     Parameters
     ----------
@@ -606,11 +606,11 @@ def check_hdf5(path: str | os.PathLike[str]) -> None:
     def look(group: Any, seen: set[int]) -> None:
         for name in group:
             if not isinstance(link := group.get(name, getlink=True), h5py.HardLink | h5py.SoftLink):
-                raise refusal(str(path), f"'{show(name)}' is a link of the kind {type(link).__name__}")
+                raise refusal(str(path), f"'{show(name)}' is a link to data elsewhere ({type(link).__name__})")
             try:
                 entry = group[name]
             except (KeyError, OSError, RuntimeError):
-                continue  # The link has no target.
+                continue  # A soft link to a name that is not in the file.
             address = h5py.h5o.get_info(entry.id).addr
             if address in seen:
                 continue

@@ -1,6 +1,6 @@
 """Makes a `Signal` from arrays. The signal is one continuous recording, or has one segment for each epoch.
 
-Letters in array shapes: C is the number of channels, T the number of samples in a segment.
+Letters in array shapes: C is the number of channels, T the number of time points in a segment.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ArraySignal:
         Function that takes the number of a segment and returns the array [C, T] of this segment. The function is called
         when the segment is read.
     lengths : sequence of int
-        Number of samples of each segment.
+        Number of time points of each segment.
     sfreq : float
         Sampling rate in Hz.
     ch_names : sequence of str
@@ -65,7 +65,7 @@ class ArraySignal:
         )
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
-        """Read a range of samples of the given channels; see `Signal.read`."""
+        """Read a range of time points of the given channels; see `Signal.read`."""
         blocks = []
         number = max(0, bisect.bisect_right(self._starts, start) - 1)
         while start < stop and number < len(self._starts):

@@ -1,7 +1,7 @@
 """Reads corpora of arrays. A JSON or YAML file next to each array, the *sidecar*, describes the array.
 
-Letters in array shapes: C is the number of channels, S the number of samples in a recording, N the number of epochs, T
-the number of samples in an epoch.
+Letters in array shapes: C is the number of channels, S the number of time points in a recording, N the number of
+epochs, T the number of time points in an epoch.
 """
 
 from __future__ import annotations
@@ -147,8 +147,9 @@ class ArraysCorpus(Adapter):
             more = {"subject": about.subject, "session": about.session, "subject_from": "table"}
         own = {f.name: getattr(about, f.name) for f in dataclasses.fields(about)}
         if not about.tmin:
-            # Older versions of Dreamscale did not have this key. If the key has its default value, leave it out, so
-            # that checksums of recordings stay the same.
+            # Older versions of Dreamscale did not have the key 'tmin'. The checksum of a recording is computed from
+            # `own`, so leave out 'tmin' if it has its default value: then the checksum is the same as in older
+            # versions.
             own.pop("tmin")
         for name in ("subject", "session", "events", "images", "labels", "captions", "splits", "blocks"):
             own.pop(name)
@@ -203,9 +204,7 @@ class ArraysCorpus(Adapter):
 def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
     """Read and check the sidecar of an array."""
     if not sidecars:
-        raise _Fault(
-            "sidecar missing", f"{path.stem}.json (or .yaml) with sfreq, ch_names and unit must be in its folder"
-        )
+        raise _Fault("sidecar missing", f"{path.stem}.json (or .yaml) with sfreq, ch_names and unit must be in its folder")
     file = sidecars[0]
     try:
         text = read_text(file)
@@ -240,7 +239,8 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
         raise _Fault("sidecar broken", f"{file.name}: ch_names is empty, or names a channel twice")
     if about.ch_types and len(about.ch_types) != len(about.ch_names):
         raise _Fault(
-            "sidecar broken", f"{file.name}: {len(about.ch_types)} ch_types for {len(about.ch_names)} ch_names"
+            "sidecar broken",
+            f"{file.name}: ch_types has {len(about.ch_types)} entries, and ch_names has {len(about.ch_names)}",
         )
     if about.axes and sorted(about.axes.upper()) not in (["C", "T"], ["C", "N", "T"]):
         raise _Fault("sidecar broken", f"{file.name}: axes '{about.axes}' must be an order of C, T and (for epochs) N")
@@ -260,14 +260,14 @@ def _trials(
                 return read_trials(near[about.events], images)
             raise _Fault("sidecar broken", text="the events name images, but the corpus has no key 'images'")
         if not isinstance(about.events, list) or not all(isinstance(row, dict) for row in about.events):
-            raise _Fault("sidecar broken", "events is neither the name of a table nor a list of rows")
+            raise _Fault("sidecar broken", "the key events is neither the name of a table nor a list of rows")
         return make_trials(about.events, images, path.name, first_line=1)
     if isinstance(about.labels, str):
         labels = [str(entry) for entry in _variable(path, about.labels)]
     elif isinstance(about.labels, list):
         labels = [str(entry) for entry in about.labels]
     else:
-        raise _Fault("sidecar broken", "labels is neither a list nor the name of a variable")
+        raise _Fault("sidecar broken", "the key labels is neither a list nor the name of a variable")
     if about.images and images is None:
         raise _Fault("sidecar broken", text="the sidecar names images, but the corpus has no key 'images'")
     shown = about.images or ([""] * len(labels))
@@ -275,7 +275,7 @@ def _trials(
         return None
     for name, value in (("labels", labels), ("captions", about.captions), ("splits", about.splits)):
         if value and len(value) != len(shown):
-            raise _Fault("sidecar broken", f"{len(value)} {name} for {len(shown)} epochs")
+            raise _Fault("sidecar broken", f"the key {name} has {len(value)} entries for {len(shown)} epochs")
     if wrong := sorted(set(about.splits) - {*SPLITS, ""}):
         raise _Fault("sidecar broken", f"split '{wrong[0]}' must be one of {', '.join(SPLITS)}")
     rows = [
@@ -291,7 +291,7 @@ def _trials(
     ]
     trials = make_trials(rows, images if about.images else None, path.name, first_line=1)
     if len(trials) != len(shown):
-        raise _Fault("sidecar broken", "an epoch has neither image nor label")
+        raise _Fault("sidecar broken", "an epoch has neither an image nor a label")
     return tuple(dataclasses.replace(trial, segment=i, onset=float(i)) for i, trial in enumerate(trials))
 
 
@@ -299,7 +299,7 @@ def _variable(path: AnyPath, name: str) -> np.ndarray:
     if path.suffix.lower() != ".npz":
         raise _Fault(
             "sidecar broken",
-            text="the key labels names a variable of an array file that is not .npz; write the list into the sidecar",
+            text="the key labels is a text, which is possible only for .npz files; write the list into the sidecar",
         )
     with localised([path]) as (local,):
         try:
@@ -359,6 +359,7 @@ def _ordered(x: np.ndarray, axes: str, channels: int) -> np.ndarray:
     if x.shape[-2] != channels:
         raise _Fault(
             "array does not fit its sidecar",
-            text=f"{x.shape[-2]} channels in the array {tuple(x.shape)}, {channels} ch_names; check ch_names and axes",
+            text=f"the array {tuple(x.shape)} has {x.shape[-2]} channels, but ch_names has {channels} names; check "
+            "ch_names and axes",
         )
     return x

@@ -186,7 +186,7 @@ class Adapter:
         return patch_signal(open_signal(item.recording), item.info_patch)
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
-        """Describe the order in which the experiment showed the categories.
+        """Return whether the experiment showed the categories in blocks or in random order.
 
         Parameters
         ----------
@@ -241,7 +241,7 @@ class Adapter:
         parser.add_class_arguments(self.options, nested_key=None)
         try:
             return self.options(**vars(parser.parse_object(dict(config.options))))
-        except Exception as error:  # jsonargparse raises its own errors, and the dataclass raises ValueError.
+        except Exception as error:  # jsonargparse and the dataclass raise different types of errors.
             raise ValueError(f"options: {one_line(error)}") from None
 
 
@@ -249,7 +249,7 @@ AdapterType = TypeVar("AdapterType", bound=Adapter)
 
 
 def register(kind: str) -> Callable[[type[AdapterType]], type[AdapterType]]:
-    """Make a decorator that registers the adapter of a kind of corpus.
+    """Make a decorator that adds an adapter class to `ADAPTERS`, the dictionary of all kinds of corpora.
 
     Parameters
     ----------
@@ -281,13 +281,9 @@ def list_items(config: CorpusConfig) -> list[Item]:
     Returns
     -------
     list of Item
-        Recordings, sorted by path. The list includes recordings that cannot be used, with the reason.
-
-    Raises
-    ------
-    RequestError
-        If a folder is missing or contains no recording; for a corpus with images, also if no recording has a trial, or
-        if an image is missing.
+        Recordings, sorted by path. A recording that cannot be used is in the list as well, with the reason in
+        `Item.reason`. Raises ------ RequestError If a folder is missing or contains no recording; for a corpus with
+        images, also if no recording has a trial, or if an image is missing.
     """
     given = {"license": config.license} if config.license else {}
     return [
@@ -297,7 +293,7 @@ def list_items(config: CorpusConfig) -> list[Item]:
 
 
 def _check_texts(item: Item, config: CorpusConfig) -> Item:
-    """Exclude a recording if a name or caption of its trials is too long for a dataset.
+    """Exclude a recording if the name or the caption of one of its trials is too long for a dataset.
 
     Raises
     ------

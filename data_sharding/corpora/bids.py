@@ -83,7 +83,7 @@ class BIDSOptions:
 
 
 class _Broken(ValueError):
-    """A sidecar file cannot be read."""
+    """Error: a sidecar file cannot be read."""
 
 
 @register("bids")
@@ -149,7 +149,7 @@ class BIDSCorpus(Adapter):
 
 
 def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_column: str) -> Item:
-    """Add the data of the sidecars to a recording. Invalid parts of a sidecar are left out, with a note."""
+    """Add the data of the sidecars to a recording. Invalid parts of a sidecar are not used; a note says so."""
     recording = item.recording
     try:
         patch = _patch(sidecars, recording.path)
@@ -207,8 +207,8 @@ class _Sidecars:
             fitting = [
                 (len(own), path)
                 for own, word, ending, path in self._files(folder)
-                # The entity ``space-...`` names the coordinate system of the positions and is not in the recording's
-                # name, so ignore it.
+                # The entity ``space-...`` (the coordinate system of the positions) is not in the recording's name, so
+                # ignore it.
                 if word == suffix and ending == extension and {e for e in own if not e.startswith("space-")} <= entities
             ]
             out += [path for _, path in sorted(fitting, key=lambda pair: (-pair[0], pair[1].name))]
@@ -273,7 +273,7 @@ def _rows(path: AnyPath, faults: list[str] | None = None) -> list[dict[str, str]
 
 
 def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
-    """Collect the data about a recording from its sidecars, in the form of the argument `patch` of `patch_signal`."""
+    """Return the data about a recording from its sidecars, in the form that `patch_signal` takes as `patch`."""
     patch: dict[str, Any] = {}
     notes: list[str] = []
     about: dict[str, Any] = {}
@@ -374,7 +374,7 @@ def _read_device(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
     """Return device, filters and task from the JSON sidecars of a recording."""
     about: dict[str, Any] = {}
     for path in sidecars.all(recording, "ieeg" if recording.parent.name == "ieeg" else "eeg", ".json"):
-        with contextlib.suppress(_Broken, OSError):  # `_patch` adds a note about an invalid sidecar.
+        with contextlib.suppress(_Broken, OSError):  # `_patch` reads the same file and adds a note if it is invalid.
             about |= sidecars.json(path)
 
     def text(key: str) -> str:
@@ -430,7 +430,7 @@ def _read_license(root: AnyPath) -> str:
 def _describe_participants(root: AnyPath, folders: Folders) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Return the data about each subject in participants.tsv, and notes for subjects with an invalid value.
 
-    If participants.tsv cannot be read at all, the note has the key "" and belongs to every recording.
+    If participants.tsv cannot be read at all, the note has the key "" and is added to every recording.
     """
     path = folders(root).get("participants.tsv")
     if path is None:

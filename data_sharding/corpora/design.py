@@ -41,14 +41,14 @@ def measure_order(items: Sequence[Item]) -> tuple[str, str]:
     design : str
         block, random or unknown.
     evidence : str
-        A sentence with the measured numbers.
+        A sentence with the measured lengths of runs, for reports.
 
     Notes
     -----
     A repeat is a trial with the same category as the previous trial. If :math:`n_k` of :math:`n` trials have category
-    k, a random order has :math:`\sum n_k (n_k - 1) / n` repeats on average. The formula for the variance of the number
-    of repeats assumes that each category is drawn independently. A run is a sequence of trials with the same category.
-    The mean length of a run is :math:`n / (n - repeats)`.
+    k, a random order has :math:`\sum n_k (n_k - 1) / n` repeats on average. The variance of this number is estimated as
+    if the category of each trial were drawn independently. A run is a sequence of consecutive trials with the same
+    category. Its mean length is :math:`n / (n - repeats)`.
     """
     repeats, expected, variance, trials, recordings = 0, 0.0, 0.0, 0, 0
     labels: set[str] = set()

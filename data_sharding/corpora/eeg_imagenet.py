@@ -1,6 +1,6 @@
 """Reads the released files of EEG-ImageNet. Six subjects saw images of 40 ImageNet categories, in blocks.
 
-A recording has 128 channels. A trial has about 500 samples, and 440 of these samples are used.
+A recording has 128 channels. A trial has about 500 time points, and 440 of them are used.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class EEGImageNetCorpus(Adapter):
         except (RefusedPickle, OSError, KeyError, TypeError) as error:
             raise ReadError(Reason("unreadable", str(error))) from None
         standardised = item.options["unit"] == "standardised"
-        # Short trials can end before the last sample of the range `USED`.
+        # A short trial can end before the last time point of the range `USED`.
         ends = [min(USED.stop, int(np.asarray(entries[trial]["eeg"]).shape[1])) for trial in trials]
         notes = ["the released file contains no channel names", *([STANDARDISED] if standardised else [])]
         if item.left_out:
@@ -206,7 +206,7 @@ def _fault(entry: dict[str, Any], not_split: bool) -> str | None:
 
 
 def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
-    """Read the split file. Return a dictionary from the number of each trial to the trial's split."""
+    """Read the split file. Return the split of each trial, by the index of the trial in the released file."""
     content = _load(path)
     folds = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(folds, list | tuple) or not folds:
@@ -236,7 +236,7 @@ def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
 
 
 def _check_crossings(path: Path, subjects: dict[int, list[Trial]]) -> None:
-    """Raise an error if the split file contains an image in two splits."""
+    """Raise an error if the split file puts trials of one image into two splits."""
     found: dict[str, str] = {}
     for trials in subjects.values():
         for trial in trials:

@@ -92,7 +92,7 @@ def make_trials(
     rows : sequence of mapping
         Table rows with the same columns as in `read_trials`.
     images : Path, UPath or None
-        Folder of the images. If `images` is None, the corpus has no images, and every row with a label is a trial.
+        Folder of the images. None if the corpus has no images; every row with a label is then a trial.
     where : str
         Name of the table, for error messages.
     first_line : int
@@ -122,7 +122,7 @@ def make_trials(
 
         image = next((given(name) for name in IMAGE_COLUMNS if given(name)), "") if images is not None else ""
         if not image and (images is not None or not given(label_column)):
-            continue  # The row is a response or another event, not a trial.
+            continue  # The row is an event without an image, such as a key press, so it is not a trial.
         try:
             onset = float(given("onset"))
         except ValueError:

@@ -91,20 +91,20 @@ class Item:
     """Number of trials that the corpus leaves out, for each reason."""
 
     def trial_span(self, window_s: float, *, epoched: bool) -> tuple[float, float]:
-        """Return the time range of the stored trials, in seconds from the onset of the image.
+        """Return the time range of the signal that is stored for each trial, in seconds from the onset of the image.
 
         Parameters
         ----------
         window_s : float
-            Length of a window of the model in seconds.
+            Length of the model's input window in seconds.
         epoched : bool
             Whether the recording consists of epochs.
 
         Returns
         -------
         tmin, tmax : float
-            By default, a trial of a continuous recording is stored from `BASELINE_S` to the end of the window. By
-            default, an epoch is stored as a whole (the range is from minus to plus infinity).
+            Start and end of the range. If the config sets no range, a trial of a continuous recording is stored from
+            `BASELINE_S` to one window after the onset, and an epoch is stored completely (the range is infinite).
         """
         tmin = self.tmin if self.tmin is not None else -math.inf if epoched else BASELINE_S
         if self.tmax is not None:

@@ -1,7 +1,7 @@
 """Finds the subject in the path of a recording by common file naming schemes.
 
-The subject's name depends only on the path of this recording. So the name and the split of the subject do not change
-when other recordings are added to the corpus or removed from the corpus.
+The subject's name depends only on the path of the recording itself, not on other recordings. So the name and the split
+of the subject do not change when other recordings are added to the corpus or removed from the corpus.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Scheme:
 
     @property
     def pattern(self) -> str:
-        """The scheme as a value of the key 'subject_pattern'."""
+        """The regular expression of this scheme, in the form that the key 'subject_pattern' needs."""
         return f"(?P<subject>{self.body})"
 
 
@@ -115,8 +115,8 @@ def recognise(path: str) -> Recognised:
     Returns
     -------
     Recognised
-        The subject and the scheme of its name. If a path contains two different names that are equally likely, such as
-        ``s13_S07.set``, no name is used, because one of the names may be the session.
+        The subject and the naming scheme that found it. If a path contains two different names that are equally likely,
+        such as ``s13_S07.set``, the subject is empty, because one of the two names may be the session.
     """
     stem = re.sub(r"\.[A-Za-z0-9]{1,6}$", "", path)
     if not re.search(r"\d|subject|participant|patient|proband", stem, re.IGNORECASE):
@@ -135,7 +135,7 @@ def recognise(path: str) -> Recognised:
 
 
 def confirming_pattern(schemes: Iterable[Scheme], subjects: dict[str, str]) -> str | None:
-    """Make a value for the key 'subject_pattern' that finds the same subjects as the naming schemes.
+    """Make a regular expression for the key 'subject_pattern' that finds the same subjects as the naming schemes.
 
     Parameters
     ----------
@@ -159,7 +159,7 @@ def confirming_pattern(schemes: Iterable[Scheme], subjects: dict[str, str]) -> s
 
 
 def find_look_alikes(subjects: Iterable[str]) -> list[Sequence[str]]:
-    """Find groups of names that differ only in case, zeros and separators, such as S1, S01 and s01."""
+    """Find groups of names that differ only in letter case, leading zeros and separators, such as S1, S01 and s01."""
     groups: dict[str, set[str]] = {}
     for name in subjects:
         groups.setdefault(alike(name), set()).add(name)

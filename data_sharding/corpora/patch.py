@@ -42,7 +42,7 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
         - ``inside`` is seeg or ecog for a recording made inside the skull. A channel that is EEG according to the
           header, and is missing in ``types``, gets the type in ``inside``.
         - ``marks`` lists interruptions and bad spans: onset and duration in seconds, text, and names of channels. A
-          mark without names of channels belongs to all channels.
+          mark without channel names applies to all channels.
 
     Returns
     -------
@@ -69,8 +69,9 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
     if inside := patch.get("inside"):
         listed = {find(name) for name in given}
         for i, kind in enumerate(types):
-            # Most file formats do not distinguish EEG from SEEG. So a channel counts as intracranial unless its name
-            # shows another kind. With grid=True, `kind_of` takes A1 and A2 for contacts of a grid, not for earlobes.
+            # Most file formats do not distinguish EEG from SEEG. So a channel of the type EEG gets the type in
+            # ``inside``, unless its name shows another kind of channel. With grid=True, `kind_of` regards A1 and A2 as
+            # contacts of a grid, not as electrodes at the ears.
             if kind == "eeg" and i not in listed and kind_of(canonical_name(info.ch_names[i]), grid=True) is None:
                 types[i] = inside
     for name, place in patch.get("positions", {}).items():
@@ -121,7 +122,7 @@ def _snap(seconds: float, sfreq: float) -> float:
 
 
 def _read_units(info: SignalInfo, given: dict[int, str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return the factors for channels whose unit is in a sidecar, and the changed fields of `SignalInfo`.
+    """Return the factors that convert channels to the units in the sidecar, and the changed fields of `SignalInfo`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Functions that several corpus adapters use: for folders, paths, keys and tables of events."""
+"""Functions that several corpus adapters use, for folders, paths, recording keys and tables of events."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def check_folder(text: str, key: str) -> AnyPath:
 
 
 def check_local_folder(config: CorpusConfig) -> Path:
-    """Return the root folder of a corpus with memory-mapped files. Check that the folder is on a local disk.
+    """Return the root folder of a corpus with memory-mapped files. Refuse a folder on an object store.
 
     Parameters
     ----------
@@ -230,9 +230,9 @@ def read_text(path: AnyPath) -> str:
 def parse_table(text: str) -> list[dict[Any, Any]]:
     """Read the rows of a tab-separated table, as `csv.DictReader` returns them.
 
-    A quotation mark in a text must not hide the following lines of the table. So each line is normally one row. If some
-    rows then have too few or too many cells, the table is also read with texts in quotation marks, which can contain
-    tabs and line breaks. This second result is used only if all its rows have the right number of cells.
+    First, each line is read as one row, so that a single quotation mark in a text cannot hide the following lines. If
+    some rows have too few or too many cells, the table is read again, as a table in which a text in quotation marks may
+    contain tabs and line breaks. This second result is used only if all its rows have the right number of cells.
 
     Parameters
     ----------
@@ -305,8 +305,8 @@ def read_marks(table: AnyPath) -> tuple[list[tuple[float, float, str, list[str]]
     Returns
     -------
     marks : list of (float, float, str, list of str)
-        For each row that is a mark (see `data_sharding.formats.marks.interruptions.TABLE`): onset and duration in
-        seconds, text, and channels. An empty list of channels means all channels.
+        For each row that marks an interruption or a bad span (`data_sharding.formats.marks.interruptions.TABLE` lists
+        these marks): onset and duration in seconds, text, and channels. An empty list of channels means all channels.
     notes : list of str
         Notes for the ledger about marks without a usable onset.
     """
@@ -355,8 +355,8 @@ def check_images(items: Iterable[Item], images: AnyPath) -> None:
     """
     shown = sorted({trial.image for item in items for trial in item.trials or () if trial.image})
     if is_remote(images):
-        # List the folder on the object store once, because a separate request for each of 16,540 images would take an
-        # hour.
+        # On an object store, list the folder of the images once: a separate request for each of 16,540 images would
+        # take an hour.
         there = {p for p in images.fs.find(images.path)} if shown else set()  # type: ignore[union-attr]
         absent = [image for image in shown if as_path(image).path not in there]  # type: ignore[union-attr]
     else:

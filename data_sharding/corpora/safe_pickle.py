@@ -65,11 +65,11 @@ STACK_GLOBAL REDUCE BUILD BINPERSID
 
 
 class RefusedPickle(ValueError):
-    """A pickle contains something other than data, or is damaged."""
+    """Error: a pickle contains something other than data, or is damaged."""
 
 
 class _Blob:
-    """Position and size of bytes that are not read, because they will be memory-mapped instead."""
+    """Position and size, in the file, of bytes that will be memory-mapped instead of read."""
 
     def __init__(self, start: int, size: int) -> None:
         self.start, self.size = start, size
@@ -120,7 +120,7 @@ class _Tensor:
 
 
 class _File:
-    """A file that raises an error if more bytes are requested than remain in the file."""
+    """A binary file whose methods raise an error if fewer bytes remain in the file than are requested."""
 
     def __init__(self, stream: Any, size: int) -> None:
         self.stream, self.size = stream, size
@@ -162,8 +162,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self.file = file
         self.budget = 8 * file.size + (1 << 20)
         self.storages: dict[str, _Storage] = {}
-        # Number of values in each tuple or frozenset that contains other tuples or frozensets, by the id of the object.
-        # The tuple or frozenset is stored too, so that no new object gets the same id.
+        # For each tuple or frozenset that contains other tuples or frozensets: the object and its number of values, by
+        # the `id` of the object. A reference to the object keeps it alive, so that no new object gets the same `id`.
         self.parts: dict[int, tuple[Any, int]] = {}
         self.known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): self._ordered,
@@ -181,7 +181,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             self.known[f"{core}.multiarray", "_reconstruct"] = lambda *_: _Array()
             self.known[f"{core}.multiarray", "scalar"] = self._scalar
             self.known[f"{core}.numeric", "_frombuffer"] = self._from_buffer
-        # Old pickle protocols use Python 2 module names, and store an empty byte string as a call of bytes().
+        # Pickles of old protocols have the module names of Python 2, and contain the call bytes() for an empty byte
+        # string.
         for name in ("set", "frozenset"):
             self.known["__builtin__", name] = self.known["builtins", name]
         self.known["__builtin__", "bytes"] = lambda: b""
@@ -223,7 +224,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         raise RefusedPickle(f"refused: more than {MAX_INSTRUCTIONS} instructions")
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return this module's replacement for a function in the pickle; raise an error for a forbidden name."""
+        """Return this module's own function for a name in the pickle; raise an error for a name that is not allowed."""
         try:
             return self.known[module, name]
         except KeyError:
@@ -233,7 +234,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             ) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Return the storage of a tensor; `pid` contains the name that `torch.save` gave to the storage."""
+        """Return the storage (values) of a tensor; `pid` contains the name that `torch.save` gave to this storage."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[4], int):
             raise RefusedPickle("refused: a reference to something outside the file")
         if pid[1] not in TORCH_DTYPES.values():
@@ -256,7 +257,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         return OrderedDict(entries)
 
     def _count_parts(self, value: Any) -> Any:
-        """Count the values in a new tuple or frozenset, store the count if it is nested, and return the argument."""
+        """Count the values in a new tuple or frozenset, store the count if `value` is nested, and return `value`."""
         count = 1 + sum(self._parts_of(part) for part in value)
         if count > len(value) + 1:
             self.parts[id(value)] = value, min(count, 2 * MAX_PARTS)
@@ -314,7 +315,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         target.build(state)
 
     def _bytes(self, size: int) -> None:
-        # Inside a frame of the pickle, the position in the file is unknown, so the bytes cannot be memory-mapped.
+        # Inside a frame (a buffered part of the pickle), the position in the file is unknown, so the bytes are read.
         if size < MAP_BYTES or self._unframer.current_frame:
             self.append(self.read(size))
         else:
@@ -329,8 +330,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self._bytes(struct.unpack("<Q", self.read(8))[0])
 
     def load_tuple(self) -> None:
-        """Make a tuple of all values since the last mark."""
-        items = self.pop_mark()  # `pop_mark` also makes `self.append` add to the list that was in use before the mark.
+        """Make a tuple of all values on the stack above the last mark."""
+        items = self.pop_mark()  # `pop_mark` also sets `self.append` back to the list that was in use before the mark.
         self.append(self._count_parts(tuple(items)))
 
     def _load_tuple(self, size: int) -> None:
@@ -349,7 +350,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self._set_items(self.stack[-1], items)
 
     def load_dict(self) -> None:
-        """Make a dictionary of all values since the last mark."""
+        """Make a dictionary of all keys and values on the stack above the last mark."""
         items = self.pop_mark()
         self.append({})
         self._set_items(self.stack[-1], items)
@@ -360,7 +361,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         target.update(zip(self._check_keys(items[::2]), items[1::2], strict=True))
 
     def load_empty_set(self) -> None:
-        """Make an empty set, and count its memory, because a set is far larger than its instruction."""
+        """Make an empty set, and count its memory: one byte of a pickle makes a set of some hundred bytes."""
         self.spend(bytes(200))
         self.append(set())
 
@@ -372,12 +373,12 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self.stack[-1].update(self._check_keys(items))
 
     def load_frozenset(self) -> None:
-        """Make a frozenset of all values since the last mark."""
+        """Make a frozenset of all values on the stack above the last mark."""
         items = self.pop_mark()
         self.append(self._count_parts(frozenset(self._check_keys(items))))
 
     def load_put(self) -> None:
-        """Store a value under a number that is written as text."""
+        """Store a value for later instructions, under a number that the pickle contains as text."""
         number = int(self.readline()[:-1])
         if not 0 <= number < 2**31:
             raise RefusedPickle("damaged: a stored value has an impossible number")
@@ -455,7 +456,7 @@ class _Resolver:
 
     def _keep(self, value: Any, made: Any) -> Any:
         self.done[id(value)] = made
-        self.kept.append(value)  # Keep a reference to the object, so that no new object gets the same id.
+        self.kept.append(value)  # Keep a reference to the original object, so that no new object gets the same `id`.
         return made
 
     def _array(self, array: _Array) -> np.ndarray:
@@ -604,8 +605,8 @@ def _load_torch_zip(path: Path) -> Any:
             raise RefusedPickle("damaged: not a file of torch.save")
         pickled = archive.read(name)
         reader = _Reader(_File(io.BytesIO(pickled), len(pickled)))
-        # The archive stores the values of tensors in separate files, so the pickle itself is small, and is read
-        # completely.
+        # The values of tensors are in separate files of the archive, so the pickle is small. Read its bytes, and map
+        # nothing.
         reader._bytes = lambda size: reader.append(reader.read(size))  # type: ignore[method-assign]
         value = reader.run()
         for key, storage in reader.storages.items():

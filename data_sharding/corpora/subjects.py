@@ -167,7 +167,7 @@ def _read_table(config: CorpusConfig) -> tuple[AnyPath, list[_Row]]:
 
 @functools.lru_cache(maxsize=100_000)
 def hash_identity(identity: str, secret: str) -> str:
-    """Return a pseudonym for the patient in a header.
+    """Return a pseudonym for the patient whose name or number is in a recording's header.
 
     Parameters
     ----------
@@ -181,8 +181,8 @@ def hash_identity(identity: str, secret: str) -> str:
     str
         ``id-`` and 12 hexadecimal digits.
     """
-    # If no secret is set, somebody could find a patient by hashing all possible patient numbers. Because the hash is
-    # slow, this search takes very long.
+    # Without a secret, somebody could find a patient by hashing all possible patient numbers. The hash is slow on
+    # purpose, so that this search takes very long.
     salt = hashlib.sha256(f"dreamscale subject {secret}".encode()).digest()
     return f"id-{hashlib.scrypt(identity.encode(), salt=salt, n=2**11, r=8, p=1, dklen=6).hex()}"
 
@@ -282,7 +282,7 @@ class SubjectFinder:
                 )
 
     def _describe(self, table: AnyPath | None, rows: list[_Row], paths: list[str]) -> None:
-        """Add rows without path and patient; such rows describe subjects whose names come from other sources."""
+        """Store the age, sex and group in the rows without path and patient, by the name of the subject."""
         named = {self(path, "").subject for path in paths} if rows else set()
         for row in rows:
             if row.subject in self._people:
@@ -340,7 +340,7 @@ class SubjectFinder:
         return (self._hash(patient), "header") if patient is not None else (key, "unknown")
 
     def shows_name(self, relative: str) -> bool:
-        """Return whether the path of a recording contains the patient's name or number from the header."""
+        """Return whether the path of a recording contains the patient's name or number, which is also in the header."""
         patient = self._patients.get(relative)
         if patient is None:
             return False

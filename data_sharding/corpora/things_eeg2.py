@@ -1,7 +1,7 @@
 """Reads the released files of THINGS-EEG2: ten subjects saw 16,740 images of 1,854 concepts in random order.
 
 Letters in array shapes: I is the number of images, R the number of repetitions, C the number of channels, T the number
-of samples in an epoch, S the number of samples in a recording.
+of time points in an epoch, S the number of time points in a recording.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class ThingsEEG2Corpus(Adapter):
             try:
                 trials, left_out = _trials(_content(path, own["source"]), own, shown[partition], partition)
             except (ValueError, TypeError, OSError) as error:
-                # In a damaged file, numbers and names can have wrong types, so catch TypeError too.
+                # In a damaged file, numbers and names can have wrong types, which causes a TypeError.
                 problem = Reason("unreadable", one_line(error)[:200])
             out.append(
                 Item(
@@ -174,11 +174,11 @@ class ThingsEEG2Corpus(Adapter):
 
 
 class _Unusable(ValueError):
-    """The content of a file does not match its name."""
+    """Error: the content of a file is not what the file's name says."""
 
 
 def _content(path: Path, source: str) -> dict[str, Any]:
-    """Read the array, sampling rate and channels of a released file; for epochs, also the time of the first sample."""
+    """Read the array, sampling rate and channels of a released file, and the start time of its epochs."""
     content = load_npy(path)
     key, ndim = ("preprocessed_eeg_data", 4) if source == "preprocessed" else ("raw_eeg_data", 2)
     if not isinstance(content, dict) or key not in content or "ch_names" not in content:
@@ -235,7 +235,7 @@ def _trials(
     stim = np.asarray(content["x"][content["ch_types"].index("stim")])
     if not np.isfinite(stim).all():
         raise _Unusable("the stim channel has NaN or infinite values")
-    # If an event code lasts for several samples, count it as one event.
+    # If an event code lasts for several time points, it is one event.
     at = np.flatnonzero((stim != 0) & (np.diff(stim, prepend=0) != 0))
     codes = np.round(stim[at]).astype(np.int64)
     left_out: Counter[str] = Counter()

@@ -79,10 +79,10 @@ class Batch:
         return self.padded()
 
     def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Make windows of 128 channels: row `i` of a window is the recorded channel ``i % n`` of its sample.
+        """Make a window of 128 rows from each sample: row `i` is the recorded channel ``i % n`` of the sample.
 
-        Only the recorded channels are copied to the device, as float16. After the copy, the device converts and
-        replicates the recorded channels.
+        Only the recorded channels are copied to the device, as float16. The device then converts them to `dtype` and
+        replicates them.
 
         Parameters
         ----------
@@ -140,7 +140,7 @@ def collate(
     numbers : sequence of int
         Numbers of the samples.
     epochs : sequence of int, optional
-        Number of the epoch in which each sample is read; 0 by default.
+        Number of the training epoch in which each sample is read; 0 by default.
     out : ndarray of float16, shape (rows, T), optional
         Memory for the signals. If `out` is too small, new memory is allocated.
 
@@ -170,7 +170,7 @@ def collate(
 
 
 def sequential(dataset: EEGDataset, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """Read every sample of a split once, in stored order, for evaluation.
+    """Yield batches with every sample of a split exactly once, in stored order, for evaluation.
 
     Parameters
     ----------

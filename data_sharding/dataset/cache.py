@@ -139,7 +139,8 @@ class ShardCache:
                 self._reserve(temporary, expected, url)
                 got, digest = _download(url, temporary, expected)
                 if digest == sha256:
-                    # Rename under the lock 'room': a folder that is listed during a renaming may show neither name.
+                    # Hold the lock 'room' during the renaming: a process that lists the folder at this moment may see
+                    # neither the old nor the new name.
                     with locked(self.folder / "locks" / "room"):
                         temporary.replace(path)
                     return
@@ -270,7 +271,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _store(url: AnyPath) -> tuple[Any, str]:
-    """Return the file system and the path of a URL.
+    """Return the fsspec file system of a URL, and the path in this file system.
 
     The cache object does not store the file system, because the connections of a file system do not survive a fork.
     """

@@ -177,7 +177,7 @@ class EEGDataset:
 
     @property
     def parts(self) -> list[EEGDataset]:
-        """List that contains only this dataset. For a `Mixture`, `parts` contains all datasets of the mixture."""
+        """List that contains only this dataset; `Mixture.parts` contains all datasets of a mixture."""
         return [self]
 
     def require_images(self) -> EEGDataset:
@@ -219,8 +219,7 @@ class EEGDataset:
         ------
         RequestError
             If a setting of the preprocessing differs; the message names every such setting. The settings `stride`,
-            `reject_uv` and `quality` may differ, because they do not change the values of a window in which no channel
-            is bad.
+            `reject_uv` and `quality` may differ, because they change no values in a window without bad channels.
         """
         differ = spec.differences(self.spec)
         if found := [text for key, text in differ.items() if key not in ("stride", "reject_uv", "quality")]:
@@ -302,7 +301,7 @@ class EEGDataset:
 
     @property
     def trials(self) -> TrialTable:
-        """Metadata of all samples as columns of a table, whose file all processes of the machine share.
+        """Metadata of all samples: a table whose file is shared by all processes of the machine.
 
         The first process that uses `trials` reads the JSON of every sample (see `data_sharding.dataset.trials`).
         """

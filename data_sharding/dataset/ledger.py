@@ -1,4 +1,4 @@
-"""The ledger: one row for every recording that was found, with its status and the reason for the status."""
+"""The ledger: a table with one row for every recording that was found, with its status and the reason for it."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _ShardPrefetcher:
-    """Downloads, in background threads, the shards of the current and of the next window of each remote dataset."""
+    """Downloads the shards of the current and the next window (group of shards) of each remote dataset, in threads."""
 
     def __init__(self) -> None:
         self.windows: dict[int, tuple[int, int]] = {}
@@ -67,7 +67,7 @@ class _ShardPrefetcher:
                 threading.Thread(target=self._run, args=(part, stream, window, shards), daemon=True).start()
 
     def _run(self, part: EEGDataset, stream: int, window: tuple[int, int], shards: list[int]) -> None:
-        # Other processes download the same shards, so let each process start with a different shard if possible.
+        # Other processes of the machine download the same shards, so let each process start with a different shard.
         turn = os.getpid() % len(shards)
         for shard in shards[turn:] + shards[:turn]:
             if self.windows.get(stream) != window:
@@ -193,8 +193,8 @@ class Loader:
         Number of worker processes that read samples; with 0 workers, the training process reads the samples.
     order : {"global", "shards"}
         global: random order over all samples; with this order, a remote dataset must fit into the cache. shards: the
-        shards are in random order, and the samples are in random order within each `window` of shards. With the order
-        "shards", the cache must hold two windows of shards.
+        shards are in random order, and the samples are in random order within each window, that is, within each group
+        of `window` consecutive shards. With the order "shards", the cache must hold two windows of shards.
     window : int
         Number of shards in one window of the order "shards".
     pin_memory : bool, optional

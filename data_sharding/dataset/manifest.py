@@ -63,11 +63,11 @@ class Shard:
 
     @property
     def served(self) -> int:
-        """Number of samples in the tar that are not withdrawn."""
+        """Number of samples in the tar that belong to this version of the dataset, that is, are not withdrawn."""
         return self.samples - sum(stop - start for start, stop in self.withdrawn)
 
     def mask(self) -> np.ndarray:
-        """Return an array of bool, shape (samples,), that is False for the withdrawn samples of the tar."""
+        """Return for each sample of the tar whether it is in this version of the dataset (False: withdrawn)."""
         mask = np.ones(self.samples, bool)
         for start, stop in self.withdrawn:
             mask[start:stop] = False
@@ -142,7 +142,8 @@ class Manifest:
         Raises
         ------
         RequestError
-            If the directory is missing, or if its manifest is missing, damaged or of another schema.
+            If the directory is missing, or if its manifest is missing, damaged, or written in another version of the
+            schema.
         """
         directory = fresh(as_path(directory))  # Another process may have changed the folder, so use no cached listing.
         if not directory.is_dir():
@@ -197,7 +198,7 @@ def _check_manifest(values: Any, where: str) -> None:
         for shard in check_list(shards, where, f"splits.{check_key(split, where)}"):
             path = check_path(check_group(shard, where, "a shard").get("path"), where)
             if not path.endswith(".tar"):
-                raise refusal(where, f"the shard '{show(path)}' is not a tar")
+                raise refusal(where, f"the shard '{show(path)}' is not a .tar file")
             check_sha256(shard.get("sha256"), where)
             check_sha256(shard.get("index_sha256"), where)
             size = check_count(shard.get("bytes"), where, f"bytes of {path}", most=MAX_FILE)
@@ -240,9 +241,9 @@ def version_folder(dataset: str | AnyPath, number: int) -> AnyPath:
 def current_file(dataset: str | AnyPath, name: str) -> AnyPath:
     """Return the path of a file that describes the current version of a dataset, such as the ledger.
 
-    In a dataset with several versions, the folder ``versions`` contains the files that count; the files outside this
-    folder are only copies for users. A job first writes the manifest of a new version and then replaces the copies of
-    the other files one by one, so an interrupted job may leave copies of the old version.
+    In a dataset with several versions, this is the file in the folder ``versions``; the file of the same name outside
+    this folder is only a copy for users. A job first writes the manifest of a new version and then replaces the copies
+    of the other files one by one, so an interrupted job may leave copies of the old version.
     """
     root = as_path(dataset)
     if (root / VERSIONS).is_dir() and (root / NAME).is_file():
@@ -270,7 +271,7 @@ def find_version(dataset: str | AnyPath, dataset_id: str) -> Manifest | None:
     Raises
     ------
     RequestError
-        If shards of the version do not exist any more, because the dataset was compacted.
+        If shards of the version do not exist any more, because ``dreamscale shard --compact`` deleted them.
     """
     root = as_path(dataset)
     current = Manifest.read(root)

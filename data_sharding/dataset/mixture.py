@@ -76,7 +76,8 @@ class Mixture:
         ]
         opened.sort(key=lambda one: one[0].manifest.dataset_id)
         self.parts = [part for part, _ in opened]
-        # The result of `fsum`, and so the dataset id of the mixture, does not depend on the order of the weights.
+        # The result of `math.fsum` does not depend on the order of the weights, so the dataset id of the mixture does
+        # not either.
         total = math.fsum(weights.values())
         self.weights = [weight / total for _, weight in opened]
         for part in self.parts[1:]:

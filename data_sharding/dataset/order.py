@@ -21,7 +21,7 @@ import numpy as np
 
 Order = Literal["global", "shards"]
 """Order within an epoch. With "global", the samples are shuffled over the whole dataset; with "shards", only within
-windows of a few shards."""
+windows (groups of a few consecutive shards)."""
 
 _ROUNDS = 8
 _BLOCK = 4096
@@ -139,8 +139,8 @@ class EpochOrder:
         Seed of the random order.
     order : {"global", "shards"}
         global: the samples are shuffled over the whole dataset. shards: the shards are in random order, and the samples
-        are shuffled within each `window` of consecutive shards. With the order "shards", a cache that holds two windows
-        of shards is large enough.
+        are shuffled within each window, that is, within each group of `window` consecutive shards. With the order
+        "shards", a cache that holds two windows of shards is large enough.
     window : int
         Number of shards in one window. The order "global" does not use the number of shards in a window.
     stream : int
@@ -183,7 +183,7 @@ class EpochOrder:
         return numbers, epochs
 
     def windows(self, place: int) -> tuple[tuple[int, int], list[int]]:
-        """List the shards that the order "shards" reads at a place and soon after this place.
+        """List the shards that the order "shards" reads at a place, and the shards that it reads next.
 
         Parameters
         ----------

@@ -237,7 +237,7 @@ def parse_index(data: bytes, name: str, samples: int, *, tar_bytes: int, window:
     if not fits.all():
         key = entries[int(np.argmin(fits))]["key"]
         raise RequestError(
-            f"{name}: the offsets of sample {show(key)} are not those that Dreamscale writes; copy the dataset again"
+            f"{name}: the index gives impossible offsets for the sample {show(key)}; copy the dataset again"
         )
     rows = np.empty(samples, INDEX)
     rows["start"], rows["eeg"], rows["image"], rows["json"] = eeg[:, 0] - HEADER, eeg[:, 1], image[:, 1], meta[:, 1]
@@ -381,8 +381,8 @@ class ShardReader:
         shape = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({N_PADDED}, {samples}), }}"
         self.npy = b"\x93NUMPY\x01\x00v\x00" + shape.ljust(117).encode() + b"\n"
         self.size = len(self.npy) + N_PADDED * samples * 2
-        # Make the buffer longer than a sample: only if space is left in the buffer, the decompressor reads to the end
-        # of the zstd frame, and verifies the checksum that is stored there.
+        # Make the buffer longer than a sample. The checksum is at the end of the compressed data, and the decompressor
+        # reads to this end, and verifies the checksum, only if space is left in the buffer.
         self.plain = bytearray(self.size + 64)
         self.stored = np.frombuffer(self.plain, np.float16, N_PADDED * samples, len(self.npy)).reshape(N_PADDED, -1)
         self.samples = samples
@@ -407,7 +407,7 @@ class ShardReader:
         return descriptor
 
     def close_evicted(self) -> None:
-        """Close files that the cache has deleted; the disk space of a deleted file is freed only when it is closed."""
+        """Close open files that the cache has deleted, because a deleted file uses disk space until it is closed."""
         if not self.dataset.cache:
             return
         for shard, descriptor in list(self.files.items()):
@@ -415,7 +415,7 @@ class ShardReader:
                 os.close(self.files.pop(shard))
 
     def start_readahead(self, location: SampleLocation) -> None:
-        """Ask the operating system to read a sample in advance, so that the samples of a batch are read in parallel."""
+        """Ask the operating system to load a sample early, so that it loads the samples of a batch in parallel."""
         if not hasattr(os, "posix_fadvise"):
             return  # macOS does not have the function posix_fadvise.
         # Ignore an error of the readahead, because the actual reading of the sample will raise the same error.

@@ -55,7 +55,7 @@ class SplitConfig:
             x, y = getattr(self, a), getattr(self, b)
             if x < 0 or y < 0 or x + y >= 1:
                 raise ValueError(
-                    f"split: {a} and {b} must not be negative and must leave a share for train, got {x} and {y}"
+                    f"split: {a} and {b} must not be negative, and their sum must be below 1, got {x} and {y}"
                 )
         both = {_bare(s) for s in self.val_subjects} & {_bare(s) for s in self.test_subjects}
         if both:

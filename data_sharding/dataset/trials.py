@@ -76,7 +76,7 @@ class TrialTable:
     table : pyarrow.Table
         Content of the table's file, from `open_table`.
     kept : ndarray of bool, shape (stored samples,), optional
-        True for each sample that the dataset reads; by default True for all samples.
+        True for each stored sample that the dataset reads (does not leave out); by default True for all samples.
 
     Notes
     -----

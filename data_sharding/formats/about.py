@@ -49,7 +49,7 @@ AMPLIFIERS = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Patient:
-    """The person whose data are in the patient field of a header. Never print or store the fields of this class."""
+    """The person whom the patient field of a header describes. Never print or store the fields of this class."""
 
     identity: str
     """Text that is the same in all recordings of this patient."""
@@ -102,7 +102,7 @@ def year_of(text: str) -> int | None:
 def _is_nobody(word: str) -> bool:
     bare = word.strip("-?*#.()[]").casefold()
     return (
-        len(set(bare)) <= 1  # empty, or a placeholder such as X, XXXX or 0000
+        len(set(bare)) <= 1  # The text is empty, or a placeholder such as X, XXXX or 0000.
         or bare in NOBODY
         or bool(DATE.fullmatch(bare) or AGE.fullmatch(bare))
     )

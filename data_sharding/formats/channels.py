@@ -1,4 +1,4 @@
-"""Find the EEG channels of a recording, name them, locate them on the head, and choose at most 128 of them.
+"""Find the EEG channels of a recording, their standard names and their positions, and choose at most 128 of them.
 
 In array shapes, n is the number of channels.
 """
@@ -165,7 +165,7 @@ def _standard_names() -> dict[str, str]:
 
 @functools.lru_cache(maxsize=4096)
 def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
-    """Decide by its name whether a channel is not EEG, and return the kind of such a channel.
+    """Return the kind of a channel that is not EEG (such as EOG), judged by its name; None if it may be EEG.
 
     Parameters
     ----------
@@ -221,7 +221,7 @@ def is_net(names: list[str]) -> bool:
 
 
 def is_electrode(labels: Sequence[str]) -> list[bool]:
-    """Return for each channel name whether it is the name of a scalp electrode."""
+    """For each channel name, return whether it is the name of a scalp electrode."""
     names = [canonical_name(label) for label in labels]
     grid, net = is_grid(names), is_net(names)
 
@@ -371,7 +371,7 @@ def pick_channels(info: SignalInfo) -> Channels:
 
 
 def _shorten(notes: list[str]) -> list[str]:
-    """Shorten a list of notes, each about one channel, to at most four notes."""
+    """Shorten a list of notes, one note for each channel, to at most four notes."""
     return notes if len(notes) <= 4 else [*notes[:3], f"the same holds for {len(notes) - 3} other channels"]
 
 

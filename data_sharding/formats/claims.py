@@ -1,4 +1,4 @@
-"""Find all files of a recording. Their names are read from the main file, and not guessed from similar names."""
+"""Find all files of a recording. Their names are read from its main file, not guessed."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def link_files(files: tuple[Path, ...], folder: Path, names: dict[Path, str]) ->
     folder : Path
         The folder.
     names : dict
-        Names of the links. The link to a file without an entry has the name of the file.
+        Names of the links. A file without an entry keeps its name.
     """
     for file in files:
         (folder / names.get(file, file.name)).symlink_to(file.absolute())

@@ -1,6 +1,6 @@
 """Open EDF, BDF and GDF files, in which channels can have different sampling rates and units, and which can have gaps.
 
-In array shapes, n is the number of channels, and S the number of samples at the recording's rate.
+In array shapes, n is the number of channels, and S the number of time points at the recording's sampling rate.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class RecordsSignal(RawSignal):
 
         raw, ratio, pick = self._others[number]
         up, down = ratio.numerator, ratio.denominator
-        # `reach` is at least half the length of resample_poly's filter, in input samples. An output sample does not
-        # depend on input samples that are further away.
+        # `reach` is at least half the length of resample_poly's filter, in input samples. An output sample depends only
+        # on input samples that are at most `reach` samples away.
         reach = 10 * max(up, down) // up + down + 1
         first, last = segment.start * down // up, segment.stop * down // up
         a = max(first, first + (start * down // up - reach - first) // down * down)
@@ -288,9 +288,9 @@ def _open_with_mne(format_: str, path: Path, layout: headers.Layout, numbers: li
 
 
 def _mend_selection(raw: BaseRaw, layout: headers.Layout, opened: list[int]) -> None:
-    """Correct a GDF recording that MNE opened without some channels.
+    """Correct the channels of a GDF recording, after MNE has opened it without some channels of the file.
 
-    MNE 1.13 does not store the numbers of the selected channels, and reads the first channels of the file instead.
+    MNE 1.13 forgets which channels were selected, and reads as many channels from the beginning of the file instead.
     """
     extras = raw._raw_extras[0]
     count = max(layout.per_record[i] for i in opened)
@@ -333,8 +333,8 @@ def _rate_of_eeg(layout: headers.Layout) -> int:
         if label in headers.ANNOTATIONS or count < 1 or i in layout.unscaled:
             continue
         other = kind_of(canonical_name(label)) is not None or not (names_no_unit(unit) or to_volts(unit))
-        # For the choice of the rate, channels with electrode names have the most weight, other channels that may be EEG
-        # have less, and all other channels have the least.
+        # The most frequent rate is chosen. Channels with electrode names count most, other channels that may be EEG
+        # count less, and all other channels count least.
         counts[count] += 1 if other else 10**6 if electrodes[i] else 1000
     usable = [electrodes[i] for i in range(len(layout.labels)) if i not in layout.unscaled]
     if layout.unscaled and not (any(usable) if any(electrodes) else counts):

@@ -71,7 +71,7 @@ class Layout:
 
     @property
     def annotated(self) -> bool:
-        """Whether the file has an annotation signal."""
+        """Whether the file has a channel with annotations, as in EDF+."""
         return any(label in ANNOTATIONS for label in self.labels)
 
 

@@ -1,4 +1,4 @@
-"""Make a `Signal` of a recording that MNE has opened. Samples are read on demand.
+"""Make a `Signal` of a recording that MNE has opened. The signal is read on demand.
 
 In array shapes, n is the number of channels, S the number of samples at the recorded rate, and E the number of epochs.
 """
@@ -186,7 +186,7 @@ def annotations_of_epochs(epochs: mne.BaseEpochs) -> list[Annotation]:
 
 
 def _end_in_epoch(marks: Iterable[Found], length: int, sfreq: float) -> list[Found]:
-    """End each mark at the latest when its epoch ends, because the next epoch is from another time of the recording."""
+    """Cut off each mark at the end of its epoch, because the next epoch is from another time of the recording."""
     found = []
     for mark in marks:
         end = (math.floor(mark.begin * sfreq / length + 1e-6) + 1) * length / sfreq

@@ -1,4 +1,4 @@
-"""Open a recording of any format as a `Signal`, with its gaps and metadata. Samples are read only on demand.
+"""Open a recording of any format as a `Signal`, with its gaps and metadata. The signal is read only on demand.
 
 In array shapes, n is the number of channels, S the number of samples at the recorded rate, and E the number of epochs.
 """
@@ -102,9 +102,10 @@ def neuroscan_data_format(path: str | Path) -> str:
 
     Notes
     -----
-    If the numbers of channels and samples in the header, with 16 or 32 bits for a sample, give exactly the size of the
-    data block, this number of bits is used. Otherwise, the data are decoded once as 16-bit and once as 32-bit samples,
-    and the smoother signal is taken as right, because decoding with the wrong number of bits gives noise.
+    The numbers of channels and samples in the header give the size of the data block for 16 bits and for 32 bits. If
+    one of the two sizes is exactly right, its number of bits is used. Otherwise, the data are decoded once as 16-bit
+    and once as 32-bit samples, and the smoother of the two signals is used, because decoding with the wrong number of
+    bits gives noise.
     """
     with Path(path).open("rb") as stream:
         head = stream.read(900)
@@ -157,7 +158,7 @@ def _fif(path: Path) -> Any:
     try:
         return mne.read_epochs(path, preload=False, proj=False)
     except Exception:
-        raise NotContinuous(Reason("no recording in the FIF file", "averages or something else")) from None
+        raise NotContinuous(Reason("the FIF file contains no recording", "averages or something else")) from None
 
 
 def _check_parts(raw: BaseRaw) -> BaseRaw:
@@ -230,8 +231,8 @@ def _as_named(
     text : str, optional
         Repaired text of the header. By default, the text of the header is read from `path`.
     contents : mapping of str to str, optional
-        Repaired contents of the files that the header names. The key is the header's key for the name of the file, such
-        as MarkerFile; the value is the repaired text of this file.
+        Repaired texts of files that the header names. The key is the header's key, such as MarkerFile; the value is the
+        repaired text of the file.
 
     Returns
     -------
@@ -352,7 +353,7 @@ def _brainvision(path: Path) -> Signal:
     numbers = [i for i in range(1, len(raw.ch_names) + 1) if i not in header.left_out]
     left_out = {raw.ch_names[i - 1]: why for i, why in header.left_out.items()}
     if not numbers:
-        raise ReadError(Reason("damaged BrainVision header", "no channel has a resolution"))
+        raise ReadError(Reason("damaged BrainVision header", "no channel has a resolution (factor) in the header"))
     for number in header.unplaced:
         raw.info["chs"][number - 1]["loc"][:3] = np.nan
     sfreq = float(raw.info["sfreq"])

@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A segment: samples without a gap between them. Filters and windows never cross the ends of a segment.
+    """A part of the signal without gaps. Filters and windows never cross the ends of a segment.
 
     A continuous recording is one segment. In a recording with gaps, a new segment begins after each gap. In an epoched
     recording, each epoch is a segment.

@@ -134,7 +134,7 @@ class File:
     ) -> Recording:
         """Return the recording that consists of this file, and of the `sidecars` that exist.
 
-        If `need` is not empty and no sidecar exists, the text `need` becomes the problem of the recording.
+        If no sidecar exists, the text `need` (if not empty) becomes the problem of the recording.
         """
         there = [self.near[name.lower()] for name in sidecars if name.lower() in self.near] if sidecars else []
         if need and not there:
@@ -324,7 +324,7 @@ def _xdf(file: File) -> Recording | None:
 
 
 def _claims(file: File) -> Recording | None:
-    """Report a file with the extension of a recording format, but with unknown content."""
+    """Return a `Recording` with a problem for a file that has a recording's extension, but unknown content."""
     if file.suffix in CLAIMED:
         name = CLAIMED[file.suffix]
         kind = name.split()[0]

@@ -89,7 +89,7 @@ class Clock:
 class _Anchors:
     """Anchors (samples with a measured stamp).
 
-    The stamps of the samples ``first[i]`` to ``last[i]`` come from anchor ``i``.
+    The stamps of the samples ``first[i]`` to ``last[i]`` are copied or computed from the stamp of anchor ``i``.
     """
 
     first: np.ndarray
@@ -101,7 +101,7 @@ class _Anchors:
 
     @property
     def by_last(self) -> bool:
-        """Whether the stamps belong to the last sample of each chunk."""
+        """Whether the measured stamp of each chunk belongs to the last sample of the chunk."""
         return self.k is self.last
 
 
@@ -296,7 +296,7 @@ def _period(anchors: _Anchors, nominal: float) -> float:
 
 
 def _excess(anchors: _Anchors, period: float) -> np.ndarray:
-    """Return the stamp difference of consecutive anchors, minus the length of the samples between them, in seconds."""
+    """For consecutive anchors, return the difference of their stamps minus the expected difference, in seconds."""
     return np.diff(anchors.t) - np.diff(anchors.k) * period
 
 
@@ -408,7 +408,7 @@ def _in_order(
 
 
 def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
-    """Return how many samples move when pieces (groups of chunks) are sorted by time.
+    """Return how many samples change their place when pieces (groups of chunks) are sorted by time.
 
     `by_time` has many increasing subsequences. The pieces of the subsequence with the most samples stay, and all other
     pieces move.

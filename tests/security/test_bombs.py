@@ -364,16 +364,16 @@ def test_matlab_files_that_need_too_much_memory_or_crash_the_reader(
     cells[128 + 8 + 24 : 128 + 8 + 32] = struct.pack("<2i", 2**15, 2**15)
     (tmp_path / "cells.set").write_bytes(cells)
     savemat(tmp_path / "zeros.set", {"x": np.zeros(2**27, np.uint8)}, appendmat=False, do_compression=True)
-    faults = {"deep": "nested more than 100 times", "cells": "unpack to more than", "zeros": "unpack to more than"}
+    faults = {"deep": "nested over 100 levels deep", "cells": "unpack to more than", "zeros": "unpack to more than"}
     for name, fault in faults.items():
         with pytest.raises(RequestError, match=fault):
             check_matlab(tmp_path / f"{name}.set")
     encoder = tmp_path / "encoder"
     EEGEncoder(EncoderConfig(samples=512, dim=8, depth=1, heads=2, mlp_ratio=1.0)).save_pretrained(encoder)
     done = run_command("encode", encoder, tmp_path / "deep.set", "-o", tmp_path / "out.npz")
-    assert_refused(done, "deep.set", "nested more than 100 times")
+    assert_refused(done, "deep.set", "nested over 100 levels deep")
     _array_corpus(tmp_path / "arrays", "deep.mat", _matlab_cells(20_000), SIDECAR)
-    assert "nested more than 100 times" in _open_items(tmp_path / "arrays")[0]
+    assert "nested over 100 levels deep" in _open_items(tmp_path / "arrays")[0]
 
 
 @pytest.mark.parametrize("packed", [True, False])

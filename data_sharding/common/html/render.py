@@ -74,7 +74,7 @@ class Table:
 
 
 def to_cell(value: Any) -> Cell:
-    """Format a value for a table: whole numbers with thousands separators, other numbers with four digits."""
+    """Format a value for a table: integers with thousands separators, floats with four significant digits."""
     if isinstance(value, Cell):
         return value
     if value is None:
@@ -121,6 +121,6 @@ def render_page(template: Path, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["anchor"] = make_anchor
-    # Each section adds its title to `headings` when the section is rendered. The navigation bar uses the list
-    # `headings`.
+    # `headings` is empty at first. The template appends the title of each section to this list, and then makes the
+    # navigation bar from the list.
     return environment.get_template(template.name).render(headings=[], **values)

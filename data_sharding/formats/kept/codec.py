@@ -104,7 +104,7 @@ def _pack_channel(x: np.ndarray) -> tuple[int, int, bytes]:
 def _narrow(x: np.ndarray) -> tuple[np.ndarray | None, int]:
     """Return the values divided by a factor, as float32, and the index of this factor in `_FACTORS`.
 
-    Return None and 0 if with every factor, decoding would change some of the values.
+    Return None and 0 if no factor allows decoding without a change of values.
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for i, factor in enumerate(_FACTORS):
@@ -129,8 +129,8 @@ def _find_steps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     if len(table) > _TABLE_LENGTH:
         return None
     numbers = (np.cumsum(used) - 1)[places]
-    # Use the table only if decoding restores every bit. It may not if two different values have the same index, or if a
-    # value is a negative zero or an unusual NaN.
+    # Use the table only if decoding restores every bit. Decoding loses bits if two different values have the same
+    # index, or if a value is a negative zero or an unusual NaN.
     return (table, numbers) if _same(table[numbers], x) else None
 
 

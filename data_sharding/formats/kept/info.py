@@ -60,7 +60,7 @@ def info_from_json(values: Any, where: str) -> SignalInfo:
     values = check_group(values, where)
     names = {field.name for field in dataclasses.fields(SignalInfo)}
     if set(values) != names:
-        raise ValueError(f"the fields are not {', '.join(sorted(names))}")
+        raise ValueError(f"the fields are not exactly {', '.join(sorted(names))}")
 
     def number(value: Any, what: str) -> float:
         if isinstance(value, dict):
@@ -98,7 +98,7 @@ def info_from_json(values: Any, where: str) -> SignalInfo:
     names_, total = texts("ch_names"), check_count(values["n_samples"], where, "n_samples", most=MOST)
     types, positions = texts("ch_types"), [place(v) for v in check_list(values["positions"], where, "positions")]
     if not len(names_) == len(types) == len(positions):
-        raise ValueError("names, types and positions of the channels differ in length")
+        raise ValueError("the lists of channel names, types and positions have different lengths")
     segments, end = [], 0
     for entry in check_list(values["segments"], where, "segments"):
         segment = check_group(entry, where, "segments")

@@ -223,7 +223,7 @@ class KeptSignal:
         picks = check_list(values["picks"], where, "picks")
         self._row = {check_count(pick, where, "picks", most=last): row for row, pick in enumerate(picks)}
         if len(self._row) != len(picks):
-            raise ValueError("a channel is there twice")
+            raise ValueError("the file contains a channel twice")
         self._blocks: list[tuple[int, int, int, int, str]] = []
         begin = 0
         for entry in check_list(values["blocks"], where, "blocks"):

@@ -1,4 +1,4 @@
-"""Manages the folder of kept signals (decoded signals on disk), and of the checksums of the recordings' files."""
+"""Manages a folder with kept signals (decoded signals on disk), and with the checksums of recordings' files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def limit_size(folder: Path, most_bytes: float) -> tuple[int, int]:
     """
     found = []
     for path in (folder / "signals").glob("*/*.kept"):
-        with contextlib.suppress(FileNotFoundError):  # Another job may delete signals at the same time.
+        with contextlib.suppress(FileNotFoundError):  # Another job may have deleted this signal.
             status = path.stat()
             found.append((status.st_mtime_ns, status.st_size, path))
     left, deleted = sum(size for _, size, _ in found), 0

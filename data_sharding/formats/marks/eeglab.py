@@ -195,7 +195,7 @@ def _read_channels(event: dict[str, Any], numbers: dict[int, str | None]) -> tup
                 continue
             number = read_number(value)
             if number is None or math.isnan(number) or (number < 1 and len(values) == 1):
-                continue  # For example, EEGLAB writes channel 0 if an event belongs to all channels.
+                continue  # The field names no channel. For example, 0 means that the event belongs to all channels.
             name = numbers.get(int(number), f"{number:g}") if number.is_integer() else f"{number:g}"
             if name is None or number < 1:
                 return None

@@ -1,7 +1,7 @@
 """The table of marks: for each format, which marks divide a recording, and which marks declare a time span as bad.
 
-The effect of each kind of mark is defined only in `TABLE`. A reader finds the marks of a recording, and gives for each
-mark the name of its row in `TABLE`. The function `divide` computes segments, bad spans and notes from the marks.
+Only `TABLE` defines the effect of each kind of mark. A reader finds the marks of a recording, and gives for each mark
+the name of its row in `TABLE`. The function `divide` computes segments, bad spans and notes from the marks.
 ``docs/formats.md`` shows `TABLE` to users.
 """
 
@@ -303,7 +303,7 @@ ROWS = {mark.name: mark for mark in TABLE}
 
 
 def find_row(format_: str, text: str) -> Mark | None:
-    """Find the row of the table for an annotation.
+    """Find the row of `TABLE` for an annotation.
 
     Parameters
     ----------
@@ -349,7 +349,7 @@ def find_marks(format_: str, annotations: Iterable[Annotation]) -> list[Found]:
 
 
 def _join_pairs(found: list[Found]) -> list[Found]:
-    """Join two bad-span marks, of which the first starts a span and the second ends the span, to one mark.
+    """Join a mark for the start of a bad span and the mark for its end to one mark.
 
     Two marks are joined if both have no length, the same channels, and the same text before the word `start` or `end`.
     A start mark without an end mark, or an end mark without a start mark, is not changed.
@@ -384,7 +384,7 @@ def match_channels(
     names : sequence of str
         Names of the channels that can be read.
     left_out : collection of str
-        Names of the channels of the file that are not read. A mark is dropped if it names only such channels.
+        Names of the channels in the file that are not read. A mark that names only channels in `left_out` is dropped.
 
     Returns
     -------
@@ -467,7 +467,7 @@ def divide(whole: Sequence[Segment], sfreq: float, found: Iterable[Found]) -> Di
     for segment in whole:
         inner = cuts[bisect.bisect_right(cuts, segment.start) : bisect.bisect_left(cuts, segment.stop)]
         for a, b in itertools.pairwise([segment.start, *inner, segment.stop]):
-            after = bisect.bisect_right(ends, a)  # Index of the first gap that ends after sample `a`.
+            after = bisect.bisect_right(ends, a)  # `after` is the index of the first gap that ends after sample `a`.
             if after == len(gaps) or gaps[after][0] > a:
                 segments.append(Segment(start=a, stop=b, onset=segment.onset + (a - segment.start) / sfreq))
     return Division(

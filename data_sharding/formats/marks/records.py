@@ -3,7 +3,7 @@
 MNE joins all records without gaps, and ignores the Status bits of BioSemi amplifiers. In GDF files, special values mean
 that a sample is missing, and MNE returns these values as if they were signal.
 
-In array shapes, R is the number of records, N the number of samples of one channel in a record.
+In array shapes, R is the number of records, N the number of time points of one channel in a record.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str
     begin, size = 3 * sum(layout.per_record[:at]), 3 * layout.per_record[at]
     rate = layout.per_record[at] / layout.record_s
     rises: list[np.ndarray] = []
-    edges: list[np.ndarray] = []  # Positions at which bit 20 changes.
+    edges: list[np.ndarray] = []  # Samples at which bit 20 (CMS in range) changes.
     total, seen = 0, 0
     last: int | None = None
     first_low = False
@@ -222,12 +222,12 @@ def find_missing(path: Path, layout: Layout, numbers: list[int]) -> tuple[list[F
     found : list of Found
         Gaps: spans in which the values of all channels are missing.
     some : bool
-        True if at some time, values are missing in some channels, but not in all channels.
+        True if there is a time at which values are missing in some channels but not in all.
 
     Notes
     -----
     NaN and values outside the digital range are missing values. A value at the limit of the digital range is either
-    missing, or an overflow of one channel. Such a value is taken as missing only if at the same time every other
+    missing, or an overflow of one channel. Such a value is treated as missing only if, at the same time, every other
     channel also has a missing value or a value at its limit.
     """
     spans: list[tuple[int, int]] = []
@@ -300,7 +300,7 @@ def gdf_values(data: np.ndarray, layout: Layout, number: int) -> np.ndarray | No
     Returns
     -------
     ndarray, shape (R * N,), or None
-        The values; None for a sample type that has no NumPy type.
+        The values; None if the file stores the values in a number type that NumPy does not have.
     """
     if layout.types[number] not in GDF_DTYPES:
         return None

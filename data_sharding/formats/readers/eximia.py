@@ -1,4 +1,4 @@
-"""Read Nexstim eXimia files (``.nxe``): 64 channels of 16-bit samples without a header."""
+"""Read Nexstim eXimia files (``.nxe``), which have no header and 64 channels of 16-bit samples."""
 
 from __future__ import annotations
 

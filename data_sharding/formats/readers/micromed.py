@@ -42,7 +42,8 @@ def _open(path: Path) -> Any:
         table = read_parts(stream.read(HEADER_BYTES))
     sfreq, n = signal.info.sfreq, signal.info.n_samples
     if len(table) > 1 and table[0] == (0, 0):
-        # neo takes a first row (0, 0) as the end of the table, and reads the file as one part. So use the table here.
+        # If the first row of the table is (0, 0), neo regards this row as the end of the table, and reads the file as
+        # one part. So this function reads the table itself.
         segments = []
         for (time, start), stop in zip(table, [*(start for _, start in table[1:]), n], strict=True):
             if not start < stop <= n:

@@ -57,7 +57,7 @@ def with_repairs(read: Callable[[Path], Any]) -> Callable[[Path], Signal]:
 
 @dataclass
 class _Found:
-    """What was found in a ``.set`` file while MNE loaded it."""
+    """Notes, events and marks that were found in a ``.set`` file while MNE loaded the file."""
 
     notes: list[str] = field(default_factory=list)
     """Notes about the repairs."""
@@ -92,7 +92,7 @@ def _repairing() -> Iterator[_Found]:
             found.rejected, said = read_rejections(content)
             notes += said
 
-        # `_repair_events` removes the field with the channels from each event, so `read_events` must come before.
+        # `_repair_events` removes the field with the channels from each event, so read the channels before this call.
         for repair in (_repair_channels, read_rejected, read_events, _repair_events):
             with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
                 repair(content, found.notes)

@@ -75,7 +75,7 @@ def _is_comment(line: str) -> bool:
 def _is_time(key: str, value: str) -> bool:
     layout = "%H:%M:%S" if key == "testtime" else next((f for mark, f in DATES.items() if mark in value), "")
     if not layout:
-        return True  # MNE ignores a date with another separator.
+        return True  # MNE ignores a date without one of the separators in `DATES`.
     try:
         datetime.strptime(value, layout)
     except ValueError:

@@ -23,7 +23,7 @@ def read_without_broken(
     path : Path
         The file or folder of the recording.
     optional : mapping of str to sequence of Path
-        Files of each optional part. The key is the name of the part in the ledger.
+        Names and files of the optional parts. The ledger uses these names.
 
     Returns
     -------

@@ -192,8 +192,8 @@ def test_a_wrong_mains_frequency_is_not_used(tmp_path: Path, wrong: Any) -> None
         ({"ch_names": ["a", "a", "b"]}, "names a channel twice"),
         ({"axes": "XY"}, "axes 'XY'"),
         ({"images": ["x.png"]}, "no key 'images'"),
-        ({"labels": [1, 2], "splits": ["train"]}, "1 splits for 2 epochs"),
-        ({"labels": "y"}, r"names a variable of an array file that is not .npz"),
+        ({"labels": [1, 2], "splits": ["train"]}, "the key splits has 1 entries for 2 epochs"),
+        ({"labels": "y"}, "the key labels is a text, which is possible only for .npz files"),
         ({"events": "gone.tsv"}, "'gone.tsv' is not in the folder of the array"),
     ],
 )
@@ -207,7 +207,7 @@ def test_a_broken_sidecar_affects_only_its_recording(tmp_path: Path, about: dict
 @pytest.mark.parametrize(
     ("name", "x", "about", "words"),
     [
-        ("a.npy", X[:2], {}, "2 channels in the array"),
+        ("a.npy", X[:2], {}, r"has 2 channels, but ch_names has 3 names"),
         ("a.npy", X[0], {}, "1 dimensions"),
         ("a.npy", np.array([["x"]]), {}, "are not numbers"),
         ("a.npy", EPOCHS, {"labels": [1, 2]}, "describes 2 epochs, but the array has 4"),

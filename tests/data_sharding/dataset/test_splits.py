@@ -131,7 +131,7 @@ def test_trial_without_image_is_in_the_split_of_its_subject() -> None:
 
 
 def test_invalid_splits_are_refused() -> None:
-    with pytest.raises(ValueError, match="leave a share for train"):
+    with pytest.raises(ValueError, match="their sum must be below 1"):
         SplitConfig(val_fraction=0.6, test_fraction=0.4)
     with pytest.raises(ValueError, match="remove each subject from one of these lists"):
         SplitConfig(val_subjects=["sub-1"], test_subjects=["1"])

@@ -109,5 +109,5 @@ def test_a_damaged_onset_is_found(tmp_path: Path) -> None:
             EEGDataset(tmp_path / "d")[0]
     entries[0]["samples"] = 2**40
     index.write_text(json.dumps(entries))
-    with pytest.raises(RequestError, match="are not those that Dreamscale writes"):
+    with pytest.raises(RequestError, match="the index gives impossible offsets"):
         EEGDataset(tmp_path / "d")

@@ -391,7 +391,7 @@ def test_metadata_comes_back() -> None:
             except (RequestError, ValueError):
                 continue
             assert type(getattr(found, name)) in (type(getattr(info, name)), type(wrong))
-        with pytest.raises(ValueError, match="the fields are not about"):
+        with pytest.raises(ValueError, match="the fields are not exactly about"):
             info_from_json({key: value for key, value in values.items() if key != name}, "x")
 
 
