@@ -204,7 +204,9 @@ class ArraysCorpus(Adapter):
 def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
     """Read and check the sidecar of an array."""
     if not sidecars:
-        raise _Fault("sidecar missing", f"{path.stem}.json (or .yaml) with sfreq, ch_names and unit must be in its folder")
+        raise _Fault(
+            "sidecar missing", f"{path.stem}.json (or .yaml) with sfreq, ch_names and unit must be in its folder"
+        )
     file = sidecars[0]
     try:
         text = read_text(file)

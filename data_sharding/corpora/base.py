@@ -282,8 +282,13 @@ def list_items(config: CorpusConfig) -> list[Item]:
     -------
     list of Item
         Recordings, sorted by path. A recording that cannot be used is in the list as well, with the reason in
-        `Item.reason`. Raises ------ RequestError If a folder is missing or contains no recording; for a corpus with
-        images, also if no recording has a trial, or if an image is missing.
+        `Item.reason` or in the `problem` of its `Recording`.
+
+    Raises
+    ------
+    RequestError
+        If a folder is missing or contains no recording; for a corpus with images, also if no recording has a trial, or
+        if an image is missing.
     """
     given = {"license": config.license} if config.license else {}
     return [

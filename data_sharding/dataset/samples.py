@@ -153,7 +153,8 @@ def wds_decoder(key: str, data: bytes) -> np.ndarray | None:
 
     Parameters
     ----------
-    key : str Extension of the tar member.
+    key : str
+        Extension of the tar member.
     data : bytes
         Content of the member.
 

@@ -563,8 +563,8 @@ def _place_segments(
     """
     period, bases = lines.period, lines.bases
     lost = np.zeros(len(runs))
-    # Numbers of the runs from whose lines the lost samples can be computed: run 0, and each run before which the clock
-    # was set back.
+    # Numbers of the runs whose lines serve as references to compute lost samples: run 0, and each run that begins after
+    # the clock was set back.
     timelines = [0]
     jumped: list[str] = []
     for j in range(1, len(runs)):

@@ -97,8 +97,8 @@ def to_volts(unit: str) -> float | None:
     """
     text = unit.removeprefix("\xff\xfe").translate(MARKUP).strip()
     text = OLD_PAGES.get(text, text)
-    # Unicode has characters that stand for a whole unit. First replace such a character by the letters of the unit. If
-    # the result is not a unit, use the original text, because the replacement can change a damaged micro sign.
+    # Some Unicode characters stand for a whole unit. First replace such a character by the letters of the unit. If the
+    # result is not a unit, use the original text, because the replacement can change a damaged micro sign.
     wide = unicodedata.normalize("NFKC", text).translate(CYRILLIC)
     return _to_volts(wide) if _to_volts(wide) is not None else _to_volts(text)
 
@@ -123,7 +123,7 @@ def _number(text: str) -> float | None:
     if power := re.fullmatch(r"(?:1(?:\.0*)?[x* ]*)?10(?:\^|\*\*)?([-+]\d{1,2})", text):
         return float(f"1e{power[1]}")
     if re.fullmatch(r"10e[-+]?\d+", text, re.IGNORECASE):
-        return None  # The text 10e-6 is ambiguous: it is 1e-5, but some people mean 1e-6.
+        return None  # The text 10e-6 is ambiguous: its value is 1e-5, but some people write it for 1e-6.
     try:
         number = float(text)
     except ValueError:

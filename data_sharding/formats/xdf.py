@@ -1,6 +1,6 @@
 """Open the EEG stream of an XDF file (LabStreamingLayer), in which each sample has a time stamp.
 
-In array shapes, n is the number of channels, and S the number of samples.
+In array shapes, n is the number of channels, and S the number of time points.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ def open_xdf(path: Path) -> Signal:
             sizes.append(len(times))
         return values, times, info
 
-    # Read the stamps as they are stored. The correction in the library pyxdf would hide gaps that are shorter than a
-    # second.
+    # Do not let pyxdf correct the time stamps, because its correction would hide gaps that are shorter than a second.
     streams, _ = pyxdf.load_xdf(
         str(path),
         select_streams=[own, *markers],
@@ -132,7 +131,7 @@ def open_xdf(path: Path) -> Signal:
 
 
 def _choose_stream(path: Path, streams: Sequence[Any]) -> tuple[int, list[str]]:
-    """Return the id of the only one of the streams that has samples, and notes about the streams without samples.
+    """Return the id of the stream with samples (there must be one only), and notes about streams without samples.
 
     A recorder also writes the header of a device that is switched on but sends nothing.
     """

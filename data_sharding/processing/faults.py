@@ -46,7 +46,7 @@ class Fault:
 
 @dataclass
 class WindowFaults:
-    """Bad rows of a window."""
+    """Bad rows (channels) of a window."""
 
     bad: dict[int, str] = field(default_factory=dict)
     """Rows that are bad in the window, each with the kind of its fault."""
@@ -103,7 +103,7 @@ class Faults:
 
 
 class Bridge:
-    """Reads a piece of a segment. Where a row has no signal, its values are replaced by a straight line.
+    """Reads a piece of a segment, with a straight line in each row where the row has no signal.
 
     Without the straight line, a sudden loss of the signal would cause large filter transients. The windows in the
     dataset do not contain the straight line: they contain zeros where a row has no signal.
@@ -178,7 +178,7 @@ def find_faults(
     Parameters
     ----------
     cells : Cells
-        Quality of the raw signal.
+        The measured quality of the raw signal.
     rows : sequence of int
         Rows of the signal that the windows need.
     good : sequence of int
@@ -212,7 +212,7 @@ def find_faults(
             silent = span.kind in NO_SIGNAL
             more = around if silent else 0
             start = max(0, math.floor(span.start * ratio) - more)
-            # Resampling can round the length of a segment up, so a span that ends with the segment must also cover the
+            # Resampling can round the length of a segment up. So if a span ends with the segment, let it end with the
             # last resampled sample.
             end = math.ceil(span.stop * ratio) + more if span.stop < whole else lengths[number]
             table = (faults.dead if silent else faults.busy).setdefault(number, {})
@@ -270,7 +270,7 @@ def _join(faults: list[Fault]) -> list[Fault]:
 
 
 def _cut_out(faults: list[Fault], gaps: list[Interval]) -> list[Fault]:
-    """Remove the samples inside gaps from the faults of a row, and return the rest."""
+    """Return the parts of a row's faults that are outside the gaps."""
     out = []
     for fault in faults:
         whole = (fault.start, fault.stop)

@@ -171,7 +171,8 @@ class PreprocessSpec:
             raise ValueError("preprocess.reference is empty; use average, keep, or names of channels")
         if isinstance(self.quality, dict):
             object.__setattr__(self, "quality", QualitySpec(**self.quality))
-        # Give equal settings the same type (512 and 512.0), because the checksum depends on the written values.
+        # Give equal settings (512 and 512.0) the same type, because the checksum of the spec depends on how a number is
+        # written.
         if not isinstance(self.notch, str):
             object.__setattr__(self, "notch", float(self.notch))
         if self.reference not in ("average", "keep"):
@@ -345,7 +346,8 @@ def _sections(low: float, high: float, sfreq: float, line: float | None, width: 
             np.asarray(tf2sos(*iirnotch(f, 30.0, fs=sfreq))) for f in np.arange(line, high, line) if f < nyquist
         ]
     elif line:
-        # The band-pass filter is not steep, so a part of the harmonics above the band remains: consider them too.
+        # The band-pass filter is not steep, so mains harmonics just above the band are not removed completely. So
+        # `harmonics` also contains the harmonics above the band.
         harmonics = np.arange(line, nyquist - width, line)
         # Square the gain, because the filter is applied forward and backward.
         gains = np.abs(sosfreqz(band, harmonics, fs=sfreq)[1]) ** 2
@@ -371,8 +373,8 @@ def transient_length(sfreq: float, spec: PreprocessSpec, line_freq: float | None
     -------
     int
         Number of samples at the target rate, counted from the end of the segment. Beyond these samples, the resampling
-        filter has no effect. Of the energy of the response of the high-pass filter or of the notch filters, at most the
-        fraction `TRANSIENT_ENERGY` lies beyond these samples.
+        filter has no effect. The high-pass and the notch filters have little effect there: at most the fraction
+        `TRANSIENT_ENERGY` of the energy of their response lies beyond these samples.
     """
     reach = resampler_reach(sfreq, spec.sfreq, band_of(sfreq, spec)[1])
     return reach + _response_length(filters(sfreq, spec, line_freq).tobytes(), spec.highpass, spec.sfreq)
@@ -391,9 +393,9 @@ def _response_length(sections: bytes, highpass: float, sfreq: float) -> int:
     for sos in parts:
         n = lookahead(sos)
         response = np.asarray(sosfilt(sos, np.eye(1, n)[0]))
-        # The response of a filter that runs forward and backward is the autocorrelation of its impulse response. The
-        # peak of the autocorrelation states how a sample affects the output at its own time; the other values state how
-        # it affects the output at other times, which is the filter's transient.
+        # The impulse response of a filter that runs forward and backward is the autocorrelation of its impulse response
+        # in one direction. The peak of the autocorrelation is the effect of an input sample on the output at the same
+        # time. The other values are its effect on the output at other times, that is, the filter's transient.
         spectrum = np.asarray(rfft(response, 2 * n))
         energy = np.asarray(irfft(np.abs(spectrum) ** 2))[1:n] ** 2
         left = energy[::-1].cumsum()[::-1]
@@ -539,7 +541,7 @@ def preprocess(
     as a single block.
     """
     if data_uv.ndim != 2 or not data_uv.size:
-        raise ValueError(f"need an array of channels x samples, got shape {data_uv.shape}")
+        raise ValueError(f"the signal must be an array of channels x time points, but its shape is {data_uv.shape}")
     if not np.isfinite(data_uv).all():
         raise ValueError("the signal has NaN or infinite values")
     # Subtract the first value of each channel, because a large offset (hundreds of millivolts) reduces the precision of

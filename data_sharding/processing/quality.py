@@ -97,7 +97,7 @@ UNCHECKED = QualitySpec(check=False, leave_out_edges=False)
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a segment in which a channel is bad."""
+    """A part of a segment in which one channel is bad."""
 
     row: int
     """Index of the channel in the argument `rows` of `Cells.spans`."""
@@ -248,7 +248,8 @@ class Cells:
         start : int
             Number of the block's first sample in the signal.
         x : ndarray, shape (n, b), float64
-            Values as read from the file. Blocks must come in order, and each row must be contiguous.
+            Values as read from the file. Blocks must come in the order of time, and each row must be contiguous in
+            memory.
         """
         while self._segment < len(self.segments):
             segment = self.segments[self._segment]
@@ -354,7 +355,7 @@ class Cells:
             self._measure_sampled(rows, x[:, offset::SAMPLED], flags[:, offset::SAMPLED])
 
     def _note_extremes(self, row: int, x: np.ndarray, low: float, high: float) -> None:
-        """Update the largest and the smallest value of a channel from a row that is certainly not clipped."""
+        """Update a channel's largest and smallest value from samples `x` that are certainly not clipped."""
         for rail, end, value in ((self.high, high, high), (self.low, -low, low)):
             if end < rail.value[row]:
                 continue
@@ -371,7 +372,7 @@ class Cells:
         return np.uint16(DEAD if self._is_dead(x[None])[0] else 0)
 
     def _is_dead(self, x: np.ndarray) -> np.ndarray:
-        """Return for each cell in `x` [m, L] whether its signal is too small after a linear trend is subtracted."""
+        """For each cell in `x` [m, L], return whether its signal is too small after a linear trend is subtracted."""
         x = x - x.mean(axis=1, keepdims=True)
         energy = (x**2).sum(axis=1) - ((x @ _line(x.shape[1])) ** 2).sum(axis=1)
         return energy < x.shape[1] * (self.spec.dead_uv / self.to_uv) ** 2
@@ -449,18 +450,18 @@ class Cells:
     # --- after the signal was read -----------------------------------------------------------------------------------
 
     def share_constant(self) -> np.ndarray:
-        """Return the fraction of constant cells of each channel, [n].
+        """For each channel, return the fraction of its cells that are constant, [n].
 
         Cells that are constant in all channels are ignored.
         """
         return self._share(self.constant - self.n_all_constant)
 
     def share_missing(self) -> np.ndarray:
-        """Return the fraction of cells with missing values of each channel, [n]."""
+        """For each channel, return the fraction of its cells that have missing values, [n]."""
         return self.missing / max(1, self.n_cells)
 
     def share_repeated(self) -> np.ndarray:
-        """Return the fraction of samples that equal the previous sample, [n]. Constant cells are ignored."""
+        """Return how many samples of each channel equal the sample before, as a fraction [n]. Constant cells are ignored."""
         return self.repeated / np.maximum(1, self.compared)
 
     def summarise(self, stretches: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -513,8 +514,8 @@ class Cells:
     def _read_flags(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield for each block: the number of its first cell, and the flags [n, k] of its cells.
 
-        The flags were set while the signal was read, by the channel's largest (or smallest) value so far. So a HIGH (or
-        LOW) flag is removed if a later cell has a larger (or smaller) value.
+        The flags were set while the signal was read, by comparison with the channel's largest (or smallest) value until
+        then. So a HIGH (or LOW) flag is removed if a later cell has a larger (or smaller) value.
         """
         n = len(self.constant)
         for first, k, packed in self._flags:

@@ -45,7 +45,7 @@ stored on disk."""
 
 @dataclass(frozen=True)
 class Piece:
-    """Those samples of a block that belong to one segment: the whole segment, or a part of the segment."""
+    """The samples in a block that belong to the same segment: the whole segment, or a part of the segment."""
 
     segment: int
     """Index of the segment in the signal."""
@@ -98,9 +98,9 @@ class Scratch:
 
     Notes
     -----
-    The file is in the folder in the environment variable DREAMSCALE_SCRATCH. If this variable is not set, the file is
-    in the system's temporary folder. The file is not memory-mapped, because mapped pages would be counted as memory of
-    the process.
+    The file is in the folder that the environment variable DREAMSCALE_SCRATCH names. If this variable is not set, the
+    file is in the system's temporary folder. The file is not memory-mapped, because mapped pages would be counted as
+    memory of the process.
     """
 
     def __init__(self, n_channels: int) -> None:
@@ -145,7 +145,7 @@ class Scratch:
         while view:
             done = os.preadv(self._file.fileno(), [view], at)
             if not done:
-                raise EOFError(f"scratch file ends before sample {stop}")
+                raise EOFError(f"the temporary file of the signal ends before sample {stop}")
             view, at = view[done:], at + done
         return out.T
 
@@ -304,8 +304,8 @@ class Resampler:
         self._same = ratio_of(sfreq, target) == 1
         self._plan = _plan(sfreq, target, passband) if not self._same else None
         self._held: np.ndarray | None = None
-        # True after the extension was put in front of the segment's first sample. From then on, `_held` begins `reach`
-        # samples before the next frame.
+        # True after the segment was extended before its first sample. From then on, `_held` begins `reach` samples
+        # before the next frame.
         self._begun = False
         self._n_channels = self._n_in = self._n_out = 0
         self._scale: float = 1.0
@@ -345,7 +345,7 @@ class Resampler:
             if kept + x.shape[1] <= plan.reach + 1:
                 self._held = data[:, lead:].copy()
                 return np.empty((len(x), 0))
-            # There are now enough samples to compute the extension in front of the segment's first sample.
+            # There are now enough samples to extend the segment before its first sample.
             data[:, :lead] = _odd(data[:, lead : lead + plan.reach + 1], plan.reach, 0)[:, : plan.reach]
             self._begun = True
         return self._frames(data)

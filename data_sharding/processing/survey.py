@@ -288,14 +288,15 @@ class Survey:
         -------
         ndarray, shape (n, b), float64
             The same values, but each missing value is replaced by the last valid value before it, because filters
-            cannot process NaN. `cells` stores where values are missing, so that windows do not use the replacements.
+            cannot process NaN. `cells` stores where values are missing, so that the replacements do not get into
+            windows.
         """
         if not x.shape[1]:
             return x
         x = np.ascontiguousarray(x, np.float64)
         missing = self.cells.missing.sum()
         self.cells.push(start, x)
-        # Check the last samples separately, because they belong to an incomplete cell that is not measured yet.
+        # Check the last samples of the block separately, because their cell is incomplete and not measured yet.
         tail = x[:, -min(x.shape[1], self.cells.length) :]
         if missing != self.cells.missing.sum() or not (np.abs(tail) < MISSING_UV / self.cells.to_uv).all():
             x = self._hold_values(x)
@@ -488,7 +489,7 @@ class Survey:
         return 1.4826 * robust.astype(float)
 
     def _tone(self) -> np.ndarray:
-        """Return which channels have a test tone: one frequency that is neither an EEG rhythm nor a mains harmonic."""
+        """For each channel, return whether it is a test tone: a frequency that is neither rhythm nor mains harmonic."""
         if not self._n_power:
             return np.zeros(len(self._steps), bool)
         frequency = self._frequencies
@@ -595,7 +596,7 @@ def _row_medians(x: np.ndarray) -> np.ndarray:
 
 
 def _median(x: np.ndarray) -> np.ndarray:
-    """Return the median of each channel over all stretches, without NaN; zero for a channel with only NaN."""
+    """Return the median of each channel over all stretches, ignoring NaN; zero for a channel with only NaN."""
     if np.isnan(x).any():
         return np.array([np.median(row[~np.isnan(row)]) if not np.isnan(row).all() else 0.0 for row in x.T])
     return np.median(x, axis=0)

@@ -1,7 +1,7 @@
 """Recognise files that are often stored next to recordings but are not recordings, such as events or covariances.
 
-Whether a FIF file is a recording is decided by the blocks inside the file, and not by its name, because names are often
-changed.
+The blocks inside a FIF file show whether the file is a recording. Its name does not show this, because files are often
+renamed.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def recognise_recorder(file: Any) -> Finding | None:
 
 def _describe(file: Any, recorder: Recorder) -> Finding | None:
     if recorder.format == "neuroelectrics-easy" and f"{file.stem}.nedf".lower() in file.near:
-        return None  # The .nedf file contains the same recording, with sampling rate and channel names.
+        return None  # The .nedf file is used: it has the same signal, with sampling rate and channel names.
     if recorder.one_a_folder:
         same = sorted(entry.name for entry in file.near.values() if entry.suffix.lower() == file.suffix)
         if same[0] != file.path.name:
@@ -186,7 +186,7 @@ def _describe(file: Any, recorder: Recorder) -> Finding | None:
     pattern = re.compile(recorder.sidecars.replace("{stem}", re.escape(stem)), re.IGNORECASE)
     files = tuple(entry.name for entry in file.near.values() if pattern.fullmatch(entry.name) and recorder.sidecars)
     if recorder.format == "natus" and stem != file.stem and f"{stem}.erd".lower() in file.near:
-        return None  # This file is a later part of a recording: the `Finding` of the first part lists it.
+        return None  # This file is a later part of a recording. The `Finding` of the first part lists this file.
     if not file.head:
         return Finding(format=recorder.format, reason=Reason("unreadable", "an empty file"), files=files)
     return Finding(format=recorder.format, reason=_reason(recorder), excluded=recorder.excluded, files=files)
