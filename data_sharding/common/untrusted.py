@@ -82,7 +82,7 @@ _META: dict[str, tuple[Any, float | None]] = {
 
 
 def refusal(where: str, fault: str) -> RequestError:
-    """Return the error to raise for a file with an invalid value."""
+    """Make the error for a file with an invalid value; the caller raises the error."""
     return RequestError(f"{where}: damaged or changed ({fault}); get the file again from its source")
 
 
@@ -107,14 +107,14 @@ def check_key(value: Any, where: str) -> str:
         If the value is not a valid key.
     """
     if not isinstance(value, str) or not _KEY.fullmatch(value):
-        raise refusal(where, f"'{show(value)}' is not a key; a key has only letters, digits, '_' and '-'")
+        raise refusal(where, f"'{show(value)}' is not a valid name; only letters, digits, '_' and '-' are allowed")
     return value
 
 
 def check_sha256(value: Any, where: str) -> str:
     """Check that a value is a SHA-256 checksum: 64 digits from 0 to 9 and from a to f; return the checksum."""
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise refusal(where, f"'{show(value)}' is not a sha256, which has 64 hexadecimal digits")
+        raise refusal(where, f"'{show(value)}' is not a SHA-256 checksum, which has 64 hexadecimal digits")
     return value
 
 
@@ -365,7 +365,7 @@ def check_entry(entry: Any, where: str, members: Mapping[str, int], *, tar_bytes
     check_count(entry.get("samples", 0), where, "samples", most=longest)
     for name, place in check_group(entry.get("members"), where, "members").items():
         if name not in members:
-            raise refusal(where, f"a member '{show(name)}'")
+            raise refusal(where, f"a sample has the unknown member '{show(name)}'")
         if not isinstance(place, list) or len(place) != 2:
             raise refusal(where, f"the value of {name} is not a pair of offset and size")
         size = check_count(place[1], where, f"the size of {name}", most=min(tar_bytes, members[name]))

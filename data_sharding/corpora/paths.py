@@ -78,7 +78,7 @@ def check_folder(text: str, key: str) -> AnyPath:
     path = expand(text, key)
     try:
         found = path.is_dir()
-    except Exception as error:  # The library of each object store has its own errors.
+    except Exception as error:  # Each object store has its own classes of errors, so catch all.
         raise RequestError(f"{key} '{path}': cannot be read ({describe(error)})") from None
     if not found:
         raise RequestError(f"{key} '{path}': no such folder")

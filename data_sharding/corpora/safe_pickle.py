@@ -381,7 +381,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         """Store a value for later instructions, under a number that the pickle contains as text."""
         number = int(self.readline()[:-1])
         if not 0 <= number < 2**31:
-            raise RefusedPickle("damaged: a stored value has an impossible number")
+            raise RefusedPickle("damaged: a value is stored under an impossible number")
         self.memo[number] = self.stack[-1]
 
     def load_long4(self) -> None:

@@ -118,7 +118,7 @@ def _read_table(config: CorpusConfig) -> tuple[AnyPath, list[_Row]]:
     path = expand(config.subjects, "corpora: subjects")
     try:
         text = read_text(path)
-    except Exception as error:  # The library of each object store has its own errors.
+    except Exception as error:  # Each object store has its own classes of errors, so catch all.
         why = "no such file" if isinstance(error, FileNotFoundError) else describe(error)
         raise RequestError(f"corpora: subjects '{path}': cannot be read ({why})") from None
     first = text.split("\n", 1)[0]

@@ -241,7 +241,7 @@ class EpochOrder:
 
 
 class DatasetInterleaver:
-    """Decide which dataset of a mixture gives the sample at each place.
+    """Decide which dataset of a mixture gives the sample at each place in the endless order of samples.
 
     Parameters
     ----------

@@ -569,7 +569,8 @@ def open_signal(recording: Recording) -> Signal:
     except ImportError as error:
         raise ReadError(_missing(recording.format, error)) from error
     except Exception as error:
-        # Error messages of some readers quote the header, and a header can contain the name of a patient.
+        # Remove the patient's data: the error messages of some readers quote the header, which can contain the
+        # patient's name.
         reason = unreadable(error, folder.name if folder else "")
         private = private_words(Path(str(recording.path)), recording.format)
         raise ReadError(Reason(reason.category, text=hide(str(reason), private))) from None
@@ -578,7 +579,7 @@ def open_signal(recording: Recording) -> Signal:
         signal.info = dataclasses.replace(signal.info, named_units=named)
     mne_object = getattr(signal, "raw", getattr(signal, "epochs", None))
     about = describe(path, recording.format, getattr(mne_object, "info", None))
-    # Some notes quote an annotation, and an annotation can contain the name of the patient.
+    # Remove the patient's data: some notes quote an annotation, which can contain the patient's name.
     private = private_words(Path(str(recording.path)), recording.format) if signal.info.notes else []
     notes = [hide(note, private) for note in signal.info.notes]
     signal.info = dataclasses.replace(signal.info, about=about, notes=notes)

@@ -428,7 +428,8 @@ def _walk_local(root: Path) -> Iterator[tuple[Path, list[str]]]:
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         folders.sort()
         status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # A symbolic link points to a folder that was already searched.
+        if (status.st_dev, status.st_ino) in seen:
+            # A symbolic link points to a folder that was already searched, so do not search its subfolders again.
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))

@@ -107,7 +107,7 @@ class _Anchors:
 
 @dataclass(frozen=True, kw_only=True)
 class _Lines:
-    """Lines that were fitted to the anchors.
+    """Lines that were fitted to the anchors (samples with a measured stamp).
 
     A *run* is a range of consecutive anchors without a jump; one line is fitted to each run.
     """
@@ -274,7 +274,7 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
 
 
 def _period(anchors: _Anchors, nominal: float) -> float:
-    """Estimate the sample interval in seconds from pairs of anchors. A few jumps do not change the estimate."""
+    """Estimate the sample interval in seconds from anchors (measured stamps). A few jumps have no effect."""
     k, t = anchors.k, anchors.t
     if len(k) < FEWEST and nominal > 0:
         return 1 / nominal
@@ -432,7 +432,7 @@ def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
 
 
 def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
-    """Find the anchors at which a lasting jump of the time stamps ends (the jump begins at the previous anchor).
+    """Find the anchors (samples with a measured stamp) that are the first ones after a lasting jump of the time stamps.
 
     The time stamps jump after a loss of samples, and also if a chunk is late. To distinguish the two cases, the
     function compares the time stamps of `WINDOW_S` seconds before and after the jump. After a loss of samples, all
@@ -574,8 +574,8 @@ def _place_segments(
         gained = (bases[j] - bases[:j]) / period
         back = np.flatnonzero(np.abs(gained) < doubt)
         if gained[-1] < 0 and len(back):
-            # The time stamps return to the line of an earlier run. So the time stamps of the runs in between were only
-            # late, and no sample was lost.
+            # The time stamps return to the line of an earlier run (range without a jump). So the time stamps of the
+            # runs between these two runs were only late, and no sample was lost.
             lost[back[-1] : j + 1] = lost[back[-1]]
             continue
         possible = [more for i in timelines if (more := lost[i] + gained[i] - lost[j - 1]) > -doubt]

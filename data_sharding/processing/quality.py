@@ -168,7 +168,7 @@ def _harmonics(length: int, sfreq: float) -> np.ndarray:
 
 
 def _without_harmonics(x: np.ndarray, rest: np.ndarray, sfreq: float) -> np.ndarray:
-    """Remove the harmonics of mains noise from the energy of cells, because they are not muscle activity.
+    """Remove the harmonics of mains noise from the energy of cells (tenths of a second): they are no muscle activity.
 
     Muscle activity has energy at all frequencies, also at those of the harmonics. So the harmonics are removed only
     from cells in which their mean energy is much larger than the mean energy of the other frequencies (see `TONAL`).
@@ -405,7 +405,7 @@ class Cells:
         flags: np.ndarray,
         flag: int,
     ) -> None:
-        """Flag the cells at the rail.
+        """Flag the cells at the rail, that is, the clipped cells.
 
         In all other cells, count the samples that equal the channel's largest (or smallest) value.
         """
@@ -461,7 +461,7 @@ class Cells:
         return self.missing / max(1, self.n_cells)
 
     def share_repeated(self) -> np.ndarray:
-        """Return how many samples of each channel equal the sample before, as a fraction [n]. Constant cells are ignored."""
+        """Return the fraction of samples of each channel that equal the sample before, [n]. Ignore constant cells."""
         return self.repeated / np.maximum(1, self.compared)
 
     def summarise(self, stretches: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -588,7 +588,7 @@ class _Run:
 
 
 class _Runs:
-    """Merges cells into runs, block by block."""
+    """Merges consecutive cells (tenths of a second) with the same fault into runs, block by block."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, int, str], list[_Run]] = {}
@@ -620,7 +620,7 @@ class _Runs:
 
 
 def _widen(mask: np.ndarray) -> np.ndarray:
-    """Copy the flag of each measured cell to the three following cells, which were not measured."""
+    """Copy the flag of each measured cell to the three cells after it, because only every fourth cell is measured."""
     if not mask.any():
         return mask
     wide = mask.copy()

@@ -351,7 +351,7 @@ class Resampler:
         return self._frames(data)
 
     def _frames(self, data: np.ndarray) -> np.ndarray:
-        """Compute the outputs of all complete frames. The remaining input samples stay in `_held`."""
+        """Compute the outputs of all complete frames (groups of inputs). The other input samples stay in `_held`."""
         plan = self._plan
         assert plan is not None
         n_frames = max(0, (data.shape[1] - 2 * plan.reach - 1) // plan.inputs)

@@ -192,7 +192,7 @@ def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, i
 
 
 class _StretchBuffer:
-    """Collects the blocks of a stretch.
+    """Collects the blocks of a stretch (an interval of about four seconds).
 
     The blocks are resampled and converted to microvolts, and the value of the stretch's first sample is subtracted from
     each channel.
@@ -381,7 +381,7 @@ class Survey:
                 self._rough_at.append(len(self._amplitudes) - 1)
 
     def _measure_mains(self, spectrum: np.ndarray) -> None:
-        """Measure the power of a stretch near 50 and 60 Hz, and add it to the sums over all stretches.
+        """Measure the power of a stretch (four seconds) near 50 and 60 Hz, and add it to the sums over all stretches.
 
         The power of each stretch is divided by the median power at the neighbouring frequencies, so that artefacts in a
         few stretches do not hide the mains noise. An artefact in all channels can also hide the mains noise. So the
@@ -389,8 +389,8 @@ class Survey:
         """
         for line, totals in self._mains.items():
             bins = np.flatnonzero(np.abs(self._frequencies - line) < 6)
-            # Computing the median over channels takes long, so the second measurement is made only in some of the
-            # stretches.
+            # Computing the median over channels takes long, so the second measurement (after the median is subtracted)
+            # is made only in some of the stretches.
             with_common = len(spectrum) >= MIN_TO_COMPARE and (self._n_power <= 8 or self._n_power % 4 == 0)
             if self._rate / 2 <= line + 3 or not len(bins):
                 continue
@@ -425,7 +425,8 @@ class Survey:
         """
         times, n = factor or 1.0, len(self._steps)
         cells = self.cells
-        # Ignore the stretches in which a channel is dead, because the channel can be good in the rest of the recording.
+        # Ignore the stretches (about four seconds each) in which a channel is dead, because the channel can be good in
+        # the rest of the recording.
         samples, at_rail, dead = cells.summarise(self._plan[: self._next])
         live_in = dead <= DEAD_SHARE
         live_in[:, ~live_in.any(axis=0)] = True
@@ -479,7 +480,7 @@ class Survey:
     def _robust_amplitudes(self, live: np.ndarray) -> np.ndarray:
         """Return the robust amplitude of each channel, [n]: 1.4826 times the median absolute value.
 
-        For each channel, stretches in which the channel has no signal are ignored.
+        For each channel, the stretches (about four seconds each) in which the channel has no signal are ignored.
         """
         if not self._amplitudes:
             return np.zeros(len(self._steps))
@@ -572,9 +573,9 @@ class Survey:
         return np.where(norm > 1e-6, points / np.maximum(norm, 1e-12), 0.0).astype(np.float32)
 
     def _stretch_points(self, number: int, begin_s: float, count: int) -> np.ndarray:
-        """Return at most `count` fingerprint samples of an interval.
+        """Return at most `count` samples of an interval for the fingerprint.
 
-        The first fingerprint sample is `begin_s` seconds after the start of the interval.
+        The first of these samples is `begin_s` seconds after the start of the interval.
         """
         x = self._prints[number].finish() if number in self._prints else np.zeros((len(self._steps), 0))
         if x.shape[1] < 2:
@@ -596,7 +597,7 @@ def _row_medians(x: np.ndarray) -> np.ndarray:
 
 
 def _median(x: np.ndarray) -> np.ndarray:
-    """Return the median of each channel over all stretches, ignoring NaN; zero for a channel with only NaN."""
+    """Return the median over the rows (stretches) for each channel, ignoring NaN; zero for a channel of NaN only."""
     if np.isnan(x).any():
         return np.array([np.median(row[~np.isnan(row)]) if not np.isnan(row).all() else 0.0 for row in x.T])
     return np.median(x, axis=0)

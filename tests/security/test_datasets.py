@@ -131,7 +131,7 @@ def test_checksum_cannot_delete_files_of_another_folder(tmp_path: Path) -> None:
     (other / ".precious.txt").write_text("x")
     cache = ShardCache(1.0, tmp_path / "cache")
     for sha256 in ("../../other/.precious", f"{other}/", "*", "a" * 64 + "/..", ""):
-        with pytest.raises(RequestError, match="is not a sha256"):
+        with pytest.raises(RequestError, match="is not a SHA-256 checksum"):
             cache.open(tmp_path / "x.tar", sha256, 10)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".precious.txt"]
 

@@ -22,7 +22,7 @@ State = tuple[int, int, str]
 
 
 def signal_path(folder: Path, key: str) -> Path:
-    """Return the path of a kept signal.
+    """Return the path of a kept signal (a decoded signal that is stored on disk).
 
     Parameters
     ----------

@@ -135,7 +135,7 @@ def find_runs(onsets: np.ndarray, layout: Layout) -> tuple[list[tuple[int, int, 
 
 
 def segments_of_runs(runs: list[tuple[int, int, float]], per_record: int) -> list[Segment]:
-    """Convert runs of records to segments of a channel that has `per_record` samples in each record."""
+    """Convert runs (consecutive records without gaps) to segments of a channel with `per_record` samples per record."""
     return [Segment(start=a * per_record, stop=b * per_record, onset=onset) for a, b, onset in runs]
 
 

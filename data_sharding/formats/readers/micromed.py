@@ -59,7 +59,7 @@ def _open(path: Path) -> Any:
 
 
 def read_parts(header: bytes) -> list[tuple[int, int]]:
-    """Return the time and the position of the first sample of each part of a recording; empty without a table of parts.
+    """Return the time and position of the first sample of each part (signal without a gap); empty if no table of parts.
 
     The time counts samples from the beginning of the original recording, and the position counts samples from the
     beginning of the signal in the file.
