@@ -133,7 +133,7 @@ def _check_config_file(text: str) -> str:
     except OSError as error:
         raise RequestError(f"{text}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeError):
-        pass  # Text that is not YAML is refused below, by the parser; the message names the line.
+        pass  # Text that is not YAML is refused later by the parser; the message names the line.
     except ValueError as error:
         raise RequestError(f"{text}: cannot be used ({error}); write the values without YAML aliases (*name)") from None
     return str(path)

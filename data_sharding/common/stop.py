@@ -38,7 +38,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 class _Stop:
-    """The request to stop this process."""
+    """Notices a request to stop this process, and ends the process if it does not end by itself."""
 
     def __init__(self) -> None:
         self.number: int | None = None

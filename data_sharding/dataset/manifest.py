@@ -241,9 +241,9 @@ def version_folder(dataset: str | AnyPath, number: int) -> AnyPath:
 def current_file(dataset: str | AnyPath, name: str) -> AnyPath:
     """Return the path of a file that describes the current version of a dataset, such as the ledger.
 
-    In a dataset with several versions, this is the file in the folder ``versions``; the file of the same name outside
-    this folder is only a copy for users. A job first writes the manifest of a new version and then replaces the copies
-    of the other files one by one, so an interrupted job may leave copies of the old version.
+    In a dataset with several versions, the result is the file in the folder ``versions``; the file of the same name
+    outside this folder is only a copy for users. A job first writes the manifest of a new version and then replaces the
+    copies of the other files one by one, so an interrupted job may leave copies of the old version.
     """
     root = as_path(dataset)
     if (root / VERSIONS).is_dir() and (root / NAME).is_file():

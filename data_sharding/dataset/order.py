@@ -5,10 +5,10 @@ of epoch 0, place `n` is the first sample of epoch 1, and so on. The functions i
 place directly. So every rank, every worker and a resumed run find the same sample at the same place without any saved
 state.
 
-`numpy.random.permutation` is not used. Its permutation of a hundred million samples would be an array of 0.8 GB in
-every worker of every rank, and NumPy does not promise the same permutation in every release. The Feistel network of
-`permute` needs about a microsecond for each sample and no memory, and its result never changes. `EpochOrder` keeps only
-a few numbers for each shard in memory.
+`numpy.random.permutation` is not used: a permutation of a hundred million samples would be an array of 0.8 GB in every
+worker of every rank, and NumPy does not promise the same permutation in every release. The Feistel network of `permute`
+needs about a microsecond for each sample and no memory, and its result never changes. `EpochOrder` keeps only a few
+numbers for each shard in memory.
 
 Letters in shapes: `b` places, `S` shards.
 """
@@ -228,7 +228,7 @@ class EpochOrder:
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the random order of the shards in an epoch, and the places where each shard and each window ends."""
         if epoch not in self._shards:
-            # A later batch never needs an epoch before `epoch - 1`, so delete the orders of such epochs.
+            # A later batch never needs an epoch before `epoch - 1`, so delete the shard orders of such epochs.
             self._shards = {k: v for k, v in self._shards.items() if k >= epoch - 1}
             count = len(self.samples)
             shards = permute(np.arange(count), count, self.seed, self.stream, epoch, 1)

@@ -47,7 +47,7 @@ class Slots:
         self.per_worker, self.rows, self.window = per_worker, rows, window
         self.size = -(-rows * window * 2 // mmap.PAGESIZE) * mmap.PAGESIZE
         # Use anonymous memory (memory without a file), because /dev/shm is often small in a container. Linux allocates
-        # a page of anonymous memory only when the page is first written.
+        # a page of anonymous memory only when the page is first written, so slots that are never used cost nothing.
         self.memory = mmap.mmap(-1, workers * per_worker * self.size)
         self.number = next(self._numbers)
         self._open[self.number] = self

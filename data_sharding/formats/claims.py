@@ -178,7 +178,7 @@ def link_files(files: tuple[Path, ...], folder: Path, names: dict[Path, str]) ->
     folder : Path
         The folder.
     names : dict
-        Names of the links. A file without an entry keeps its name.
+        Name of the link to each file. The link to a file that is not in `names` has the name of the file.
     """
     for file in files:
         (folder / names.get(file, file.name)).symlink_to(file.absolute())

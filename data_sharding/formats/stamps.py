@@ -150,9 +150,9 @@ def fit_clock(
     Returns
     -------
     Clock
-        Sampling rate, segments and notes. The times of the segments are on the amplifier's clock: number of samples
-        that the amplifier had recorded (including lost samples), divided by the sampling rate. The length of a gap is
-        rounded to a whole number of samples if rounding changes the length only a little.
+        Sampling rate, segments and notes. The times of the segments are times of the amplifier's clock, that is, the
+        number of samples that the amplifier had recorded (including lost samples), divided by the sampling rate. The
+        length of a gap is rounded to a whole number of samples if rounding changes the length only a little.
 
     Raises
     ------

@@ -181,7 +181,7 @@ def _offsets(stream: Any) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def _offset_at(offsets: tuple[Sequence[float], Sequence[float]], stamps: np.ndarray) -> np.ndarray:
-    """Interpolate the measured clock differences at the given time stamps.
+    """Interpolate the measured differences between stream clock and computer clock at the given time stamps.
 
     The time stamps plus the result (in seconds) are times of the computer's clock.
     """

@@ -128,7 +128,7 @@ class _Rail:
 
 @functools.lru_cache(maxsize=16)
 def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice]]:
-    """Return orthonormal basis signals for one cell: offset, trend, slow rhythms up to 30 Hz, and mains noise.
+    """Return orthonormal basis signals for one cell (0.1 s): offset, trend, slow rhythms up to 30 Hz, mains noise.
 
     Returns
     -------

@@ -267,7 +267,7 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
 
 
 def resampler_reach(sfreq: float, target: float, passband: float) -> int:
-    """Return how many samples at the target rate, on each side of a recorded sample, depend on this recorded sample."""
+    """Return how far a recorded sample affects the resampled signal to each side, in samples at the target rate."""
     if ratio_of(sfreq, target) == 1:
         return 0
     return math.ceil(_plan(sfreq, target, passband).reach * target / sfreq)

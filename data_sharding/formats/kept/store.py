@@ -103,9 +103,9 @@ def find_checksums(folder: Path, files: Sequence[AnyPath]) -> tuple[list[State],
     Returns
     -------
     tuple or None
-        Two lists: the states of the files, and the checksums of the files. None if no checksums are stored. None also
-        if a file has changed, that is, if its size, its modification time or the checksum that the object store reports
-        is different.
+        Two lists: the states of the files (size, modification time, and checksum that the object store reports), and
+        the SHA-256 of the files. None if no checksums are stored. None also if a file has changed, that is, if its
+        size, its modification time or the checksum that the object store reports is different.
     """
     try:
         values = check_list(read_json(_table(folder, files)), "checksums")

@@ -92,7 +92,8 @@ def read_channel_events(content: Any) -> tuple[list[Annotation] | None, list[str
     Returns
     -------
     annotations : list of Annotation or None
-        All events that have a latency. None if no event names a channel, or if the file does not list its channels.
+        All events that have a valid latency (time). None if no event names a channel, or if the file does not list its
+        channels.
     notes : list of str
         A note for the ledger if the channels of bad-span marks cannot be used. Such marks are used for all channels.
     """

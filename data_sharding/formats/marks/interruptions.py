@@ -1,7 +1,7 @@
 """The table of marks: for each format, which marks divide a recording, and which marks declare a time span as bad.
 
-Only `TABLE` defines the effect of each kind of mark. A reader finds the marks of a recording, and gives for each mark
-the name of its row in `TABLE`. The function `divide` computes segments, bad spans and notes from the marks.
+Only `TABLE` defines the effect of each kind of mark. A reader finds the marks of a recording; `Found.name` is the name
+of the mark's row in `TABLE`. The function `divide` computes segments, bad spans and notes from the marks.
 ``docs/formats.md`` shows `TABLE` to users.
 """
 

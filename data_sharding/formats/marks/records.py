@@ -140,7 +140,7 @@ def segments_of_runs(runs: list[tuple[int, int, float]], per_record: int) -> lis
 
 
 def _blocks(path: Path, layout: Layout, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield blocks of at most 4096 records: number of the block's first record, and array [R, bytes of a record]."""
+    """Read blocks of at most 4096 records; yield the number of each block's first record, and the block's bytes."""
     if not count:
         return
     shape = (count, layout.record_bytes)
