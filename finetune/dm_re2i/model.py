@@ -130,7 +130,7 @@ def save_model(
     extra: dict[str, Any],
     card: dict[str, Any],
 ) -> None:
-    """Write the package of a trained DM-RE2I model. The folder appears only when the package is complete.
+    """Write all files of a DM-RE2I model to its package folder, which appears only when it is complete.
 
     Parameters
     ----------

@@ -72,7 +72,7 @@ class Judge:
     """Processes among which the images are divided."""
 
     def list_tasks(self) -> dict[str, Compute]:
-        """Map task names to the functions that `Sharing.follow` applies to blocks of images on the other processes."""
+        """Return the functions that all processes apply to blocks of images (see `Sharing.follow`), by task name."""
         return {"classify": self.classify, "features": self.features}
 
     def classify_chunks(self, images_BHW3: ImageSource) -> NDArray[np.int64]:

@@ -66,7 +66,7 @@ def _compare_pixels(a_BHW3: ImageSource, b_BHW3: ImageSource) -> dict[str, Float
 
 
 def list_tasks(judges: Judges) -> dict[str, Compute]:
-    """Map task names to the functions that `Sharing.follow` applies to blocks of images on the other processes."""
+    """Return the functions that all processes apply to blocks of images (see `Sharing.follow`), by task name."""
 
     def compare(a_BHW3: ImageSource, b_BHW3: ImageSource) -> dict[str, Floats | str]:
         return _compare_pixels(a_BHW3, b_BHW3) | {lpips.name: lpips.compare(a_BHW3, b_BHW3) for lpips in judges.lpips}

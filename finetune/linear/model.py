@@ -128,7 +128,7 @@ _ARRAYS = ("mean_F", "weight_FL", "bias_L", "labels_M", "components_MP", "images
 
 
 def save_model(folder: Path, model: LinearModel, spec: PreprocessSpec, extra: dict[str, Any]) -> None:
-    """Write the package of a linear model. The folder appears only when the package is complete.
+    """Write all files of a linear model to its package folder, which appears only when it is complete.
 
     Parameters
     ----------

@@ -392,7 +392,7 @@ def retrieve(config: RetrieveConfig) -> int:
         embeds_BP, neighbours_BP = _embed_with_neighbours(embed, data, groups, config.seed)
         if embeds_BP.shape[1] != gallery_MP.shape[1]:
             raise RequestError(
-                f"target '{target}' has embeddings of width {gallery_MP.shape[1]}, and the model {config.model} "
+                f"target '{target}' has embeddings of width {gallery_MP.shape[1]}, but the model {config.model} "
                 f"predicts width {embeds_BP.shape[1]}; leave target out, or give the CLIP model of the alignment run"
             )
         trials = list_trials(data, groups, groups)

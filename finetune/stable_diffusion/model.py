@@ -306,7 +306,7 @@ class EEGDiffusion(nn.Module):
 
 
 def save_model(folder: Path, model: EEGDiffusion, pipeline: Any, extra: dict[str, Any]) -> None:
-    """Write the package of a fine-tuned model; the folder appears only when the package is complete.
+    """Write all files of a fine-tuned model to its package folder, which appears only when it is complete.
 
     Parameters
     ----------

@@ -159,7 +159,7 @@ class TrainingState:
         self.best_weights: dict[str, torch.Tensor] | None = None
 
     def tensors(self, rank: int, world_size: int, *, copy: bool) -> dict[str, torch.Tensor]:
-        """Return the checkpoint tensors that one process writes, on the CPU.
+        """Return, on the CPU, the tensors of the checkpoint that one process writes.
 
         Parameters
         ----------

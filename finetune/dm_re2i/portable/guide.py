@@ -1,7 +1,7 @@
 """The part of a DM-RE2I model that turns EEG into the guiding vector, in a form that runs without this project.
 
-`finetune.dm_re2i.portable.write` copies the classes of this module, with all code that they need, into the packages of
-models. In a package, these classes read the same files as the classes of `finetune.dm_re2i.model`.
+`finetune.dm_re2i.portable.write` copies the classes of this module, with all code that they need, into the package
+folders of models. There, these classes read the same files as the classes of `finetune.dm_re2i.model`.
 
 Tensor shapes: B trials, C channels (up to 128), T time points, D width of the vector.
 """

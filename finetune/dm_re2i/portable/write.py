@@ -1,8 +1,8 @@
-"""Write the files with which diffusers can load the package of a DM-RE2I model without this project.
+"""Write the files with which diffusers can load a DM-RE2I model from its package folder without this project.
 
-The package gets three Python files, made from this project's source text by `finetune.standalone`: the pipeline, the
-backbone and the guide. Dreamscale itself never runs the three files, because `finetune.dm_re2i.model` loads the package
-with its own classes.
+Three Python files are added to the package folder. `finetune.standalone` makes these files from this project's source
+text: the pipeline, the backbone (U-Net) and the guide. Dreamscale itself never runs the three files, because
+`finetune.dm_re2i.model` loads the model with its own classes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _WITHOUT: dict[str, Collection[str]] = {"EEGClassifier": ("save_pretrained", "fr
 
 
 def can_run_alone(guide: EEGGuide) -> bool:
-    """Return whether a package with a given guide can run without this project.
+    """Return whether a model with a given guide can run without this project.
 
-    A pretrained encoder with a linear head cannot run without this project, because it is stored as two packages in one
-    folder.
+    A pretrained encoder with a linear head cannot run without this project, because it is stored in two parts: the
+    head, and the package of the encoder in a subfolder.
     """
     return not isinstance(guide.network, EncoderClassifier)
 

@@ -105,7 +105,7 @@ def measure_eeg_reliability(
         try:
             reliability = split_half_reliability(values_nF[of_person], pairs_n[of_person], splits=SPLITS, seed=seed)
         except RequestError:
-            # The person has too few images with repeats, or a flat signal.
+            # Skip this person, who has too few images with repeated presentations, or a flat signal.
             continue
         found[str(person)] = reliability
     if not found:

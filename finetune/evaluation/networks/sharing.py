@@ -23,7 +23,7 @@ Compute = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """A function and the images for which all processes call the function."""
+    """A request of rank 0: the name of a function, and the images whose blocks are its arguments."""
 
     name: str
     sources: tuple[ImageSource, ...]
