@@ -15,8 +15,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 HEAD = """# Performance
 
 This page compares the speed of Dreamscale with the speed of other programs. `python benchmarks/performance_page.py`
-writes this page from the files `benchmarks/results/*.json`. These files come from the benchmark commands below, with
-the option `--out`. In every comparison, all programs ran on the same machine. No GPU has been measured yet.
+writes this page from the files `benchmarks/results/*.json`. The commands on this page wrote these files, with the
+option `--out`. In every comparison, all programs ran on the same machine. No GPU has been measured yet.
 
 If a section gives no date and no machine, its measurements were made on 2026-11-21, on a machine with two cores of an
 Intel Xeon with AMX, 24 GB of memory, and no GPU. The versions of the packages were
@@ -45,12 +45,12 @@ def sharding(found: dict[str, Any]) -> str:
     return f"""## Sharding a recording
 
 This measurement was made with the command
-`python benchmarks/sharding.py --seconds 3600`. Each program used one thread. The size of the
-input and the sampling rate of the result are: {found["data"]}. The windows last 2 s.
+`python benchmarks/sharding.py --seconds 3600`. Each program used one thread. The input, and the
+sampling rate of the windows, are: {found["data"]}. The windows last 2 s.
 
 {table(["program", "CPU time (s)", "wall time (s)", "peak memory (MB)", "windows"], rows)}
 
-MNE's path needs **{found["cpu_ratio"]:.1f} times as much CPU time** as Dreamscale (aim: 3).
+MNE's path needs **{found["cpu_ratio"]:.1f} times as much CPU time** as Dreamscale (aim: at least 3 times).
 Dreamscale's memory does not grow with the length of the recording (aim: below 1 GB). MNE's path loads the recording,
 applies a band-pass filter (FIR), resamples the signal (FFT) and subtracts the average. Dreamscale also removes the
 mains frequency, checks units, channels and every window, and hashes the file.
@@ -63,12 +63,12 @@ def sharding_minute(found: dict[str, Any]) -> str:
     return f"""### A recording of one minute
 
 This measurement was made with the command
-`python benchmarks/sharding.py --seconds 60 --repeats {found["repeats"]}`. The two programs ran in turn.
+`python benchmarks/sharding.py --seconds 60 --repeats {found["repeats"]}`. The two programs ran alternately.
 Dreamscale needs {ours:.3f} s of CPU time and MNE's path {mne:.3f} s (medians). In each pair of runs,
 Dreamscale's CPU time is divided by MNE's CPU time; the median of these ratios is **{found["paired_ratio"]:.2f}**
 (aim: at most 1).
-Dreamscale's process keeps freed memory, like the child processes of a sharding job
-(`KEPT_MEMORY` in `data_sharding/job/isolation.py`); MNE's process has the default settings.
+Dreamscale's process does not return freed memory to the system, like the child processes of a sharding job
+(`KEPT_MEMORY` in `data_sharding/job/isolation.py`); MNE's process has the default settings for memory.
 {origin(found)}
 """
 
@@ -77,8 +77,8 @@ def sharding_minute_intel(found: dict[str, Any]) -> str:
     ours, mne = (found["ways"][way]["cpu_s"] for way in ("ours", "mne"))
     return f"""On a second machine, Dreamscale needed {ours:.3f} s of CPU time and MNE's path {mne:.3f} s
 (medians of {found["repeats"]} pairs of runs), and the median of the ratios was **{found["paired_ratio"]:.2f}**. Other
-programs used this machine at the same time, and {found["repeats"]} pairs are few, so the second result shows neither
-that Dreamscale is slower than MNE's path nor that Dreamscale is faster.
+programs used this machine at the same time, and {found["repeats"]} pairs are few. The second result therefore does
+not show which of the two programs is faster.
 {origin(found)}
 """
 
@@ -98,8 +98,8 @@ def workers(found: dict[str, Any]) -> str:
     return f"""## The sharding job on one and two workers
 
 This measurement was made with the command
-`python benchmarks/sharding.py --seconds 7200 --recordings 24 --ways ours --workers 1 2`. The job has
-{job["data"]}. The job ran on Ray with two CPU cores.
+`python benchmarks/sharding.py --seconds 7200 --recordings 24 --ways ours --workers 1 2`. The job reads
+{job["data"]}, on Ray with two CPU cores.
 {origin(found)}
 
 {table(["workers", "whole job (s)", "recordings/s after the workers have started", "speed-up"], rows)}
@@ -123,14 +123,14 @@ def planning(found: dict[str, Any]) -> str:
 
 This measurement was made with the command
 `python benchmarks/planning.py --sizes 1000 10000 100000`. The benchmark creates EDF files, finds these
-files, recognises their format by the headers, and plans the job. Then the benchmark finds duplicates through simulated
-signatures, and distributes the recordings over shards. The column "identities" gives the time to compute the checksums
-by which a resumed job recognises finished recordings.
+files, recognises (sniffs) their format by the headers, and plans the job. Then it searches for duplicates with
+simulated signatures (numbers that are equal in copies of a signal), and assigns the recordings to shards. The column "identities"
+gives the time to compute the checksums by which a resumed job recognises finished recordings.
 
 {table(["recordings", *names, "total (s)", "peak memory (GB)"], rows)}
 
 The aim for planning 100,000 recordings is at most 60 s and 2 GB. The planning time grows with the number of recordings
-to the power {found["exponent"]:.2f}.
+to the power {found["exponent"]:.2f}, so nearly in proportion.
 """
 
 
@@ -151,14 +151,14 @@ def loading(found: dict[str, Any]) -> str:
 This measurement was made with the command
 `python benchmarks/loading.py --samples 1500 --repeats 3`. The data are
 {found["data"]}. Every program makes float32 batches and pads them to 128 channels.
-"ours" is the loader of Dreamscale.
+"ours" is the loader of Dreamscale. "memory map" reads the decoded data from a memory-mapped file.
 
 {table(["program", "samples/s (lowest to highest)", "CPU time of a sample (µs)", "peak memory (MB)"], rows)}
 
 Dreamscale's loader is compared with `wds.WebDataset` on the same shards. The loader is
 **{over["webdataset, 0 workers"]:.1f} times** as fast as WebDataset without workers, and
 **{over["webdataset, 2 workers"]:.1f} times** as fast with two workers (aim: 3). Without workers, the loader reaches
-**{over["memory map"]:.2f}** of the speed of a memory map of the decoded data (aim: 0.5). Opening a dataset of
+**{over["memory map"]:.2f}** of the speed of the memory map (aim: 0.5). Opening a dataset of
 {index["samples"]:,} samples takes {index["open_s"]:.1f} s. The open dataset needs
 {index["bytes_per_sample"]:.0f} bytes of memory for each sample.
 """
@@ -207,14 +207,14 @@ def pretraining(found: dict[str, Any]) -> str:
 This measurement was made with the command
 `python benchmarks/pretraining.py --presets ... --precisions ... --stages ... --compile 0,1 --batch N
 --steps 4 --profile --reference PATH`, and it ran on the CPU. PATH is a checkout of the code that the authors of
-DreamDiffusion released. The released code was timed in a separate process, with `--presets ''`, because the released
-code is slower if other models ran before in the same process. In the table, `released` is Dreamscale's model with the
-sizes of the released code; "released model code" is the released code itself. Utilisation is relative to the fastest
-matrix product that was measured in the same run, in TFLOP/s: {peak}.
+DreamDiffusion released. The released code was timed in a separate process, with `--presets ''`, because it is slower
+if other models ran before in the same process. In the table, `released` is Dreamscale's model with the
+sizes of the released code; "released model code" is the released code itself. The utilisation of 100% is the speed of
+the fastest matrix product in the same run, in TFLOP/s: {peak}.
 
 {table(["model", "mode", "precision", "batch", "step (s)", "windows/s", "TFLOP/s", "utilisation", "GiB"], rows)}
 
-The speed of Dreamscale in windows/s, relative to the released code, is
+In windows/s, the speed of Dreamscale divided by the speed of the released code is
 {", ".join(ratios)}. The aim of twice as many windows/s as the
 released code is not reached.
 
@@ -224,10 +224,10 @@ The next table shows the milliseconds that each kind of operation takes in one s
 {table(["", "Dreamscale", "released code"], kinds)}
 
 To process twice as many windows/s, a step of Dreamscale would have to take 50% of the time of a step of the released
-code. The matrix products of Dreamscale alone take {products / released:.0%} of the released code's time. A third of the
-matrix products compute gradients of the weights, with a transposed first matrix. The machine of this measurement
-computes products with a transposed first matrix at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s, and other
-matrix products at {best["bf16"]["plain"]:.1f} TFLOP/s.
+code. The matrix products of Dreamscale alone take {products / released:.0%} of the time of a step of the released code. A third of the matrix
+products compute gradients of the weights; in these products, the first matrix is transposed. The machine of this
+measurement computes products with a transposed first matrix at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s,
+and other matrix products at {best["bf16"]["plain"]:.1f} TFLOP/s.
 """
 
 
@@ -257,18 +257,18 @@ This measurement was made with the command
 `{command}`, and it ran on
 one thread of the CPU (OMP_NUM_THREADS=1), in float32, with diffusers {found["versions"]["diffusers"]}. The images have
 {size} x {size} pixels, and a step has {settings["batch"]} images. These sizes are small: the preset of the paper has
-64 x 64 pixels and 57.7M parameters. The three programs take steps in turn. "plain loop" is the loop of the
-diffusers tutorial, with a `UNet2DModel` of the same size. A training step of EG-DDPM also
-averages the weights. A step of sampling is one evaluation of the network, so an image of the paper's preset takes 1000
-steps. The memory in the table is the state (weights, and in training the moments of AdamW and the averaged weights)
-plus the largest growth within a step.
+64 x 64 pixels and 57.7M parameters. The three programs ran alternately, one step at a time. "plain loop" is the
+training loop from the tutorial of the library diffusers, with a `UNet2DModel` of the same size. A training step of
+EG-DDPM also updates the moving average of the weights. A step of sampling is one evaluation of the network; with the paper's preset,
+an image needs 1000 such steps. The memory in the table is the state (weights, and in training the moments of AdamW and
+the averaged weights) plus the largest growth within a step.
 
 {table(["program", "parameters", "part", "steps/s", "images/s", "CPU time of a step (s)", "GiB"], rows)}
 
 The machine was busy with other programs during this run (load average {found["machine"]["load"]:.0f} on
-{found["machine"]["cores"]} cores), so steps/s and images/s are lower than on an idle machine. The load changes the
-CPU time less than these speeds. EG-DDPM with `UNet2DModel` needs {1 / ratios[0]:.2f} times the CPU time of the
-plain loop over `UNet2DModel` in training, and {1 / ratios[1]:.2f} times in sampling.
+{found["machine"]["cores"]} cores), so steps/s and images/s are lower than on an idle machine. The CPU time
+of a step depends less on the load. With the same `UNet2DModel`, EG-DDPM needs {1 / ratios[0]:.2f} times the CPU time
+of the plain loop in training, and {1 / ratios[1]:.2f} times in sampling.
 """
 
 
@@ -295,14 +295,15 @@ def trials(found: dict[str, Any]) -> str:
 
 This measurement was made with the command
 `python benchmarks/trials.py`. The dataset has {found["trials"]:,} trials, as many as THINGS-EEG2.
-The windows are short, so that the dataset fits on a small disk; the JSON of a trial has its true size. Each program
-opens the train split and groups the trials by image. The memory is the growth after the imports, with the pages of
-mapped files, which all processes share. The file of the table has {found["table_mb"]:,.0f} MB.
+The windows are shorter than in THINGS-EEG2, so that the dataset fits on a small disk, but the metadata (JSON) of each
+trial is as long. Each program opens the train split and groups the trials by image. The memory in the table is the
+growth after the imports; it includes the pages of memory-mapped files, which all processes share. The file with the
+table of trials has {found["table_mb"]:,.0f} MB.
 
 {table(["program", "CPU time (s)", "peak memory (MB)"], rows)}
 
-The next table is for {found["windows"]:,} trials of 128 x 440 values, the size of EEG-ImageNet: a feature (the mean
-over time) is computed from all trials at once, or part by part as in training.
+The next table is for {found["windows"]:,} trials of 128 x 440 values, the size of EEG-ImageNet. A feature (the mean
+over time) is computed for each trial: with the EEG of all trials in memory at once, or part by part as in training.
 
 {table(["trials in memory", "CPU time (s)", "peak memory (MB)"], parts)}
 
