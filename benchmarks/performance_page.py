@@ -124,8 +124,8 @@ def planning(found: dict[str, Any]) -> str:
 This measurement was made with the command
 `python benchmarks/planning.py --sizes 1000 10000 100000`. The benchmark creates EDF files, finds these
 files, recognises (sniffs) their format by the headers, and plans the job. Then it searches for duplicates with
-simulated signatures (numbers that are equal in copies of a signal), and assigns the recordings to shards. The column "identities"
-gives the time to compute the checksums by which a resumed job recognises finished recordings.
+simulated signatures (numbers that are equal in copies of a signal), and assigns the recordings to shards. The column
+"identities" gives the time to compute the checksums by which a resumed job recognises finished recordings.
 
 {table(["recordings", *names, "total (s)", "peak memory (GB)"], rows)}
 
@@ -186,7 +186,7 @@ def pretraining(found: dict[str, Any]) -> str:
         if mine and r["preset"] == "released" and r["zero_stage"] == 1 and not r["compile"]:
             ours[key] = r
         elif not mine and key in ours:
-            ratios.append(f"{r['step_s'] / ours[key]['step_s']:.2f} times in {key[0]} at batch {key[1]}")
+            ratios.append(f"{r['step_s'] / ours[key]['step_s']:.2f} in {key[0]} at batch {key[1]}")
     # Collect the time of each kind of operation at the smallest batch size, for Dreamscale and for the code that the
     # authors of DreamDiffusion released.
     batch = min(number for precision, number in ours if precision == "bf16")
@@ -224,8 +224,9 @@ The next table shows the milliseconds that each kind of operation takes in one s
 {table(["", "Dreamscale", "released code"], kinds)}
 
 To process twice as many windows/s, a step of Dreamscale would have to take 50% of the time of a step of the released
-code. The matrix products of Dreamscale alone take {products / released:.0%} of the time of a step of the released code. A third of the matrix
-products compute gradients of the weights; in these products, the first matrix is transposed. The machine of this
+code. The matrix products of Dreamscale alone take {products / released:.0%} of the time of a step of the released code.
+A third of the matrix products compute gradients of the weights; in these products, the first matrix is transposed. The
+machine of this
 measurement computes products with a transposed first matrix at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s,
 and other matrix products at {best["bf16"]["plain"]:.1f} TFLOP/s.
 """
@@ -259,8 +260,10 @@ one thread of the CPU (OMP_NUM_THREADS=1), in float32, with diffusers {found["ve
 {size} x {size} pixels, and a step has {settings["batch"]} images. These sizes are small: the preset of the paper has
 64 x 64 pixels and 57.7M parameters. The three programs ran alternately, one step at a time. "plain loop" is the
 training loop from the tutorial of the library diffusers, with a `UNet2DModel` of the same size. A training step of
-EG-DDPM also updates the moving average of the weights. A step of sampling is one evaluation of the network; with the paper's preset,
-an image needs 1000 such steps. The memory in the table is the state (weights, and in training the moments of AdamW and
+EG-DDPM also updates the moving average of the weights. A step of sampling is one evaluation of the network; with the
+paper's
+preset, an image needs 1000 such steps. The memory in the table is the state (weights, and in training the moments of
+AdamW and
 the averaged weights) plus the largest growth within a step.
 
 {table(["program", "parameters", "part", "steps/s", "images/s", "CPU time of a step (s)", "GiB"], rows)}
