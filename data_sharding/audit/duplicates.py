@@ -7,7 +7,7 @@ too long, so there are two steps. In the first step, a *signature* of a few numb
 each recording. Pairs of recordings with similar signatures are *candidate pairs*. In the second step, only the
 fingerprints of the candidate pairs are loaded and compared.
 
-Letters in shapes: `n` or `m` channels, `P` points of a fingerprint.
+In array shapes, `n` and `m` are numbers of channels, and `P` is the number of points of a fingerprint.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def signature(points: np.ndarray) -> list[int]:
     Returns
     -------
     list of int
-        At most `SKETCH` hashes (positive, below 2**63), sorted. If a mixing code can be computed, it is written before
-        the hashes as a negative number. The list is empty if the fingerprint has too few points.
+        At most `SKETCH` hashes (positive, below 2**63), sorted. If a mixing code (see below) can be computed, it is
+        written before the hashes as a negative number. The list is empty if the fingerprint has too few points.
 
     Notes
     -----
@@ -164,13 +164,13 @@ def signature(points: np.ndarray) -> list[int]:
 
 
 def _span(rows: np.ndarray) -> np.ndarray:
-    """Return an orthonormal basis, shape (rank, P), of the space that the channels, shape (n, P), span."""
+    """Return an orthonormal basis, shape (rank, P), of the space spanned by the channels, shape (n, P)."""
     _, size, basis = np.linalg.svd(_normalize_rows(rows), full_matrices=False)
     return basis[size > RANK * size[0]]
 
 
 def _mixing_code(rows: np.ndarray) -> list[int]:
-    """Return the mixing code as a negative number in a list, or an empty list if no mixing code can be computed."""
+    """Return the mixing code (see `signature`) as a negative number in a list; an empty list if there is none."""
     if len(rows) < 2 or rows.shape[1] < BANDS[-1][1]:
         return []
     basis = _span(rows)
@@ -199,7 +199,7 @@ def _is_linear_combination(x: np.ndarray, y: np.ndarray) -> bool:
 
 
 def _hash(x: np.ndarray) -> np.ndarray:
-    """Hash numbers to 63 bits with the finaliser of SplitMix64 (Steele et al. 2014); int64 columns can hold 63 bits."""
+    """Hash numbers with the finaliser of SplitMix64 (Steele et al. 2014); a hash has 63 bits and so fits into int64."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -265,7 +265,7 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
     if same_length:
         return "same"
     # Different recordings often begin with the same calibration signal, which is nearly equal in all channels. So if
-    # the lengths differ and the channels are nearly equal to each other, the recordings are taken as different.
+    # the lengths differ and the channels are nearly equal to each other, treat the recordings as different.
     alike = len(x) < 2 or float(np.median(np.abs(_normalize_rows(x[1:]) @ _normalize_rows(x[:1]).T))) > ALIKE
     return None if alike or n_points < FIRST else "beginning"
 
@@ -284,7 +284,7 @@ def _later_stretches(x: np.ndarray, y: np.ndarray, agree: np.ndarray) -> list[bo
     -------
     list of bool
         One value for each later excerpt: True if enough channels of `x` agree with a channel of `y` in this excerpt
-        too. An excerpt is left out if most channels of `x` or of `y` are flat in it.
+        too. An excerpt is left out if most channels of `x` or of `y` are flat in this excerpt.
     """
     found = []
     for start in range(FIRST, x.shape[1] - LATER + 1, LATER):
@@ -297,7 +297,7 @@ def _later_stretches(x: np.ndarray, y: np.ndarray, agree: np.ndarray) -> list[bo
 
 
 def candidate_pairs(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple[int, int]]:
-    """List the candidate pairs: pairs of recordings with similar signatures.
+    """List the candidate pairs: pairs of recordings with similar signatures (see `signature`).
 
     Parameters
     ----------
@@ -313,7 +313,7 @@ def candidate_pairs(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple[
 
 
 def _pairs_by_hashes(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple[int, int]]:
-    """List the pairs of recordings that have enough hashes in common."""
+    """List the pairs of recordings whose signatures have enough hashes in common."""
     sketches = [[number for number in p.signature or () if number >= 0] for p in fingerprints]
     sizes = np.array([len(sketch) for sketch in sketches], np.int64)
     total = int(sizes.sum())
@@ -346,7 +346,7 @@ def _pairs_by_hashes(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple
 
 
 def _pairs_by_mixing_code(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple[int, int]]:
-    """List the pairs of recordings of equal length with mixing codes that differ in only a few bits."""
+    """List the pairs of recordings of equal length whose mixing codes (see `signature`) differ in only a few bits."""
     coded = [
         (p.seconds, i, -1 - p.signature[0]) for i, p in enumerate(fingerprints) if p.signature and p.signature[0] < 0
     ]
@@ -410,7 +410,7 @@ def find_duplicates(
     Returns
     -------
     dict of str to Copy
-        The key is the key of a recording that can be left out; the value says which other recording is kept.
+        Maps the key of each recording that can be left out to a `Copy`, which names the recording that is kept.
     """
     duplicates: dict[str, Copy] = {}
     kept_for: dict[str, RecordingFingerprint] = {}
@@ -450,8 +450,8 @@ def find_duplicates(
                     difference = f"{HOW['beginning']}, {item.seconds:.1f} of {kept.seconds:.1f} s"
                 duplicates[item.key] = Copy(kept=kept.key, difference=difference)
                 break
-    # If recording A has the same bytes as recording B, the entry of A contains B so far. If B is itself a duplicate of
-    # recording C, replace B by C in the entry of A.
+    # If recording A has the same bytes as recording B, `duplicates[A]` says until now that B is kept. If B is itself a
+    # duplicate of recording C, `duplicates[A]` must name C, because B is not kept.
     for key, duplicate in duplicates.items():
         if not duplicate.difference and duplicate.kept in kept_for:
             duplicates[key] = Copy(kept=kept_for[duplicate.kept].key)
@@ -473,11 +473,11 @@ def preference(row: LedgerRow, *, trials: bool) -> tuple:
     Returns
     -------
     tuple
-        Sort key. Preferred are, in this order: a recording with trials; a known subject; a greater length (in whole
-        minutes, because some formats pad the end); a file that shows more interruptions; more channels; a key that is
-        earlier in alphabetical order.
+        Sort key. The sort key prefers, in this order: a recording with trials; a known subject; a greater length (in
+        whole minutes, because some formats pad the end); a file that marks more interruptions of the recording; more
+        channels; a key that is earlier in alphabetical order.
     """
-    # Windows must not cross an interruption, so prefer the file that shows more interruptions. Short segments are
+    # Windows must not cross an interruption, so prefer the file that marks more interruptions. Short segments are
     # epochs, so the borders between them are not counted as interruptions.
     segments = row.segments if row.seconds >= SHORT_PIECE_S * row.segments else 0
     return (not trials, row.subject == row.key, -int(row.seconds // 60), -segments, -row.n_kept, row.key)

@@ -1,6 +1,7 @@
 """Fingerprints of recordings, windows and images. A fingerprint does not depend on the file format or the dataset.
 
-Letters in shapes: `n` channels, `T` time points of a window, `P` points of a recording's fingerprint.
+In array shapes, `n` is the number of channels, `T` the number of time samples of a window, and `P` the number of points
+of a recording's fingerprint.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _schema() -> Any:
 
 
 def _write(local: Path, rows: Iterable[LedgerRow], load_points: Callable[[str], np.ndarray]) -> None:
-    """Write the row groups one by one, because the fingerprints of many recordings do not fit into memory together."""
+    """Write the Parquet file's row groups one by one, because the fingerprints may not all fit into memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -129,7 +130,7 @@ _COLUMNS = [field.name for field in dataclasses.fields(_Stored)]
 
 
 class Fingerprints:
-    """Fingerprints of a dataset's recordings. The points of a fingerprint are read only when `load` is called.
+    """Fingerprints of a dataset's recordings. The points (values) of a fingerprint are read only when `load` is called.
 
     Parameters
     ----------
@@ -294,8 +295,8 @@ def find_similar_images(ours: Sequence[ImageFingerprint], theirs: Sequence[Image
     Notes
     -----
     Two images are similar if at most `NEAR_BITS` bits of their hashes differ, and if the difference of their thumbnails
-    is at most `NEAR_LEVELS` and at most the fraction `NEAR_SHARE` of the lower of the two contrasts. Crops, mirror
-    images, rotations and changes of colour are not found.
+    is at most `NEAR_LEVELS` and at most `NEAR_SHARE` times the contrast of the thumbnail with the lower contrast.
+    Crops, mirror images, rotations and changes of colour are not found.
     """
     a = [i for i, p in enumerate(ours) if p.phash is not None]
     b = [j for j, p in enumerate(theirs) if p.phash is not None]

@@ -125,17 +125,17 @@ class _Names:
         self.subjects: defaultdict[str, list[str]] = defaultdict(list)
         self.paths: defaultdict[str, list[str]] = defaultdict(list)
         for item in items:
-            if item.subject != item.key:  # If subject and key are equal, the subject is unknown.
+            if item.subject != item.key:  # A recording with an unknown subject has its own key as its subject.
                 for name in {_bare(item.subject), f"{item.corpus}/{_bare(item.subject)}"}:
                     self.subjects[name].append(item.key)
-            # Every recording is found by CORPUS/PATH. If PATH itself begins with the name of the corpus, the recording
-            # is found by PATH too.
+            # Every recording can be named by CORPUS/PATH. If PATH itself begins with the name of the corpus, the
+            # recording can be named by PATH too.
             inside = item.path.startswith(f"{item.corpus}/")
             for name in {f"{item.corpus}/{item.path}", *([item.path] if inside else [])}:
                 self.paths[name].append(item.key)
 
     def find(self, entry: Entry) -> list[str]:
-        """Return the keys of the recordings that match an entry."""
+        """Return the keys of the recordings that match an entry of the hold-back list."""
         if entry.kind == "subject":
             corpus, slash, subject = entry.value.rpartition("/")
             return self.subjects.get(f"{corpus}{slash}{_bare(subject)}", [])
@@ -154,7 +154,10 @@ class _Names:
 
 @dataclass(kw_only=True)
 class HoldBack:
-    """What to hold back: recordings, checksums and datasets. All names were already looked up in the corpora."""
+    """The recordings, checksums and datasets to hold back (to leave out of the dataset).
+
+    All names were already looked up in the corpora.
+    """
 
     named: dict[str, str]
     """Recordings that an entry holds back by name or pattern. The key is the key of the recording; the value is a text
@@ -171,7 +174,7 @@ class HoldBack:
 
     @classmethod
     def plan(cls, config: HoldBackConfig, items: Iterable[Item]) -> HoldBack:
-        """Look up the names that the config lists in the corpora, before any recording is read.
+        """Search the corpora for the names in the config, before any recording is read.
 
         Parameters
         ----------
@@ -269,7 +272,9 @@ class HoldBack:
         fingerprints: Mapping[str, RecordingFingerprint],
         load_points: Callable[[str], np.ndarray],
     ) -> dict[str, int]:
-        """Mark the ledger rows of recordings that are held back. Call this method before duplicates are searched.
+        """Mark the ledger rows of recordings that are held back (left out of the dataset).
+
+        Call this method before duplicates are searched.
 
         A recording is held back if one of the following conditions is true; the first true condition gives the reason:
 
@@ -365,7 +370,7 @@ class HoldBack:
             why.setdefault(rest[i].key, (name, f"copy of {original.key}, {name}"))
 
     def count_images(self, rows: Iterable[LedgerRow]) -> None:
-        """Write the numbers of `images_left_out` to the column ``windows_left_out`` of the ledger rows.
+        """Write the numbers of removed trials (`images_left_out`) to the ledger column ``windows_left_out``.
 
         Parameters
         ----------
@@ -387,7 +392,7 @@ def _find_held_back_images(paths: Sequence[str], datasets: Sequence[Contents]) -
         try:
             return fingerprint_image(read_limited(as_path(path), MAX_IMAGE))
         except OSError as error:
-            raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+            raise RequestError(f"{path}: the image cannot be read ({error.strerror}); check the file and its permissions") from None
 
     with ThreadPoolExecutor() as pool:
         ours = list(pool.map(read, paths))

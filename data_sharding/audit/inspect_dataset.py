@@ -74,8 +74,8 @@ def _make_group_grid(
 ) -> Grid:
     """Make a table of hours and recordings.
 
-    The rows for which the function `value` returns the same result form one line. The last line is the sum of all
-    lines.
+    The ledger rows for which the function `value` returns the same result form one line of the table. The last line is
+    the sum of all lines.
     """
     groups: defaultdict[Any, list[LedgerRow]] = defaultdict(list)
     for row in rows:

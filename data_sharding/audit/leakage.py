@@ -15,7 +15,7 @@ The following rules decide when two subjects, recordings, windows or images are 
 Each finding is either a proof of leakage or a question that a person must answer. For example, a finding is a question
 if only the names are equal, or if the config of the dataset allows a subject or image in several splits.
 
-Letters in shapes: `W` windows of a dataset, `R` recordings.
+In array shapes, `W` is the number of windows of a dataset, and `R` the number of recordings.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ class _Sample(NamedTuple):
 def _read_samples(
     root: AnyPath, shard: Shard, spec: PreprocessSpec, windows: bool
 ) -> Iterator[tuple[_Sample, bytes | None]]:
-    """Yield each sample of a shard (without withdrawn samples) and the bytes of its image (None without an image)."""
+    """Yield each sample of a shard and the bytes of its image (None without an image); skip withdrawn samples."""
     tar = root / shard.path
 
     def window(data: bytes, meta: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
@@ -478,13 +478,14 @@ def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]],
 
 
 def find_shared_windows(a: Contents, b: Contents, *, same_recording: bool = True) -> np.ndarray:
-    """Return a mask of the windows of `b`: True if a window is equal to a window of `a`, or overlaps one in time."""
+    """Return a mask of the windows of `b`, True where a window equals, or overlaps in time with, a window of `a`."""
     found = np.zeros(len(b.recording), bool)
     found[_match_values(b.digest, a.digest)[0]] = True
     number_a, number_b = ({key: i for i, key in enumerate(c.recordings)} for c in (a, b))
     lengths = b.manifest.preprocess.window_s, a.manifest.preprocess.window_s
     for one, other in _compare_recordings(a, b, Findings()):
-        # If `same_recording` is False, compare times only between recordings that are stored under two keys.
+        # If `same_recording` is False, compare the times of windows only if `a` and `b` store the recording under
+        # different keys.
         if one in number_a and other in number_b and (same_recording or one != other):
             mine = b.windows_of(number_b[other])
             start = a.start[a.windows_of(number_a[one])]

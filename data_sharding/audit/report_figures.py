@@ -1,6 +1,7 @@
 """Charts for the report of a dataset: channels, sampling rates, amplitudes, spectra and traces, as embedded PNG.
 
-Letters in shapes: `n` channels, `T` time points of a window, `F` frequencies.
+In array shapes, `n` is the number of channels, `T` the number of time samples of a window, and `F` the number of
+frequencies.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dic
 
 
 def _read_windows(tar: AnyPath, entries: Sequence[dict[str, Any]], length: int) -> list[Window]:
-    """Read from a shard the samples to which some entries of its index refer."""
+    """Read some windows of a shard; `entries` are the entries of these windows in the shard's index."""
     windows = []
     with tar.open("rb") as stream:
         for entry in entries:

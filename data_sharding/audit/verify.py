@@ -54,8 +54,8 @@ class VerifyConfig:
             raise ValueError(f"the key 'lines' must not be negative, got {self.lines}")
         if self.against and not self.content:
             raise ValueError(
-                "the key 'against' needs 'content: true', because it compares the windows of both datasets; remove "
-                "'content'"
+                "the key 'against' compares the windows of both datasets, so 'content' must not be false; remove "
+                "'content: false'"
             )
 
 
@@ -110,7 +110,7 @@ def _list_members(tar: AnyPath, size: int) -> dict[str, list[int]] | None:
         while at < size:
             stream.seek(at)
             block = stream.read(HEADER)
-            if not block.strip(b"\0"):  # A tar file ends with two empty blocks.
+            if not block.strip(b"\0"):  # A tar file ends with two blocks of zeros.
                 return members
             try:
                 info = tarfile.TarInfo.frombuf(block, "ascii", "strict")
@@ -172,7 +172,7 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
 
 
 def _intact_entries(index: AnyPath, shard: Shard) -> list[dict[str, Any]]:
-    """Return the entries of an index; an empty list if the index is missing or damaged.
+    """Return the entries of a shard's index, one for each sample; an empty list if the index is missing or damaged.
 
     The function `shard_faults` reports a missing or damaged index.
     """
@@ -203,7 +203,7 @@ def _ledger_faults(root: AnyPath, manifest: Manifest) -> list[str]:
 
 
 def _print_findings(findings: Findings, lines: int) -> None:
-    """Print the proofs, then the questions, and then the texts of `compared`, `to_confirm` and `not_compared`."""
+    """Print proofs of leakage, then questions, and then the texts of `compared`, `to_confirm` and `not_compared`."""
     for proof in (True, False):
         for kind in KINDS:
             these = [f for f in findings.found if f.kind == kind and f.proof == proof]

@@ -203,7 +203,7 @@ def find_missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
     Returns
     -------
     dict of str to list of str
-        For the address of each machine, the paths that the machine cannot access. Machines that can access all paths
+        Maps the address of a machine to the paths that the machine cannot access. Machines that can access all paths
         are not listed.
     """
     import ray
@@ -273,7 +273,7 @@ def run_tasks(
     Returns
     -------
     dict
-        For the key of each task that was given up, the reason.
+        Maps the key of each task that was given up to the reason.
 
     Raises
     ------
@@ -327,7 +327,7 @@ def run_tasks(
             is_clusters_fault = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
             if is_clusters_fault and not isinstance(failure, OutOfMemoryError):
                 raise ClusterFailed(
-                    f"{key}: its worker was lost {lost[key]} times ({type(failure).__name__}: "
+                    f"{key}: the Ray worker for it was lost {lost[key]} times ({type(failure).__name__}: "
                     f"{one_line(failure)[:200]}); check the machines of the cluster and the logs of Ray."
                 )
             reason = give_up(key, failure) if give_up else None

@@ -1,6 +1,6 @@
 """The second pass over a recording: filter the signal in the scratch file, and cut it into windows.
 
-Letters in array shapes: `n` is the number of channels, `T` the number of samples in a window.
+In array shapes, `n` is the number of channels, and `T` the number of time samples in a window.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class CleanWindow:
 
 
 class Judge:
-    """Decides which rows of a window are bad and whether the window can be used, and subtracts the reference."""
+    """Decides which rows (channels) of a window are bad and if the window can be used; subtracts the reference."""
 
     def __init__(self, clean: Clean, info: SignalInfo, spec: PreprocessSpec) -> None:
         self.clean, self.info, self.spec = clean, info, spec
@@ -123,7 +123,7 @@ class Judge:
                 bad.setdefault(row, "too large")
         if not (high > low)[[i for i in self.good if i not in silent]].any():
             return "flat in every good channel" if not bad else _most(bad, self.good)
-        # Rows that are bad only because of a filter transient are not counted for the limit `max_bad_share`.
+        # Rows (channels) that are bad only because of a filter transient are not counted for the limit `max_bad_share`.
         if sum(i in bad and i not in near for i in self.good) > quality.max_bad_share * len(self.good):
             return _most(bad, self.good)
         reference = self.clean.reference
@@ -212,7 +212,7 @@ def clean_windows(
     cuts: dict[int, list[Cut]],
     account: Account,
 ) -> Iterator[CleanWindow]:
-    """Filter the parts of a signal with windows in them, cut out the windows, and yield the windows that can be used.
+    """Filter the parts of a signal that contain windows, cut out the windows, and yield the windows that can be used.
 
     Parameters
     ----------
@@ -227,7 +227,7 @@ def clean_windows(
     cuts : dict
         Dictionary from the number of each segment to its windows, sorted by time.
     account : Account
-        Counter of the recording's windows. This function adds the windows that cannot be used to the counter.
+        Counter of the recording's windows. This function also counts the windows that cannot be used.
 
     Yields
     ------
@@ -260,7 +260,7 @@ def clean_windows(
 def _by_piece(
     faults: Faults, segment: int, cuts: list[Cut], window: int, account: Account
 ) -> Iterator[tuple[Interval, list[Cut]]]:
-    """Yield the pieces into which the gaps divide a segment, each with the windows inside this piece.
+    """Yield the pieces (ranges of time samples) into which the gaps divide a segment, each with its windows.
 
     Windows that contain a gap are left out. If a trial is longer than the window that models read, the trial is
     shortened to the part that is inside the piece.
@@ -287,18 +287,18 @@ def _by_piece(
 
 
 def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWindow | str]) -> CleanWindow | str:
-    """Shorten a trial if its part before or after the window that models read has a fault.
+    """Shorten a trial if the part before or after the window that models read has a fault.
 
     Parameters
     ----------
     cut : Cut
         The window or the trial.
     window : int
-        Number of samples of the window that models read.
+        Number of time samples of the window that models read.
     decide : callable
-        Function that checks a part of the cut. Its arguments are the first sample of the part and the last sample plus
-        one, counted from the start of the cut. Its result is this part as a window, or the reason why the part cannot
-        be used.
+        Function that checks a part of the cut. Its arguments are the first time sample of the part and the last time
+        sample plus one, counted from the start of the cut. Its result is this part as a window, or the reason why the
+        part cannot be used.
 
     Returns
     -------
@@ -323,7 +323,7 @@ def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWin
 
 
 def _plan_cuts(task: Task, info: SignalInfo, clean: Clean, left_out: Counter[str]) -> dict[int, list[Cut]]:
-    """Plan the windows or trials of a recording: a sorted list for each segment."""
+    """Plan which windows or trials to cut out of each segment of a recording, sorted by time."""
     item, spec = task.item, task.spec
     if item.trials is None:
         split = task.split.subject(item.subject) if task.split.by_subject else "train"

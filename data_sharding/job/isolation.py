@@ -246,7 +246,7 @@ class Child:
 
     @property
     def worn(self) -> bool:
-        """Return whether the child process keeps over half of the memory limit after a call, so it must be replaced."""
+        """Return whether the process still uses over half of its memory limit after a call, so it must be replaced."""
         return bool(self.memory_gb) and _private_bytes(self.process.pid) > 0.5e9 * self.memory_gb
 
 
@@ -327,7 +327,7 @@ def _portable(error: Exception) -> Exception:
 def _serve(pipe: Connection, parent: int, name: str, memory_gb: float) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # The parent died before prctl was called, so no signal comes.
+    if os.getppid() != parent:  # The parent died before prctl was called, so the kernel will send no signal.
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Only the main process of the job handles Ctrl-C.
     faulthandler.enable()

@@ -59,7 +59,7 @@ class Journal:
         self._first = len(segments)
 
     def find(self, key: str, identity: str) -> PartResult | None:
-        """Return the stored result of a recording, if the recording's files and the settings have not changed.
+        """Return the stored result of an earlier run for a recording, if its files and the settings have not changed.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Copies the samples of all recordings into shards; the number of samples in a shard is limited.
+"""Copies the samples (windows and trials) of all recordings into shards; the number of samples in a shard is limited.
 
 The first phase of the job wrote the samples of each recording to a folder, the *part* of the recording. Recordings are
 packed in the order of their keys, so the bytes of the shards do not depend on the number of workers.
@@ -27,7 +27,7 @@ from data_sharding.job.task import PartResult
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Consecutive samples of one recording that are copied into one shard."""
+    """Consecutive samples (windows or trials) of one recording that are copied into one shard."""
 
     key: str
     """Key of the recording."""
@@ -52,7 +52,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """The samples of one shard."""
+    """Plan of one shard: which samples (windows or trials) it will contain."""
 
     path: str
     """Path of the shard, relative to the folder of the dataset."""

@@ -1,6 +1,6 @@
 """Plan which part of the signal is stored for each trial.
 
-All numbers of samples in this module are at the target sampling rate.
+In this module, a sample is a time sample at the target sampling rate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AT_EDGE = "at the edge of the recording, of an epoch or of a gap"
 
 @dataclass(frozen=True)
 class Cut:
-    """A window or a trial to cut out of the signal. All numbers of samples are at the target sampling rate."""
+    """A window or a trial to cut out of the signal. A sample is here a time sample at the target sampling rate."""
 
     start: int
     """First sample of the cut, counted from the start of the segment."""
@@ -63,9 +63,9 @@ class Cut:
 def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
     """Plan the stored part of each trial of a recording.
 
-    A trial is stored if the window that models read is inside one segment. The window that models read begins at the
-    onset of the image, or at the trial's `tmin` if `tmin` is positive. The parts of the trial before and after the
-    window are also stored, as far as these parts are inside the segment.
+    A trial is stored if the window that models read is inside one segment (a part of the signal without interruption).
+    The window that models read begins at the onset of the image, or at the trial's `tmin` if `tmin` is positive. The
+    parts of the trial before and after the window are also stored, as far as these parts are inside the segment.
 
     Parameters
     ----------
@@ -206,9 +206,10 @@ class _Places:
         """Return the epoch of each trial of a table; None if the table does not describe the epochs.
 
         If the table has as many trials as there are epochs, trial `i` belongs to epoch `i`. Otherwise, each onset must
-        equal the time of an epoch's event; an error of half a sample is allowed. If one onset differs from the times of
-        all events, no trial is used. A table with other onsets may also contain rejected epochs, or may contain times
-        of the original continuous recording; if such a table was used, a trial could get the signal of another image.
+        equal the time of an epoch's event; an error of half a sample is allowed. If a single onset differs from the
+        times of all events, no trial is used. A table with other onsets may also contain rejected epochs, or may
+        contain times of the original continuous recording; if such a table was used, a trial could get the signal of
+        another image.
         """
         places = [trial.place or (0, 0) for trial in trials]
         if all(count == len(self.begins) for _, count in places):

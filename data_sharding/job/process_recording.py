@@ -8,8 +8,8 @@ unit, the bad channels and the mains frequency are known. The second pass (`data
 signal from the scratch file, filters it, and cuts out the windows. Memory use does not grow with the length of the
 recording.
 
-Letters in array shapes: `n` is the number of channels, `S` the number of samples at the recording's sampling rate, `T`
-the number of samples in a window.
+In array shapes, `n` is the number of channels, `S` the number of time samples at the recording's sampling rate, and `T`
+the number of time samples in a window.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ MIN_SAMPLES = 16
 
 
 def get_library_versions() -> dict[str, str]:
-    """Return the versions of the libraries on which the bytes of a part depend."""
+    """Return the versions of the libraries on which the bytes of a part (the windows of a recording) depend."""
     import mne
     import scipy
     import zstandard
@@ -308,7 +308,7 @@ def _signal_of(item: Item, result: PartResult, folder: Path, place: Path | None,
 
 
 def _fill(task: Task, result: PartResult, folder: Path, place: Path | None, *, kept: bool) -> None:
-    """Write the part of a recording.
+    """Write the part (the folder with the windows) of a recording.
 
     The ledger row is filled step by step, so that after an error the row contains all values that are known.
     """
@@ -566,7 +566,8 @@ def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
     for i, what in verdict.not_eeg.items():
         if i < n_eeg:
             left_out.setdefault(f"{what}, by its signal", []).append(read.info.ch_names[read.picks[i]])
-    # If the reference is a single channel, this channel becomes zero, so leave it out.
+    # If the reference is a single channel, its signal becomes zero when the reference is subtracted, so leave this
+    # channel out.
     alone = read.spec.reference_channels if len(read.spec.reference_channels) == 1 else []
     zero = [i for i in range(n_eeg) if read.names[i] in alone]
     for i in zero:

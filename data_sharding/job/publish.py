@@ -33,7 +33,7 @@ def publish(
     version: NewVersion,
     state: bytes,
 ) -> Manifest:
-    """Write the files of a version, and delete files that no version needs.
+    """Write the files of a version of the dataset, and delete files that no version needs.
 
     Parameters
     ----------

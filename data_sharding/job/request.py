@@ -130,7 +130,8 @@ class Plan:
         Returns
         -------
         str
-            The checksum. A new size, modification time or object-store checksum of a file changes the result, too.
+            The checksum. The checksum also depends on the size, the modification time and the object-store checksum of
+            each file.
         """
         item = self.items[key]
         shown = sorted({t.image for t in item.trials or ()})
@@ -139,7 +140,7 @@ class Plan:
 
 
 def _content(item: Item) -> dict[str, Any]:
-    """Return the values of a recording for a checksum, without `dataclasses.asdict`, which would copy every trial."""
+    """Return a recording's fields as a dictionary for a checksum; `dataclasses.asdict` would copy every trial."""
     values = {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if f.name not in WITHOUT_EFFECT}
     recording = item.recording
     values["recording"] = [recording.format, [str(f) for f in recording.files], recording.problem]
@@ -248,7 +249,7 @@ def resolve_decoded(config: ShardConfig) -> Path | None:
 
 
 def _states(files: Iterable[AnyPath]) -> list[FileState]:
-    """Return the state of each file; an unreadable file gets a placeholder, and a worker will report the error."""
+    """Return each file's size, time and checksum; a placeholder for an unreadable file (a worker reports the error)."""
     states = []
     for file in files:
         try:

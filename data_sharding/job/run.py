@@ -260,7 +260,7 @@ def mark_duplicates(
     plan : Plan
         The job's plan.
     prints : dict of str to RecordingFingerprint
-        For the key of each recording, the data that is compared with other recordings.
+        Maps the key of each recording to the data that is compared with other recordings.
     load_points : FingerprintLoader
         Function that loads the full fingerprint of a recording. The function is called only for pairs of recordings
         with similar signatures.
@@ -290,7 +290,7 @@ def mark_duplicates(
 
 
 def collect_prints(results: list[PartResult]) -> dict[str, RecordingFingerprint]:
-    """Return the data that `find_duplicates` compares, by the key of the recording."""
+    """Return a dictionary from the key of each recording to the data that `find_duplicates` compares."""
     return {
         result.row.key: RecordingFingerprint(
             key=result.row.key,
@@ -512,9 +512,9 @@ def _make_folder(output: AnyPath) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RequestError(f"output '{output}': cannot be made ({error.strerror})") from None
+        raise RequestError(f"output '{output}': the folder cannot be made ({error.strerror}); choose another folder") from None
     if not os.access(str(output), os.W_OK):
-        raise RequestError(f"output '{output}': no permission to write there")
+        raise RequestError(f"output '{output}': no permission to write there; choose another folder")
 
 
 def _make_private(decoded: Path) -> None:
@@ -523,9 +523,9 @@ def _make_private(decoded: Path) -> None:
     except RequestError as error:
         raise RequestError(f"decoded: {error}") from None
     except OSError as error:
-        raise RequestError(f"decoded '{decoded}': cannot be made ({error.strerror})") from None
+        raise RequestError(f"decoded '{decoded}': the folder cannot be made ({error.strerror}); choose another folder") from None
     if not os.access(decoded, os.W_OK):
-        raise RequestError(f"decoded '{decoded}': no permission to write there")
+        raise RequestError(f"decoded '{decoded}': no permission to write there; choose another folder")
 
 
 def _limit_decoded(config: ShardConfig, decoded: Path | None) -> None:

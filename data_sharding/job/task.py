@@ -93,7 +93,7 @@ class SetAside(Exception):
 
 
 def describe_row(row: LedgerRow, item: Item) -> None:
-    """Write the data of the corpus about person, device and licence into a row, in place of data from the header.
+    """Replace what a file's header says about person, device and licence in a ledger row by what the corpus says.
 
     A recording year from the header is not replaced, because the dates in the corpus may have been shifted to hide the
     true dates.

@@ -121,7 +121,7 @@ class Former:
         return PartResult.from_json(known.result)
 
     def prefer(self, key: str, content: str, result: PartResult) -> PartResult:
-        """Return the former result of a recording that was read again without a change; otherwise `result`."""
+        """Return a recording's former result if reading it again found the same content; otherwise `result`."""
         known = self.stored.get(key)
         if known is None or key not in self.pieces or known.content != content or result.row.status != "sharded":
             return result
@@ -135,7 +135,7 @@ class Former:
             self.reused.discard(key)
 
     def needs_samples(self, kept: Iterable[PartResult]) -> list[str]:
-        """From the reused results in `kept`, return the keys of recordings without samples in the former shards."""
+        """Return the keys of recordings in `kept` whose result is reused, but whose samples are in no former shard."""
         return [r.row.key for r in kept if r.row.key in self.reused and r.row.key not in self.pieces]
 
     def find_changed_files(self, plan: Plan) -> set[str]:
@@ -200,7 +200,10 @@ def _find_runs(root: AnyPath, shard: Shard) -> list[tuple[str, int, int]]:
 
 
 def store_results(results: Iterable[PartResult], plan: Plan, settings: str, source: str) -> bytes:
-    """Return the content of the file `RESULTS`. Call this function before duplicates are marked in `results`."""
+    """Return the content of the file `RESULTS`, from which the next job reads the results of unchanged recordings.
+
+    Call this function before duplicates are marked in `results`.
+    """
     import zstandard
 
     packer = zstandard.ZstdCompressor().compressobj()
