@@ -392,7 +392,9 @@ def _find_held_back_images(paths: Sequence[str], datasets: Sequence[Contents]) -
         try:
             return fingerprint_image(read_limited(as_path(path), MAX_IMAGE))
         except OSError as error:
-            raise RequestError(f"{path}: the image cannot be read ({error.strerror}); check the file and its permissions") from None
+            raise RequestError(
+                f"{path}: the image cannot be read ({error.strerror}); check the file and its permissions"
+            ) from None
 
     with ThreadPoolExecutor() as pool:
         ours = list(pool.map(read, paths))

@@ -512,7 +512,9 @@ def _make_folder(output: AnyPath) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RequestError(f"output '{output}': the folder cannot be made ({error.strerror}); choose another folder") from None
+        raise RequestError(
+            f"output '{output}': the folder cannot be made ({error.strerror}); choose another folder"
+        ) from None
     if not os.access(str(output), os.W_OK):
         raise RequestError(f"output '{output}': no permission to write there; choose another folder")
 
@@ -523,7 +525,9 @@ def _make_private(decoded: Path) -> None:
     except RequestError as error:
         raise RequestError(f"decoded: {error}") from None
     except OSError as error:
-        raise RequestError(f"decoded '{decoded}': the folder cannot be made ({error.strerror}); choose another folder") from None
+        raise RequestError(
+            f"decoded '{decoded}': the folder cannot be made ({error.strerror}); choose another folder"
+        ) from None
     if not os.access(decoded, os.W_OK):
         raise RequestError(f"decoded '{decoded}': no permission to write there; choose another folder")
 
