@@ -1,12 +1,13 @@
-"""Measure training and sampling of EG-DDPM, against a plain loop over UNet2DModel of diffusers in the same run.
+"""Measure training and sampling of EG-DDPM, and of a plain PyTorch training loop for diffusers' UNet2DModel.
 
 ``python benchmarks/ddpm.py [--size 64] [--base 64] [--batch 8] [--steps 5] [--device cpu] [--out FILE.json]``
 
-Three programs are measured: EG-DDPM with the U-Net of the paper, EG-DDPM with UNet2DModel, and a plain loop with the
-same UNet2DModel, written like the tutorial of diffusers. The programs take steps in turn, so that a change of the
-machine's load affects all three programs. A training step consists of the forward and backward pass, gradient clipping,
-and AdamW. A training step of EG-DDPM also averages the weights (EMA). A step of sampling is one evaluation of the
-network and one step of the ancestral sampler. Images and EEG vectors of this benchmark are random noise.
+Three programs are measured: EG-DDPM with the U-Net of the paper, EG-DDPM with UNet2DModel, and a plain PyTorch training
+loop for the same UNet2DModel, written like the tutorial of diffusers. The three programs take turns, one step each, so
+that a change of the machine's load affects all three programs. A training step consists of the forward and backward
+pass, gradient clipping, and AdamW. A training step of EG-DDPM also averages the weights (EMA). A step of sampling is
+one evaluation of the network and one step of the ancestral sampler. Images and EEG vectors of this benchmark are random
+noise.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def read_status(key: str) -> float:
 
 
 def measure(step: Step, device: torch.device) -> dict[str, float]:
-    """Run one step; return its wall time and CPU time in seconds, and its peak memory above the start in GiB."""
+    """Run one step; return its wall time and CPU time in seconds, and by how many GiB its memory grew at the peak."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -88,7 +89,7 @@ def make_noising() -> DDPMScheduler:
 
 
 def ours(backbone: Any, options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, float, Step, Step]:
-    """Return EG-DDPM's network, the GiB of its training state, and functions for a training step and short sampling."""
+    """Return EG-DDPM's network, GiB of its training state, and functions: a training step and a short sampling."""
     stage = EGDDPMStage(image_size=options.size, base_channels=options.base, backbone=backbone, drop=0.0)
     task = EGDDPMTask(build_unet(stage, WIDTH), make_noising(), "l2").to(device)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's type hints lack this overload
@@ -114,10 +115,10 @@ def ours(backbone: Any, options: argparse.Namespace, device: torch.device) -> tu
 
 
 def plain(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, float, Step, Step]:
-    """Make the plain loop over diffusers' UNet2DModel, with which EG-DDPM is compared.
+    """Make the plain training loop for diffusers' UNet2DModel, with which EG-DDPM is compared.
 
-    The result is the network, the GiB of its training state, and two functions: a training step and a short sampling.
-    The network has the same layer sizes as EG-DDPM with the backbone `unet2d`.
+    The result is the network, the size of its training state in GiB, and two functions: a training step and a short
+    sampling. The network has the same layer sizes as EG-DDPM with the backbone `unet2d`.
     """
     stage = EGDDPMStage(image_size=options.size, base_channels=options.base, backbone="unet2d", drop=0.0)
     net: Any = build_unet(stage, WIDTH)

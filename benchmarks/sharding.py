@@ -145,7 +145,7 @@ def job(folder: Path, workers: int) -> dict[str, float]:
     """Measure the wall time of the whole job, and the recordings/s without the start of the workers.
 
     Ray and the imports of each worker need several seconds, which do not matter for a large corpus. So the measurement
-    of the recordings/s begins when as many recordings are finished as two for each worker.
+    of the recordings/s begins when two recordings for each worker are finished.
     """
     from data_sharding.job import run as module
 

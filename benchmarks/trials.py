@@ -100,7 +100,7 @@ def tables(root: Path) -> dict[str, int]:
 
 
 def features(root: Path, how: str) -> dict[str, Any]:
-    """Compute a small feature of each trial, for all trials at once or for one part of the trials after another."""
+    """Compute a small feature of each trial: of all trials in one call, or of a few trials in each of many calls."""
     from finetune.eeg import compute_for_trials, group_repeats, read_trials
     from finetune.images import open_paired
     from finetune.training.accelerate import make_accelerator

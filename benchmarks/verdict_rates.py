@@ -2,9 +2,9 @@
 
 ``python benchmarks/verdict_rates.py --seeds 20 --null_seeds 400``
 
-`verdict_sets.py` makes every set with several seeds. A null set is simulated without any response to the category, and
-is made with more seeds. The counts go to ``benchmarks/results/verdict_rates.json``. ``--only NAME`` measures one set
-again, and ``--seeds 0`` only writes the table again.
+`verdict_sets.py` makes every constructed set of trials with several seeds. A null set is simulated without any response
+to the category, and is made with more seeds. The counts go to ``benchmarks/results/verdict_rates.json``. ``--only
+NAME`` measures one set again, and ``--seeds 0`` only writes the table again.
 """
 
 from __future__ import annotations

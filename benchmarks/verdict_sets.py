@@ -4,7 +4,8 @@ A set is a small simulated experiment: people look at images, and features of th
 learns to predict an embedding of the image. The controls are made, and the verdict is found, with the same functions as
 for real data.
 
-Array shapes: n trials, I images, L labels, D width of an embedding, F features of the EEG.
+In array shapes, n is the number of trials, I of images, L of labels, and F of features of the EEG, and D is the width
+of an embedding.
 """
 
 from __future__ import annotations
@@ -371,13 +372,20 @@ class _Measure:
         return (_distances(shown_nD, self.centre_LD).argmin(axis=1) == self.images.label_I[seen_n]).astype(float)
 
     def predicted(self, labels_n: np.ndarray) -> np.ndarray:
-        """Return the scores of predicted labels; for a search, the mean embedding of a label is its shown image."""
+        """Return the scores of predicted labels.
+
+        If `Design.search` is set, the mean embedding of the predicted label takes the place of the shown image.
+        """
         if not self.search:
             return labels_n == self.images.label_I[self.seen_n]
         return self.hits(self.centre_LD[np.searchsorted(self.known, labels_n)])
 
     def identify(self, shown_nD: np.ndarray) -> np.ndarray:
-        """Return the share of the category's other images that are less like the shown image than the seen one is."""
+        """Return the rank of the seen image.
+
+        For each trial, the rank is the share of the other images of its category that are less similar to the shown
+        (generated) image than the seen image is.
+        """
         return self._rank(shown_nD, self.seen_n, same_label=True)
 
     def judge(self) -> np.ndarray:

@@ -6,7 +6,8 @@ DreamDiffusion's config class. If the checkpoint contains an object of any other
 checkpoint is never run.
 
 In this file, "foreign" names are the names of weights in DreamDiffusion's code, and "own" names are the names of the
-same weights in `pretrain.model`. The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+same weights in `pretrain.model`. Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of
+`pretrain.model` explains these letters.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def resolve(config: PlanConfig) -> Request:
         model, name = run.model, config.run_config
     else:
         if config.preset not in PRESETS:
-            raise RequestError(f"preset '{config.preset}' is unknown; there are {', '.join(PRESETS)}")
+            raise RequestError(f"preset '{config.preset}' is unknown; use one of {', '.join(PRESETS)}")
         model, name = PRESETS[config.preset], f"preset {config.preset}"
     known = next((kind for kind in PEAK_TFLOPS if kind.lower() == config.gpu.lower()), None)
     precision = config.precision or (run.precision if run else "bf16")

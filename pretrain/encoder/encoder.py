@@ -1,6 +1,6 @@
-"""The encoder for users: pretrained weights together with the preprocessing with which they were trained.
+"""The class `EEGEncoder`: pretrained weights together with the preprocessing that they were trained with.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class EEGEncoder(nn.Module):
             self.positions_C3 = positions_C3
 
     def scale_for_model(self, x_uv_BCT: Tensor, channels: Any = None) -> Tensor:
-        """Scale windows from microvolts to model units, in the same way as in pretraining.
+        """Scale windows from microvolts to model units (the values that the model reads), as in pretraining.
 
         Parameters
         ----------

@@ -11,7 +11,7 @@ A package is a directory:
 ``encoder.pt2``        optional: the encoder as a program that needs PyTorch only
 =====================  ==============================================================================
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 """
 
 from __future__ import annotations

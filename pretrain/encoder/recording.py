@@ -1,6 +1,6 @@
 """Convert a recording to windows, with the same code that sharding uses for the pretraining data.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def open_recording(path: str | Path) -> Signal:
     Returns
     -------
     data_sharding.formats.signal.Signal
-        The opened recording; its samples are read later.
+        The opened recording; its time samples are read later.
 
     Raises
     ------
@@ -215,7 +215,7 @@ def open_recording(path: str | Path) -> Signal:
 
 
 def _wrap(recording: Any) -> Signal:
-    """Convert an MNE object or a tuple (see `windows_of`) to a `Signal`; a `Signal` is returned as it is."""
+    """Convert an MNE object or a tuple (see `windows_of`) to a `Signal`; a `Signal` is returned unchanged."""
     import mne
 
     from data_sharding.formats.mne_signal import EpochsSignal, RawSignal

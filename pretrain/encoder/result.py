@@ -1,6 +1,6 @@
 """The result of encoding a recording: its features, and a report about the parts of the recording that were used.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Compute features of the EEG that was recorded before the picture and so contains no response to the picture.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`. F counts features.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters. F
+counts features.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def remove_line(x_CT: np.ndarray) -> np.ndarray:
     A high-pass filter without delay (zero phase) works forwards and backwards in time. A slow wave of the response
     therefore also appears, with opposite sign, before the picture. If the slow wave were kept, the EEG before the
     picture would predict the category even in an experiment without any fault. The removal also hides true slow changes
-    of the EEG, such as drift; the control ``shuffle_within`` finds these.
+    of the EEG, such as drift; the control ``shuffle_within`` finds such changes.
 
     Parameters
     ----------

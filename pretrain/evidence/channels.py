@@ -3,7 +3,7 @@
 If two recordings use different caps, or the same cap with the channels in another order, row 0 of their EEG can belong
 to two different electrodes, and so can every other row. The rows of common channels are therefore found by name.
 
-Array shapes: C common channels.
+In array shapes, C is the number of common channels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Place = Sequence[float] | None
 
 
 def iterate_layouts(parts: Sequence[Part]) -> Iterator[tuple[list[str], list[Place]]]:
-    """Yield the channel names and electrode positions of each trial, without repeats within a split."""
+    """Yield each combination of channel names and electrode positions in the trials, once for each split."""
     for dataset, numbers in parts:
         trials, wanted = dataset.trials, np.asarray(numbers, np.int64)
         codes = np.stack([trials.codes(name)[wanted] for name in ("ch_names", "positions")])

@@ -1,7 +1,7 @@
 """Compare two scores on the same trials, such as the model's own score and the score of a control.
 
-A comparison *holds* if the three conditions in the docstring of `pretrain.evidence.rules` are met. Array shapes: n
-trials, V comparisons.
+A comparison *holds* if the three conditions in the docstring of `pretrain.evidence.rules` are met. In array shapes, n
+is the number of trials, and V the number of comparisons.
 """
 
 from __future__ import annotations

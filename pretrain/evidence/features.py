@@ -1,6 +1,6 @@
 """Simple features of EEG that need no model: the power of each channel in frequency bands.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _KEYS = ("time", "command", "split", "dataset_id", "model_digest", "config_diges
 
 @dataclass(frozen=True, kw_only=True)
 class Openings:
-    """Number of the recorded openings of a split."""
+    """How often a split was opened (used to test a model), according to the log."""
 
     openings: int
     """How often the split was opened."""

@@ -1,8 +1,9 @@
 """Predictors of the label that are no better than chance if the experiment has no fault.
 
 None of the predictors in this file sees the response to the picture. If a predictor is better than chance, no response
-is needed to predict the label, so the score of a model does not show that the model uses a response. The docstring of
-`pretrain.model` explains letters such as BCT in `x_BCT`. L counts labels, F features, k neighbours.
+is needed to predict the label, so the score of a model does not show that the model uses a response. Tensor names end
+with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters. In array names, L is
+the number of labels, F the number of features, and k the number of neighbours.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ def predict_from_time(train: TrialTable, test: TrialTable) -> Labels:
     - all trials of the same person;
     - all training trials.
 
-    The rule that predicts the most training trials rightly is used. This rule is chosen separately for three groups of
-    test trials: those whose recording is in the training trials, others whose person is in the training trials, and the
-    rest. When a rule predicts a training trial, the trials of the same recording that are too near in time may not
+    The rule that predicts the most training trials correctly is used. This rule is chosen separately for three groups
+    of test trials: those whose recording is in the training trials, others whose person is in the training trials, and
+    the rest. When a rule predicts a training trial, the trials of the same recording that are too near in time may not
     vote. Too near means nearer than test trials usually are to training trials: the limit is the median distance from a
     test trial to the nearest training trial of its recording.
     """
@@ -136,7 +137,7 @@ def _find_places(train: TrialTable, test: TrialTable, number_n: NDArray[np.integ
 
 
 def _predict_by_best(rules: list[Rule], fit: _Places, new: _Places) -> Labels:
-    """Predict each trial with the first rule that can predict it; the rules best on the training trials come first."""
+    """Predict each trial's label with the first rule that can; rules with more hits on training trials come first."""
     gap = _median_gap(fit, new)
     hits = [float((rule(fit, fit, gap) == fit.label_n).mean()) for rule in rules]
     found = np.full(len(new.time_n), UNKNOWN)
@@ -212,7 +213,7 @@ def _hide_near(distance: NDArray[np.float64], rows: Labels, columns: Labels, gap
 
 
 def _commonest_of_recording(fit: _Places, new: _Places, gap: float | None) -> Labels:
-    """Predict the most common label of the same recording."""
+    """For each trial, predict the most common label of the training trials in the same recording."""
     found = np.full(len(new.time_n), UNKNOWN)
     for rows, columns, distance in _distances(fit, new):
         if not len(columns):
@@ -228,7 +229,7 @@ def _commonest_of_recording(fit: _Places, new: _Places, gap: float | None) -> La
 
 
 def _commonest_of_person(fit: _Places, new: _Places, gap: float | None) -> Labels:
-    """Predict the most common label of the person.
+    """For each trial, predict the most common label of the training trials of the same person.
 
     If `gap` is given, the trials of the predicted trial's own recording do not vote. If the person has no other
     recording, all trials of the person vote except the predicted trial itself.
@@ -246,7 +247,10 @@ def _commonest_of_person(fit: _Places, new: _Places, gap: float | None) -> Label
 
 
 def _vote_of_pooled(k: int, name: str) -> Rule:
-    """Make a rule: the most common label of the k trials, in any recording, that are nearest in the time `name`."""
+    """Make the rule that predicts the most common label of the k trials, of any recording, nearest in the time `name`.
+
+    `name` is a field of `_Places`: ``time_n`` or ``relative_n``.
+    """
 
     def rule(fit: _Places, new: _Places, gap: float | None) -> Labels:
         found = np.full(len(new.time_n), UNKNOWN)
@@ -272,7 +276,7 @@ def _vote_in_time(at_n: NDArray[np.float64], label_n: Labels, at_m: NDArray[np.f
 
 
 def _commonest(fit: _Places, new: _Places, gap: float | None) -> Labels:
-    """Predict the most common label of all training trials."""
+    """For each trial, predict the most common label of all training trials."""
     del gap
     return np.full(len(new.time_n), np.bincount(fit.label_n).argmax())
 

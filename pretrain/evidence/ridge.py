@@ -1,6 +1,6 @@
 """Ridge regression with several penalties at once.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class RidgeSums:
         return self.x_F / self.n + self.shift_F
 
     def compute_scale(self, least: float | np.ndarray = 1e-6) -> np.ndarray:
-        """Return the standard deviation [F] of each feature; infinity for a constant feature, so that it becomes 0."""
+        """Return each feature's standard deviation [F]; infinity for a constant feature, so that division gives 0."""
         variance_F = np.diag(self.xx_FF) / self.n - (self.x_F / self.n) ** 2
         std_F = np.sqrt(np.maximum(variance_F, 0))
         return np.where(std_F > least, std_F, np.inf)

@@ -21,7 +21,8 @@ p below `LEVEL`. The permutation test is needed for two reasons. The interval of
 narrow. And if only one of eight people has a strong effect, the mean can be above 0, although this shows nothing about
 people in general.
 
-docs/evaluation.md explains the controls, the verdicts and the limits of the verdicts. Array shapes: n trials.
+docs/evaluation.md explains the controls, the verdicts and the limits of the verdicts. In array shapes, n is the number
+of trials.
 """
 
 from __future__ import annotations
@@ -209,8 +210,8 @@ def judge(evidence: Evidence, *, resamples: int = 2000, seed: int = 0) -> Verdic
     evidence : Evidence
         Scores, controls and design.
     resamples : int
-        Number of bootstrap resamples and of random permutations, at least 500. With fewer than 320, no p-value could
-        fall below `LEVEL` after the correction over the eight comparisons of the question signal.
+        Number of bootstrap resamples and of random permutations, at least 500. With fewer than 320 permutations, no
+        p-value could fall below `LEVEL` after the correction over the eight comparisons of the question signal.
     seed : int
         Seed of the resamples.
 
@@ -432,8 +433,8 @@ def decide_by_design(case: _Case) -> _Found | None:
     The verdict is *confounded* if the design is block or unknown. In a block design, the time of a trial reveals its
     label, and no score can distinguish the response to the picture from the drift of the EEG. The verdict is also
     *confounded* if the label is constant within each recording, because then every property of the recording reveals
-    the label. No score can change the verdict of this rule, so this rule is applied first. If a control cannot be made
-    from the data, the design does not become worse: the verdict only names the control and the reason.
+    the label. No score can change the verdict of this rule, so this rule is applied first. A control that cannot be
+    made from the data does not make the verdict *confounded*: the verdict only names the control and the reason.
     """
     evidence = case.evidence
     known = [table for table in (evidence.trials, evidence.train) if isinstance(table, TrialTable)]
@@ -564,8 +565,8 @@ def decide_by_content(case: _Case) -> _Found | None:
 
     The verdict is *category only* if the generated image cannot identify the seen image among images of the same
     category. If the test concepts are new, the generated image is also compared with the training image that is most
-    similar to it. If this training image scores as well in its place, the verdict is *category only*: the generated
-    image shows only which trained concept is similar, and nothing about the new concept itself.
+    similar to it. If this training image scores as well as the generated image, the verdict is *category only*: the
+    generated image shows only which trained concept is similar, and nothing about the new concept itself.
     """
     reasons = []
     if "identification - chance" in case.rows and not case.holds("identification - chance"):

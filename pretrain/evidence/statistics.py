@@ -3,8 +3,8 @@
 Trials of one image are not independent of each other, and neither are trials of one subject. Each interval and each
 test therefore treats all trials of an image, or all trials of a subject, as one unit (a cluster).
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`. In this file, V counts sets of values, R
-resamples, S people, I images, and P permutations.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters. In
+this file, V is the number of sets of values, R of resamples, S of people, I of images, and P of permutations.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ after the shuffle within neighbourhoods.
 A neighbourhood must not be chosen by the labels: if all its trials had the same label, the shuffle would change no
 score, whatever the design.
 
-Array shapes: n trials.
+In array shapes, n is the number of trials.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Find test trials whose EEG was also in the data that trained the model.
 
 A model that remembers the EEG of a training trial can name the image of this trial again, without any knowledge about
-new EEG. Array shapes: n test trials.
+new EEG. In array shapes, n is the number of test trials.
 """
 
 from __future__ import annotations

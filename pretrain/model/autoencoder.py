@@ -1,8 +1,8 @@
 """The masked autoencoder of DreamDiffusion: each token holds a few time samples of all channels.
 
 The encoder sees some of the tokens of a window. From the encoder's output, the decoder predicts the signal of all
-tokens. The loss is the error on the tokens that the encoder did not see. The docstring of `pretrain.model` explains
-letters such as BCT in `x_BCT`.
+tokens. The loss is the error on the tokens that the encoder did not see. Tensor names end with the shape, such as BCT
+in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 
 References
 ----------
@@ -33,7 +33,7 @@ class SignalEncoder(nn.Module):
     Parameters
     ----------
     config : EncoderConfig
-        Shape of the encoder.
+        Architecture of the encoder.
     """
 
     positions_ND: Tensor
@@ -116,9 +116,9 @@ class SignalDecoder(nn.Module):
     Parameters
     ----------
     config : DecoderConfig
-        Shape of the decoder.
+        Architecture of the decoder.
     encoder : EncoderConfig
-        Shape of the encoder.
+        Architecture of the encoder.
     """
 
     positions_ND: Tensor
@@ -162,7 +162,7 @@ class SignalDecoder(nn.Module):
 
 
 class Samples(Protocol):
-    """What a model needs to know about a batch; `data_sharding.dataset.batch.Batch` provides it."""
+    """The fields of a batch that a model uses; `data_sharding.dataset.batch.Batch` has these fields."""
 
     channels: list[int]
     """[B] number of recorded channels of each sample."""

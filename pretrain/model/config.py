@@ -55,7 +55,7 @@ class EncoderConfig:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens one after another along a window (N in tensor names), without the class token."""
+        """Number of tokens along the time axis of a window (N in tensor names), without the class token."""
         return self.samples // self.patch
 
     @property
@@ -79,7 +79,7 @@ class EncoderConfig:
         return TOKENIZERS[self.tokenizer].program_usage(self.channels, self.samples)
 
     def token_rows(self, channels: int | None = None) -> int:
-        """Return how many rows the tokens of a window form: 1, or one for each channel (montage tokenizer).
+        """Return the number of rows of tokens: 1 (temporal tokenizer), or one row for each channel (montage tokenizer).
 
         Parameters
         ----------
@@ -89,12 +89,12 @@ class EncoderConfig:
         Returns
         -------
         int
-            Number of rows. Each row has `self.tokens` tokens; the class token is in no row.
+            Number of rows. Each row has `self.tokens` tokens; the class token does not belong to any row.
         """
         return TOKENIZERS[self.tokenizer].token_rows(channels or self.channels)
 
     def signal_rows(self, channels: int | None = None) -> int:
-        """Return how many rows of a window the model reads if the window has `channels` recorded channels."""
+        """Return how many rows of a window the model reads if `channels` of the rows are recorded channels."""
         return TOKENIZERS[self.tokenizer].signal_rows(channels or self.channels, self.channels)
 
 
@@ -176,7 +176,8 @@ class MaskedAutoencoderConfig:
             raise ValueError("model.mask_each_channel needs model.encoder.tokenizer: montage")
         if self.normalize_targets and self.encoder.by_channel and self.encoder.patch < 2:
             raise ValueError(
-                "model.normalize_targets needs model.encoder.patch of at least 2 with the montage tokenizer"
+                "with the montage tokenizer, model.normalize_targets needs a model.encoder.patch of at least 2; set a "
+                "larger patch, or model.normalize_targets: false"
             )
         if self.mimetic < 0:
             raise ValueError(f"model.mimetic is {self.mimetic}; it must not be negative")

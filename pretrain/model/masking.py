@@ -5,7 +5,7 @@ therefore gets the same mask for any number of processes and workers, also in a 
 The random numbers come from a hash of (seed, epoch, sample, counter), because a separate random generator for each
 sample would be slower.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def dropped_channels(
 
 
 def _state(seed: int, epochs: Sequence[int], numbers: Sequence[int]) -> np.ndarray:
-    """For each sample, return a 64-bit hash of the seed, the epoch and the sample's number."""
+    """For each sample of a batch, return a 64-bit hash of seed, epoch and number of the sample in the dataset."""
     state_B = _mix(_mix(np.full(len(epochs), seed % 2**64, np.uint64)) ^ np.asarray(epochs, np.uint64))
     return _mix(state_B ^ np.asarray(numbers, np.uint64))
 

@@ -5,7 +5,7 @@ position in time. The model identifies a channel only by the position of its ele
 the order of the channels. The results do not depend on the number of padding rows, because attention ignores padding
 tokens and the loss does not include them.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 
 References
 ----------
@@ -233,7 +233,9 @@ class MontageEncoder(nn.Module):
                 "the encoder with chs_info"
             )
         if positions_BC3.shape[1] > x_BCT.shape[1]:
-            raise ValueError(f"got positions of {positions_BC3.shape[1]} channels for windows of {x_BCT.shape[1]}")
+            raise ValueError(
+                f"got positions of {positions_BC3.shape[1]} channels for windows of {x_BCT.shape[1]} channels"
+            )
         x_BMD = self(x_BCT, positions_BC3, count_B)[:, int(self.cls_token is not None) :]
         x_BCND = x_BMD.unflatten(1, (positions_BC3.shape[1], self.config.tokens))
         if count_B is None:
@@ -267,9 +269,9 @@ class MontageDecoder(nn.Module):
     Parameters
     ----------
     config : DecoderConfig
-        Shape of the decoder.
+        Architecture of the decoder.
     encoder : EncoderConfig
-        Shape of the encoder.
+        Architecture of the encoder.
     """
 
     positions_ND: Tensor
@@ -309,7 +311,7 @@ class MontageDecoder(nn.Module):
         B, _, D = x_BKD.shape
         N, C = self.positions_ND.shape[0], positions_BC3.shape[1]
         # Padding in `keep_BK` has the index M, so `scatter` writes the values of padding tokens into an extra token
-        # after the last one. This extra token is then removed.
+        # after the last token. This extra token is then removed.
         x_BMD = (
             self.mask_token.to(x_BKD.dtype)
             .expand(B, C * N + 1, D)

@@ -20,11 +20,11 @@ class TemporalTokenizer:
     """Sentence for the model card that says what a token contains."""
 
     def token_rows(self, channels: int) -> int:
-        """Return how many rows the tokens of a window form; a row has one token for each `patch` time samples."""
+        """Return how many rows of tokens a window gives; a row has one token for each `patch` time samples."""
         return 1
 
     def signal_rows(self, channels: int, padded: int) -> int:
-        """Return how many rows of a window the model reads.
+        """Return how many rows (channels) of a window the model reads.
 
         A window has `channels` recorded channels, and is padded to `padded` rows.
         """
@@ -54,7 +54,7 @@ class MontageTokenizer:
     """Sentence for the model card that says how the encoder identifies channels."""
 
     def token_rows(self, channels: int) -> int:
-        """Return how many rows the tokens of a window form; a row has one token for each `patch` time samples."""
+        """Return how many rows of tokens a window gives; a row has one token for each `patch` time samples."""
         return channels
 
     def signal_rows(self, channels: int, padded: int) -> int:

@@ -1,7 +1,7 @@
 """Transformer blocks, and fixed position embeddings made of sines and cosines over time.
 
-The docstring of `pretrain.model` explains letters such as BND in `x_BND`. In this file, N is the number of all tokens
-of a sequence, class token included.
+Tensor names end with the shape, such as BND in `x_BND`; the docstring of `pretrain.model` explains these letters. In
+this file, N is the number of all tokens of a sequence, class token included.
 
 References
 ----------

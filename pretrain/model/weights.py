@@ -61,12 +61,12 @@ def measure_weights(paths: Iterable[Path]) -> WeightsSize:
     shapes: list[list[int]] = []
     for path in paths:
         if not path.is_file():
-            raise RequestError(f"{path}: no such file, so {path.parent} is not complete; write {path.parent} again")
+            raise RequestError(f"{path}: no such file, so {path.parent} is not complete; make or copy it again")
         try:
             with safe_open(path, "pt") as file:
                 shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118, not a dictionary
         except (SafetensorError, OSError) as error:
-            raise RequestError(f"{path}: damaged ({show(error)}); write {path.parent} again") from None
+            raise RequestError(f"{path}: damaged ({show(error)}); make or copy {path.parent} again") from None
     return WeightsSize(len(shapes), sum(map(math.prod, shapes)))
 
 
@@ -167,7 +167,7 @@ def load_strictly(model: nn.Module, path: Path, config: str = "config.json") -> 
     path : Path
         The safetensors file.
     config : str
-        Name of the config that gave the model its shape, for error messages.
+        Name of the config that describes the model's architecture, for error messages.
 
     Raises
     ------
@@ -200,11 +200,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise RequestError(f"{path}: no such file, so {path.parent} is not complete; write {path.parent} again")
+        raise RequestError(f"{path}: no such file, so {path.parent} is not complete; make or copy it again")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise RequestError(f"{path}: damaged ({show(error)}); write {path.parent} again") from None
+        raise RequestError(f"{path}: damaged ({show(error)}); make or copy {path.parent} again") from None
 
 
 def _kind_of(value: Tensor) -> str:
@@ -221,7 +221,7 @@ def set_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, config
     weights : dict of str to Tensor
         The weights by name.
     path, config : Path and str
-        File of the weights, and name of the config that gave the model its shape; both for error messages.
+        File of the weights, and name of the config that describes the model's architecture; both for error messages.
 
     Raises
     ------

@@ -1,6 +1,6 @@
 """EEGNet, a small convolutional network; the probe uses it as a baseline.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 
 References
 ----------
@@ -61,9 +61,9 @@ class EEGNet(nn.Module):
         super().__init__()
         F1, D, F2 = 8, 2, 16
         # Lawhern et al. pool by a factor of 4 and then by a factor of 8. For short windows, use smaller factors, so
-        # that at least one sample remains.
+        # that at least one time sample remains.
         pool = [min(4, samples), max(1, min(8, samples // 4))]
-        # Lengths of the filters in samples, e.g. 64 and 16 samples at 128 Hz.
+        # Lengths of the filters, e.g. 64 and 16 time samples at 128 Hz.
         half, eighth = max(1, round(sfreq / 2)), max(1, round(sfreq / 8))
         spatial = nn.Conv2d(F1, F1 * D, (channels, 1), groups=F1, bias=False)
         self.features = nn.Sequential(
@@ -205,7 +205,7 @@ def predict_eegnet(model: EEGNet, x_nCT: np.ndarray, device: torch.device) -> np
 
 
 def _same_length(kernel: int) -> nn.ZeroPad2d:
-    """Return the padding with which a convolution of `kernel` samples over time gives as many samples as it reads."""
+    """Return the padding with which a convolution of `kernel` time samples returns as many time samples as it reads."""
     return nn.ZeroPad2d(((kernel - 1) // 2, kernel // 2, 0, 0))
 
 

@@ -1,6 +1,6 @@
 """Compute the features that a probe classifies: an encoder's tokens, and classical features of the same trials.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 
 References
 ----------
@@ -77,7 +77,9 @@ class Trials:
 
 
 def average_bins(x: np.ndarray, bins: int) -> np.ndarray:
-    """Average over equal parts of the last axis. If T is not a multiple of `bins`, neighbouring parts share a sample.
+    """Average over equal parts of the last axis.
+
+    If T is not a multiple of `bins`, neighbouring parts share a time sample.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """Fine-tune a whole encoder on the trials of a probe, to compare pretrained with random initial weights.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 """
 
 from __future__ import annotations

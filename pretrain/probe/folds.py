@@ -10,7 +10,7 @@ image of a trial in training, its accuracy on this trial is too high. Three rule
 - Settings, such as the ridge penalty, are chosen without the test trials: on the val split, and on inner folds. The
   inner folds divide the training trials of a fold again, by subject and image.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 """
 
 from __future__ import annotations

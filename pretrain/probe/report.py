@@ -1,6 +1,6 @@
 """Compute the numbers in the result of a probe, print them as a table, and draw a chart.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The linear classifier of the probe: ridge regression on one-hot labels, with a penalty chosen on inner folds.
 
-The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
+Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretrain.model` explains these letters.
 """
 
 from __future__ import annotations

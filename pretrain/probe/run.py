@@ -120,7 +120,10 @@ def probe(config: ProbeConfig) -> int:
 
 
 def _record_opening(config: ProbeConfig, splits: list[str], dataset_id: str) -> str | None:
-    """Record that the test split is opened; say how often it was. None if the probe does not read the test split."""
+    """Record that the test split is opened, and return a sentence that says how often the split was opened.
+
+    Return None if the probe does not read the test split.
+    """
     from pretrain.encoder.package import read_package
     from pretrain.model.weights import WEIGHTS
 

@@ -1,6 +1,7 @@
 """Judge the encoder's linear probe by the written rules of `pretrain.evidence.rules`.
 
-Array shapes: n trials of the dataset, s scored test trials, F features.
+In array shapes, n is the number of trials of the dataset, s the number of scored test trials, and F the number of
+features.
 """
 
 from __future__ import annotations

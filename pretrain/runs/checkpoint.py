@@ -241,7 +241,7 @@ def _find_steps(checkpoints: Path) -> list[Path]:
 
 
 def read_values(checkpoints: Path) -> dict[str, Any]:
-    """Return the newest readable manifest, without checking the tensor files; an empty dictionary if there is none."""
+    """Return the newest readable manifest; an empty dictionary without a manifest. The tensor files are not checked."""
     for folder in reversed(_find_steps(checkpoints)):
         if (folder / MANIFEST).is_file():
             with contextlib.suppress(RequestError):
@@ -276,18 +276,18 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
     """Find the newest checkpoint whose files all have the right checksum.
 
-    Damaged checkpoints that are newer than this one are not deleted, so that somebody can inspect them. They are
-    renamed, so that the run can write checkpoints of the same steps again.
+    Damaged checkpoints that are newer than the returned checkpoint are not deleted, so that somebody can inspect them.
+    They are renamed, so that the run can write checkpoints of the same steps again.
 
     Parameters
     ----------
     checkpoints : Path
         The folder ``checkpoints`` of a run directory.
     left_out : sequence of dict
-        Ranges of batches on which the run must not train any more. In each entry, ``batches`` holds two numbers: of the
-        first batch in the range, and of the first batch after the range. A checkpoint that was trained on such batches
-        is deleted, and an older checkpoint is used. If this applies to every undamaged checkpoint, none is deleted, and
-        the newest of them is used.
+        Ranges of batches on which the run must not train any more. In each entry, ``batches`` holds two numbers: the
+        number of the first batch in the range, and the number of the first batch after the range. A checkpoint that was
+        trained on such batches is deleted, and an older checkpoint is used. If every undamaged checkpoint was trained
+        on such batches, no checkpoint is deleted, and the newest undamaged checkpoint is used.
 
     Returns
     -------
@@ -330,7 +330,7 @@ def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()
 
 
 def _trained_on(checkpoint: Path, left_out: Sequence[dict[str, Any]]) -> bool:
-    """Return whether a checkpoint was trained on batches of `left_out` before the run began to leave them out."""
+    """Return whether a checkpoint was trained on batches in `left_out` before the run began to skip these batches."""
     if not left_out:
         return False
     saved = read_manifest(checkpoint)
@@ -347,7 +347,7 @@ def commit_checkpoint(
     keep: int,
     milestones: int | None,
 ) -> None:
-    """Complete a checkpoint and delete old ones; rank 0 calls this after all processes have written their files.
+    """Complete a checkpoint, delete old checkpoints; rank 0 calls this after all processes have written their files.
 
     Parameters
     ----------
@@ -495,5 +495,8 @@ class CheckpointReader:
         return file.get_tensor(stored)
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """Return all tensors whose names begin with a prefix such as ``weights/``; the returned names lack it."""
+        """Return all tensors whose names begin with a prefix such as ``weights/``.
+
+        The prefix is removed from the names.
+        """
         return {name.removeprefix(prefix): self[name] for name in sorted(self._places) if name.startswith(prefix)}

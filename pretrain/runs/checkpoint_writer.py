@@ -138,7 +138,7 @@ class CheckpointWriter:
         return bool(self.settle(*self._world.all_reduce_sum(*self.progress())))
 
     def settle(self, written: float, failed: float) -> bool | None:
-        """If every process has finished its share, complete the checkpoint; if a process failed, delete it instead.
+        """If every process has written its share, complete the checkpoint; if a process failed, delete the checkpoint.
 
         Parameters
         ----------
@@ -185,7 +185,7 @@ class CheckpointWriter:
         return f"records_{rank:05d}.json"
 
     def _collect_records(self, step: int) -> dict[str, Any]:
-        """Read size and checksum of every process's state file from its records file, and delete the records files."""
+        """Read size and checksum of each process's state file from its records file, and delete the records files."""
         folder = partial_folder(self._checkpoints, step)
         files: dict[str, Any] = {}
         for rank in range(self._world.size):

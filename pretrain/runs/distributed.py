@@ -100,8 +100,8 @@ def check_num_processes(num_processes: int, launcher: str) -> None:
     _, size = launched_world()
     if size != num_processes:
         raise RequestError(
-            f"num_processes is {num_processes}, but {size} {'was' if size == 1 else 'were'} started; start the stage "
-            f"with 'dreamscale' or '{launcher.format(num_processes)}', or set num_processes: {size}"
+            f"num_processes is {num_processes}, but {size} {'process was' if size == 1 else 'processes were'} started; "
+            f"start the stage with 'dreamscale' or '{launcher.format(num_processes)}', or set num_processes: {size}"
         )
 
 

@@ -109,7 +109,7 @@ class Watchdog:
     Parameters
     ----------
     timeout_s : float
-        If a process makes no progress for this many seconds, the run ends; with 0, it never ends for this reason.
+        If a process makes no progress for this many seconds, the run ends; with 0, the run never ends for this reason.
     rank, size : int
         Rank of this process, and number of processes.
     run : RunDirectory

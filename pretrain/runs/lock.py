@@ -15,8 +15,8 @@ from data_sharding.common.errors import RequestError, show
 from data_sharding.common.files import open_to_append
 
 # How many seconds to wait for a lock, if its owner is on this host, and if its owner is on another host. The owner may
-# have been killed. If it was on this host, its lock soon becomes free. If it was on another host, the lock can stay
-# taken for a minute or more, because the file server must first notice that the owner has ended.
+# have been killed. If the owner was on this host, its lock soon becomes free. If the owner was on another host, the
+# lock can stay taken for a minute or more, because the file server must first notice that the owner has ended.
 _SAME_HOST_S, _OTHER_HOST_S = 10, 120
 
 

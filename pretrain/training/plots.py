@@ -1,6 +1,6 @@
 """Draw the figures of a pretraining run.
 
-Letters in names: B windows, C channels, T time samples, N tokens.
+In tensor names, B is the number of windows, C of channels, T of time samples, and N of tokens.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class Trainer:
             return None, str(error)
 
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless there is one; in the background if `asynchronous` is set."""
+        """Write a checkpoint of the current step if it is missing; in the background if `asynchronous` is set."""
         self.writer.wait()
         folder = step_folder(self.run.checkpoints, self.global_step)
         # Only rank 0 checks whether the checkpoint exists, because other machines may see new files on a network disk

@@ -1,6 +1,6 @@
 """The loss on the val split, computed on the same windows and with the same masks in every evaluation.
 
-Letters in names: B windows, C channels, T time samples.
+In tensor names, B is the number of windows, C of channels, and T of time samples.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def test_two_stopped_processes_resume_to_the_same_weights(
         (["--encoder", "nowhere/"], "nowhere"),
         (["--loss", "hinge"], "loss"),
         (["--training.setps", "3"], "training.steps"),
-        (["--num_processes", "2"], "but 1 was started"),
+        (["--num_processes", "2"], "but 1 process was started"),
     ],
 )
 def test_wrong_requests_end_with_one_line(

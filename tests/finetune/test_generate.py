@@ -239,7 +239,7 @@ def test_wrong_requests_leave_nothing_behind(
         ([model, paired_dataset, "-o", full], "does not hold generated images"),
         ([model, paired_dataset, "-o", tmp_path / "o", "--steps", "0"], "steps must be at least 1"),
         ([model, paired_dataset, "-o", tmp_path / "o", "--steps", "2000"], "must not be above 1000"),
-        ([model, paired_dataset, "-o", tmp_path / "o", "--num_processes", "2"], "1 was started"),
+        ([model, paired_dataset, "-o", tmp_path / "o", "--num_processes", "2"], "1 process was started"),
     ]
     for args, message in requests:
         assert run_main(main, [str(word) for word in args]) == 2

@@ -308,7 +308,7 @@ def test_two_processes_train_the_same_weights_as_one(
         ({"ddpm__image_size": 17}, "ddpm.image_size must be a multiple of 2"),
         ({"evrnet__widths": "[4,8]"}, "widths"),
         ({"ddpm__bass_channels": 8}, "did you mean 'ddpm.base_channels'"),
-        ({"num_processes": 2}, "num_processes is 2, but 1 was started"),
+        ({"num_processes": 2}, "num_processes is 2, but 1 process was started"),
         ({"evrnet_from": "nowhere"}, "nowhere"),
         ({"ddpm__guide": "encoder"}, "give ddpm.encoder for the guide"),
         ({"ddpm__guide": "encoder", "ddpm__encoder": "nowhere"}, "nowhere: no such encoder package"),

@@ -269,7 +269,7 @@ def test_only_trainables_are_averaged_and_loaded_strictly() -> None:
 
 
 def test_a_world_of_another_size_is_refused() -> None:
-    with pytest.raises(RequestError, match="num_processes is 2, but 1 was started"):
+    with pytest.raises(RequestError, match="num_processes is 2, but 1 process was started"):
         make_accelerator(num_processes=2, device="cpu")
 
 

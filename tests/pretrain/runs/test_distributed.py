@@ -83,7 +83,7 @@ def test_a_launcher_must_start_as_many_processes_as_the_config_says(monkeypatch:
     check_num_processes(1, "torchrun {}")
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_num_processes(2, "torchrun {}")
-    with pytest.raises(RequestError, match=r"num_processes is 4, but 2 were started; .* 'torchrun 4'"):
+    with pytest.raises(RequestError, match=r"num_processes is 4, but 2 processes were started; .* 'torchrun 4'"):
         check_num_processes(4, "torchrun {}")
 
 
