@@ -256,7 +256,7 @@ def _order_images(design: Design, images: _Images, person: int, rng: np.random.G
 
 
 def _simulate(design: Design, images: _Images, rng: np.random.Generator) -> _Trials:
-    """Show the images to all people, and simulate features of the EEG before and after each picture."""
+    """Simulate that all people look at the images: compute features of the EEG before and after each picture."""
     image_n, person_n, recording_n, time_n, drift_nF = [], [], [], [], []
     for person in range(design.people):
         for recording, order in enumerate(_order_images(design, images, person, rng)):

@@ -265,7 +265,7 @@ def convert_weights(
 
 
 def _block_names(foreign: str, depth: int) -> dict[str, str]:
-    """Map the names of block weights in `pretrain.model` to those in the checkpoint, which begin with `foreign`."""
+    """Map names of transformer weights in `pretrain.model` to names in the checkpoint, which begin with `foreign`."""
     parts = {"norm1": "norm1", "attn.qkv": "attn.qkv", "attn.proj": "attn.proj", "norm2": "norm2"}
     parts |= {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
     return {

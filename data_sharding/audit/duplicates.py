@@ -114,7 +114,7 @@ class Copy:
 
 
 def signature(points: np.ndarray) -> list[int]:
-    """Compute the signature of a recording: a few numbers.
+    """Compute the signature of a recording: a few numbers by which recordings with the same signal are found.
 
     If two recordings have the same signal, several numbers of their signatures are equal.
 

@@ -294,9 +294,9 @@ def find_similar_images(ours: Sequence[ImageFingerprint], theirs: Sequence[Image
 
     Notes
     -----
-    Two images are similar if at most `NEAR_BITS` bits of their hashes differ, and if the difference of their thumbnails
-    is at most `NEAR_LEVELS` and at most `NEAR_SHARE` times the contrast of the thumbnail with the lower contrast.
-    Crops, mirror images, rotations and changes of colour are not found.
+    Two images are similar under two conditions. First, at most `NEAR_BITS` bits of their hashes differ. Second, the
+    difference of their thumbnails is at most `NEAR_LEVELS`, and at most `NEAR_SHARE` times the lower of the two
+    thumbnails' contrasts. Crops, mirror images, rotations and changes of colour are not found.
     """
     a = [i for i, p in enumerate(ours) if p.phash is not None]
     b = [j for j, p in enumerate(theirs) if p.phash is not None]

@@ -196,8 +196,8 @@ def _lease(work: UPath) -> Iterator[None]:
 
     def beat() -> None:
         while not stop.wait(BEAT_S):
-            # Ignore an error of a renewal: one failed renewal is harmless, and if the store cannot be reached for a
-            # long time, the job itself fails.
+            # Ignore an error while the lock is renewed: one failed renewal is harmless, and if the store cannot be
+            # reached for a long time, the job itself fails.
             with contextlib.suppress(Exception):
                 renew()
 

@@ -161,7 +161,7 @@ def nearest(value: float) -> int:
 
 
 class _Places:
-    """Finds the segment of each trial, and the first sample in the segment that is needed for the trial.
+    """Finds the segment of each trial, and the first time sample of this segment that is needed for the trial.
 
     The first needed sample is the first sample of the window that models read. This window begins at the onset of the
     image, or `tmin` seconds after the onset if `tmin` is positive. If the segment begins later, the first needed sample

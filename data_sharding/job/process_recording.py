@@ -431,7 +431,8 @@ class _Reading:
         survey = Survey(len(self.picks), info.sfreq, info.segments, scale, quality=quality, factor=factor)
         passband = band_of(info.sfreq, self.spec)[1]
         resampler, offset = Resampler(info.sfreq, self.spec.sfreq, passband), np.zeros((len(self.picks), 1))
-        # Ignore NumPy's warnings about infinite values, because the survey finds the channels with such values.
+        # Ignore NumPy's warnings about infinite values, because `data_sharding.processing.survey` finds the channels
+        # with such values.
         with np.errstate(invalid="ignore", over="ignore"):
             for block in blocks_of(info.segments, len(self.picks)):
                 first = block[0].start

@@ -533,7 +533,7 @@ def _make_private(decoded: Path) -> None:
 
 
 def _limit_decoded(config: ShardConfig, decoded: Path | None) -> None:
-    """If the config limits the size of all decoded signals, delete those that were not used for the longest time."""
+    """If the config limits the size of all decoded signals, delete signals that were not used for the longest time."""
     if decoded and config.decoded_gb:
         deleted, left = limit_size(decoded, 1e9 * config.decoded_gb)
         if deleted:

@@ -230,7 +230,7 @@ def content_of(plan: Plan, result: PartResult) -> str:
 
 
 def check_growth(config: ShardConfig, values: Mapping[str, Any], manifest: Manifest, output: AnyPath) -> None:
-    """Raise an error if a finished dataset cannot be extended with a config.
+    """Raise an error if a job with this config cannot add recordings to the finished dataset.
 
     Parameters
     ----------

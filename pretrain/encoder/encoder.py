@@ -88,14 +88,18 @@ class EEGEncoder(nn.Module):
         super().__init__()
         if chs_info is not None:
             if n_chans not in (None, len(chs_info)):
-                raise ValueError(f"n_chans is {n_chans}, but chs_info describes {len(chs_info)} channels")
+                raise ValueError(
+                    f"n_chans is {n_chans}, but chs_info describes {len(chs_info)} channels; leave n_chans out"
+                )
             n_chans = len(chs_info)
         if sfreq is None:
             sfreq = spec.sfreq if spec else PreprocessSpec().sfreq
         if input_window_seconds is not None:
             from_seconds = round(input_window_seconds * sfreq)
             if n_times not in (None, from_seconds):
-                raise ValueError(f"n_times is {n_times}, but input_window_seconds x sfreq is {from_seconds}")
+                raise ValueError(
+                    f"n_times is {n_times}, but input_window_seconds x sfreq is {from_seconds}; leave n_times out"
+                )
             n_times = from_seconds
         if config is None:
             samples = n_times or (spec.window if spec else EncoderConfig().samples)
@@ -116,7 +120,7 @@ class EEGEncoder(nn.Module):
                 "spec.window and config.samples equal"
             )
         if spec.sfreq != sfreq:
-            raise ValueError(f"sfreq is {sfreq}, but the preprocessing resamples to {spec.sfreq} Hz")
+            raise ValueError(f"sfreq is {sfreq}, but the preprocessing resamples to {spec.sfreq} Hz; leave sfreq out")
         if n_times not in (None, config.samples):
             raise ValueError(
                 f"n_times is {n_times}, but the encoder takes windows of {config.samples} samples; leave n_times out"

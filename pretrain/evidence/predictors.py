@@ -96,10 +96,10 @@ def predict_from_time(train: TrialTable, test: TrialTable) -> Labels:
     - all training trials.
 
     The rule that predicts the most training trials correctly is used. This rule is chosen separately for three groups
-    of test trials: those whose recording is in the training trials, others whose person is in the training trials, and
-    the rest. When a rule predicts a training trial, the trials of the same recording that are too near in time may not
-    vote. Too near means nearer than test trials usually are to training trials: the limit is the median distance from a
-    test trial to the nearest training trial of its recording.
+    of test trials: test trials of a recording that also has training trials, other test trials of a person who also has
+    training trials, and all other test trials. When a rule predicts a training trial, the trials of the same recording
+    that are too near in time may not vote. Too near means nearer than test trials usually are to training trials: the
+    limit is the median distance from a test trial to the nearest training trial of its recording.
     """
     if not len(train):
         raise RequestError("there are no training trials, so nothing can be predicted from time; give a train split")

@@ -70,7 +70,7 @@ class EncoderConfig:
 
     @property
     def scale_rows(self) -> str:
-        """Text for the model card that names the rows over which the scale of a window is computed."""
+        """Text for the model card that names the rows (channels) over which the scale of a window is computed."""
         return TOKENIZERS[self.tokenizer].scale_rows(self.channels)
 
     @property

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A number that channel dropout mixes into the hash, so that its random numbers differ from those of the masks.
+# Channel dropout mixes this number into the hash, so that its random numbers differ from the masks' random numbers.
 _DROPOUT = np.uint64(0xD20C4A11E15)
 
 

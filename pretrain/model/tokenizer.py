@@ -31,7 +31,7 @@ class TemporalTokenizer:
         return padded
 
     def scale_rows(self, padded: int) -> str:
-        """Return a text for the model card that names the rows over which the scale of a window is computed."""
+        """Return a text for the model card: the rows (channels) over which the scale of a window is computed."""
         return f"its {padded} padded rows"
 
     def program_usage(self, padded: int, samples: int) -> str:
@@ -62,7 +62,7 @@ class MontageTokenizer:
         return channels
 
     def scale_rows(self, padded: int) -> str:
-        """Return a text for the model card that names the rows over which the scale of a window is computed."""
+        """Return a text for the model card: the rows (channels) over which the scale of a window is computed."""
         return "its recorded channels"
 
     def program_usage(self, padded: int, samples: int) -> str:

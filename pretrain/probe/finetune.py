@@ -51,7 +51,7 @@ def finetune_and_predict(
         The model is trained on the fold's `train` trials, and predicts the labels of the fold's `test` trials.
     choose_by : (ndarray, ndarray)
         Trials for the choice of the learning rate. The first array has the indices of the trials to train on, the
-        second array those of the trials to predict.
+        second array has the indices of the trials to predict.
     classes : int
         Number of labels.
     epochs : int

@@ -66,7 +66,7 @@ class SpikeDetector:
         return list(self._recent)
 
     def check(self, loss: float) -> str | None:
-        """Check whether a loss is a spike; if it is not, add it to the last losses.
+        """Check whether a loss is a spike; if the loss is not a spike, add it to the recent losses.
 
         Parameters
         ----------
@@ -90,7 +90,7 @@ class SpikeDetector:
         return None
 
     def accept(self, loss: float) -> None:
-        """Add a loss to the last losses, even if `check` found that it is a spike."""
+        """Add a loss to the recent losses, even if `check` found that the loss is a spike."""
         self._recent.append(loss)
 
 

@@ -26,9 +26,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        For each line, the number of its step (``step``) and those of its metrics that are finite numbers or None. A
-        line without a valid step is left out, because a run that was killed may have written only a part of its last
-        line. The list is empty if there is no file.
+        One dictionary for each line: the number of its step (``step``), and all its metrics that are finite numbers or
+        None. A line without a valid step is left out, because a run that was killed may have written only a part of its
+        last line. The list is empty if there is no file.
 
     Raises
     ------

@@ -24,8 +24,8 @@ def describe_people(dataset: EEGDataset | Mixture) -> dict[str, Any]:
     Parameters
     ----------
     dataset : EEGDataset or Mixture
-        The split. For a mixture, the numbers of its datasets are added up, as if no subject were in two of the
-        datasets.
+        The split. For a mixture, the numbers of its datasets are added up, so a subject in two of the datasets counts
+        twice.
 
     Returns
     -------
