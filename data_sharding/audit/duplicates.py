@@ -170,7 +170,7 @@ def _span(rows: np.ndarray) -> np.ndarray:
 
 
 def _mixing_code(rows: np.ndarray) -> list[int]:
-    """Return the mixing code (see `signature`) as a negative number in a list; an empty list if there is none."""
+    """Return a list with the mixing code (see `signature`) as a negative number; empty if it cannot be computed."""
     if len(rows) < 2 or rows.shape[1] < BANDS[-1][1]:
         return []
     basis = _span(rows)
@@ -404,8 +404,8 @@ def find_duplicates(
     fingerprints : sequence of RecordingFingerprint
         Recordings, sorted by `preference`. Of several recordings of the same signal, the first recording is kept.
     load_points : callable, optional
-        Function that takes the key of a recording, and returns its full fingerprint, shape (n, P). Needed if
-        `RecordingFingerprint.points` is None for a recording in a candidate pair.
+        Function that takes the key of a recording, and returns its full fingerprint, shape (n, P). This function is
+        needed if `RecordingFingerprint.points` is None for a recording in a candidate pair.
 
     Returns
     -------

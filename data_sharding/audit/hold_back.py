@@ -192,7 +192,7 @@ class HoldBack:
         ------
         RequestError
             If a name matches nothing, if a list cannot be read, or if a dataset is not complete. It is not an error if
-            a dataset and the corpora have no data in common.
+            a held-back dataset and the corpora have no data in common.
         """
         from data_sharding.audit.leakage import Contents
 
@@ -383,7 +383,7 @@ class HoldBack:
 
 
 def _find_held_back_images(paths: Sequence[str], datasets: Sequence[Contents]) -> set[str]:
-    """Return the image files that have the same bytes as an image of a held-back dataset, or similar pixels."""
+    """Return the image files whose bytes are equal, or whose pixels are similar, to an image of a held-back dataset."""
     from concurrent.futures import ThreadPoolExecutor
 
     from data_sharding.audit.fingerprints import ImageFingerprint, find_similar_images, fingerprint_image

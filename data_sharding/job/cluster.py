@@ -327,7 +327,7 @@ def run_tasks(
             is_clusters_fault = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
             if is_clusters_fault and not isinstance(failure, OutOfMemoryError):
                 raise ClusterFailed(
-                    f"{key}: the Ray worker for it was lost {lost[key]} times ({type(failure).__name__}: "
+                    f"{key}: its Ray worker ended unexpectedly {lost[key]} times ({type(failure).__name__}: "
                     f"{one_line(failure)[:200]}); check the machines of the cluster and the logs of Ray."
                 )
             reason = give_up(key, failure) if give_up else None

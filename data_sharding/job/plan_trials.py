@@ -61,7 +61,7 @@ class Cut:
 
 
 def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
-    """Plan the stored part of each trial of a recording.
+    """Plan which part of the signal is stored for each trial of a recording.
 
     A trial is stored if the window that models read is inside one segment (a part of the signal without interruption).
     The window that models read begins at the onset of the image, or at the trial's `tmin` if `tmin` is positive. The
@@ -74,7 +74,7 @@ def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: 
     info : SignalInfo
         Description of the recording.
     lengths : sequence of int
-        Number of samples of each segment.
+        Number of time samples of each segment.
     left_out : Counter
         Number of trials that cannot be used, for each reason. This function adds the trials of the recording that
         cannot be used.

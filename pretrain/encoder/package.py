@@ -312,7 +312,7 @@ def _to_lists(positions_C3: Tensor) -> list[list[float] | None]:
 
 
 def _from_lists(lists: Any, where: str) -> Tensor:
-    """Convert electrode positions back from the lists that `_to_lists` returned to a tensor."""
+    """Convert lists of electrode positions, made by `_to_lists`, back to a tensor."""
     if len(check_positions(lists, where)) > N_PADDED:
         raise RequestError(
             f"{where}: has {len(lists)} electrode positions; an encoder takes at most {N_PADDED} channels"

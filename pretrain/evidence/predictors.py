@@ -218,7 +218,7 @@ def _commonest_of_recording(fit: _Places, new: _Places, gap: float | None) -> La
     for rows, columns, distance in _distances(fit, new):
         if not len(columns):
             continue
-        # Without a gap, the times do not matter, so training trials with unknown time vote too.
+        # If `gap` is None, the times of the trials do not matter, so training trials with unknown time vote too.
         valid = np.ones(distance.shape, bool)
         if gap is not None:
             valid = (distance >= gap) & (rows[:, None] != columns[None])

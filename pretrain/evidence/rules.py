@@ -538,9 +538,9 @@ def decide_by_controls(case: _Case) -> _Found | None:
     """Apply the rule about the controls.
 
     The verdict is *no signal* if the model's own score is not better than chance, or not better than one of the
-    controls. The controls are shuffled EEG, EEG shuffled within neighbourhoods, noise, no EEG, and the predictors from
-    time, baseline and eyes. The comparison with every control must hold, so the model must be better than the strongest
-    control.
+    controls. The controls are shuffled EEG, EEG shuffled within neighbourhoods, noise, no EEG, and predictors that get
+    only the time, only the EEG before the picture, or only eye and face channels. The comparison with every control
+    must hold, so the model must be better than the strongest control.
     """
     rows = [row for row in case.rows.values() if row.question == "signal"]
     lost = [row for row in rows if not row.holds]

@@ -175,7 +175,7 @@ class Blocks(nn.ModuleList):
         for block in self:
             if self.checkpointing and torch.is_grad_enabled():
                 # A transformer block draws no random numbers, so the state of the random generator need not be saved
-                # for the recomputation.
+                # for the recomputation in the backward pass.
                 x_BND = checkpoint(block, x_BND, real_BN, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BND = block(x_BND, real_BN)

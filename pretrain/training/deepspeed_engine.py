@@ -22,9 +22,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that clips the gradient and skips a step whose gradient is not finite.
 
-    This class is used at ZeRO stage 0 only. With the plain AdamW, DeepSpeed would there take a step with a NaN
-    gradient, and the weights would become NaN. At stages 1 to 3, ZeRO's own optimisers skip steps whose gradient is not
-    finite.
+    This class is used at ZeRO stage 0 only. With the plain AdamW, DeepSpeed would take a step with a NaN gradient at
+    this stage, and the weights would become NaN. At stages 1 to 3, ZeRO's own optimisers skip steps whose gradient is
+    not finite.
 
     Parameters
     ----------
