@@ -1,4 +1,4 @@
-"""Count the verdicts of Dreamscale's evaluation on constructed sets, and write the table of docs/evaluation.md.
+"""Count the verdicts of Dreamscale on constructed sets of trials, and write the table of docs/evaluation.md.
 
 ``python benchmarks/verdict_rates.py --seeds 20 --null_seeds 400``
 

@@ -28,7 +28,7 @@ it for the baseline."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Design:
-    """Settings of a constructed set."""
+    """Settings of a constructed (simulated) set of trials."""
 
     people: int = 8
     labels: int = 4

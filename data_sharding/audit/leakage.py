@@ -374,7 +374,8 @@ def compare_datasets(a: Contents, b: Contents) -> Findings:
     Returns
     -------
     Findings
-        Proofs of leakage, questions for a person, and the comparisons that could or could not be made.
+        Proofs of leakage, questions for a person to answer, and lists of the comparisons that were made and that were
+        not possible.
     """
     out = Findings()
     _compare_subjects(a, b, out)

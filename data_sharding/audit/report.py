@@ -244,7 +244,7 @@ def _make_corpus_table(rows: Sequence[LedgerRow], manifest: Manifest) -> Table:
 
 
 def _make_split_table(rows: Sequence[LedgerRow], manifest: Manifest) -> tuple[Table, str, bool]:
-    """Return the table of the splits, a sentence about shared subjects, and True if certainly no subject is shared."""
+    """Return the table of the splits, a sentence about shared subjects, and whether it is sure that none is shared."""
     rows_by_split: dict[str, list[LedgerRow]] = {split: [] for split in SPLITS}
     for row in rows:
         for split in row.splits:

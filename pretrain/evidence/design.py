@@ -61,7 +61,7 @@ def _list_corpora(manifest: Manifest, where: str) -> list[Any]:
 
 
 def _check_entry(entry: Any, where: str) -> tuple[str, Design, str]:
-    """Return name, design and evidence of one corpus, as texts without control characters."""
+    """Return a corpus's name, its design, and the evidence for the design, as texts without control characters."""
     values = check_group(entry, where, "a corpus")
     name, given, evidence = (
         check_text(values.get(key, ""), where, f"the {key} of a corpus") for key in ("name", "design", "evidence")

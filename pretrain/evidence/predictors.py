@@ -298,8 +298,8 @@ def predict_from_features(
     train_labels_n : array of int, shape (n,)
         Labels of the training trials.
     groups_n : array, shape (n,), optional
-        Group of each training trial, such as its recording. All trials of a group are in the same inner fold. By
-        default, each trial is a group of its own.
+        Group of each training trial, such as its recording. All trials of a group are in the same inner fold (a fold of
+        the training trials). By default, each trial is a group of its own.
     seed : int
         Seed for the random division of the groups into inner folds.
 

@@ -145,7 +145,7 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A verdict, its scope, and everything that led to the verdict."""
+    """A verdict, its scope (people and concepts for which it holds), and everything that led to the verdict."""
 
     word: Word
     """Name of the verdict; the docstring of this file explains the five names."""
@@ -186,7 +186,7 @@ class _Case:
     """Sentences about the test trials that `_leave_out_known_trials` removed from the evidence."""
 
     def holds(self, name: str) -> bool:
-        """Return whether a comparison was made and holds."""
+        """Return whether the comparison with this name was made and *holds* (see the docstring of this module)."""
         return name in self.rows and self.rows[name].holds
 
     def scores(self, name: str) -> str:

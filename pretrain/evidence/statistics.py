@@ -313,10 +313,10 @@ def compare_paired(
     Returns
     -------
     list of PairedDifference
-        One result for each set. With at least `FEWEST_SUBJECTS` people and `FEWEST_IMAGES` images, `interval` comes
-        from a bootstrap that draws people and images. With fewer people, or if `same_people` is true, the bootstrap
-        draws only images, and the result holds only for these people. With fewer images, the bootstrap draws only
-        people, and the result holds only for these images.
+        One result for each set of differences. With at least `FEWEST_SUBJECTS` people and `FEWEST_IMAGES` images,
+        `interval` comes from a bootstrap that draws people and images. With fewer people, or if `same_people` is true,
+        the bootstrap draws only images, and the result holds only for these people. With fewer images, the bootstrap
+        draws only people, and the result holds only for these images.
 
     Raises
     ------

@@ -162,7 +162,7 @@ def _open_dataset(config: ProbeConfig) -> EEGDataset:
     if not train_set.labels:
         raise RequestError(f"{config.dataset}: the dataset has no labels; a probe needs an EEG-image dataset")
     if config.folds == "split":
-        # Opening a split raises an error if the split is empty; do this now, before the long computation.
+        # Opening a split raises an error if the split is empty, so open the splits now, before the long computation.
         EEGDataset(config.dataset, config.split)
     for path in (config.output, config.figure):
         if path and not Path(path).absolute().parent.is_dir():

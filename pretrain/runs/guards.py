@@ -154,8 +154,8 @@ class Watchdog:
     def _report(self) -> None:
         self._beat += 1
         state = {"place": self._place, "beat": self._beat, "host": socket.gethostname(), "pid": os.getpid()}
-        # An error here means that the process that holds the store has ended. Ignore it: the training loop then gets an
-        # error too.
+        # An error here means that the process that holds the key-value store has ended. Ignore it: the training loop
+        # then gets an error too.
         with contextlib.suppress(RuntimeError):
             self._store.set(str(self._rank), json.dumps(state))
 

@@ -338,7 +338,7 @@ def _to_cpu(whole: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
-    """Gather the moment `key` of a parameter, or its float32 weights if `key` is None; all processes must call this."""
+    """Gather Adam's moment `key` of a parameter (key None: its float32 weights); all processes must call this."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if engine.zero_optimization_stage() == 0:

@@ -15,13 +15,13 @@ of the first batch left out, and the number of the first batch after the range),
 
 
 def read_left_out(run: RunDirectory) -> list[dict[str, Any]]:
-    """Return the entries of the file `LEFT_OUT`; an empty list if there is no file."""
+    """Return the entries (ranges of batches) of the file `LEFT_OUT`; an empty list if there is no file."""
     path = run.path / LEFT_OUT
     return check_ranges(read_json(path), str(path)) if path.is_file() else []
 
 
 def write_left_out(run: RunDirectory, entries: list[dict[str, Any]]) -> None:
-    """Write the entries to the file `LEFT_OUT`; delete the file if there are no entries."""
+    """Write the entries (ranges of batches) to the file `LEFT_OUT`; delete the file if there are no entries."""
     if entries:
         write_json(run.path / LEFT_OUT, entries)
     else:

@@ -15,7 +15,7 @@ from pretrain.training.config import PretrainConfig
 
 
 class Throughput:
-    """Counts steps, tokens and operations, and collects losses and waiting times, since the last line of metrics.
+    """Counts steps, tokens and FLOPs, and collects losses and waiting times, since the last line of metrics.
 
     Parameters
     ----------
