@@ -374,8 +374,7 @@ def compare_datasets(a: Contents, b: Contents) -> Findings:
     Returns
     -------
     Findings
-        Proofs of leakage, questions for a person to answer, and lists of the comparisons that were made and that were
-        not possible.
+        Proofs of leakage, questions for a person, and lists of the comparisons that were made or not possible.
     """
     out = Findings()
     _compare_subjects(a, b, out)
@@ -485,8 +484,7 @@ def find_shared_windows(a: Contents, b: Contents, *, same_recording: bool = True
     number_a, number_b = ({key: i for i, key in enumerate(c.recordings)} for c in (a, b))
     lengths = b.manifest.preprocess.window_s, a.manifest.preprocess.window_s
     for one, other in _compare_recordings(a, b, Findings()):
-        # If `same_recording` is False, compare the times of windows only if `a` and `b` store the recording under
-        # different keys.
+        # If `same_recording` is False, compare times only if the recording's keys in `a` and `b` differ.
         if one in number_a and other in number_b and (same_recording or one != other):
             mine = b.windows_of(number_b[other])
             start = a.start[a.windows_of(number_a[one])]
