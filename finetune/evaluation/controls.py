@@ -79,7 +79,7 @@ def read_controls(own: GeneratedSet, folders: Sequence[str | Path]) -> dict[str,
 
 
 def _read_name(own: GeneratedSet, folder: Path) -> str:
-    """Check that a control without images was made for the generated images, and return the control's name."""
+    """Check that a control that cannot be made belongs to the generated images, and return the control's name."""
     record = folder / "generated.json"
     about = check_group(read_json(record), str(record))
     name = check_text(about.get("control"), str(record), "control")

@@ -111,7 +111,7 @@ class Sharing:
         self.world.broadcast(value)
 
     def wait(self) -> Any:
-        """Wait for a value of `announce`; None means that rank 0 has ended."""
+        """Wait for a value that rank 0 sends with `announce`; None means that rank 0 has ended."""
         return self.world.broadcast(None)
 
     def follow(self, functions: Mapping[str, Compute]) -> None:
