@@ -605,8 +605,8 @@ def _load_torch_zip(path: Path) -> Any:
             raise RefusedPickle("damaged: not a file of torch.save")
         pickled = archive.read(name)
         reader = _Reader(_File(io.BytesIO(pickled), len(pickled)))
-        # The values of tensors are in separate files of the archive, so the pickle is small. Read its bytes, and map
-        # nothing.
+        # The values of tensors are in separate files of the archive, so the pickle is small. Read the byte
+        # strings in the pickle instead of memory-mapping them.
         reader._bytes = lambda size: reader.append(reader.read(size))  # type: ignore[method-assign]
         value = reader.run()
         for key, storage in reader.storages.items():

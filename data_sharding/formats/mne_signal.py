@@ -58,7 +58,7 @@ class RawSignal:
     annotations : list of Annotation, optional
         Annotations that replace the annotations of MNE, if MNE reads them wrongly.
     marks : iterable of Found
-        Marks that the reader found in other places of the file than the annotations.
+        Marks that the reader found in the file outside the annotations.
     keep : Any
         Object that must exist as long as the recording is open, such as a temporary folder.
     gains : ndarray, optional
@@ -253,7 +253,8 @@ def _position(channel: dict[str, Any]) -> list[float] | None:
 def annotations_of(raw: BaseRaw) -> list[Annotation]:
     """Return the annotations of a recording, with onsets in seconds from the first sample."""
     found = raw.annotations
-    # MNE measures onsets from sample number 0, but the first sample in the file can have a higher number.
+    # MNE measures onsets from sample number 0. The first sample in the file can have a higher number, so subtract its
+    # time.
     first = float(raw.first_time)
     durations = np.nan_to_num(np.asarray(found.duration, float))
     return [
