@@ -1,4 +1,4 @@
-"""Wrap torchrun and ``accelerate launch``, to return the exit code of the training and to print no traceback.
+"""Run torchrun or ``accelerate launch``, without their tracebacks, and return the exit code of the training.
 
 ``python -m launch.agent torchrun|accelerate [LAUNCHER'S ARGUMENTS] -m launch.worker MODULE [ARGUMENTS]``
 """
@@ -16,7 +16,7 @@ from launch.worker import FOLDER, end_with_parent, read_numbers
 
 
 def _launch(kind: str, words: list[str]) -> tuple[int, bool]:
-    """Run a launcher; return the first failed process's exit code, and whether a signal ended the launcher."""
+    """Run a launcher; return the exit code of the first failed process, and whether a signal ended the launcher."""
     import logging
     import warnings
 
@@ -60,16 +60,16 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        The most serious exit code of this machine's training processes; 75 after a requested stop.
+        The most serious exit code of the training processes on this machine; 75 if a signal stopped the training.
     """
     kind, *words = sys.argv[1:] if argv is None else argv
     end_with_parent()
-    # Let torchrun handle SIGUSR1. Clusters send this signal before they stop a node, and the signal would otherwise
-    # kill torchrun.
+    # Let torchrun handle SIGUSR1, because this signal would otherwise kill torchrun. Clusters send SIGUSR1 before they
+    # stop a node.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "100")
-    # The processes find each other by addresses in a store. Do not let PyTorch's backend gloo share the store of
-    # torchrun: after a restart, gloo would read old addresses from the shared store.
+    # The training processes find each other through addresses in a key-value store. PyTorch's backend gloo must not use
+    # the same store as torchrun, because after a restart, gloo would read the addresses of the former processes.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     own = None if FOLDER in os.environ else tempfile.mkdtemp(prefix="dreamscale-launch-")
     if own:

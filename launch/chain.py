@@ -1,4 +1,4 @@
-"""Run a chain of commands step by step. A step that is complete does not run again; a stopped step resumes."""
+"""Run commands one after another, as steps of a chain. A complete step does not run again; a stopped step resumes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from data_sharding.common.untrusted import check_group, check_number
 from launch.parent import PARENT
 
 TAIL = 25
-"""Number of lines of the log that are printed when a step fails."""
+"""Number of lines at the end of a step's log that are printed if the step fails."""
 GRACE_S = 120.0
-"""After a request to stop, a step has this many seconds to write a checkpoint before the step is killed."""
+"""When a step is asked to stop, it has this many seconds to write a checkpoint and end; then it is killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Step:
 
     name: str
     title: str
-    """Title of the step; it says in plain words what the step does."""
+    """Title of the step, which is shown to the user and says what the step does."""
     words: list[str]
     """Arguments of the command that the step runs."""
     outputs: list[str]
@@ -44,11 +44,11 @@ class Step:
     config: dict[str, Any] | None = None
     """Config of the step, written to ``configs/NAME.yaml`` in the folder of the chain before the step runs."""
     resumes: bool = False
-    """If `resumes` is False and the command, the config or an input of the step has changed, the step's output folders
-    are removed before the step runs. If `resumes` is True, the output folders stay, and the command itself resumes or
-    refuses a changed config."""
+    """What happens to the output folders of a former run if the command, the config or an input of the step has
+    changed. If `resumes` is False, the folders are removed before the step runs. If `resumes` is True, they are kept,
+    and the command of the step decides whether it can resume."""
     program: tuple[str, ...] = ("-m", "launch")
-    """Arguments of Python that run the program of the step."""
+    """Arguments of the Python interpreter that come before `words`; they choose the program."""
 
     @property
     def command(self) -> str:
@@ -99,9 +99,9 @@ class Chain:
         Parameters
         ----------
         step : Step
-            The step to run. All steps that this step needs must be complete.
+            The step to run. All steps in ``step.needs`` must be complete.
         position : str
-            Text that is printed before the title of the step.
+            Number of the step, such as ``[ 2/14]``, printed before the title.
 
         Raises
         ------
@@ -149,7 +149,7 @@ class Chain:
         return self.out / "steps" / f"{step.name}.{what}.json"
 
     def _matches(self, marker: Path, key: str) -> bool:
-        """Return whether the marker file of a step was written for the same command, config and inputs."""
+        """Return whether the marker file of a step is from a run with the same command, config and inputs."""
         try:
             return read_json(marker)["key"] == key
         except (RequestError, KeyError, TypeError):
@@ -201,7 +201,7 @@ class Chain:
 
     @contextmanager
     def forward_signals(self) -> Iterator[None]:
-        """If a signal asks the chain to stop, forward this request to the running step."""
+        """While the context is active, a signal that asks the chain to stop is sent on to the running step."""
 
         def stop(number: int, _: FrameType | None) -> None:
             again = self.stopping

@@ -1,7 +1,7 @@
 """The ``dreamscale`` command.
 
-Imports take time, and a signal can arrive at any moment, so this module imports only the handling of stop signals at
-first.
+A signal that stops the command can arrive at any moment, also during slow imports. So this module first imports only
+the code that handles such signals.
 """
 
 import os
@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     from data_sharding.common.stop import end_command
     from launch.commands import dispatch
 
-    # The threads of a numerical operation wait for each other. A thread that waits actively keeps a core busy, although
-    # another thread may need the core. On a busy machine, active waiting makes a command several times slower, so let
+    # The threads of a numerical operation (OpenMP) wait for each other. By default, a waiting thread keeps a core busy,
+    # although another thread may need the core. On a busy machine, this makes a command several times slower, so let
     # the threads sleep while they wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = run_main(dispatch, argv)

@@ -12,7 +12,7 @@ from data_sharding.common.errors import EXIT_DONE, RequestError
 from launch.stages import STAGES
 
 STOPPED_AT_ANY_MOMENT = "shard"
-"""Command that handles stop signals itself, from its first step on."""
+"""Name of the command that handles stop signals itself, so that it can be stopped properly at any moment."""
 
 
 def help_text() -> str:
@@ -35,7 +35,7 @@ def help_text() -> str:
 
 
 def _check_words(name: str, words: list[str]) -> None:
-    """Refuse a call without arguments if the command needs arguments, before slow libraries are imported."""
+    """If a command needs arguments and was called without any, raise an error before slow libraries are imported."""
     usage = STAGES[name].usage
     if not words and usage and not usage.startswith("["):
         raise RequestError(
@@ -45,7 +45,7 @@ def _check_words(name: str, words: list[str]) -> None:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Show on a terminal that a command is being imported, because the import of PyTorch alone takes seconds."""
+    """Show a message on the terminal while a command is imported, because importing PyTorch takes seconds."""
     shown = sys.stderr.isatty()
     if shown:
         print(f"dreamscale {name}: loading ...", end="", file=sys.stderr, flush=True)

@@ -14,7 +14,8 @@ from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.shipped import shipped_configs
 
 LONGEST = 90
-"""In the list of configs, a description with more characters is cut at its first colon or semicolon."""
+"""Largest number of characters of a description in the list of configs. A longer description is cut at its first colon
+or semicolon."""
 
 
 @dataclass(kw_only=True)
@@ -22,7 +23,8 @@ class ConfigsConfig:
     """List the configs that come with Dreamscale, print one config, or copy the configs to a folder."""
 
     name: str = ""
-    """Name of a config, such as pretrain/released.yaml, or of a folder, such as pretrain. By default: all configs."""
+    """Name of a config, such as pretrain/released.yaml, or of a folder of configs, such as pretrain. By default: all
+    configs."""
     output: str = ""
     """Folder to which the configs are copied, with their subfolders. -o is short for --output."""
 
@@ -41,7 +43,7 @@ def describe(path: Path) -> str:
         The sentence in one line; empty if the file does not begin with a comment.
     """
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
-    # Skip the indented lines of the comment, because they are shell commands.
+    # Skip the indented lines of the comment, because they contain shell commands and not sentences.
     words = [line.removeprefix("# ") for line in lines if not line.startswith(("#!", "#  "))]
     sentence = re.split(r"(?<=\.)\s", " ".join(words), maxsplit=1)[0]
     return sentence if len(sentence) <= LONGEST else re.split(r"[:;]\s", sentence, maxsplit=1)[0]
@@ -59,7 +61,7 @@ def select_configs(name: str) -> list[Path]:
     Returns
     -------
     list of Path
-        Files in the folder `shipped_configs`, sorted.
+        The files of the matching configs, sorted.
 
     Raises
     ------
@@ -89,7 +91,7 @@ def copy_configs(files: list[Path], folder: Path) -> None:
     Parameters
     ----------
     files : list of Path
-        Files of `shipped_configs`.
+        Config files that come with Dreamscale, as returned by `select_configs`.
     folder : Path
         Destination; the folder is created if it does not exist.
 

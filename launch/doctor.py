@@ -1,4 +1,4 @@
-"""The command ``dreamscale doctor``: show what works on this machine, and what to install."""
+"""The command ``dreamscale doctor``: show which parts of Dreamscale work on this machine, and what to install."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class DoctorConfig:
     """Show what works on this machine, and what to install."""
 
     path: str = "."
-    """Folder on the disk that is checked for free space."""
+    """A folder; the free space on its disk is checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ def examine(path: str = ".") -> list[Finding]:
     Parameters
     ----------
     path : str
-        Folder on the disk that is checked for free space.
+        A folder; the free space on its disk is checked.
     """
     checks: list[Callable[[], Finding | list[Finding]]] = [
         _python,
@@ -216,7 +216,8 @@ def _doctor(config: DoctorConfig) -> int:
     marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "missing": "[red]MISSING[/red]"}
     for finding in findings:
         table.add_row(marks[finding.state], finding.what, finding.found, finding.advice)
-    # In a log file, use a wide table: a user cannot copy a path that is wrapped over two lines.
+    # If the output is not a terminal, print a wide table, because a user cannot copy a path that is wrapped over two
+    # lines.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
     missing = [finding.what for finding in findings if finding.state == "missing"]

@@ -1,8 +1,8 @@
 """Start and stop several training processes on this machine, and return one exit code for all processes.
 
-The launcher (torchrun or Accelerate) runs in its own session, so that Ctrl-C reaches only the command and not the
-launcher. The command sends a request to stop directly to the training processes, because the launcher would kill the
-training processes after a time limit, perhaps before the checkpoint is complete.
+The launcher (torchrun or Accelerate) runs in its own session, so that Ctrl-C reaches only this process and not the
+launcher. This process then asks the training processes directly to stop. If the launcher received the signal, it would
+kill the training processes after a time limit, perhaps before their checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ LONE_REFUSAL_S = 20.0
 """If a training process ends with exit code 2 (wrong config), the other training processes have this many seconds to
 end before they are killed."""
 LAST_CHECKPOINT_S = 110.0
-"""After the launcher was killed, the training processes have this many seconds to write a checkpoint."""
+"""If the launcher has died, the training processes have this many more seconds to write a checkpoint."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def processes_wanted(argv: Sequence[str]) -> int:
-    """Read the number of processes to launch from the arguments, without importing the stage.
+    """Find out how many processes to launch, from the arguments of a command, without importing the command.
 
     Parameters
     ----------
@@ -46,10 +46,10 @@ def processes_wanted(argv: Sequence[str]) -> int:
     Returns
     -------
     int
-        `num_processes` from the command line, or else from the YAML file. 0 means that the stage runs in this process
-        without a launcher. The result is 0 in these cases: there is 1 process and `restarts` is 0; the user asks for
-        help or for the config; a launcher started this process; or the arguments cannot be read (the stage then reports
-        the reason).
+        `num_processes` from the command line, or else from the YAML file. 0 if the command must run in this process,
+        without a launcher. This is so in four cases: `num_processes` is 1 and `restarts` is 0; the user asks for the
+        help text or for the config; a launcher has already started this process; or the arguments cannot be read (the
+        command then reports the reason).
     """
     if {"-h", "--help"} & set(argv) or any(word.startswith("--print_config") for word in argv):
         return 0
@@ -60,7 +60,7 @@ def processes_wanted(argv: Sequence[str]) -> int:
 
 
 def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
-    """Read an integer from the stage's arguments, without importing the stage.
+    """Read the value of an integer key from the arguments of a command, without importing the command.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
     name : str
         Key of the integer.
     default : int
-        Value if the key is missing, or if its value cannot be read (the stage then reports the reason).
+        Result if the key is missing, or if its value cannot be read (the command then reports the reason).
 
     Returns
     -------
@@ -77,7 +77,7 @@ def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
         The value on the command line, or else the value in the YAML file.
     """
     wanted: object = None
-    # The first argument of some stages is the folder of a model, not a config.
+    # For some commands, the first argument is the folder of a model, not a config.
     files = [argv[0]] if argv and not argv[0].startswith("-") and not Path(argv[0]).is_dir() else []
     for position, word in enumerate(argv):
         key, _, value = word.partition("=")
@@ -147,8 +147,8 @@ def _environment(folder: Path, processes: int) -> dict[str, str]:
     environment = dict(os.environ)
     environment[FOLDER] = str(folder)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
-    # Keep freed memory in each launched process. By default, the C library returns the memory of every large tensor to
-    # the system, and the system must clear the memory for the next tensor, in every training step.
+    # Let each process keep freed memory for its next tensors. By default, the C library returns the memory of every
+    # large tensor to the system, and the system must clear it before it can be used again, in every training step.
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
     environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
@@ -165,7 +165,7 @@ class _Processes:
         self.agent = subprocess.Popen(command, env=_environment(folder, count), start_new_session=True)
 
     def ask_to_stop(self, number: int, _: FrameType | None) -> None:
-        """Forward a request to stop to the training processes; a second Ctrl-C kills all processes."""
+        """Send a request to stop to the training processes; at the second Ctrl-C, kill all processes."""
         self.requests += 1
         if number == signal.SIGINT and self.requests > 1:
             self.killed = True
@@ -173,7 +173,7 @@ class _Processes:
             return
         workers = read_numbers(self.folder, "pid")
         if len(workers) < self.count:
-            # While training processes are still starting, there are no results that a kill could destroy.
+            # Some training processes are still starting, so there are no results yet that could be lost.
             self.kill(signal.SIGTERM)
         for pid in workers.values():
             _send(pid, signal.SIGTERM)
@@ -211,7 +211,7 @@ class _Processes:
             return False
         until = time.monotonic() + LAST_CHECKPOINT_S
         workers = read_numbers(self.folder, "pid")
-        # After the launcher was killed, the training processes may still be writing their checkpoint.
+        # If the launcher has died, the training processes may still be writing their checkpoint.
         while (left := [pid for pid in workers.values() if _alive(pid)]) and time.monotonic() < until:
             time.sleep(0.1)
         for pid in left:
@@ -223,7 +223,7 @@ class _Processes:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-        # An ended process keeps its id (state Z) until its parent waits for the process.
+        # A process that has ended is still listed (in state Z) until its parent has read its exit code.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (ProcessLookupError, PermissionError):
         return False

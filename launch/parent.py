@@ -1,10 +1,10 @@
-"""End a command when its parent process ends. This module imports little, because every command imports it."""
+"""End a command when its parent process ends. This module imports little, because it is imported by every command."""
 
 import os
 import sys
 
 PARENT = "DREAMSCALE_PARENT"
-"""Environment variable with the process id of a parent process. A command ends when the parent process ends."""
+"""Environment variable with the process id of the parent of a command. The command ends when this parent ends."""
 
 
 def end_with_parent() -> None:
@@ -18,10 +18,10 @@ def end_with_parent() -> None:
 
 
 def end_with_named_parent() -> None:
-    """End this process when its parent dies, if the environment variable `PARENT` names the parent.
+    """End this process when its parent dies, if the environment variable `PARENT` contains the parent's process id.
 
     `launch.chain` sets the environment variable `PARENT` for its steps. If the demo or an ablation is killed, its
-    current step must end too, because a restarted run writes to the same folder.
+    running step must end, too: a restarted demo or ablation writes to the same folder.
     """
     if os.environ.pop(PARENT, None) == str(os.getppid()):
         end_with_parent()

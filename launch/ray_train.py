@@ -29,8 +29,8 @@ def _train(job: dict[str, Any]) -> None:
     from pretrain.runs.stop import STOP_FILE
     from pretrain.train import main
 
-    # Ray starts workers in another folder, so return to the folder in which the command was started: relative paths
-    # refer to this folder.
+    # Ray starts workers in another folder. Go back to the folder in which the user started the command, so that
+    # relative paths in the config are right.
     os.chdir(job["cwd"])
     folder = Path(job["folder"])
     os.environ[STOP_FILE] = str(folder / _STOP)
@@ -52,7 +52,7 @@ def launch(words: list[str]) -> int:
     Returns
     -------
     int
-        Exit code of the training; 75 if this process received SIGTERM, SIGINT or SIGUSR1.
+        Exit code of the training; 75 if SIGTERM, SIGINT or SIGUSR1 stopped it.
 
     Raises
     ------
@@ -71,9 +71,9 @@ def launch(words: list[str]) -> int:
 
     ray.init(log_to_driver=True, include_dashboard=False, configure_logging=False)
     output = Path(config.output).absolute()
-    # Ray's own records and the files `_STOP` and `_EXIT` of this module are not written to the run directory, because
-    # the run directory must not be created before the config has been checked. Ray's records of an earlier launch are
-    # deleted, so that Ray does not resume from them: the training resumes from its own checkpoints.
+    # Ray's own records, and the files `_STOP` and `_EXIT` of this module, go to a separate folder and not to the run
+    # directory, because the run directory must not be created before the config has been checked. Delete Ray's records
+    # of an earlier launch, so that Ray does not try to resume: the training itself resumes from its checkpoints.
     folder = output.with_name(f".{output.name}.ray")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

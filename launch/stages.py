@@ -1,4 +1,4 @@
-"""Table of the commands. This module imports no heavy library, so that ``dreamscale --help`` is fast."""
+"""The table of all commands (stages). This module imports no heavy library, so that ``dreamscale --help`` is fast."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ class Stage:
     help: str
     """Description of the command in one line."""
     launcher: Literal["torchrun", "accelerate"] | None = None
-    """Launcher of the training processes, used if ``num_processes`` is larger than 1 or ``restarts`` is above 0."""
+    """Program that starts the training processes; it is used if ``num_processes`` is above 1 or ``restarts`` is above
+    0."""
     config: str | None = None
-    """``module:class`` of the config, for commands that ``dreamscale submit`` can run on a cluster."""
+    """Config class of the command as ``module:class``; None if ``dreamscale submit`` cannot run the command on a
+    cluster."""
     uses_ray: bool = False
-    """True if the command distributes its own work with Ray, and has the config key ``ray.address``."""
+    """Whether the command itself distributes its work with Ray; its config then has the key ``ray.address``."""
 
 
 STAGES: dict[str, Stage] = {

@@ -1,4 +1,4 @@
-"""The command ``dreamscale submit slurm|ray|k8s STAGE CONFIG``: render a cluster job and submit the job."""
+"""The command ``dreamscale submit slurm|ray|k8s STAGE CONFIG``: write the job file for a cluster, and submit it."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ TOOLS = {"slurm": "sbatch", "ray": "ray", "k8s": "kubectl"}
 
 @dataclass(kw_only=True)
 class SubmitConfig:
-    """Render a cluster job for a stage, and submit it. Arguments after '--' are passed to the stage."""
+    """Write a cluster job that runs a command (the stage), and submit the job. Arguments after '--' go to the stage."""
 
     scheduler: Literal["slurm", "ray", "k8s"]
     """Scheduler that runs the job."""
     stage: str
-    """Stage to run: shard, pretrain, align, or the command of a paper (finetune, ddpm)."""
+    """Command to run: shard, pretrain, align, or the command of a paper (finetune, ddpm, linear)."""
     stage_config: str
-    """YAML file of the stage, at a path that exists on the machines of the cluster."""
+    """Config file (YAML) of the stage; its path must exist on the machines of the cluster."""
     dry_run: bool = False
     """Print the job file instead of submitting it."""
     nodes: int = 1
     """Number of machines that the job uses."""
     gpus_per_node: int = 8
-    """GPUs per machine. Training runs one process per GPU. With 0 GPUs, each machine runs one process on its CPU."""
+    """GPUs on each machine. Training runs one process on each GPU. With 0, each machine runs one process on its CPU."""
     cpus_per_node: int = 64
     """CPU cores per machine; not used with Ray."""
     name: str = ""
@@ -81,8 +81,8 @@ class SubmitConfig:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?", self.name):
             raise ValueError(f"name '{self.name}': use only lower-case letters, digits and '-', at most 52 characters")
         for key in ("time", "partition", "account", "logs", "address", "image", "namespace", "claim", "mount"):
-            # Slurm reads its options from comments. In a comment no quoting is possible, so a blank or '#' would end
-            # the value.
+            # Slurm reads its options from comments of the job file. Values cannot be quoted there, and a blank or '#'
+            # would end the value.
             if not re.fullmatch(r"([\w./:@%+=,~\[\]][\w./:@%+=,~\[\]-]*)?", getattr(self, key)):
                 raise ValueError(
                     f"{key} '{getattr(self, key)}': use only letters, digits and . / : @ % + = , ~ [ ] _ - in this "
@@ -98,7 +98,7 @@ class SubmitConfig:
 
 
 def check_printable(key: str, value: str) -> None:
-    """Refuse a value with a line break or another control character: it could begin a new line of the job file.
+    """Refuse a value with a line break or another control character, because it could add a line to the job file.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def check_printable(key: str, value: str) -> None:
 
 
 def check_stage(config: SubmitConfig, extra: list[str]) -> tuple[Stage, list[str]]:
-    """Check the arguments of the stage, and add the number of processes to the arguments.
+    """Check the arguments of the stage, and add the key ``num_processes`` to them if the stage has a launcher.
 
     Parameters
     ----------
@@ -201,8 +201,8 @@ def _make_environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(shipped_configs() / "cluster"),
         undefined=StrictUndefined,
-        # Job files need no escaping for HTML. The filters `shell` and `json` quote values for a shell and for YAML. In
-        # Slurm's comments no quoting is possible, so `SubmitConfig` refuses special characters.
+        # Do not escape values for HTML. The filters `shell` and `json` quote values for a shell and for YAML. Values in
+        # Slurm's comments cannot be quoted, so `SubmitConfig` refuses special characters.
         autoescape=False,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -243,7 +243,7 @@ def render(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
         raise RequestError(
             f"{shipped_configs() / 'cluster' / str(error)}: no such file; install Dreamscale again, with pip"
         ) from None
-    # Without a launcher and without Ray, a stage is one process, which uses all cores of the machine.
+    # A stage without a launcher and without Ray runs as one process, which uses all cores of the machine.
     processes = max(1, config.gpus_per_node) if stage.launcher or stage.uses_ray else 1
     return template.render(
         name=config.name,
@@ -287,7 +287,8 @@ def submit(config: SubmitConfig, text: str) -> int:
         If the cluster's command-line tool is not installed on this machine.
     """
     tool = TOOLS[config.scheduler]
-    # Also search the folder of this Python for the tool: Ray's tool is there even if the environment is not activated.
+    # Also search for the program in the folder of this Python: the program `ray` is there even if the environment is
+    # not activated.
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
     if shutil.which(tool, path=path) is None:
         raise RequestError(
@@ -302,7 +303,7 @@ def submit(config: SubmitConfig, text: str) -> int:
 
 
 def _normalise_flags(words: list[str]) -> list[str]:
-    """Replace ``--gpus-per-node`` by ``--gpus_per_node``, and add the missing value to ``--dry-run``."""
+    """Write ``--gpus_per_node`` for ``--gpus-per-node``, and ``--dry_run=true`` for ``--dry-run``."""
     normal = []
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         if word.startswith("--"):

@@ -1,8 +1,8 @@
-"""Run a stage in one process of a launcher, and write the stage's exit code to a file.
+"""Run a command (stage) in a process that a launcher started, and write the command's exit code to a file.
 
 ``python -m launch.worker MODULE [ARGUMENTS]``. A launcher treats every exit code except 0 as a failure and then ends
-the other processes. So after a requested stop, ``launch.worker`` exits with 0, and ``dreamscale`` reads the true exit
-code from a file.
+the other processes. Therefore, if a signal stopped the command, ``launch.worker`` exits with 0, and ``dreamscale``
+reads the true exit code from the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FOLDER = "DREAMSCALE_LAUNCH_FOLDER"
 
 
 def read_numbers(folder: Path, suffix: str) -> dict[int, int]:
-    """Read the files of the training processes in a folder.
+    """Read the process ids or the exit codes that the training processes wrote to a folder.
 
     Parameters
     ----------
@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = run_main(importlib.import_module(module).main, words)
     except RuntimeError as error:
-        # A process of the DataLoader may be killed if memory is short. Write no exit code then, so that the run is
-        # restarted as if the training process had been killed.
+        # The system may kill a worker process of the DataLoader because memory is short. Do not write an exit code
+        # then, so that the run is restarted as if this training process had been killed.
         report = not str(error).startswith("DataLoader worker")
         raise
     finally:

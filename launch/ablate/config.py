@@ -15,7 +15,8 @@ from data_sharding.common.shipped import find_config
 from data_sharding.common.untrusted import check_key, read_limited
 
 MAIN = "ablation.yaml"
-"""Name of the main file in an ablation's folder. Every other YAML file in the folder describes one variant (a row)."""
+"""Name of the main file in the folder of an ablation. Every other YAML file in the folder describes one variant (in the
+code: a row)."""
 PROG = "dreamscale ablate"
 
 
@@ -36,26 +37,27 @@ class AblationConfig:
     {base}/ddpm/model/evrnet."""
     base: str = "base"
     """Name of the base variant. The base variant comes first, and all other variants are compared with it. If `rows`
-    has no variant with this name, the base variant uses the configs of `stages` without changes."""
+    has no variant with this name, the base variant is a training with the unchanged configs of `stages`."""
     common: dict[str, Any] = field(default_factory=dict)
-    """Keys of all variants, written like the keys in `rows`, such as {ddpm.training.steps: 1000}."""
+    """Keys that are set in all variants, written like the keys in `rows`, such as {ddpm.training.steps: 1000}."""
     dataset: str = ""
     """Path of the EEG-image dataset for all commands. If dataset is empty, the dataset in the configs of `stages` is
     used."""
     split: Literal["val", "test"] = "val"
-    """Split with the trials for which images are generated. Choose settings with val; give test only for final
+    """Images are generated for the trials of this split. Use val to choose settings, and test only for final
     results."""
     control: bool = True
     """Whether images are also generated from shuffled EEG."""
     generate: dict[str, Any] = field(default_factory=dict)
     """Keys of dreamscale generate for all variants, such as {steps: 50}."""
     evaluate: dict[str, Any] = field(default_factory=dict)
-    """Keys of dreamscale evaluate, such as {training.steps: 500}. One classifier judges all variants."""
+    """Keys of dreamscale evaluate, such as {training.steps: 500}. The images of all variants are judged by one
+    classifier."""
     resamples: int = 2000
     """Number of bootstrap resamples for the intervals, and of permutations for the p-values."""
     seed: int = 0
-    """Seed for the noise of the images, the classifier and the resamples. Training uses the seeds in the configs of
-    `stages`."""
+    """Seed for the initial noise of the generated images, the training of the classifier, and the bootstrap. The models
+    are trained with the seeds in the configs of `stages`."""
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -66,11 +68,11 @@ class AblationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """Config of an ablation, with the file from which each variant comes."""
+    """Config of an ablation, and the file in which each variant was found."""
 
     config: AblationConfig
     files: dict[str, str]
-    """File of each variant, for messages."""
+    """For each variant's name, the file that describes the variant; error messages name this file."""
 
 
 def read_ablation(argv: Sequence[str]) -> Ablation:

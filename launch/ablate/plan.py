@@ -1,4 +1,4 @@
-"""Make and check the configs of all rows of an ablation, before anything runs."""
+"""Make and check the configs of all rows (variants of the model) of an ablation, before anything runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EVALUATE_KEYS = {"directory", "controls", "dataset", "seed"}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One variant of an ablation, with the steps that make its result."""
+    """One variant of an ablation, with the steps that train the variant, generate its images and evaluate them."""
 
     name: str
     changes: dict[str, Any]
@@ -41,7 +41,7 @@ class Row:
 
 
 def flatten(values: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
-    """Return nested keys as dotted keys."""
+    """Return a flat dictionary with dotted keys: ``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -57,7 +57,7 @@ def _words(values: Mapping[str, Any]) -> list[str]:
 
 
 def _assign(keys: Mapping[str, Any], stages: list[str], where: str) -> dict[str, dict[str, Any]]:
-    """Group the keys of a row by the command to which they belong: a training command, or ``generate``."""
+    """Sort the keys of a row by the command to which each key belongs: a training command, or ``generate``."""
     found: dict[str, dict[str, Any]] = {name: {} for name in (*stages, "generate")}
     for key, value in keys.items():
         first, _, rest = key.partition(".")
@@ -88,7 +88,7 @@ def _check_stages(ablation: Ablation, where: str) -> list[str]:
 
 
 class _Planner:
-    """Makes the steps of all rows. If two rows have equal configs for a command, the command runs once for both."""
+    """Makes the steps of all rows. A command with equal configs in two rows runs once, and both rows use its result."""
 
     def __init__(self, ablation: Ablation) -> None:
         self.config, self.files = ablation.config, ablation.files
@@ -99,7 +99,7 @@ class _Planner:
         self.dataset = ""
 
     def _config_of(self, row: str, stage: str, changes: Mapping[str, Any], encoder: Path | None) -> dict[str, Any]:
-        """Read the config of a command for a row, without the key `output`."""
+        """Return the config with which a command runs in a row, without the key `output`."""
         where = f"{self.files[row]}: row '{row}'"
         if taken := [key for key in _SET_HERE if key in changes]:
             raise RequestError(
@@ -188,7 +188,7 @@ class _Planner:
         words = [str(images), "--seed", seed]
         words += _words(judging)
         if name != config.base:
-            # One classifier, trained in the evaluation of the base row, judges the images of all rows.
+            # The evaluation of the base row trains a classifier. This classifier judges the images of all rows.
             if "classifier" not in judging:
                 words += ["--classifier", str(self.out / "images" / config.base / "classifier.safetensors")]
             needs.append(f"{config.base}.evaluate")
@@ -222,7 +222,7 @@ def plan_rows(ablation: Ablation) -> list[Row]:
     Returns
     -------
     list of Row
-        The rows, the base row first.
+        The rows; the base row comes first.
 
     Raises
     ------

@@ -16,7 +16,7 @@ from launch.chain import Chain, StepFailedError, say
 
 
 def _prepare_folder(out: Path, ablation: Ablation) -> None:
-    """Make the folder of the ablation, or check that an existing folder is the folder of an ablation."""
+    """Make the output folder. If the folder exists and has files, check that an ablation made them."""
     if out.exists() and not out.is_dir():
         raise RequestError(f"output {out}: this is a file; choose a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / "config.yaml").is_file():
@@ -31,7 +31,7 @@ def _prepare_folder(out: Path, ablation: Ablation) -> None:
 
 
 def _collect(ablation: Ablation, rows: list[Row], states: dict[str, str], seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the content of ``ablation.json`` for the rows that are complete so far."""
+    """Return the content of ``ablation.json``; rows that are not complete have no metrics yet."""
     from finetune.evaluation.per_trial import compare_models, read_trials_file
 
     config = ablation.config
@@ -65,12 +65,12 @@ def ablate(ablation: Ablation) -> int:
     Returns
     -------
     int
-        0, or 1 if a row failed. If the base row failed, the exit code of the step that failed.
+        0 if all rows are complete; 1 if a row failed. If the base row failed: the exit code of the step that failed.
 
     Raises
     ------
     RequestError
-        If a row is wrong, or the folder or the dataset cannot be used.
+        If the config of a row is wrong, or the output folder or the dataset cannot be used.
     StopRequested
         If a signal asked the command to stop. The same command resumes the ablation.
     """

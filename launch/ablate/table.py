@@ -22,7 +22,7 @@ def _interval(ends: list[float] | None, signed: bool = False) -> str:
 
 
 def _difference(found: Mapping[str, Any] | None, over: str) -> str:
-    """Format a difference with its interval, and with its p-value if the difference has a p-value."""
+    """Format a difference between two variants with its interval and, if there is one, its p-value."""
     if found is None:
         return MISSING
     p = found.get(f"p_{over}")
@@ -93,7 +93,7 @@ def render_markdown(result: Mapping[str, Any]) -> str:
 
 
 def plot_differences(result: Mapping[str, Any], path: Path) -> None:
-    """Draw the differences to the base variant with their intervals, one panel for each metric.
+    """Draw, for each metric, the difference between each variant and the base variant, with intervals.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Measure the colour of the shape in a picture, and how well a generated picture identifies the seen picture.
+"""Score generated pictures: measure the colour of the shape, and test whether the picture identifies the seen picture.
 
 Array shapes: B trials, H rows, W columns.
 """
@@ -16,7 +16,7 @@ from launch.demo.pictures import HUES
 
 Images = NDArray[np.uint8]
 SMOOTH = 1.0
-"""Standard deviation of the filter, in pixels, that removes noise before the colour is measured."""
+"""Standard deviation, in pixels, of the Gaussian filter that smooths a picture before its colour is measured."""
 
 
 def measure_colour(image_HW3: Images) -> str:
@@ -42,7 +42,7 @@ def measure_colour(image_HW3: Images) -> str:
 
 
 def identify(images_BHW3: Images, real_BHW3: Images, image_ids: list[str], groups: list[Any]) -> NDArray[np.float64]:
-    """Compare each generated picture with the seen picture and with all other seen pictures of the same group.
+    """Score how well each generated picture identifies the seen picture among all seen pictures of the same group.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def identify(images_BHW3: Images, real_BHW3: Images, image_ids: list[str], group
         return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
 
     _, first = np.unique(np.asarray(image_ids), return_index=True)
-    # Round, because equal pictures have similarities that differ in their last digits.
+    # Round the similarities, because for equal pictures, they may differ in their last digits.
     similarity = np.round(standardise(images_BHW3) @ standardise(real_BHW3[first]).T, 9)
     names = [image_ids[i] for i in first]
     out = np.full(len(images_BHW3), np.nan)

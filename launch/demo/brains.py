@@ -1,6 +1,7 @@
 """Simulate the EEG of a head: background, artefacts and responses to pictures, for any electrode layout.
 
-Brain signals come from sources on a sphere, so the same head gives consistent signals with every electrode layout.
+The signals come from simulated sources on a sphere, so the same person can be recorded with different electrode
+layouts.
 
 Letters in array shapes: n electrodes, K sources, C response components, T samples.
 """
@@ -21,18 +22,18 @@ Array = NDArray[np.float32]
 
 N_SOURCES = 40
 RESPONSE_GAIN = 5.5
-"""Scale of the evoked responses. A larger value makes it easier to decode the category from a single trial."""
+"""Factor of all evoked responses. With a larger factor, it is easier to decode the category from a single trial."""
 PERSON_DELAY_S = 0.020
-"""The responses of each person are delayed by a random time, which is the same for all components: standard deviation
-of this delay over people, in seconds."""
+"""All responses of a person are shifted in time by the same random delay. This is the standard deviation of the delay
+over people, in seconds."""
 TRIAL_DELAY_S = 0.025
-"""The response in each trial is delayed by a further random time, which is the same for all components: standard
-deviation of this delay over trials, in seconds."""
+"""All components of the response in a trial are also shifted by a random delay of this trial. This is the standard
+deviation of the delay over trials, in seconds."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """One component of the evoked response: its location, its time, and the picture feature that sets its strength."""
+    """One component of the evoked response: its location, its time, and the feature of the picture that scales it."""
 
     name: str
     centre: tuple[float, float, float]
@@ -44,7 +45,7 @@ class Component:
     duration: float
     """Standard deviation of the Gaussian peak in time, in seconds."""
     gain: float
-    """Potential at the peak in microvolts, if the picture feature is 1."""
+    """Potential at the peak in microvolts, if the feature of the picture is 1 (before the factor `RESPONSE_GAIN`)."""
     feature: str
     """Name of the picture feature that scales this component; see `compute_features`."""
 
@@ -69,7 +70,7 @@ COMPONENTS = (
 
 
 def compute_features(picture: Picture) -> Array:
-    """Compute how strongly a picture drives each component, without the random variation from trial to trial.
+    """Compute how strongly a picture evokes each component, without the random variation between trials.
 
     Parameters
     ----------
@@ -79,7 +80,7 @@ def compute_features(picture: Picture) -> Array:
     Returns
     -------
     ndarray, shape (C,)
-        Factor of each component of the evoked response.
+        For each component, the factor by which the picture scales it.
     """
     table = {
         "always": 1.0,
@@ -99,7 +100,7 @@ def _normalise(vectors: Any) -> NDArray[np.float64]:
 
 
 def _compute_potential(electrodes_n3: NDArray[np.float64], centre: Any, width: float) -> Array:
-    """Return the potential of a source at the electrodes: a peak, surrounded by a weak potential of opposite sign."""
+    """Return a source's potential at each electrode: a peak, surrounded by a weak potential of opposite sign."""
     cosine = electrodes_n3 @ _normalise(centre)
     return (np.exp((cosine - 1) / width**2) - 0.5 * np.exp((cosine - 1) / (2 * width) ** 2) * width).astype(np.float32)
 
@@ -212,7 +213,7 @@ class Head:
     def _simulate_blinks(
         self, electrodes_n3: NDArray[np.float64], sfreq: float, samples: int, rng: np.random.Generator
     ) -> Array:
-        """Simulate blinks: peaks that last a third of a second and are strongest at the front of the head."""
+        """Simulate blinks: potentials that last a third of a second and are largest at the front of the head."""
         trace = np.zeros(samples, np.float32)
         count = rng.poisson(self.blinks_per_minute * samples / sfreq / 60)
         shape = np.hanning(round(0.35 * sfreq)).astype(np.float32)
@@ -224,7 +225,7 @@ class Head:
     def _add_muscle(
         self, data_nT: Array, electrodes_n3: NDArray[np.float64], sfreq: float, rng: np.random.Generator
     ) -> None:
-        """Add bursts of jaw muscle activity over one temple to the signal, in place."""
+        """Add bursts of jaw muscle activity to the signal, in place; they are strongest over one temple."""
         length = round(1.5 * sfreq)
         for _ in range(rng.poisson(data_nT.shape[1] / sfreq / 60)):
             start = int(rng.integers(0, data_nT.shape[1] - length))

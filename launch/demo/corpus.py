@@ -1,4 +1,4 @@
-"""Simulate the demo's corpus: recordings as heterogeneous as a real collection, with known ground truth.
+"""Simulate the demo's recordings: as different from each other as in a real collection, but with a known true signal.
 
 The corpus has two parts. ``unpaired/`` holds one resting recording of each of twelve subjects, in five file formats,
 five electrode layouts (19 to 128 channels) and four sampling rates. ``paired/`` holds recordings of sixteen subjects,
@@ -51,15 +51,15 @@ TENTWENTY = [
 ]
 SUBJECTS = tuple(f"sub-{index:02d}" for index in range(1, 17))
 PAIRED_SUBJECTS = {"train": SUBJECTS[:8], "val": SUBJECTS[8:10], "test": SUBJECTS[10:]}
-"""Subjects who look at pictures, by split. Pretraining does not use the subjects of val and test."""
+"""The subjects who look at pictures, for each split. Pretraining does not use the subjects of val and test."""
 N_RESTING = 12
 """Number of subjects with a resting recording, counted from the start of `SUBJECTS`."""
 OTHER_PICTURES = 24
-"""Number of pictures that each subject sees although these pictures are in another split than the subject. Trials with
-such pictures must not be used in any split."""
+"""Each subject also sees this many pictures that belong to another split than the subject. Trials with these pictures
+must not be used in any split."""
 DEAD_CHANNELS = {"unpaired": {"sub-02": "Pz", "sub-03": "C3", "sub-09": "E40"}, "paired": {"sub-03": "FT7"}}
 REFERENCES = {"M1": (-0.85, -0.35, -0.45), "nose": (0.0, 0.95, -0.55), "CMS": (-0.15, -0.15, 0.97)}
-"""Directions of the reference electrodes from the middle of the head. Reference electrodes are not channels."""
+"""Direction of each reference electrode, seen from the middle of the head. Reference electrodes are not channels."""
 UNPAIRED_S = (100.0, 120.0)
 PAIRED_SFREQ = 250.0
 SPACING_S = 1.2
@@ -108,7 +108,8 @@ def _standard_positions(montage: str) -> dict[str, NDArray[np.float64]]:
     import mne
 
     with warnings.catch_warnings():
-        # Use the old name standard_1005 and hide MNE's warning, because older versions of MNE lack the new name.
+        # Use the old name standard_1005 of a montage and hide MNE's warning about it, because older versions of MNE do
+        # not know the new name.
         warnings.simplefilter("ignore", FutureWarning)
         return mne.channels.make_standard_montage(montage).get_positions()["ch_pos"]
 
@@ -131,7 +132,8 @@ def locate_electrodes(montage: str) -> dict[str, NDArray[np.float64]]:
     dense = _standard_positions("standard_1005")
     if montage == "10-20":
         return {name: dense[name] for name in TENTWENTY}
-    # 96 electrodes: the 10-10 positions of a common cap, and evenly chosen half-steps of the 10-05 system.
+    # Choose 96 electrodes: the positions of a common cap (10-10 system), and some positions between them (10-05
+    # system).
     base = [name for name in _standard_positions("biosemi64") if name in dense]
     half = [name for name in dense if name.endswith("h")]
     extra = half[:: len(half) // (96 - len(base))][: 96 - len(base)]
@@ -157,7 +159,7 @@ def _compute_directions(positions: dict[str, NDArray[np.float64]], reference: st
 
 
 def _record(data_nT: NDArray[np.float32], names: list[str], site: Site, dead: str | None) -> NDArray[np.float32]:
-    """Subtract the laboratory's reference, and set the dead channel to zero.
+    """Simulate the amplifier: subtract the reference, and set the dead channel to zero.
 
     If the reference is ``average``, it is the mean over all rows of the EEG. Otherwise, the last row is the signal of
     the reference electrode; this row is subtracted from the other rows and removed.
@@ -253,7 +255,7 @@ def _make_images(folder: Path, pictures: list[Picture]) -> None:
 
 
 def make_corpus(out: Path, seed: int) -> None:
-    """Write the corpus. If an error occurs, no partial corpus stays on disk.
+    """Write the corpus. If an error occurs, no incomplete corpus is left on disk.
 
     Parameters
     ----------
@@ -269,7 +271,8 @@ def make_corpus(out: Path, seed: int) -> None:
     with atomic_directory(out) as folder, mne.utils.use_log_level("error"):
         _make_images(folder / "paired" / "images", pictures)
         with contextlib.ExitStack() as stack:
-            # Threads run in parallel here, because FFTs, matrix products and file writes release the interpreter lock.
+            # Threads can run in parallel here, because FFTs, matrix products and file writes release Python's global
+            # lock (GIL).
             pool = stack.enter_context(ThreadPoolExecutor(2))
             stack.callback(pool.shutdown, cancel_futures=True)
             paired_futures = [

@@ -21,12 +21,12 @@ def read_curves(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
     Parameters
     ----------
     folder : Path
-        The run directory, possibly with other run directories inside.
+        The run directory. It may contain other run directories, such as the runs of both stages of DM-RE2I.
 
     Returns
     -------
     dict
-        For each run, the name of each curve and its points (step, loss).
+        For each run, a dictionary from the name of each curve to the points of the curve: (step, loss).
     """
     found = {}
     for file in sorted(folder.rglob("metrics.jsonl")):
@@ -97,13 +97,13 @@ def draw_overview(
     Parameters
     ----------
     rows : list of (str, list of Path)
-        Heading and pictures of each row of the overview; every list has one picture for each trial.
+        For each row of the overview: its heading, and the files of its pictures, one for each trial.
     reconstruction : Path
         PNG file with reconstructed EEG, written by the pretraining.
     path : Path
         PNG file to write.
     title, footer : str
-        Text above the figure, and text between the pictures and the reconstructed EEG.
+        `title` is the text above the pictures; `footer` is the text between the pictures and the reconstructed EEG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Draw the demo's pictures: simple shapes with a known category and appearance."""
+"""Draw the pictures that the demo's people see: simple shapes with known attributes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from PIL import Image
 from data_sharding.audit.fingerprints import ImageFingerprint, find_similar_images, fingerprint_image
 
 CATEGORIES = ("disc", "cross", "stripes", "triangle")
-"""Categories of pictures: shapes that look different at 32 x 32 pixels, even if a model draws them badly."""
+"""Categories of the pictures. The shapes look different at 32 x 32 pixels, even in badly generated pictures."""
 HUES = {"red": 0.0, "yellow": 0.14, "green": 0.36, "blue": 0.62}
 SPLIT_SIZES = {"train": 60, "val": 12, "test": 14}
 """Number of pictures of each category, by split."""
 NEW_IN_TEST = 6
-"""Number of test pictures of each category with a colour that this category never has in training."""
+"""In each category, number of test pictures with a colour that this category never has in training."""
 PIXELS = 32
 
 
@@ -56,10 +56,7 @@ class Picture:
 
 
 def is_new_combination(category: int, colour: int) -> bool:
-    """Return whether a combination of category and colour never occurs in training pictures.
-
-    Every category, and every colour, does occur in training pictures.
-    """
+    """Return whether no training picture has this combination of category and colour."""
     return category == colour
 
 
@@ -142,7 +139,8 @@ def draw_picture(picture: Picture) -> NDArray[np.uint8]:
     ndarray of uint8, shape (32, 32, 3)
         RGB pixels.
     """
-    # Draw at a higher resolution and average, so that smooth edges show position and size to a fraction of a pixel.
+    # Draw at a higher resolution and average, so that edges are smooth, and small differences of position and size
+    # remain visible.
     fine = 4
     axis = (np.arange(PIXELS * fine) + 0.5) / fine - PIXELS / 2
     x, y, half = axis[None, :] - picture.x, axis[:, None] - picture.y, picture.size

@@ -18,7 +18,7 @@ from launch.demo.steps import CONTROLS, MODELS, name_images
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 EXAMPLES = 3
-"""Number of trials of each category that the report shows."""
+"""Number of example trials that the report shows of each category."""
 TITLES = {"stable_diffusion": "Stable Diffusion", "eg_ddpm": "EG-DDPM"}
 LINEAR = "linear map, training picture"
 """Title of the linear baseline in the report."""
@@ -29,10 +29,10 @@ EEG = {
     "no_eeg": "none (floor)",
     "class": "true category (ceiling)",
 }
-"""Name of each control in the tables of the report."""
+"""For each control, what the tables of the report say in the column "EEG"."""
 LIBRARIES = ("dreamscale", "torch", "deepspeed", "accelerate", "diffusers", "transformers", "ray", "mne", "numpy")
 JUDGE = "dataset-classifier"
-"""Name of the classifier of categories in metrics.json."""
+"""Name in metrics.json of the classifier that predicts the categories of pictures."""
 _ACCURACY = ("accuracy", "chance", "n", "images", "p_value", "interval")
 
 
@@ -49,9 +49,9 @@ def score_pictures(out: Path, seed: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        For each generator: the scores of its pictures for each control, the scores with the trials' own EEG minus the
-        scores with shuffled EEG, and the scores of each person. For the linear baseline: the scores of its pictures,
-        and of each person.
+        For each generator: the scores of its pictures for each control, the difference between the scores from the
+        right EEG and from shuffled EEG, and the scores for each person. For the linear baseline: the scores of its
+        pictures, and the scores for each person.
     """
     pictures = {picture["image_id"]: picture for picture in read_json(out / "corpus" / "truth.json")["pictures"]}
     judge, _ = ImageClassifier.load(out / "generated" / next(iter(MODELS)) / "classifier.safetensors")
@@ -73,7 +73,7 @@ def score_pictures(out: Path, seed: int) -> dict[str, Any]:
 
 
 def _divide(scores: Scores, seed: int) -> dict[str, Any]:
-    """Return the scores of new and of known combinations of category and colour, and the scores of each person."""
+    """Return the scores separately for new and known combinations of category and colour, and for each person."""
     return {
         "new_combinations": scores.select(scores.new_B).summarise(seed),
         "known_combinations": scores.select(~scores.new_B).summarise(seed),
@@ -92,8 +92,8 @@ def read_scores(folder: Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        Accuracy with its interval, chance level, p-value and numbers of trials and pictures. Image metrics. The same
-        values of the control, under the key ``shuffled``. The accuracy of the classifier on real pictures.
+        The accuracy with its interval, chance level, p-value and numbers of trials and pictures; the image metrics;
+        under the key ``shuffled``, the same values of the control; and the accuracy of the classifier on real pictures.
     """
     found = read_json(folder / "metrics.json")
 
@@ -206,7 +206,7 @@ def conclude(models: dict[str, dict[str, Any]], verdicts: dict[str, dict[str, An
 
 
 def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any]]:
-    """Choose the trials that the report shows, without regard to the quality of their pictures.
+    """Choose the example trials that the report shows, without regard to the quality of their pictures.
 
     Parameters
     ----------
@@ -218,9 +218,8 @@ def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dic
     Returns
     -------
     list of dict
-        At most `EXAMPLES` trials of each category. In no two trials of a category did people see the same picture.
-        People who were chosen less often come first; among the trials of one person, the trial with the smallest key
-        comes first.
+        At most `EXAMPLES` trials of each category, with different seen pictures. Trials of people who were chosen less
+        often so far are preferred, and then trials with a smaller key.
     """
     chosen: list[dict[str, Any]] = []
     times: Counter[str] = Counter()
@@ -237,7 +236,7 @@ def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dic
 
 
 def _list_columns(out: Path, keys: list[str]) -> list[tuple[str, list[Path]]]:
-    """List the pictures of some trials: seen pictures, then the pictures of each generator, and of the baseline."""
+    """List the picture files of some trials: the seen pictures, those of each generator, those of the baseline."""
     sources = [
         (f"{TITLES[kind]}{suffix}", name_images(kind, control))
         for kind in MODELS
@@ -331,7 +330,7 @@ def _embed(path: Path, text: str, caption: str = "") -> Picture:
 
 
 def _describe_corpus(truth: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
-    """Return variables for the report's template: the simulated people, and the status of their recordings."""
+    """Return the variables of the report's template about the simulated people and the status of their recordings."""
     electrodes = [recording["channels"] for recording in truth["unpaired"]]
     samples = summary["corpus"]["paired"]["samples"]
     counts: list[list[Any]] = []
@@ -366,7 +365,7 @@ def _describe_corpus(truth: dict[str, Any], summary: dict[str, Any]) -> dict[str
 
 
 def _make_score_tables(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return variables for the report's template: tables of the accuracy and the similarity of the pictures."""
+    """Return the variables of the report's template about the accuracy and the similarity of the pictures."""
     similarity: list[list[Any]] = []
     donors = []
     for kind, found in summary["models"].items():
@@ -389,7 +388,7 @@ def _make_score_tables(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_picture_tables(pictures: dict[str, Any]) -> dict[str, Table]:
-    """Return three tables of scores: by model and control, by known and new combinations, and by person."""
+    """Return three tables of scores: by model and control, by combination of category and colour, and by person."""
 
     def cells(scores: dict[str, Any]) -> list[str]:
         found = [scores[name] for name in MEASURES]

@@ -1,4 +1,4 @@
-"""The command ``dreamscale demo``: run every stage as an ordinary command on simulated data, on two CPU cores."""
+"""The command ``dreamscale demo``: simulate recordings, and run all other commands on them, on two CPU cores."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class DemoConfig:
     out: str = "runs/demo"
     """Folder for all files of the demo. Steps that are already complete in this folder do not run again."""
     seed: int = 0
-    """Seed for people, pictures and training. If the folder has a demo with another seed, the subfolder seed-N is
-    used."""
+    """Seed for people, pictures and training. If the folder already has a demo with another seed, the new demo is
+    written to its subfolder seed-N."""
     profile: Literal["full", "smoke"] = "full"
-    """full or smoke. smoke runs the same steps with very little training, as a quick test. The images of a smoke run
-    have no meaning."""
+    """full or smoke. smoke runs the same steps with very little training, as a quick test of the installation; its
+    images have no meaning."""
 
 
 def choose_folder(config: DemoConfig) -> Path:
@@ -75,8 +75,8 @@ def run_demo(config: DemoConfig) -> int:
     Returns
     -------
     int
-        0 if the generated pictures show what people saw, 1 if the scores do not show this, or the exit code of the step
-        that failed. A smoke run that completes has the exit code 0.
+        0 if the generated pictures show what people saw; 1 if they do not; if a step failed, the exit code of this
+        step. A complete smoke run has the exit code 0, whatever its pictures show.
 
     Raises
     ------

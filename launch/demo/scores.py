@@ -19,7 +19,8 @@ from pretrain.evidence.statistics import crossed_interval
 
 RESAMPLES = 10_000
 MEASURES = {"category": 0.25, "colour": 0.25, "identification": 0.5}
-"""Chance level of each measure. In the test pictures, categories are balanced, and colours are almost balanced."""
+"""The measures, each with its chance level. Among the test pictures, all categories are equally frequent, and all
+colours almost equally frequent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Scores:
         )
 
     def summarise(self, seed: int) -> dict[str, Any]:
-        """Return the mean of each measure, with its 95 % interval over people and pictures."""
+        """Return the mean of each measure, with its 95 % interval from a bootstrap over people and pictures."""
         return {
             name: {
                 "mean": float(values_B.mean()),
@@ -114,8 +115,8 @@ def compare(own: Scores, control: Scores, seed: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        For each measure: the difference between the score in `own` and the score in `control` of the same trial,
-        averaged over the trials, and the 95 % interval of this mean over people and pictures.
+        For each measure: the mean over the trials of the score in `own` minus the score in `control`, and its 95 %
+        interval from a bootstrap over people and pictures.
     """
     assert own.keys == control.keys
     out = {}

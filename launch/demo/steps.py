@@ -14,17 +14,18 @@ from data_sharding.common.shipped import shipped_configs
 from launch.chain import Step
 
 DEFAULT_OUT = "runs/demo"
-"""Default output folder of the demo; paths in ``configs/demo`` begin with this folder. If the demo writes to another
-folder, the path of that folder replaces the default folder in the configs."""
+"""Default output folder of the demo. The paths in the files of ``configs/demo`` begin with this folder; if the demo
+writes to another folder, they are changed."""
 MODELS = {"stable_diffusion": "stable_diffusion", "eg_ddpm": "dm_re2i"}
 """Folder of the training run for each kind of generator."""
 CONTROLS = ("none", "shuffle", "shuffle_within", "no_eeg", "class")
-"""Controls of ``dreamscale generate`` for which the demo generates images. The control ``none`` uses the right EEG."""
+"""Values of ``--control`` with which the demo generates images. With ``none``, the images are made from the right
+EEG."""
 Profile = Literal["full", "smoke"]
 
 
 def name_images(kind: str, control: str) -> str:
-    """Return the name of the folder for the images that a generator makes with a control."""
+    """Return the name of the folder for the images that a generator (`kind`) makes with a control."""
     return kind if control == "none" else f"{kind}-{control}"
 
 
@@ -164,14 +165,15 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
         title = f"generate pictures with {kind.replace('_', ' ')} from the EEG of new people, and for the controls"
         steps.append(generation(kind, run, title, CONTROLS[1:]))
         own = out / "generated" / kind
-        # Give the folder of every control to the command, so that a missing folder ends the step with an error.
+        # List the folders of all controls in the command, so that the step fails if one of them is missing.
         words = [
             "evaluate",
             str(own),
             "--controls",
             json.dumps([str(own.with_name(name_images(kind, control))) for control in CONTROLS[1:]]),
         ]
-        # One classifier judges both generators: the first evaluation trains the classifier, and the second loads it.
+        # One classifier judges the pictures of both generators: the first evaluation trains it, and the second
+        # evaluation loads it.
         words += _flags(images["evaluate"]) if judge is None else ["--classifier", judge]
         first = [] if judge is None else [next(step.name for step in steps if step.name.startswith("evaluate"))]
         judge = judge or str(own / "classifier.safetensors")

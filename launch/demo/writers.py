@@ -1,4 +1,4 @@
-"""Write recordings in five file formats; the same signal always gives the same bytes."""
+"""Write recordings in five file formats. If the same signal is written again, the file has the same bytes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def write_recording(
     format_ : str
         Format of the file: EDF, BDF, BrainVision, EEGLAB or FIF.
     rng : numpy.random.Generator
-        Random numbers for the constant offsets of the electrodes; a BioSemi amplifier also records these offsets.
+        Generator for the constant voltage offsets of the electrodes, which a BioSemi amplifier (BDF) records together
+        with the EEG.
     markers : list of dict, optional
         BrainVision markers: onset and duration in samples, and a description.
     """
@@ -118,7 +119,7 @@ def _write_fif(path: Path, data_nT: NDArray[Any], positions: dict[str, NDArray[n
 
 
 def _erase_identifiers(path: Path) -> None:
-    """Set the identifiers of a FIF file to zero, because they contain the machine and the time of writing."""
+    """Set the identifiers in a FIF file to zero, because they depend on the machine and the time of writing."""
     content = bytearray(path.read_bytes())
     place = 0
     while place + 16 <= len(content):
