@@ -109,21 +109,15 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
     Returns
     -------
     EEGEncoder
-        Encoder without a classification head.
+        Encoder without a classification head. If the trials are shorter than the windows of the pretraining, the
+        encoder is shortened (see `EEGEncoder.fit_to`).
 
     Raises
     ------
     RequestError
-        If the path holds no encoder package, or the encoder needs another preprocessing or another number of time
-        points than the dataset has.
+        If the path holds no encoder package, or if the encoder needs another preprocessing or longer trials.
     """
-    encoder = EEGEncoder.from_pretrained(path)
-    dataset.require_preprocess(encoder.spec, f"encoder {path}")
-    if dataset.n_times != encoder.spec.window:
-        raise RequestError(
-            f"encoder {path} reads {encoder.spec.window} time points, but eeg.tmin to eeg.tmax has {dataset.n_times}; "
-            f"set eeg.tmax to {encoder.spec.window_s:g} s after eeg.tmin"
-        )
+    encoder = EEGEncoder.from_pretrained(path).fit_to(dataset, f"encoder {path}")
     aligned = read_package(path).extra.get("aligned") or {}
     part = {"tmin": dataset.tmin, "tmax": dataset.tmax}
     if (before := aligned.get("eeg")) and before != part:

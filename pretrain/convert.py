@@ -65,6 +65,12 @@ class ConvertConfig:
     """Lower edge of the frequency band in Hz; the default is the value in DreamDiffusion's paper."""
     lowpass: float = 95.0
     """Upper edge of the frequency band in Hz; the default is the value in DreamDiffusion's paper."""
+    notch: str = "auto"
+    """Notch filter of the signals that the encoder will get, as `preprocess.notch` of dreamscale shard: auto, off, or a
+    frequency in Hz. DreamDiffusion's code has no notch filter."""
+    reference: str = "average"
+    """Reference of the signals that the encoder will get, as `preprocess.reference` of dreamscale shard: average, keep,
+    or the name of a channel. DreamDiffusion's code keeps the reference of the recording."""
     scale_uv: float = 10.0
     """Number by which the signal in microvolts is divided. DreamDiffusion's pretraining divides by 10, and its
     fine-tuning by 1."""
@@ -361,6 +367,14 @@ def _distance(table: Tensor) -> float:
     return float((table - expected).abs().max())
 
 
+def _read_notch(text: str) -> Any:
+    """Return the frequency in a text as a number, and any other text as it is."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def convert(config: ConvertConfig) -> int:
     """Convert a checkpoint and write the encoder package.
 
@@ -399,6 +413,8 @@ def convert(config: ConvertConfig) -> int:
             sfreq=config.sfreq,
             highpass=config.highpass,
             lowpass=config.lowpass,
+            notch=_read_notch(config.notch),
+            reference=config.reference,
             window=shape.samples,
             stride=shape.samples,
             scaling="constant",
@@ -420,7 +436,7 @@ def convert(config: ConvertConfig) -> int:
         f"2306.16934); {count_parameters(encoder) / 1e6:.1f}M parameters. The licence of the released weights applies.",
         "",
         "DreamDiffusion's code has no fixed sampling rate, reference or notch filter: `preprocess.json` holds the "
-        f"paper's band, the divisor {config.scale_uv:g} and otherwise the default values of Dreamscale. Check "
+        f"band, notch and reference given to dreamscale convert, and the divisor {config.scale_uv:g}. Check "
         "`preprocess.json` against your data.",
         "",
     ]

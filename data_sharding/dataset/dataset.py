@@ -219,13 +219,17 @@ class EEGDataset:
         ------
         RequestError
             If a setting of the preprocessing differs; the message names every such setting. The settings `stride`,
-            `reject_uv` and `quality` may differ, because they change no values in a window without bad channels.
+            `reject_uv` and `quality` may differ, because they change no values in a window without bad channels. The
+            settings `scaling`, `scale_uv` and `clip` may differ, because samples are stored in microvolts, and the
+            model scales them. `window` may differ if `tmax` says where the read part ends.
         """
-        differ = spec.differences(self.spec)
-        if found := [text for key, text in differ.items() if key not in ("stride", "reject_uv", "quality")]:
+        same = {"stride", "reject_uv", "quality", "scaling", "scale_uv", "clip"}
+        if self.tmax is not None:
+            same.add("window")
+        if found := [text for key, text in spec.differences(self.spec).items() if key not in same]:
             raise RequestError(
-                f"{what} and {self.path} were preprocessed differently ({', '.join(found)}); "
-                f"shard the recordings with the model's preprocess settings"
+                f"{what} and {self.path} were preprocessed differently ({', '.join(found)}); shard the recordings with "
+                f"the model's preprocess settings (dreamscale shard CONFIG --encoder ENCODER does this for an encoder)"
             )
         return self
 

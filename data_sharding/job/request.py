@@ -41,6 +41,9 @@ class ShardConfig:
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
     """Preprocessing: sampling rate, frequency band, reference and window. The preprocessing is stored in the dataset
     and in each encoder that is trained on the dataset."""
+    encoder: str = ""
+    """Folder of an encoder package that will read the dataset. The preprocessing of the encoder replaces the keys of
+    `preprocess`, except for `reject_uv` and `quality`. A window keeps its duration if the encoder can read it."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Which subjects and images are held out for validation and test."""
     hold_back: HoldBackConfig = field(default_factory=HoldBackConfig)
@@ -159,11 +162,11 @@ def reduce_config(config: ShardConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        The config in JSON types. The keys output, compact, keep_decoded, decoded, decoded_gb, ray and allowed_set_aside
-        are left out.
+        The config in JSON types. The keys output, encoder, compact, keep_decoded, decoded, decoded_gb, ray and
+        allowed_set_aside are left out.
     """
     values = to_dict(config)
-    for key in ("output", "compact", "keep_decoded", "decoded", "decoded_gb", "ray", "allowed_set_aside"):
+    for key in ("output", "encoder", "compact", "keep_decoded", "decoded", "decoded_gb", "ray", "allowed_set_aside"):
         values.pop(key)
     return values
 

@@ -48,6 +48,7 @@ from data_sharding.job.cluster import (
     run_tasks,
     say,
 )
+from data_sharding.job.encoder_settings import use_encoder_settings
 from data_sharding.job.isolation import GivenUp, call_isolated
 from data_sharding.job.journal import Journal, lock_output
 from data_sharding.job.pack_shards import ShardPlan, plan_shards, write_shard
@@ -387,9 +388,12 @@ def run(config: ShardConfig) -> int:
         If the config is wrong. Almost all faults of a config are found before Ray starts. But an empty train split is
         found only after the recordings were read.
     """
+    config, changes = use_encoder_settings(config)
     output, decoded = resolve_output(config.output), resolve_decoded(config)
     work = output / WORK
     with raise_on_stop_signals():
+        if changes:
+            say(changes)
         say(f"listing recordings in {', '.join(corpus.root for corpus in config.corpora)}")
         plan = make_plan(config)
         check_stop()

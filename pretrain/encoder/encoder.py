@@ -6,6 +6,7 @@ Tensor names end with the shape, such as BCT in `x_BCT`; the docstring of `pretr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -184,6 +185,59 @@ class EEGEncoder(nn.Module):
         positions_C3 = self.backbone.common_positions(dataset)
         if positions_C3 is not None:
             self.positions_C3 = positions_C3
+
+    def fit_to(self, dataset: EEGDataset, what: str) -> EEGEncoder:
+        """Check that the encoder and a dataset fit, and shorten the encoder if the dataset's windows are shorter.
+
+        An encoder can read windows that are shorter than those of its pretraining: it then has fewer tokens, each with
+        the same duration and the same weights.
+
+        Parameters
+        ----------
+        dataset : EEGDataset
+            Windows that the encoder is to read.
+        what : str
+            Name of the encoder, for messages.
+
+        Returns
+        -------
+        EEGEncoder
+            This encoder, or a shorter encoder with the same weights. A message says if the encoder was shortened.
+
+        Raises
+        ------
+        RequestError
+            If the preprocessing differs, or if the windows are too long, or not a whole number of tokens.
+        """
+        config, window = self.config, dataset.n_times
+        dataset.require_preprocess(dataclasses.replace(self.spec, window=dataset.spec.window), what)
+        if window == config.samples:
+            return self
+        if window > config.samples:
+            raise RequestError(
+                f"{what} reads {config.samples} time points, and {dataset.path} has {window}; set eeg.tmax to "
+                f"{self.spec.window_s:g} s after eeg.tmin, or shard with --encoder"
+            )
+        if window % config.patch:
+            whole = window - window % config.patch
+            fix = f"set eeg.tmax to {whole / self.sfreq:g} s after eeg.tmin, or " if whole else ""
+            raise RequestError(
+                f"{what} reads tokens of {config.patch} time points, and {dataset.path} has {window} time points, "
+                f"which is not a whole number of tokens; {fix}shard with --encoder"
+            )
+        shape = dataclasses.replace(config, samples=window)
+        spec = dataclasses.replace(self.spec, window=window, stride=window)
+        short = EEGEncoder(shape, spec, n_chans=self.n_chans, n_outputs=self.n_outputs)
+        weights = self.state_dict()
+        if config.learned_positions:
+            weights["backbone.positions_ND"] = weights["backbone.positions_ND"][: shape.tokens]
+        short.load_state_dict(weights)
+        short.positions_C3 = self.positions_C3
+        print(
+            f"{what}: reads the {spec.window_s:g} s of a trial with {shape.tokens} of the {config.tokens} tokens of "
+            "its pretraining"
+        )
+        return short.train(self.training)
 
     def scale_for_model(self, x_uv_BCT: Tensor, channels: Any = None) -> Tensor:
         """Scale windows from microvolts to model units (the values that the model reads), as in pretraining.

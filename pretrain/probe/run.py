@@ -178,8 +178,7 @@ def _load_encoders(config: ProbeConfig, train_set: EEGDataset, device: torch.dev
 
     from pretrain.encoder.encoder import EEGEncoder
 
-    encoder = EEGEncoder.from_pretrained(config.encoder)
-    train_set.require_preprocess(encoder.spec, f"encoder {config.encoder}")
+    encoder = EEGEncoder.from_pretrained(config.encoder).fit_to(train_set, f"encoder {config.encoder}")
     if config.time_bins > min(encoder.n_tokens, encoder.n_times):
         raise RequestError(
             f"time_bins is {config.time_bins}, but the encoder has {encoder.n_tokens} tokens in a window; "

@@ -124,8 +124,8 @@ def test_another_part_of_the_trial_is_refused(model: Path, repeated: Path, encod
     aligned = model.parents[1] / "align" / "encoder"
     with pytest.raises(RequestError, match=r"aligned with eeg\.tmin -0\.25 and eeg\.tmax 0\.75.* sets None and None;"):
         load_encoder(str(aligned), open_paired(repeated, "train"))
-    with pytest.raises(RequestError, match=r"reads 128 time points, but eeg\.tmin to eeg\.tmax has 64"):
-        load_encoder(str(encoder_package), open_paired(repeated, "train", tmin=0.0, tmax=0.5))
+    with pytest.raises(RequestError, match=r"tokens of 4 time points, and .* has 62 .* set eeg\.tmax to 0\.46875 s"):
+        load_encoder(str(encoder_package), open_paired(repeated, "train", tmin=0.0, tmax=62 / 128))
 
 
 def test_generation_reads_the_same_part_and_evaluation_says_what_was_averaged(

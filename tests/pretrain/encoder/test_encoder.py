@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -357,3 +358,41 @@ class TestEncode:
         # The command refuses `--line_freq 0` before it notices that the recording does not exist.
         assert encode_main([str(encoder_package), "no.edf", "-o", str(out), "--line_freq", "0"]) == 2
         assert "line_freq is 0" in capsys.readouterr().err
+
+
+class TestShorterWindows:
+    def test_a_shortened_encoder_reads_the_beginning_of_a_window(
+        self, unpaired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Tokens attend to each other, so compare with an encoder of depth 1 whose later tokens are hidden."""
+        spec = dataclasses.replace(EEGDataset(unpaired_dataset).spec, window=256, scaling="constant", clip=0.0)
+        for learned in (False, True):
+            torch.manual_seed(0)
+            config = EncoderConfig(samples=256, dim=32, depth=1, heads=2, mlp_ratio=2.0, learned_positions=learned)
+            encoder = EEGEncoder(config, spec).eval()
+            data = EEGDataset(unpaired_dataset)
+            short = encoder.fit_to(data, "encoder e")
+            assert "encoder e: reads the 1 s of a trial with 32 of the 64 tokens" in capsys.readouterr().out
+            assert (short.n_times, short.spec.window, short.spec.scaling, short.training) == (
+                128,
+                128,
+                "constant",
+                False,
+            )
+            x_BCT = torch.randn(2, 128, 256)
+            seen_BK = torch.arange(32).expand(2, -1)
+            with torch.no_grad():
+                expected = encoder.backbone(x_BCT, seen_BK)[:, 1:]
+                torch.testing.assert_close(short(x_BCT[..., :128]), expected)
+            short.save_pretrained(tmp_path / "short")
+            assert EEGEncoder.from_pretrained(tmp_path / "short").fit_to(data, "e").n_times == 128
+
+    def test_windows_that_do_not_fit_are_refused(self, unpaired_dataset: Path) -> None:
+        data = EEGDataset(unpaired_dataset)
+        spec = dataclasses.replace(data.spec, window=64)
+        with pytest.raises(RequestError, match=r"reads 64 time points, and .* has 128; set eeg\.tmax to 0\.5 s"):
+            EEGEncoder(EncoderConfig(samples=64, dim=32, depth=1, heads=2), spec).fit_to(data, "encoder e")
+        with pytest.raises(RequestError, match=r"preprocess\.highpass 2\.0 against 0\.5"):
+            EEGEncoder(
+                EncoderConfig(samples=128, dim=32, depth=1, heads=2), dataclasses.replace(data.spec, highpass=2.0)
+            ).fit_to(data, "encoder e")
