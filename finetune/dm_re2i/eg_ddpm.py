@@ -78,8 +78,12 @@ class ChannelNorm(nn.Module):
             Normalised feature maps. Before the learned scale and shift, each pixel has zero mean and unit variance over
             its F values.
         """
-        variance, mean = torch.var_mean(x_BFHW, dim=1, unbiased=False, keepdim=True)
-        return (x_BFHW - mean) * torch.rsqrt(variance + 1e-5) * self.weight + self.bias
+        # In memory, `x_BFHW` has the layout channels-last in training and in sampling on the CPU, so that the permuted
+        # tensor is contiguous, and the layer norm is one fused operation.
+        norm_BHWF = nn.functional.layer_norm(
+            x_BFHW.permute(0, 2, 3, 1), (x_BFHW.shape[1],), self.weight.flatten(), self.bias.flatten()
+        )
+        return norm_BHWF.permute(0, 3, 1, 2)
 
 
 class ConvNeXtBlock(nn.Module):

@@ -205,7 +205,7 @@ class DMRE2IGenerator:
             raise RequestError(f"{where}: '{show(kind)}' is not a guide that this version knows; train the model again")
         self.guide = EEGGuide.load(folder, kind).to(self.device)
         self.unet = load_unet(folder / "unet")
-        self.unet.to(device=self.device)  # pyright: ignore[reportCallIssue] - the library's decorator hides the signature
+        self.unet.to(device=self.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - the library's decorator hides the signature
         check_noise_schedule(folder / "scheduler" / "scheduler_config.json")
         load = DDPMScheduler.from_pretrained
         self.noising = load_with_library(

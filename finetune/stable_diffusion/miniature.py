@@ -28,7 +28,7 @@ from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.files import atomic_directory, digest_of, read_json, write_json
 from data_sharding.common.progress import progress
 from finetune.images import ImageTable, open_paired, to_model_range
-from finetune.training.accelerate import get_world, make_accelerator, quiet_libraries
+from finetune.training.accelerate import flush_subnormals, get_world, make_accelerator, quiet_libraries
 from finetune.training.batch_norm import gather_rows
 from pretrain.runs.distributed import World
 
@@ -415,7 +415,7 @@ def make_miniature(
     world = world or World()
     began = time.monotonic()
     seconds = {}
-    with torch.random.fork_rng(devices=[]):
+    with flush_subnormals(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         x_M3HW = to_model_range(pixels_MHW3)
         tokenizer = make_tokenizer(captions)

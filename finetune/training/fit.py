@@ -28,7 +28,7 @@ from data_sharding.common.errors import RequestError, StopRequested
 from data_sharding.common.progress import progress
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.loader import Loader
-from finetune.training.accelerate import get_world
+from finetune.training.accelerate import flush_subnormals, get_world
 from finetune.training.config import TrainingConfig
 from finetune.training.state import EMA, TrainingState, load_trainables, make_optimizer, trainables
 from finetune.training.step_random import StepRandom
@@ -188,7 +188,11 @@ class _Loop:
         """Do all remaining optimiser steps."""
         config, state = self.config, self.state
         self.module.train()
-        with self.stop, progress(self.description, config.steps, enabled=self.world.first) as advance:
+        with (
+            flush_subnormals(),
+            self.stop,
+            progress(self.description, config.steps, enabled=self.world.first) as advance,
+        ):
             self.advance = advance
             advance(state.step)
             if state.evaluation_due:

@@ -150,8 +150,13 @@ def test_attention_against_plain_loops(linear: bool) -> None:
 def test_channel_norm_is_layer_norm_over_the_maps_of_each_pixel() -> None:
     norm, x = ChannelNorm(5), torch.randn(2, 5, 3, 4) * 3 + 1
     torch.nn.init.normal_(norm.weight)
-    by_torch = F.layer_norm(x.permute(0, 2, 3, 1), (5,), norm.weight.flatten(), norm.bias.flatten())
-    torch.testing.assert_close(norm(x), by_torch.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-4)
+    torch.nn.init.normal_(norm.bias)
+    scaled = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    expected = scaled * norm.weight + norm.bias
+    torch.testing.assert_close(norm(x), expected, atol=1e-5, rtol=1e-4)
+    channels_last = x.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(norm(channels_last), expected, atol=1e-5, rtol=1e-4)
+    assert norm(channels_last).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("options", [{}, {"scale_shift": True, "patch": 2, "join_first": True}])

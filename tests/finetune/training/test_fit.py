@@ -16,7 +16,7 @@ from data_sharding.common.errors import RequestError, StopRequested
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Loader
-from finetune.training.accelerate import make_accelerator, open_run
+from finetune.training.accelerate import flush_subnormals, make_accelerator, open_run
 from finetune.training.config import EvaluationConfig, TrainingConfig, free_keys, upgrade_config
 from finetune.training.fit import FitResult, fit
 from finetune.training.state import EMA, load_trainables
@@ -278,3 +278,14 @@ def test_warm_up_then_cosine() -> None:
     assert config.lr_at(0) == pytest.approx(0.1) and config.lr_at(10) == pytest.approx(1.0)
     assert config.lr_at(60) == pytest.approx(0.55) and config.lr_at(110) == pytest.approx(0.1)
     assert TrainingConfig(steps=100, warmup=0.1, lr=1.0).lr_at(4) == pytest.approx(0.5)
+
+
+def test_subnormal_numbers_are_zero_only_inside_the_block() -> None:
+    tiny = torch.tensor(1e-40)
+    assert tiny * 1 != 0
+    with flush_subnormals():
+        assert tiny * 1 == 0
+        with flush_subnormals():
+            assert tiny * 1 == 0
+        assert tiny * 1 == 0
+    assert tiny * 1 != 0
