@@ -114,9 +114,9 @@ class EEGDataset:
 
     def _choose_part(self, tmin: float, tmax: float | None) -> None:
         """Read each trial from `tmin` to `tmax`, and leave out trials whose stored part does not cover this time."""
-        sfreq = self.spec.sfreq
         tmax = tmin + self.spec.window_s if tmax is None else tmax
-        self._shift, self.n_times = round(tmin * sfreq), round((tmax - tmin) * sfreq)
+        self._shift = self.spec.to_samples(tmin)
+        self.n_times = self.spec.to_samples(tmax) - self._shift
         if self.n_times < 1:
             raise RequestError(f"'tmax' ({tmax:g} s) must be later than 'tmin' ({tmin:g} s)")
         # `samples` and `onset` are 0 if an older version of Dreamscale wrote the index: that version stored exactly one

@@ -107,12 +107,10 @@ def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: 
             gap = early if info.epoched else "overlaps a gap in the recording"
             left_out["trial beyond the recording" if last else gap] += 1
             continue
-        begin = 0 if tmin == -math.inf else onset + nearest(tmin * spec.sfreq)
-        stop = length if tmax == math.inf else onset + nearest(tmax * spec.sfreq)
-        if math.isfinite(tmin) and math.isfinite(tmax):
-            stop = begin + nearest((tmax - tmin) * spec.sfreq)
-        # The beginning and end of a trial are rounded separately, so without this correction the window that models
-        # read could be one sample longer than the trial.
+        begin = 0 if tmin == -math.inf else onset + spec.to_samples(tmin)
+        stop = length if tmax == math.inf else onset + spec.to_samples(tmax)
+        # If a segment begins up to half a sample after the window that models read, this window begins at the first
+        # sample of the segment, so it can end after the last sample of the trial.
         begin, stop = min(begin, needed), max(stop, needed + spec.window)
         if min(stop, length) - max(begin, 0) > LONGEST:
             left_out[f"trial of more than {LONGEST} samples"] += 1
@@ -152,14 +150,6 @@ def count_repeats(trials: Sequence[Trial]) -> list[int]:
     return out
 
 
-def nearest(value: float) -> int:
-    """Round to the nearest whole number, and round halves up.
-
-    Python's `round` rounds halves to the even number, so it can change a distance of 1 between two values to 0 or 2.
-    """
-    return math.floor(value + 0.5)
-
-
 class _Places:
     """Finds the segment of each trial, and the first time sample of this segment that is needed for the trial.
 
@@ -172,7 +162,7 @@ class _Places:
         self.info, self.spec = info, spec
         tmin, _ = item.trial_span(spec.window_s, epoched=info.epoched)
         # An image appears on the screen `delay_s` seconds after its trigger.
-        self.delay_s, self.after_onset = item.stimulus_delay_ms / 1000, nearest(max(tmin, 0.0) * spec.sfreq)
+        self.delay_s, self.after_onset = item.stimulus_delay_ms / 1000, spec.to_samples(max(tmin, 0.0))
         self.shift_s = self.delay_s + max(tmin, 0.0)
         self.begins = np.array([segment.onset for segment in info.segments])
         self.nowhere = "trial beyond the recording"
@@ -191,7 +181,9 @@ class _Places:
             segment = trial.segment if trial.segment is not None else self.epochs[number] if self.epochs else -1
             if not 0 <= segment < count:
                 return None
-            onset = nearest((self.delay_s - self.info.tmin) * sfreq)
+            # Round the time of the first sample, not the time of the onset, so that the epoch contains its first sample
+            # if `tmin` is the time of this sample.
+            onset = -self.spec.to_samples(self.info.tmin - self.delay_s)
             return segment, max(0, onset + self.after_onset), onset
         time = trial.onset + self.shift_s
         # A window that begins at most half a sample before a segment belongs to the segment, because such a small
@@ -199,7 +191,7 @@ class _Places:
         segment = int(np.searchsorted(self.begins, time + 0.5 / sfreq, side="right")) - 1
         if segment < 0:
             return None
-        onset = nearest((trial.onset + self.delay_s - float(self.begins[segment])) * sfreq)
+        onset = self.spec.to_samples(trial.onset + self.delay_s - float(self.begins[segment]))
         return segment, max(0, onset + self.after_onset), onset
 
     def _assign_epochs(self, trials: Sequence[Trial]) -> list[int] | None:

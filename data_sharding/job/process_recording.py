@@ -63,7 +63,7 @@ from data_sharding.processing.preprocess import (
 from data_sharding.processing.streaming import MAX_UPSAMPLING, Resampler, Scratch, blocks_of, resampled_length
 from data_sharding.processing.survey import Survey, Verdict
 
-PART_SCHEMA = 11
+PART_SCHEMA = 12
 """Version number in the names of parts. Increase this number if a change of the code changes the results, so that the
 job does not use parts of the older code."""
 RESULT = "result.json"

@@ -282,7 +282,7 @@ def check_trial_span(where: str, corpus: CorpusConfig, spec: PreprocessSpec) -> 
         If `tmax` is too early, or if the trials would be too long to store.
     """
     begin = max(corpus.tmin or 0.0, 0.0)
-    if corpus.tmax is not None and round((corpus.tmax - begin) * spec.sfreq) < spec.window:
+    if corpus.tmax is not None and spec.to_samples(corpus.tmax) - spec.to_samples(begin) < spec.window:
         raise RequestError(
             f"{where}: tmax {corpus.tmax:g} is too early, because models read {spec.window_s:g} s from {begin:g} s on; "
             f"set tmax to {begin + spec.window_s:g} or later, or shorten preprocess.window ({spec.window} samples)"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -196,6 +197,15 @@ class PreprocessSpec:
     def window_s(self) -> float:
         """Length of a window in seconds."""
         return self.window / self.sfreq
+
+    def to_samples(self, seconds: float) -> int:
+        """Convert a time to a number of samples, rounded to the nearest whole number; halves are rounded up.
+
+        The job and the reader of the dataset must round in the same way: if a part of a trial is inside another part in
+        seconds, it is inside in samples, too. (`round` is not used, because it rounds halves to the even number.)
+        """
+        # Products such as 0.102 * 250 can be slightly too small, so round them first.
+        return math.floor(round(seconds * self.sfreq, 6) + 0.5)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary.
