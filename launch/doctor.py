@@ -25,6 +25,7 @@ _READERS = {
     "mffpy": ("EGI .mff", "mffpy"),
     "neo": ("Micromed, Blackrock and Neuralynx", "neo"),
     "pymatreader": ("EEGLAB .set of MATLAB 7.3", "pymatreader"),
+    "pymef": ("MEF3", "pymef"),
     "pyxdf": ("XDF (LabStreamingLayer)", "pyxdf"),
     "h5py": ("HDF5", "h5py"),
 }

@@ -404,9 +404,8 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
     if path.suffix.lower() in (".mff", ".mefd") and path.is_dir():
         if path.suffix.lower() == ".mff":
             return _mff(path)
-        files = _by_path([f for f in path.rglob("*") if f.is_file()])
-        problem = Reason("no reader for MEF3", "convert the recording to EDF or BrainVision")
-        return Recording(path=path, format="mefd", files=files, problem=problem)
+        files = [f for f in path.rglob("*") if f.is_file() and not f.name.startswith("._")]
+        return Recording(path=path, format="mefd", files=_by_path(files))
     # Skip other folders, and pipes, sockets and devices: reading from a pipe or device may never end.
     if not is_remote(path) and not stat.S_ISREG(path.stat().st_mode):
         return None

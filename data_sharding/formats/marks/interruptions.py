@@ -274,7 +274,7 @@ TABLE: tuple[Mark, ...] = (
     ),
     Mark(
         name="parts with times",
-        formats=("blackrock", "micromed", "neuralynx", "nicolet"),
+        formats=("blackrock", "mefd", "micromed", "neuralynx", "nicolet"),
         sign="pause between two parts of the recording; the new segment gets the recorded onset",
         effect=Effect.CUT,
     ),
