@@ -315,7 +315,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         target.build(state)
 
     def _bytes(self, size: int) -> None:
-        # Inside a frame (a buffered part of the pickle), the position in the file is unknown, so the bytes are read.
+        # Inside a frame (a buffered part of the pickle), the position in the file is unknown, so the bytes are read,
+        # not mapped into memory.
         if size < MAP_BYTES or self._unframer.current_frame:
             self.append(self.read(size))
         else:

@@ -538,7 +538,7 @@ def open_signal(recording: Recording) -> Signal:
     NotContinuous
         If the file is undamaged, but contains no continuous signal.
     ReadError
-        If the file cannot be read. The argument of the error is the reason for the ledger.
+        If the file cannot be read. The text of the error is the reason that the job writes to the ledger.
 
     Notes
     -----

@@ -95,8 +95,8 @@ class SetAside(Exception):
 def describe_row(row: LedgerRow, item: Item) -> None:
     """Replace what a file's header says about person, device and licence in a ledger row by what the corpus says.
 
-    A recording year from the header is not replaced, because the dates in the corpus may have been shifted to hide the
-    true dates.
+    If the header gives the year of the recording, the year in the tables of the corpus does not replace it, because a
+    corpus may shift its dates to hide the true ones.
     """
     row.subject_from = new_row(item).subject_from
     for name, value in item.about.items():

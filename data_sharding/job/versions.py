@@ -356,7 +356,7 @@ def describe_changes(former: Manifest, manifest: Manifest, changes: Mapping[str,
 
 
 class FingerprintLoader:
-    """Loads the fingerprints of recordings from the parts (one folder for each recording).
+    """Loads the fingerprints of recordings from the job's parts (a part is the folder of one recording's output).
 
     Parameters
     ----------

@@ -405,7 +405,7 @@ class Cells:
         flags: np.ndarray,
         flag: int,
     ) -> None:
-        """Flag the cells at the rail, that is, the clipped cells.
+        """Flag the clipped cells. A cell is a tenth of a second of one channel.
 
         In all other cells, count the samples that equal the channel's largest (or smallest) value.
         """

@@ -245,7 +245,10 @@ def _show_findings(findings: Findings) -> dict[str, list[str]]:
 
 
 def _find_real_images(control: GeneratedSet, own: GeneratedSet, real: RealImages) -> RealImages:
-    """Return the images that the person saw in the trials of a control; a control may lack some trials of `own`."""
+    """Return the real images of the trials of `control`, in the order of these trials.
+
+    `control` may lack some trials of `own`, the images that were generated from the right EEG.
+    """
     if [trial["key"] for trial in control.trials] == [trial["key"] for trial in own.trials]:
         return real
     return RealImages(control.real_BHW3, [trial["image_id"] for trial in control.trials], control.labels_B)

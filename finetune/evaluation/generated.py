@@ -222,7 +222,7 @@ def _find_reason(about: Any) -> str:
 
 
 def read_not_applicable(path: str | Path) -> str:
-    """Read from the folder of a control why the control cannot be made from the data.
+    """Read the reason why a control cannot be made from the data; the control's folder contains this reason.
 
     Parameters
     ----------

@@ -238,7 +238,7 @@ class Question:
     def identify_within_label(self) -> NDArray[np.float64]:
         """Return the share of other images with the same label that are less similar to the trial than its own image.
 
-        The share is NaN if the label has no other image.
+        This share of a trial is NaN if its image is the only image with this label.
         """
         return two_way_identification(
             self.embeds_BP,

@@ -95,8 +95,8 @@ def check_network(build: Callable[[], Any], size: WeightsSize, where: str | Path
     RequestError
         If the network is larger than the weights, or if it cannot be built.
     """
-    # The hooks count each tensor once, by its id. They keep a reference to every counted tensor, because Python may
-    # give the id of a deleted tensor to a new tensor.
+    # While the network is built, the hooks below add each tensor under its `id()`, so that a tensor is counted once.
+    # The dicts keep a reference to each tensor, because Python may give the id of a deleted tensor to a new tensor.
     parameters: dict[int, Tensor] = {}
     buffers: dict[int, Tensor] = {}
     totals = {"parameters": 0, "buffers": 0}

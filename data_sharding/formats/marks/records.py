@@ -113,8 +113,8 @@ def find_runs(onsets: np.ndarray, layout: Layout) -> tuple[list[tuple[int, int, 
     for i in np.flatnonzero(~known):
         times[i] = times[i - 1] + length
     jumps = np.abs(np.diff(times) - length) > ROUNDING_S
-    # If a record without an onset is next to a jump, the gap can be before or after this record, so the record becomes
-    # a separate run.
+    # If a gap in time is next to a record whose onset is unknown, the gap can be before or after this record. The
+    # record then becomes a run (records without a gap between them) of its own.
     for i in np.flatnonzero(~known):
         jumps[i - 1] |= bool(jumps[i : i + 1].any())
     if not known.all():

@@ -65,7 +65,7 @@ def recognise_table(file: Any) -> Finding | None:
 
 
 def _is_large_matrix(file: Any, rows: list[list[str]]) -> bool:
-    """Return whether a table is large, and has only lines of equally many numbers after its first few lines."""
+    """Return whether a table is large and, after its first lines, has only lines with the same number of numbers."""
     numbers = [row for row in rows if len(row) >= MIN_ELECTRODES and all(_is_number(entry) for entry in row if entry)]
     same = len({len(row) for row in numbers}) == 1
     large = int(file.path.stat().st_size) >= LARGE_BYTES
