@@ -123,6 +123,11 @@ STAGES: dict[str, Stage] = {
         usage="CONFIG|FOLDER",
         help="train variants of a model, and compare their images with those of a base variant",
     ),
+    "preset": Stage(
+        module="launch.preset",
+        usage="NAME --output DIR [--encoder DIR] [--base DIR] [--clip DIR]",
+        help="run a published experiment, from the files of a dataset to images, retrieval and a report",
+    ),
     "submit": Stage(
         module="launch.submit",
         usage="slurm|ray|k8s STAGE CONFIG",

@@ -21,11 +21,12 @@ STAGES = {  # Config class for each name pattern of config files.
     "*/stable_diffusion*": "finetune.stable_diffusion.train:StableDiffusionConfig",
     "*/dm_re2i*": "finetune.dm_re2i.config:DMRE2IConfig",
     "*/linear": "finetune.linear.train:LinearConfig",
+    "presets/*": "launch.preset:PresetConfig",
     "finetune/evaluate": "finetune.evaluation.evaluate:EvaluateConfig",
 }
 FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if not {"accelerate", "cluster", "ablations"} & {*p.parts})
-# Config files that hold options for several commands of the demo.
-SEVERAL = {"demo/images", "demo/smoke"}
+# Config files that hold options for several commands.
+SEVERAL = {"demo/images", "demo/smoke", "presets/smoke"}
 
 
 def _name(path: Path) -> str:

@@ -31,6 +31,7 @@ FOLDERS = {
             "ray_train",
             "agent",
             "local",
+            "preset",
             "ablate",
             "demo",
         ),

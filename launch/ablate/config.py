@@ -28,8 +28,8 @@ class AblationConfig:
     """Folder for all runs, images and results. Work that is complete in the folder is not repeated."""
     stages: dict[str, str]
     """Config of each command that trains, in the order of the commands: {ddpm: configs/finetune/dm_re2i.yaml}, or
-    {align: ..., finetune: ...}. The last command in `stages` must train a model that generates images. After align, the
-    next command gets the aligned encoder."""
+    {align: ..., finetune: ...}. The last command in `stages` must train a model that generates images. After pretrain,
+    the next command gets the exported encoder, and after align, the aligned encoder."""
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Variants: for each variant's name, the keys that differ, as in {no_mkrb: {evrnet.mkrb: false}}. With several
     commands, a key begins with the command (finetune.tune). A key for dreamscale generate begins with generate
@@ -41,8 +41,8 @@ class AblationConfig:
     common: dict[str, Any] = field(default_factory=dict)
     """Keys that are set in all variants, written like the keys in `rows`, such as {ddpm.training.steps: 1000}."""
     dataset: str = ""
-    """Path of the EEG-image dataset for all commands. If dataset is empty, the dataset in the configs of `stages` is
-    used."""
+    """Path of the EEG-image dataset for all commands except pretrain. If dataset is empty, the dataset in the configs
+    of `stages` is used."""
     split: Literal["val", "test"] = "val"
     """Images are generated for the trials of this split. Use val to choose settings, and test only for final
     results."""

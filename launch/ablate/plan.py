@@ -19,7 +19,9 @@ from launch.ablate.config import Ablation
 from launch.chain import Step
 from launch.stages import STAGES
 
-ALIGN = "align"
+PRETRAIN, ALIGN = "pretrain", "align"
+BEFORE = [PRETRAIN, ALIGN]
+"""Commands that can come before the command that trains a generator, in this order. Each makes an encoder."""
 _SET_HERE = ("dataset", "output")
 _GENERATE_KEYS = {"model", "dataset", "output", "split", "control", "controls", "seed"}
 _EVALUATE_KEYS = {"directory", "controls", "dataset", "seed"}
@@ -51,7 +53,8 @@ def flatten(values: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
     return flat
 
 
-def _words(values: Mapping[str, Any]) -> list[str]:
+def to_words(values: Mapping[str, Any]) -> list[str]:
+    """Return dotted keys with their values as arguments of a command."""
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
     return [word for key, value in texts.items() for word in (f"--{key}", value)]
 
@@ -79,11 +82,14 @@ def _check_stages(ablation: Ablation, where: str) -> list[str]:
     stages, papers = list(ablation.config.stages), {paper.command for paper in find_papers()}
     for number, name in enumerate(stages):
         last = number == len(stages) - 1
-        if name not in papers | {ALIGN} or (name in papers) != last:
+        if name not in papers.union(BEFORE) or (name in papers) != last:
             raise RequestError(
                 f"{where}: stages: '{name}' cannot {'be the last command' if last else 'come before another command'}; "
-                f"the last command must be one of {', '.join(sorted(papers))}, and only {ALIGN} can come before it"
+                f"the last command must be one of {', '.join(sorted(papers))}, and only {' and '.join(BEFORE)} can "
+                "come before it"
             )
+    if stages[:-1] != [name for name in BEFORE if name in stages]:
+        raise RequestError(f"{where}: stages: {PRETRAIN} must come before {ALIGN}; write the stages in this order")
     return stages
 
 
@@ -101,7 +107,7 @@ class _Planner:
     def _config_of(self, row: str, stage: str, changes: Mapping[str, Any], encoder: Path | None) -> dict[str, Any]:
         """Return the config with which a command runs in a row, without the key `output`."""
         where = f"{self.files[row]}: row '{row}'"
-        if taken := [key for key in _SET_HERE if key in changes]:
+        if taken := [key for key in _SET_HERE if key in changes and (stage, key) != (PRETRAIN, "dataset")]:
             raise RequestError(
                 f"{where}: key '{taken[0]}' cannot be set in a row, because all rows have the same {taken[0]}; "
                 f"set '{taken[0]}' in the config of the ablation instead"
@@ -109,7 +115,7 @@ class _Planner:
         module, _, name = str(STAGES[stage].config).partition(":")
         cls = getattr(importlib.import_module(module), name)
         given = {"output": "OUTPUT", **changes}
-        if self.config.dataset:
+        if self.config.dataset and stage != PRETRAIN:
             given["dataset"] = self.config.dataset
         if encoder is not None and "encoder" not in changes:
             given["encoder"] = str(encoder)
@@ -119,7 +125,7 @@ class _Planner:
         }
         try:
             config = parse_config(
-                cls, [self.config.stages[stage], *_words(given)], prog=f"dreamscale {stage}", positionals=("config",)
+                cls, [self.config.stages[stage], *to_words(given)], prog=f"dreamscale {stage}", positionals=("config",)
             )
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
@@ -137,8 +143,9 @@ class _Planner:
             encoder = run / "encoder" if before else None
             config = self._config_of(name, stage, keys[stage], encoder)
             same = digest_of([stage, config])
-            self.dataset = self.dataset or config["dataset"]
-            if config["dataset"] != self.dataset:
+            if stage != PRETRAIN:
+                self.dataset = self.dataset or config["dataset"]
+            if stage != PRETRAIN and config["dataset"] != self.dataset:
                 raise RequestError(
                     f"{self.where}: stages: the commands have different datasets ({config['dataset']} for '{stage}', "
                     f"{self.dataset} for another command); set 'dataset' in the config of the ablation"
@@ -157,11 +164,24 @@ class _Planner:
                 resumes=True,
             )
             steps.append(step)
+            if stage == PRETRAIN:
+                step = self._export_step(name, run, step.name)
+                steps.append(step)
             before = step.name
             self.runs[same] = before, run
         images = self.out / "images" / name
         steps += self._image_steps(name, run, before, keys["generate"], images)
         return Row(name=name, changes=own, steps=steps, dataset=self.dataset, images=images)
+
+    def _export_step(self, name: str, run: Path, trained: str) -> Step:
+        """Make the step that exports the encoder of a pretraining run to the folder ``encoder`` in the run."""
+        return Step(
+            name=f"{name}.export",
+            title=f"{name}: export the pretrained encoder",
+            words=["export", str(run), str(run / "encoder"), "--program", "false"],
+            outputs=[(run / "encoder").relative_to(self.out).as_posix()],
+            needs=[trained],
+        )
 
     def _image_steps(self, name: str, run: Path, trained: str, options: dict[str, Any], images: Path) -> list[Step]:
         from finetune.evaluation.evaluate import EvaluateConfig
@@ -174,7 +194,7 @@ class _Planner:
             if wrong := sorted(taken & given.keys()):
                 raise RequestError(f"{where}: key '{what}.{wrong[0]}' is set by the ablation itself; remove this key")
         words = [str(run / "model"), self.dataset, "--output", str(images), "--split", config.split, "--seed", seed]
-        words += [*(["--controls", '["shuffle"]'] if config.control else []), *_words(options)]
+        words += [*(["--controls", '["shuffle"]'] if config.control else []), *to_words(options)]
         self._check(GenerateConfig, words, ("model", "dataset"), f"{where}: generate")
         folders = [images, *([images.with_name(f"{images.name}-shuffle")] if config.control else [])]
         generate = Step(
@@ -186,7 +206,7 @@ class _Planner:
         )
         needs = [generate.name]
         words = [str(images), "--seed", seed]
-        words += _words(judging)
+        words += to_words(judging)
         if name != config.base:
             # The evaluation of the base row trains a classifier. This classifier judges the images of all rows.
             if "classifier" not in judging:

@@ -79,14 +79,22 @@ def ablate(ablation: Ablation) -> int:
     check_dataset(rows[0].dataset, config.split)
     _prepare_folder(out, ablation)
     chain, states = Chain(out, say), dict[str, str]()
-    total, number = sum(len(row.steps) for row in rows), 0
+    total, number, complete = sum(len(row.steps) for row in rows), 0, set[str]()
     with chain.forward_signals():
         for row in rows:
             first = number
             number += len(row.steps)
             try:
                 for place, step in enumerate(row.steps, first + 1):
+                    # A row may need a run of an earlier row with an equal config, and that run may have failed.
+                    if missing := [name for name in step.needs if name not in complete]:
+                        states[row.name] = f"failed: needs step '{missing[0]}', which failed"
+                        print(f"dreamscale: row '{row.name}': {states[row.name]}", file=sys.stderr)
+                        break
                     chain.run(step, f"[{place:2d}/{total}]")
+                    complete.add(step.name)
+                else:
+                    states[row.name] = "done"
             except StepFailedError as error:
                 chain.print_tail(error.step)
                 log = chain.log(error.step)
@@ -94,8 +102,6 @@ def ablate(ablation: Ablation) -> int:
                 if row.name == config.base:
                     return error.code if error.code > 0 else EXIT_FAILED
                 states[row.name] = f"failed: {error}, see {log.relative_to(out)}"
-            else:
-                states[row.name] = "done"
             write_results(out, _collect(ablation, rows, states, chain.seconds))
     print(out / f"{NAME}.md", flush=True)
     return EXIT_DONE if set(states.values()) == {"done"} else EXIT_FAILED

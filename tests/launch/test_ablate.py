@@ -172,6 +172,27 @@ def test_rows_share_runs_with_equal_configs_and_get_the_aligned_encoder(tmp_path
         plan_rows(read_ablation([str(tmp_path / "a.yaml"), "--common", '{"loss": "cosine"}']))
 
 
+def test_rows_with_other_pretraining_export_their_own_encoder() -> None:
+    """The ablation of DreamDiffusion's paper has 14 rows and eight pretrained encoders."""
+    folder = shipped_configs() / "finetune" / "ablations" / "dreamdiffusion"
+    rows = plan_rows(read_ablation([str(folder), "--dataset", "/data/paired"]))
+    assert len(rows) == 15 and {row.dataset for row in rows} == {"/data/paired"}
+    steps = {step.name: step for row in rows for step in row.steps}
+    pretrained = [step for name, step in steps.items() if name.endswith(".pretrain")]
+    assert len(pretrained) == 8 and all((step.config or {})["dataset"] == "data/lab" for step in pretrained)
+    assert len({(step.config or {})["model"]["mask_ratio"] for step in pretrained}) == 4
+    for row in rows:
+        (training,) = (step for step in row.steps if step.name.endswith(".finetune"))
+        (export,) = training.needs
+        assert steps[export].words[2] == (training.config or {})["encoder"] and export.endswith(".export")
+        assert steps[export].needs == [export.replace("export", "pretrain")]
+    # The row '11_18m' differs from '04_not_pretrained_18m' only in its weights, so both use the same pretraining.
+    assert steps["11_18m.finetune"].needs == steps["04_not_pretrained_18m.finetune"].needs
+    swapped = '{"align": "configs/finetune/align.yaml", "pretrain": "configs/pretrain/paper.yaml", "ddpm": "x.yaml"}'
+    with pytest.raises(RequestError, match="pretrain must come before align"):
+        plan_rows(read_ablation([str(folder), "--stages", swapped]))
+
+
 def make_values(more: float, count: int = 60, control: bool = True) -> TrialValues:
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.1, count)

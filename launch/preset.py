@@ -1,0 +1,346 @@
+"""The command ``dreamscale preset``: run a published experiment, from the files of a dataset to a report."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data_sharding.common.config import merge_configs, parse_config, to_yaml
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, run_main
+from data_sharding.common.files import atomic_write_text
+from data_sharding.common.plain_yaml import parse_yaml
+from data_sharding.common.shipped import find_config, shipped_configs
+from launch.ablate.plan import flatten, to_words
+from launch.chain import Chain, Step, StepFailedError, say
+from launch.stages import STAGES
+
+PROG = "dreamscale preset"
+SMOKE = "smoke.yaml"
+"""File in ``configs/presets`` with the settings of the smoke form; it is no preset."""
+Stage = Literal["shard", "align", "finetune", "ddpm", "linear"]
+Result = Literal["retrieve", "generate", "evaluate"]
+PATHS = {"align": ("encoder", "clip"), "finetune": ("encoder", "base")}
+"""Paths that a command needs, in addition to its dataset and its output."""
+_CLASSES = {
+    "shard": "data_sharding.job.request:ShardConfig",
+    "export": "pretrain.export:ExportConfig",
+    "miniature": "finetune.stable_diffusion.miniature:MiniatureConfig",
+    "retrieve": "finetune.retrieval.run:RetrieveConfig",
+    "generate": "finetune.generate:GenerateConfig",
+    "evaluate": "finetune.evaluation.evaluate:EvaluateConfig",
+}
+"""Config class of each command that has none in `STAGES`."""
+_POSITIONALS = {
+    "export": ("run", "output"),
+    "miniature": ("dataset",),
+    "retrieve": ("model", "dataset"),
+    "generate": ("model", "dataset"),
+    "evaluate": ("directory",),
+}
+
+
+@dataclass(kw_only=True)
+class PresetConfig:
+    """Run a published experiment: shard the released files, train, generate images, and write a report."""
+
+    output: str
+    """Folder for the dataset, the runs, the images and the report. Steps that are complete are not repeated."""
+    stages: dict[str, str]
+    """Config of each command, in the order of the commands: shard, then align, finetune, ddpm or linear."""
+    results: list[Result] = field(default_factory=lambda: ["generate", "evaluate"])
+    """Commands that measure the result: retrieve (needs align), generate and evaluate."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Keys that differ from the configs of `stages`; each key begins with its command, as in
+    {finetune.training.steps: 1000}."""
+    encoder: str = ""
+    """Pretrained encoder package: a directory that `dreamscale export` or `dreamscale convert` wrote."""
+    base: str = ""
+    """Stable Diffusion model in the layout of diffusers: a directory, or a hub id."""
+    clip: str = ""
+    """CLIP model: a directory, or a hub id such as openai/clip-vit-large-patch14."""
+    dataset: str = ""
+    """Finished dataset. If it is set, the released files are not sharded."""
+    num_processes: int = 0
+    """Number of processes (one for each GPU) of training and generation. 0: the numbers in the configs."""
+    smoke: bool = False
+    """Run every step with very little training, as a quick test. Models that are not given are replaced by tiny models
+    that the run itself trains for a few steps. The images of a smoke run have no meaning."""
+
+    def __post_init__(self) -> None:
+        trained = [name for name in self.stages if name != "shard"]
+        if wrong := [name for name in self.stages if name not in ("shard", "align", "finetune", "ddpm", "linear")]:
+            raise ValueError(f"stages: '{wrong[0]}' cannot be a stage; use shard, align, finetune, ddpm or linear")
+        if not trained:
+            raise ValueError("stages: no command trains a model; name align, finetune, ddpm or linear")
+        if "retrieve" in self.results and "align" not in trained:
+            raise ValueError("results: 'retrieve' needs the stage align")
+        if "generate" in self.results and trained[-1] == "align":
+            raise ValueError("results: 'generate' needs a stage after align that trains a generator")
+        if "evaluate" in self.results and "generate" not in self.results:
+            raise ValueError("results: 'evaluate' needs 'generate'")
+        if not self.dataset and "shard" not in self.stages:
+            raise ValueError("stages: 'shard' is missing, so give the key 'dataset'")
+
+
+def read_preset(argv: list[str]) -> PresetConfig:
+    """Read the arguments of the command.
+
+    Parameters
+    ----------
+    argv : list of str
+        The arguments. The first argument is the name of a preset, such as dreamdiffusion_paper, or a YAML file.
+
+    Returns
+    -------
+    PresetConfig
+        The preset, with the settings of the smoke form if `smoke` is true.
+
+    Raises
+    ------
+    RequestError
+        If there is no such preset, or a key is wrong.
+    """
+    words = list(argv)
+    if words and not words[0].startswith("-") and not find_config(words[0]).is_file():
+        folder = shipped_configs() / "presets"
+        if not (folder / f"{words[0]}.yaml").is_file() or words[0] == Path(SMOKE).stem:
+            known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml") if path.name != SMOKE))
+            raise RequestError(f"{PROG}: no preset '{words[0]}'; give one of {known}, or a YAML file")
+        words[0] = str(folder / f"{words[0]}.yaml")
+    config = parse_config(PresetConfig, words, prog=PROG, positionals=("config",))
+    return config
+
+
+def make_steps(config: PresetConfig) -> list[Step]:
+    """List the steps of a preset, and check the config of every step.
+
+    Parameters
+    ----------
+    config : PresetConfig
+        The preset.
+
+    Returns
+    -------
+    list of Step
+        The steps, in the order in which they run.
+
+    Raises
+    ------
+    RequestError
+        If a path is missing, a key does not begin with a command of the preset, or a config is wrong.
+    """
+    return _Planner(config).plan()
+
+
+class _Planner:
+    """Makes the steps of a preset one after another, and remembers what the steps so far have made."""
+
+    def __init__(self, config: PresetConfig) -> None:
+        self.config, self.out = config, Path(config.output)
+        self.steps: list[Step] = []
+        self.paths = {"encoder": config.encoder, "base": config.base, "clip": config.clip}
+        self.dataset = config.dataset or str(self.out / "dataset")
+        self.made_by: dict[str, str] = {}
+        smoke = parse_yaml((shipped_configs() / "presets" / SMOKE).read_text()) if config.smoke else {}
+        self.commands = [*config.stages, *config.results]
+        keys: dict[str, dict[str, Any]] = {name: {} for name in (*self.commands, *smoke)}
+        for key, value in flatten(config.settings).items():
+            command, _, rest = key.partition(".")
+            if command not in self.commands or not rest:
+                raise RequestError(
+                    f"settings: '{key}' does not begin with a command of the preset; begin it with one of "
+                    f"{', '.join(f'{name}.' for name in self.commands)}"
+                )
+            keys[command][rest] = value
+        self.keys = {name: merge_configs(found, flatten(smoke.get(name, {}))) for name, found in keys.items()}
+
+    def plan(self) -> list[Step]:
+        stages = self.config.stages
+        needed = {name for stage in stages for name in PATHS.get(stage, ())}
+        if "finetune" in stages and self._read_order() == "joint":
+            needed.add("clip")
+        missing = sorted(name for name in needed if not self.paths[name])
+        if missing and not self.config.smoke:
+            raise RequestError(
+                f"{PROG}: give --{missing[0]}, which this preset needs; only a smoke run (--smoke true) makes "
+                "tiny models itself"
+            )
+        if not self.config.dataset:
+            words = [stages["shard"], "--output", self.dataset]
+            if "encoder" in needed and self.paths["encoder"]:
+                words += ["--encoder", self.paths["encoder"]]
+            self._add("shard", "shard the released files", words, "dataset")
+            self.made_by["dataset"] = "shard"
+        if "encoder" in missing:
+            self._make_encoder()
+        if {"base", "clip"} & set(missing):
+            self._make_base()
+        run = ""
+        for stage in stages:
+            if stage != "shard":
+                run = self._add_training(stage)
+        for result in self.config.results:
+            self._add_result(result, run)
+        return self.steps
+
+    def _read_order(self) -> str:
+        """Return the order of the stage finetune: joint or sequential."""
+        found = parse_yaml(find_config(self.config.stages["finetune"]).read_text()) or {}
+        return self.keys["finetune"].get("order", found.get("order", "sequential"))
+
+    def _make_encoder(self) -> None:
+        """Add the steps that pretrain a tiny encoder on the dataset, for a smoke run without an encoder."""
+        from data_sharding.job.request import ShardConfig
+
+        if self.config.dataset:
+            raise RequestError(f"{PROG}: give --encoder together with --dataset, because both must fit")
+        spec = parse_config(
+            ShardConfig, [self.config.stages["shard"], "--output", self.dataset], prog=PROG, positionals=("config",)
+        ).preprocess
+        words = ["configs/pretrain/tiny.yaml", "--dataset", self.dataset, "--output", str(self.out / "pretrain")]
+        words += ["--model.encoder.samples", str(spec.window)]
+        self._add("pretrain", "pretrain a tiny encoder on the trials", words, "pretrain", needs=["dataset"])
+        self.paths["encoder"] = str(self.out / "encoder")
+        words = [str(self.out / "pretrain"), self.paths["encoder"]]
+        self._add("export", "export the tiny encoder", words, "encoder", extra_needs=["pretrain"])
+        self.made_by["encoder"] = "export"
+
+    def _make_base(self) -> None:
+        """Add the step that trains a tiny Stable Diffusion and CLIP, for a smoke run without base models."""
+        folder = self.out / "miniature"
+        words = [self.dataset, "--output", str(folder)]
+        self._add("miniature", "train a tiny Stable Diffusion and CLIP", words, "miniature", needs=["dataset"])
+        for name, part in (("base", "stable-diffusion"), ("clip", "clip")):
+            if not self.paths[name]:
+                self.paths[name] = str(folder / part)
+                self.made_by[name] = "miniature"
+
+    def _add_training(self, stage: str) -> str:
+        """Add a command that trains; return its run directory."""
+        run = self.out / stage
+        words = [self.config.stages[stage], "--dataset", self.dataset, "--output", str(run)]
+        uses = [*PATHS.get(stage, ())]
+        if stage == "finetune" and self._read_order() == "joint":
+            uses.append("clip")
+        for name in uses:
+            words += [f"--{name}", self.paths[name]]
+        self._add(stage, f"train ({stage})", words, stage, needs=["dataset", *uses], resumes=True)
+        if stage == "align":
+            self.paths["encoder"] = str(run / "encoder")
+            self.made_by["encoder"] = stage
+        return str(run)
+
+    def _add_result(self, result: str, run: str) -> None:
+        """Add a command that measures the result."""
+        images = self.out / "images"
+        if result == "retrieve":
+            words = [str(self.out / "align"), self.dataset, "--output", str(self.out / "retrieval")]
+            self._add(result, "search for the seen image", words, "retrieval", extra_needs=["align"])
+        elif result == "generate":
+            words = [str(Path(run) / "model"), self.dataset, "--output", str(images)]
+            self._add(result, "generate images", words, "images", extra_needs=[Path(run).name], resumes=True)
+        else:
+            words = [str(images)]
+            proofs = ["images/metrics.json", "images/report.html"]
+            self._add(result, "evaluate the images", words, "", extra_needs=["generate"], proofs=proofs)
+
+    def _add(
+        self,
+        name: str,
+        title: str,
+        words: list[str],
+        output: str,
+        *,
+        needs: list[str] | None = None,
+        extra_needs: list[str] | None = None,
+        proofs: list[str] | None = None,
+        resumes: bool = False,
+    ) -> None:
+        """Check the config of a step, and add the step.
+
+        `needs` names inputs (dataset, encoder, base, clip), and `extra_needs` names steps.
+        """
+        stage = STAGES[name]
+        keys = dict(self.keys.get(name, {}))
+        if self.config.num_processes and (stage.launcher and name not in ("pretrain", "miniature", "evaluate")):
+            keys["num_processes"] = self.config.num_processes
+        words = [*words, *to_words(keys)]
+        module, _, cls = (stage.config or _CLASSES[name]).partition(":")
+        try:
+            positionals = _POSITIONALS.get(name, ("config",))
+            parse_config(
+                getattr(importlib.import_module(module), cls), words, prog=f"dreamscale {name}", positionals=positionals
+            )
+        except RequestError as error:
+            raise RequestError(f"{PROG}: {name}: {error}") from None
+        made = [self.made_by[need] for need in needs or () if need in self.made_by]
+        self.steps.append(
+            Step(
+                name=name,
+                title=title,
+                words=[name, *words],
+                outputs=[output] if output else [],
+                proofs=proofs or [],
+                needs=list(dict.fromkeys([*made, *(extra_needs or ())])),
+                resumes=resumes,
+            )
+        )
+
+
+def run_preset(config: PresetConfig) -> int:
+    """Run all steps of a preset.
+
+    Parameters
+    ----------
+    config : PresetConfig
+        The preset.
+
+    Returns
+    -------
+    int
+        0, or the exit code of the step that failed.
+
+    Raises
+    ------
+    RequestError
+        If a path or key is wrong, or the folder cannot be used.
+    StopRequested
+        If a signal asked the command to stop. The same command resumes.
+    """
+    steps, out = make_steps(config), Path(config.output)
+    if out.exists() and not out.is_dir():
+        raise RequestError(f"output {out}: this is a file; choose a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "preset.yaml").is_file():
+        raise RequestError(f"output {out}: the folder is not empty and is not of a preset; choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(out / "preset.yaml", to_yaml(config))
+    except OSError as error:
+        raise RequestError(
+            f"output {out}: the folder cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    chain = Chain(out, say)
+    with chain.forward_signals():
+        try:
+            for number, step in enumerate(steps, 1):
+                chain.run(step, f"[{number:2d}/{len(steps)}]")
+        except StepFailedError as error:
+            chain.print_tail(error.step)
+            print(f"dreamscale: {error}; the log of this step is {chain.log(error.step)}", file=sys.stderr)
+            return error.code if error.code > 0 else EXIT_FAILED
+    for name in ("images/report.html", "retrieval/retrieval.html"):
+        if (out / name).is_file():
+            print(out / name, flush=True)
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``dreamscale preset``; returns its exit code."""
+    return run_main(lambda words: run_preset(read_preset(words)), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
