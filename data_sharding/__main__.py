@@ -15,10 +15,10 @@ if __name__ == "__main__":
 def _shard(words: list[str]) -> int:
     # If a stop signal arrives before this import has ended, `early_stop` ends the command at once.
     from data_sharding.common.stop import raise_on_stop_signals
-    from data_sharding.job.run import parse_and_shard
+    from data_sharding.job.run import main as shard
 
     with raise_on_stop_signals():
-        return parse_and_shard(words)
+        return shard.body(shard.parse(words))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,8 +33,6 @@ class Paper:
     """Description of the command in one line."""
     module: str
     """Module with the command's function ``main``."""
-    config: str
-    """``module:class`` of the command's config."""
     kind: str
     """Kind of the trained model, which is stored in the model's file ``dreamscale.json``."""
     generator: str

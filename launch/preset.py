@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,22 +23,6 @@ Stage = Literal["shard", "align", "finetune", "ddpm", "linear"]
 Result = Literal["retrieve", "generate", "evaluate"]
 PATHS = {"align": ("encoder", "clip"), "finetune": ("encoder", "base")}
 """Paths that a command needs, in addition to its dataset and its output."""
-_CLASSES = {
-    "shard": "data_sharding.job.request:ShardConfig",
-    "export": "pretrain.export:ExportConfig",
-    "miniature": "finetune.stable_diffusion.miniature:MiniatureConfig",
-    "retrieve": "finetune.retrieval.run:RetrieveConfig",
-    "generate": "finetune.generate:GenerateConfig",
-    "evaluate": "finetune.evaluation.evaluate:EvaluateConfig",
-}
-"""Config class of each command that has none in `STAGES`."""
-_POSITIONALS = {
-    "export": ("run", "output"),
-    "miniature": ("dataset",),
-    "retrieve": ("model", "dataset"),
-    "generate": ("model", "dataset"),
-    "evaluate": ("directory",),
-}
 
 
 @dataclass(kw_only=True)
@@ -268,12 +251,8 @@ class _Planner:
         if self.config.num_processes and (stage.launcher and name not in ("pretrain", "miniature", "evaluate")):
             keys["num_processes"] = self.config.num_processes
         words = [*words, *to_words(keys)]
-        module, _, cls = (stage.config or _CLASSES[name]).partition(":")
         try:
-            positionals = _POSITIONALS.get(name, ("config",))
-            parse_config(
-                getattr(importlib.import_module(module), cls), words, prog=f"dreamscale {name}", positionals=positionals
-            )
+            stage.read(words)
         except RequestError as error:
             raise RequestError(f"{PROG}: {name}: {error}") from None
         made = [self.made_by[need] for need in needs or () if need in self.made_by]

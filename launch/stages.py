@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from finetune.papers import find_papers
 
@@ -21,11 +22,19 @@ class Stage:
     launcher: Literal["torchrun", "accelerate"] | None = None
     """Program that starts the training processes; it is used if ``num_processes`` is above 1 or ``restarts`` is above
     0."""
-    config: str | None = None
-    """Config class of the command as ``module:class``; None if ``dreamscale submit`` cannot run the command on a
-    cluster."""
+    arguments: str | None = None
+    """``module:function`` that checks the command's arguments, if this is not the method ``main.parse`` of
+    `module`."""
+    submits: bool = True
+    """Whether ``dreamscale submit`` can run the command on a cluster."""
     uses_ray: bool = False
     """Whether the command itself distributes its work with Ray; its config then has the key ``ray.address``."""
+
+    def read(self, words: list[str]) -> Any:
+        """Read the arguments of the command, and return its config; raise `RequestError` if an argument is wrong."""
+        module, _, name = (self.arguments or f"{self.module}:main").partition(":")
+        reader = getattr(importlib.import_module(module), name)
+        return getattr(reader, "parse", reader)(words)
 
 
 STAGES: dict[str, Stage] = {
@@ -36,7 +45,7 @@ STAGES: dict[str, Stage] = {
     ),
     "shard": Stage(
         module="data_sharding.__main__",
-        config="data_sharding.job.request:ShardConfig",
+        arguments="data_sharding.job.run:main",
         usage="CONFIG --output DIR",
         uses_ray=True,
         help="turn recordings of any maker into a dataset; Ray distributes the work",
@@ -48,18 +57,19 @@ STAGES: dict[str, Stage] = {
     ),
     "inspect": Stage(
         module="data_sharding.audit.inspect_dataset",
+        submits=False,
         usage="DATASET",
         help="show the content of a dataset, and why recordings were left out",
     ),
     "pretrain": Stage(
         module="pretrain.train",
-        config="pretrain.training.config:PretrainConfig",
         usage="CONFIG",
         help="pretrain a masked-signal autoencoder with DeepSpeed ZeRO",
         launcher="torchrun",
     ),
     "plan": Stage(
         module="pretrain.plan",
+        submits=False,
         usage="[CONFIG] [--preset NAME] [--gpus N]",
         help="estimate memory and duration of pretraining before you start it",
     ),
@@ -85,15 +95,12 @@ STAGES: dict[str, Stage] = {
     ),
     "align": Stage(
         module="finetune.align",
-        config="finetune.align:AlignConfig",
         usage="CONFIG",
         help="align the embeddings of an encoder with those of CLIP",
         launcher="accelerate",
     ),
     **{
-        paper.command: Stage(
-            module=paper.module, config=paper.config, usage="CONFIG", help=paper.help, launcher=paper.launcher
-        )
+        paper.command: Stage(module=paper.module, usage="CONFIG", help=paper.help, launcher=paper.launcher)
         for paper in find_papers()
     },
     "generate": Stage(
@@ -120,23 +127,32 @@ STAGES: dict[str, Stage] = {
     ),
     "ablate": Stage(
         module="launch.ablate.run",
+        arguments="launch.ablate.config:read_ablation",
         usage="CONFIG|FOLDER",
         help="train variants of a model, and compare their images with those of a base variant",
     ),
     "preset": Stage(
         module="launch.preset",
+        arguments="launch.preset:read_preset",
         usage="NAME --output DIR [--encoder DIR] [--base DIR] [--clip DIR]",
         help="run a published experiment, from the files of a dataset to images, retrieval and a report",
     ),
     "submit": Stage(
-        module="launch.submit",
-        usage="slurm|ray|k8s STAGE CONFIG",
+        module="launch.submit.run",
+        submits=False,
+        usage="slurm|ray|k8s STAGE [CONFIG] [-- ARGUMENTS]",
         help="write a cluster job and submit it; --dry-run only prints it",
     ),
     "configs": Stage(
         module="launch.configs",
+        submits=False,
         usage="[NAME] [-o DIR]",
         help="list, print or copy the configs that come with Dreamscale",
     ),
-    "doctor": Stage(module="launch.doctor", usage="", help="show what works on this machine, and what to install"),
+    "doctor": Stage(
+        module="launch.doctor",
+        submits=False,
+        usage="",
+        help="show what works on this machine, and what to install",
+    ),
 }

@@ -29,6 +29,7 @@ FOLDERS = {
             "doctor",
             "submit",
             "ray_train",
+            "ray_nodes",
             "agent",
             "local",
             "preset",

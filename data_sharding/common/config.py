@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from data_sharding.common.errors import RequestError, one_line, run_main
 from data_sharding.common.plain_yaml import MAX_YAML, check_yaml
@@ -14,14 +14,6 @@ from data_sharding.common.shipped import find_config
 from data_sharding.common.untrusted import read_limited
 
 T = TypeVar("T")
-
-
-class Main(Protocol):
-    """Type of a command: a function that takes arguments (default: `sys.argv[1:]`) and returns an exit code."""
-
-    def __call__(self, argv: list[str] | None = None) -> int:
-        """Run the command."""
-        ...
 
 
 def parse_config(
@@ -139,15 +131,8 @@ def _check_config_file(text: str) -> str:
     return str(path)
 
 
-def command(
-    config_class: type[T],
-    body: Callable[[T], int],
-    *,
-    prog: str,
-    positionals: Sequence[str] = ("config",),
-    aliases: Mapping[str, str] | None = None,
-) -> Main:
-    """Make the function ``main(argv)`` that runs a command and returns its exit code.
+class Command(Generic[T]):
+    """A command: call it with arguments (default: `sys.argv[1:]`), and it returns an exit code.
 
     Parameters
     ----------
@@ -158,24 +143,72 @@ def command(
         and `StopRequested`.
     prog, positionals, aliases
         Passed to `parse_config`.
-
-    Returns
-    -------
-    Main
-        The command.
     """
 
-    def run(words: list[str]) -> int:
+    def __init__(
+        self,
+        config_class: type[T],
+        body: Callable[[T], int],
+        *,
+        prog: str,
+        positionals: Sequence[str],
+        aliases: Mapping[str, str] | None,
+    ) -> None:
+        self.config_class, self.body = config_class, body
+        self.prog, self.positionals, self.aliases = prog, positionals, aliases
+        self.__doc__ = f"Run ``{prog}``; returns its exit code."
+
+    def parse(self, words: Sequence[str]) -> T:
+        """Read the arguments of the command.
+
+        Parameters
+        ----------
+        words : sequence of str
+            The arguments.
+
+        Returns
+        -------
+        object
+            The config.
+
+        Raises
+        ------
+        RequestError
+            If an argument is wrong.
+        """
         # DeepSpeed's launcher adds the flag --local_rank. Remove this flag, because the environment variable LOCAL_RANK
         # contains the rank, too.
         words = [word for word in words if not word.startswith("--local_rank=")]
-        return body(parse_config(config_class, words, prog=prog, positionals=positionals, aliases=aliases))
+        return parse_config(
+            self.config_class, words, prog=self.prog, positionals=self.positionals, aliases=self.aliases
+        )
 
-    def main(argv: list[str] | None = None) -> int:
-        return run_main(run, argv)
+    def __call__(self, argv: list[str] | None = None) -> int:
+        """Run the command."""
+        return run_main(lambda words: self.body(self.parse(words)), argv)
 
-    main.__doc__ = f"Run ``{prog}``; returns its exit code."
-    return main
+
+def command(
+    config_class: type[T],
+    body: Callable[[T], int],
+    *,
+    prog: str,
+    positionals: Sequence[str] = ("config",),
+    aliases: Mapping[str, str] | None = None,
+) -> Command[T]:
+    """Make the function ``main(argv)`` that runs a command and returns its exit code.
+
+    Parameters
+    ----------
+    config_class, body, prog, positionals, aliases
+        As for `Command`.
+
+    Returns
+    -------
+    Command
+        The command.
+    """
+    return Command(config_class, body, prog=prog, positionals=positionals, aliases=aliases)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 import tempfile
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ INFRASTRUCTURE_RETRIES = 5
 raises does not count."""
 NODE_S = 60.0
 """Time limit in seconds for each machine to report which folders it can access."""
+JOIN_S = 300.0
+"""Time limit in seconds for the machines of a cluster to join it, if the key `min_nodes` asks for them."""
 STORAGE_TRIES = 3
 """Number of attempts for a task if a disk or an object store fails. If the disk is full, the task is tried only
 once."""
@@ -44,6 +47,8 @@ class RayConfig:
     max_in_flight: int = 0
     """Largest number of tasks that run or wait in Ray at the same time. The value 0 means twice the number of tasks
     that can run at the same time."""
+    min_nodes: int = 0
+    """Wait until the Ray cluster has at least this many machines, before recordings are read."""
     timeout_s: float = 3600.0
     """Time limit in seconds for reading a recording. A recording that needs more time than this limit is
     quarantined."""
@@ -56,8 +61,8 @@ class RayConfig:
     machine cannot use the cluster."""
 
     def __post_init__(self) -> None:
-        if self.num_cpus < 0 or self.max_in_flight < 0:
-            raise ValueError("ray: num_cpus and max_in_flight must not be negative; 0 chooses automatically")
+        if self.num_cpus < 0 or self.max_in_flight < 0 or self.min_nodes < 0:
+            raise ValueError("ray: num_cpus, max_in_flight and min_nodes must not be negative; 0 chooses automatically")
         if not self.timeout_s > 0:
             raise ValueError(f"ray.timeout_s must be positive, got {self.timeout_s}")
         if not self.memory_gb >= 0.5:
@@ -115,7 +120,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         folder = None
         if not address:
             # Every user of the machine can write to Ray's default folder, so put Ray's folder into a private folder.
-            folder = stack.enter_context(owned_folder(Path(_short_temporary_folder()), "ds-ray"))
+            folder = stack.enter_context(owned_folder(Path(short_temporary_folder()), "ds-ray"))
             options["_temp_dir"] = str(folder / "ray")
         stack.callback(_end_ray, others)
         try:
@@ -130,6 +135,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         # Ray installs a handler for SIGTERM that would end the job without a message, so restore the former handler.
         try:
             with raise_on_stop_signals():
+                _wait_for_nodes(config.min_nodes)
                 yield config.max_in_flight or 2 * _slots(config)
         except ClusterFailed:
             if folder:
@@ -167,9 +173,23 @@ def require_token() -> None:
         AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _short_temporary_folder() -> str:
+def short_temporary_folder() -> str:
     """Return the folder for temporary files; /tmp if the path would be too long for the names of Ray's sockets."""
     return folder if len(folder := tempfile.gettempdir()) <= 20 else "/tmp"
+
+
+def _wait_for_nodes(count: int) -> None:
+    """Wait until the cluster has enough machines; raise `ClusterFailed` if machines are still missing after a time."""
+    import ray
+
+    end = time.monotonic() + JOIN_S
+    while (there := sum(node["Alive"] for node in ray.nodes())) < count:
+        check_stop()
+        if time.monotonic() > end:
+            raise ClusterFailed(
+                f"the Ray cluster has {there} of {count} machines (ray.min_nodes); check the machines that are missing."
+            )
+        time.sleep(0.5)
 
 
 def _slots(config: RayConfig) -> int:

@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 from data_sharding.audit.duplicates import RecordingFingerprint, find_duplicates, preference
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SET_ASIDE, RequestError, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SET_ASIDE, RequestError
 from data_sharding.common.files import digest_of
 from data_sharding.common.progress import JobProgress, progress
 from data_sharding.common.reason import Reason
@@ -582,13 +582,4 @@ def shard(config: ShardConfig) -> int:
     return EXIT_FAILED
 
 
-def parse_and_shard(words: list[str]) -> int:
-    """Run the sharding job with the arguments of a command line, and return the exit code."""
-    return shard(
-        parse_config(ShardConfig, words, prog="dreamscale shard", positionals=("config",), aliases={"-o": "output"})
-    )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run ``dreamscale shard`` in this process, and return its exit code."""
-    return run_main(parse_and_shard, argv)
+main = command(ShardConfig, shard, prog="dreamscale shard", aliases={"-o": "output"})

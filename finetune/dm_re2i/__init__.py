@@ -6,7 +6,6 @@ PAPER = Paper(
     command="ddpm",
     help="train EVRNet, then the EEG-guided DDPM",
     module="finetune.dm_re2i.train",
-    config="finetune.dm_re2i.config:DMRE2IConfig",
     kind="eg_ddpm",
     generator="finetune.dm_re2i.model:DMRE2IGenerator",
 )

@@ -6,7 +6,6 @@ PAPER = Paper(
     command="finetune",
     help="fine-tune Stable Diffusion on EEG",
     module="finetune.stable_diffusion.train",
-    config="finetune.stable_diffusion.train:StableDiffusionConfig",
     kind="stable_diffusion",
     generator="finetune.stable_diffusion.model:StableDiffusionGenerator",
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,8 +111,6 @@ class _Planner:
                 f"{where}: key '{taken[0]}' cannot be set in a row, because all rows have the same {taken[0]}; "
                 f"set '{taken[0]}' in the config of the ablation instead"
             )
-        module, _, name = str(STAGES[stage].config).partition(":")
-        cls = getattr(importlib.import_module(module), name)
         given = {"output": "OUTPUT", **changes}
         if self.config.dataset and stage != PRETRAIN:
             given["dataset"] = self.config.dataset
@@ -124,9 +121,7 @@ class _Planner:
             key: value.replace("{base}", str(base)) if isinstance(value, str) else value for key, value in given.items()
         }
         try:
-            config = parse_config(
-                cls, [self.config.stages[stage], *to_words(given)], prog=f"dreamscale {stage}", positionals=("config",)
-            )
+            config = STAGES[stage].read([self.config.stages[stage], *to_words(given)])
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
         values = to_dict(config)

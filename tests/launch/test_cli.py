@@ -36,9 +36,6 @@ def test_help_imports_nothing_heavy():
 def test_every_command_answers_help(name: str, capsys: pytest.CaptureFixture[str]):
     stage = STAGES[name]
     assert callable(importlib.import_module(stage.module).main)
-    if stage.config:
-        module, cls = stage.config.split(":")
-        assert getattr(importlib.import_module(module), cls).__doc__
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
     assert end.value.code == 0
@@ -50,14 +47,14 @@ def test_every_command_answers_help(name: str, capsys: pytest.CaptureFixture[str
     [
         (["pretain"], "did you mean 'pretrain'"),
         (["pretrain"], "usage: dreamscale pretrain CONFIG"),
-        (["submit"], "usage: dreamscale submit slurm|ray|k8s STAGE CONFIG"),
+        (["submit"], "usage: dreamscale submit slurm|ray|k8s STAGE [CONFIG] [-- ARGUMENTS]"),
         (["encode"], "usage: dreamscale encode ENCODER RECORDING -o OUT.npz"),
         (["pretrain", "no_such.yaml"], "no_such.yaml"),
         (["shard", "no_such.yaml"], "no_such.yaml"),
         (["verify", "no_such_dataset"], "no_such_dataset"),
         (["generate", "no_such_model", "no_such_dataset", "-o", "x"], "no_such"),
         (["evaluate", "no_such_folder"], "no_such_folder"),
-        (["submit", "slurm", "demo", "x.yaml"], "demo"),
+        (["submit", "slurm", "doctor", "x.yaml"], "doctor"),
         (["demo", "--sed", "1"], "seed"),
         (["doctor", "--path", "a", "b"], "b"),
     ],

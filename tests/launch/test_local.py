@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.submit import SubmitConfig, build_command, check_stage
+from launch.submit.config import SubmitConfig
+from launch.submit.render import build_command
+from launch.submit.stage import check_stage
 
 TINY = [
     *("--num_processes", "2", "--batch_size", "8", "--num_workers", "0", "--tracker.kind", "none", "--device", "cpu"),
@@ -95,13 +97,12 @@ def test_the_command_of_a_cluster_job_runs_and_stops_at_usr1(pretraining: list[s
     submit = SubmitConfig(
         scheduler="slurm", stage="pretrain", stage_config=str(config), gpus_per_node=2, python=sys.executable
     )
-    stage, words = check_stage(submit, [*pretraining, "--steps", "100000"])
-    line = build_command(submit, stage, words)
+    line = build_command(submit, check_stage(submit, [*pretraining, "--steps", "100000"]))
     process = start(
         [
             "env",
             "HEAD_NODE=127.0.0.1",
-            f"PORT={20000 + os.getpid() % 20000}",
+            f"PORT={20000 + os.getpid() % 10000}",
             "SLURM_NODEID=0",
             "bash",
             "-c",

@@ -25,10 +25,14 @@ CODE = [
 ]
 CODE += ['"; touch HACKED; "', "a && touch HACKED", "a\r\nb", "a #b", "-rf", "{{ 7 * 7 }}", "a: b\n- c", "\x1b[31m"]
 KEYS = ["time", "partition", "account", "logs", "address", "image", "namespace", "claim", "mount", "name"]
+SLURM_KEYS = ["qos", "mem", "gres", "constraint", "dependency", "array", "modules"]
 
 
-@pytest.mark.parametrize("scheduler", ["slurm", "ray", "k8s"])
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(
+    ("scheduler", "key"),
+    [(scheduler, key) for scheduler in ("slurm", "ray", "k8s") for key in KEYS]
+    + [("slurm", key) for key in SLURM_KEYS],
+)
 def test_values_with_code_are_refused(scheduler: str, key: str, capsys: pytest.CaptureFixture[str]) -> None:
     for value in CODE:
         assert main(["submit", scheduler, "pretrain", CONFIG, "--dry-run", *GPUS, f"--{key}={value}"]) == 2
@@ -36,14 +40,26 @@ def test_values_with_code_are_refused(scheduler: str, key: str, capsys: pytest.C
         assert error.count("\n") == 1 and "\x1b" not in error
 
 
+@pytest.mark.parametrize("value", [*CODE, "comment=", "x", ""])
+def test_further_options_of_slurm_with_code_are_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    harmless = value in ("comment=", "x")
+    for option in (value, f"comment={value}"):
+        code = main(["submit", "slurm", "pretrain", CONFIG, "--dry-run", *GPUS, "--sbatch", option])
+        output = capsys.readouterr()
+        if harmless or option == "comment=":
+            assert code == 0 and f"#SBATCH --{option}\n" in output.out
+        else:
+            assert code == 2 and output.err.count("\n") == 1 and "\x1b" not in output.err
+
+
 @pytest.mark.parametrize("scheduler", ["slurm", "ray", "k8s"])
-@pytest.mark.parametrize("key", ["directory", "python"])
+@pytest.mark.parametrize("key", ["directory", "python", "prologue", "container"])
 def test_paths_with_code_are_only_paths(
     scheduler: str, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("ray", "srun", "scontrol", "python"):
+    for name in ("ray", "srun", "scontrol", "python", "apptainer"):
         # Each cluster tool is replaced by a program that runs the command after its options, as the tool would.
         (tools / name).write_text(RUN)
         (tools / name).chmod(0o755)
@@ -54,7 +70,7 @@ def test_paths_with_code_are_only_paths(
     for value in CODE:
         code = main(["submit", scheduler, "pretrain", CONFIG, "--dry-run", *GPUS, f"--{key}={value}"])
         output = capsys.readouterr()
-        if not value.isprintable():
+        if not value.isprintable() or (value.startswith("-") and key in ("prologue", "container")):
             assert code == 2 and output.err.count("\n") == 1
             continue
         assert code == 0
