@@ -27,9 +27,12 @@ def why_not() -> str:
         return "a Slurm of two hosts needs Linux and root"
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
-    return (
-        f"a Slurm of two hosts needs {', '.join(missing)} (apt-get install slurmctld slurmd munge)" if missing else ""
-    )
+    if missing:
+        return f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge iproute2"
+    # A container may forbid what the sandbox needs: namespaces, and mounts inside them.
+    probe = ["unshare", "--net", "--uts", "--mount", "sh", "-c", "mount --make-rprivate / && hostname probe"]
+    done = subprocess.run(probe, capture_output=True, text=True, check=False)
+    return f"this machine allows no namespaces: {done.stderr.strip()}" if done.returncode else ""
 
 
 class Cluster:

@@ -16,8 +16,9 @@ from ...data_sharding.conftest import build_raw, write_raw
 from ...pretrain.conftest import losses, metrics, torchrun, write_config
 from .cluster import Cluster, render_job, start_cluster, until, why_not
 
+REASON = why_not()
 pytestmark = [
-    pytest.mark.skipif(bool(why_not()), reason=why_not() or "never"),
+    pytest.mark.skipif(bool(REASON), reason=REASON or "never"),
     pytest.mark.timeout(900),
 ]
 
