@@ -107,6 +107,9 @@ EOF
 }
 
 down() {
+  # The processes of jobs would outlive the daemons.
+  SLURM_CONF=$conf enter "$C" ctl timeout 10 scancel --user=root --full --signal=KILL 2>/dev/null || true
+  sleep 1
   for file in "$D"/pids "$D"/*.pid "$D"/munge/munged.pid; do
     while read -r pid; do
       kill "$pid" 2>/dev/null || true

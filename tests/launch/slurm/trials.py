@@ -25,6 +25,7 @@ from pathlib import Path
 
 import psutil
 
+from data_sharding.common.errors import EXIT_STOPPED
 from data_sharding.dataset.manifest import Manifest
 
 from .cluster import Cluster, render_job, start_cluster, until
@@ -210,6 +211,8 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", default=["stop", "preempt", "checkpoint", "kill"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    # End the sandbox and its jobs also after SIGTERM.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
     with start_cluster(options.out / "slurm") as cluster:
         return int(run_trials(cluster, options) > 0)
 
