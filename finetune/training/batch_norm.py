@@ -5,6 +5,8 @@ Tensor shapes: b samples of this process, F feature maps, H rows, W columns, R p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -35,6 +37,49 @@ def _count_processes() -> int:
     return torch.distributed.get_world_size() if ready else 1
 
 
+class _Normalise(torch.autograd.Function):
+    """Normalise feature maps by the mean and the variance over all processes.
+
+    Both passes use PyTorch's fused batch norm, which needs a quarter of the time of single operations on the CPU.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_bFHW: Tensor, weight_F: Tensor, bias_F: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the normalised feature maps, and the mean and the variance of each map over all processes."""
+        _, own_mean_F, own_rstd_F = torch.native_batch_norm(x_bFHW, weight_F, bias_F, None, None, True, 0.0, eps)
+        means_RF, rstds_RF = gather_rows(torch.stack([own_mean_F, own_rstd_F])[None]).unbind(dim=1)
+        mean_F = means_RF.mean(dim=0)
+        # The variance of all samples is the mean variance within the processes, plus the variance of their means.
+        variance_F = (rstds_RF**-2 - eps + (means_RF - mean_F).square()).mean(dim=0)
+        out, _, _ = torch.native_batch_norm(x_bFHW, weight_F, bias_F, mean_F, variance_F, False, 0.0, eps)
+        ctx.save_for_backward(x_bFHW, weight_F, mean_F, variance_F)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean_F, variance_F)
+        return out, mean_F, variance_F
+
+    @staticmethod
+    def backward(ctx: Any, out_grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Return the gradients of the feature maps, the weight and the bias.
+
+        The gradients of weight and bias are sums over the samples of this process. Their sums over all processes give
+        the share of the gradient of `x_bFHW` that comes from the mean and the variance.
+        """
+        x, weight_F, mean_F, variance_F = ctx.saved_tensors
+        rstd_F = (variance_F + ctx.eps).rsqrt()
+        x_grad, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(
+            out_grad, x, weight_F, mean_F, variance_F, mean_F, rstd_F, False, ctx.eps, [True, True, True]
+        )
+        sums_RF = gather_rows(torch.stack([weight_grad, bias_grad])[None])
+        weight_sum_F, bias_sum_F = sums_RF.sum(dim=0)
+        scale_F = weight_F * rstd_F / (x.numel() // x.shape[1] * len(sums_RF))
+        slope_F = -scale_F * rstd_F * weight_sum_F
+        shift_F = -scale_F * bias_sum_F - slope_F * mean_F
+        x_grad.addcmul_(x, slope_F[:, None, None]).add_(shift_F[:, None, None])
+        return x_grad, weight_grad, bias_grad, None
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, on every device. PyTorch's own `SyncBatchNorm` needs GPUs.
 
@@ -61,14 +106,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(input)
         # Compute in the type of the weights, because the input has only 16 bits in mixed precision.
         x = input.to(self.weight.dtype)
-        own_12F = torch.stack([x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), correction=0)])[None]
-        means_RF, variances_RF = gather_rows(own_12F).unbind(dim=1)
-        mean_F = means_RF.mean(dim=0)
-        # The variance of all samples is the mean variance within the processes, plus the variance of their means.
-        variance_F = (variances_RF + (means_RF - mean_F).square()).mean(dim=0)
-        self._update_running_statistics(mean_F.detach(), variance_F.detach(), x.numel() // x.shape[1] * processes)
-        scale_F = (variance_F + self.eps).rsqrt() * self.weight
-        out = (x - mean_F[:, None, None]) * scale_F[:, None, None] + self.bias[:, None, None]
+        out, mean_F, variance_F = _Normalise.apply(x, self.weight, self.bias, self.eps)
+        self._update_running_statistics(mean_F, variance_F, x.numel() // x.shape[1] * processes)
         return out.to(input.dtype)
 
     @torch.no_grad()
