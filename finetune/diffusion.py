@@ -10,6 +10,7 @@ Tensor shapes: B trials; x is [B, channels, rows, columns] and contains latents 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -19,10 +20,14 @@ from torch import Tensor
 
 Condition = tuple[Tensor | None, ...]
 Denoiser = Callable[[Tensor, Tensor, Any], Tensor]
-SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
-DEFAULT_STEPS = 25
-"""Default number of denoising steps of the samplers ddim and dpmsolver++. The default of the sampler ddpm is the number
-of steps of the forward process."""
+SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "plms", "euler", "lcm"]
+DEFAULT_STEPS = {"ddim": 25, "dpmsolver++": 25, "plms": 250, "euler": 4, "lcm": 4}
+"""Default number of denoising steps of each sampler. The default of the sampler ddpm is the number of steps of the
+forward process."""
+FEW_STEP = ("euler", "lcm")
+"""Samplers for base models that were distilled to a few steps; such models are used without guidance."""
+LCM_STEPS = 50
+"""Largest number of steps of the sampler lcm, as in the training of latent consistency models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,10 @@ class Sampling:
 
     sampler: SamplerName
     """ddpm: the ancestral sampler of Ho et al. (2020), which adds noise at every step. ddim: the deterministic sampler
-    of Song et al. (2021), which needs few steps. dpmsolver++: a deterministic solver of second order."""
+    of Song et al. (2021), which needs few steps. dpmsolver++: a deterministic solver of second order. plms: the pseudo
+    linear multistep method of Liu et al. (2022), with which DreamDiffusion samples. euler: Euler's method that starts
+    at the last step of the forward process, for base models that were distilled to 1 to 4 steps. lcm: the sampler of
+    latent consistency models (Luo et al., 2023), which adds noise at every step but the last."""
     steps: int
     """Number of denoising steps."""
     guidance_scale: float
@@ -57,10 +65,10 @@ def choose_sampling(
         Name of the sampler.
     steps : int or None
         Number of denoising steps. None: for the sampler ddpm, the number of steps of the forward process; for the other
-        samplers, 25.
+        samplers, see `DEFAULT_STEPS`.
     guidance_scale : float or None
-        Scale of the classifier-free guidance. None: the scale is 2 if the model was trained with dropped conditions,
-        otherwise 1.
+        Scale of the classifier-free guidance. None: the scale is 2 if the model was trained with dropped conditions and
+        the sampler is not one of `FEW_STEP`, otherwise 1.
     dropped : bool
         Whether conditions were dropped in the training.
     has_null : bool
@@ -78,13 +86,15 @@ def choose_sampling(
         condition.
     """
     most = int(noising_config["num_train_timesteps"])
-    steps = steps or (most if sampler == "ddpm" else min(DEFAULT_STEPS, most))
+    steps = steps or (most if sampler == "ddpm" else min(DEFAULT_STEPS[sampler], most))
+    if sampler == "lcm" and steps > LCM_STEPS:
+        raise ValueError(f"steps is {steps}; it must not be above {LCM_STEPS} for the sampler lcm")
     if steps > most:
         raise ValueError(
             f"steps is {steps}; it must not be above {most}, the number of noise steps with which the model was trained"
         )
     if guidance_scale is None:
-        guidance_scale = 2.0 if dropped else 1.0
+        guidance_scale = 2.0 if dropped and sampler not in FEW_STEP else 1.0
     if guidance_scale != 1 and not has_null:
         raise ValueError(
             "this model was trained with drop 0 (no dropped conditions), so it cannot use guidance; set "
@@ -110,11 +120,27 @@ def make_scheduler(sampler: SamplerName, noising_config: Any, **changes: Any) ->
     diffusers scheduler
         Scheduler that computes the denoising steps.
     """
-    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+    import diffusers
 
+    extra: dict[str, Any] = {}
     if sampler == "dpmsolver++":
-        return DPMSolverMultistepScheduler.from_config(noising_config, algorithm_type="dpmsolver++", **changes)
-    return (DDPMScheduler if sampler == "ddpm" else DDIMScheduler).from_config(noising_config, **changes)
+        extra = {"algorithm_type": "dpmsolver++"}
+    elif sampler == "plms":
+        extra = {"skip_prk_steps": True}
+    elif sampler == "euler":
+        # A distilled model denoises from the last step of the forward process, so the first step must be that step.
+        extra = {"timestep_spacing": "trailing"}
+    elif sampler == "lcm":
+        extra = {"original_inference_steps": min(LCM_STEPS, int(noising_config["num_train_timesteps"]))}
+    kinds = {
+        "ddpm": diffusers.DDPMScheduler,
+        "ddim": diffusers.DDIMScheduler,
+        "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
+        "plms": diffusers.PNDMScheduler,
+        "euler": diffusers.EulerDiscreteScheduler,
+        "lcm": diffusers.LCMScheduler,
+    }
+    return kinds[sampler].from_config(noising_config, **{**extra, **changes})
 
 
 def denoising_errors(
@@ -215,8 +241,8 @@ def sample(
         is the prediction with the condition, and null is the prediction with the null condition. With s = 1, only own
         is computed.
     generators : list of torch.Generator
-        Generator of each trial. With the sampler ddpm, the noise of each step is drawn from the trial's own generator,
-        so a trial's image does not depend on the other trials of the batch.
+        Generator of each trial. With the samplers ddpm and lcm, the noise of each step is drawn from the trial's own
+        generator, so a trial's image does not depend on the other trials of the batch.
 
     Returns
     -------
@@ -232,6 +258,8 @@ def sample(
             for own, null in zip(condition, null_condition, strict=True)
         )
     scheduler.set_timesteps(steps, device=noise.device)
+    # The scheduler of the sampler plms draws no noise, so it takes no generators.
+    draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     x = noise * scheduler.init_noise_sigma
     for time in scheduler.timesteps:
         x_in = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, time)
@@ -239,7 +267,7 @@ def sample(
         if guided:
             own, null = guess.chunk(2)
             guess = null + guidance_scale * (own - null)
-        x = scheduler.step(guess, time, x, generator=generators).prev_sample
+        x = scheduler.step(guess, time, x, **draws).prev_sample
     return x
 
 

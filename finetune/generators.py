@@ -58,11 +58,11 @@ class Generator(Protocol):
         sampler : str, optional
             Name of the sampler; by default, the sampler that the model chooses.
         steps : int, optional
-            Number of denoising steps; by default, for ddpm the number of steps of the forward process, and for other
-            samplers 25.
+            Number of denoising steps; by default a number that fits the sampler (see `choose_sampling` in
+            `finetune.diffusion`).
         guidance_scale : float, optional
             Scale of the classifier-free guidance; 1 switches guidance off. By default, the scale is 2, or 1 if the
-            model was trained without dropped conditions.
+            model was trained without dropped conditions, or if the sampler is for a few steps.
 
         Returns
         -------

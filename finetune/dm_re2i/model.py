@@ -24,13 +24,13 @@ from finetune.dm_re2i.backbones import load_unet
 from finetune.dm_re2i.classifier import EEGClassifier
 from finetune.dm_re2i.guide import FOLDERS, EEGGuide
 from finetune.dm_re2i.guided import GuidedUNet
-from finetune.dm_re2i.portable.guide import count_true_channels
 from finetune.dm_re2i.portable.pipeline import sample_images
 from finetune.dm_re2i.portable.write import write_portable_files
 from finetune.eeg import scale_eeg
 from finetune.foreign_models import check_noise_schedule, load_with_library
 from finetune.generators import SCHEMA, Source, read_part, read_spec
 from finetune.images import check_finite, to_pixels
+from finetune.portable.eeg import count_true_channels
 from pretrain.model.weights import read_tensors
 
 KIND = "eg_ddpm"
@@ -226,10 +226,10 @@ class DMRE2IGenerator:
         a model that was trained with dropped conditions.
         """
         chosen = sampler or self.sampler
-        if chosen == "dpmsolver++":
+        if chosen not in ("ddpm", "ddim"):
             raise RequestError(
-                f"{self.folder}: the sampler dpmsolver++ diverges with the cosine noise schedule of this model; "
-                "use the sampler ddim or ddpm"
+                f"{self.folder}: the sampler {chosen} does not fit the cosine noise schedule of this model; use the "
+                "sampler ddim or ddpm"
             )
         try:
             return choose_sampling(

@@ -40,15 +40,18 @@ class GenerateConfig:
     """Controls that the command generates after the images of `control`, with the same loaded model. The images of a
     control NAME are written to the folder OUTPUT-NAME, where `dreamscale evaluate OUTPUT` finds them. After a stop, the
     same command keeps the finished results."""
-    sampler: Literal["ddpm", "ddim", "dpmsolver++"] | None = None
+    sampler: Literal["ddpm", "ddim", "dpmsolver++", "plms", "euler", "lcm"] | None = None
     """Sampler. ddpm: the ancestral sampler, which adds noise at every step. ddim: a deterministic sampler that needs
-    few steps. dpmsolver++: a deterministic solver of second order. Empty: use the default sampler of the model."""
+    few steps. dpmsolver++: a deterministic solver of second order. plms: the sampler of DreamDiffusion. euler, lcm: for
+    base models that were distilled to 1 to 4 steps, such as SD-Turbo (euler) and latent consistency models (lcm).
+    Empty: use the default sampler of the model. An EG-DDPM can use ddpm and ddim."""
     steps: int | None = None
     """Number of denoising steps for each image. Empty: for the sampler ddpm, the number of steps of the model's forward
-    process (the process that adds noise); for the other samplers, 25."""
+    process (the process that adds noise); for ddim and dpmsolver++, 25; for plms, 250; for euler and lcm, 4."""
     guidance_scale: float | None = None
-    """Scale of the classifier-free guidance; 1 switches guidance off. Empty: the scale is 2, or 1 for a model that was
-    trained without dropped conditions (drop 0)."""
+    """Scale of the classifier-free guidance; 1 switches guidance off. Empty: the scale is 2, or 1 for the samplers
+    euler and lcm and for a model that was trained without dropped conditions (drop 0). A scale other than 1 needs a
+    model that was trained with dropped conditions."""
     average_repeats: int = 0
     """Largest number of presentations of the same image to the same subject that are averaged to one trial. 0: average
     all presentations, as papers do with test images. 1: average nothing."""

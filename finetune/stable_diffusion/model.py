@@ -7,6 +7,7 @@ columns of a latent, E width of the U-Net's time embedding, P width of CLIP's pr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,17 +21,7 @@ from data_sharding.common.files import atomic_directory, write_json
 from data_sharding.common.untrusted import check_count, check_number
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.clip_head import ClipHead
-from finetune.diffusion import (
-    Condition,
-    SamplerName,
-    Sampling,
-    choose_sampling,
-    denoising_errors,
-    draw_noise,
-    make_generators,
-    make_scheduler,
-    sample,
-)
+from finetune.diffusion import Condition, SamplerName, Sampling, choose_sampling, denoising_errors
 from finetune.eeg import scale_eeg
 from finetune.foreign_models import (
     MAX_SIDE,
@@ -44,6 +35,8 @@ from finetune.foreign_models import (
 from finetune.generators import SCHEMA, Source, read_part
 from finetune.images import check_finite, read_caption, to_pixels
 from finetune.stable_diffusion.conditioner import Conditioner
+from finetune.stable_diffusion.portable.pipeline import choose_sampler, sample_images
+from finetune.stable_diffusion.portable.write import write_portable_files
 from pretrain.encoder.encoder import EEGEncoder
 
 if TYPE_CHECKING:
@@ -139,8 +132,7 @@ def open_time_path(unet: UNet2DConditionModel) -> int:
     Parameters
     ----------
     unet : UNet2DConditionModel
-        The U-Net to change in place. The option ``class_embed_type: identity`` of diffusers adds the second input, and
-        this option is saved with the U-Net.
+        The U-Net to change in place. The option ``class_embed_type: identity`` of diffusers adds the second input.
 
     Returns
     -------
@@ -305,7 +297,7 @@ class EEGDiffusion(nn.Module):
         return out
 
 
-def save_model(folder: Path, model: EEGDiffusion, pipeline: Any, extra: dict[str, Any]) -> None:
+def save_model(folder: Path, model: EEGDiffusion, pipeline: Any, extra: dict[str, Any], card: dict[str, Any]) -> None:
     """Write all files of a fine-tuned model to its package folder, which appears only when it is complete.
 
     Parameters
@@ -317,13 +309,22 @@ def save_model(folder: Path, model: EEGDiffusion, pipeline: Any, extra: dict[str
     pipeline : StableDiffusionPipeline
         The base pipeline; its U-Net is the U-Net of `model`.
     extra : dict
-        Information on the origin of the model, to be stored in dreamscale.json.
+        Information on the origin of the model, to be stored in dreamscale.json, with the entry `drop`.
+    card : dict
+        Values for the model card (see `write_portable_files`).
     """
     assert pipeline.unet is model.unet
+    unet, time_path = model.unet, bool(model.conditioner.config.time_dim)
     with atomic_directory(folder) as root:
+        if time_path:
+            # The second input has no weights. Without the option, the stock pipeline of diffusers can use the U-Net.
+            unet.register_to_config(class_embed_type=None)
         pipeline.save_pretrained(root / "pipeline")
+        if time_path:
+            unet.register_to_config(class_embed_type="identity")
         model.encoder.save_pretrained(root / "encoder")
         model.conditioner.save_pretrained(root / "conditioner")
+        write_portable_files(root, model.encoder, drop=extra["drop"], card=card)
         write_json(root / "dreamscale.json", {"kind": KIND, "schema": SCHEMA, **extra})
 
 
@@ -360,8 +361,8 @@ class StableDiffusionGenerator:
         self.conditioner = Conditioner.from_pretrained(folder / "conditioner").requires_grad_(False).to(self.device)
         self.unet, self.vae = self.pipeline.unet.to(self.device), self.pipeline.vae.to(self.device)
         # Older versions of Dreamscale did not store `drop`, the fraction of conditions that were dropped in training.
-        # For models of these versions, assume the default 0.1.
-        self.dropped = check_number(values.get("drop", 0.1), str(folder / "dreamscale.json"), "drop") > 0
+        where, drop = str(folder / "dreamscale.json"), values.get("drop")
+        self.drop = None if drop is None else float(check_number(drop, where, "drop"))
 
     @property
     def spec(self) -> PreprocessSpec:
@@ -378,28 +379,44 @@ class StableDiffusionGenerator:
     ) -> Sampling:
         """Fill in the sampling settings that are None (see `finetune.generators.Generator`).
 
-        The default sampler is DPM-Solver++, or DDIM for a base model with a cosine noise schedule. Guidance is possible
-        with every model, because every conditioner has a null condition.
+        The default sampler is DPM-Solver++, or DDIM for a base model with a cosine noise schedule. Guidance needs a
+        model that was trained with dropped conditions.
         """
         config = self.pipeline.scheduler.config
-        # DPM-Solver++ needs fewer steps than DDIM for equal quality, but it diverges with a cosine noise schedule.
-        default: SamplerName = "ddim" if config.beta_schedule == "squaredcos_cap_v2" else "dpmsolver++"
+        if guidance_scale not in (None, 1) and self.drop is None:
+            raise RequestError(f"{self._say_unknown_drop()}; or set guidance_scale to 1")
         try:
             return choose_sampling(
                 config,
-                sampler=sampler or default,
+                sampler=sampler or choose_sampler(config),
                 steps=steps,
                 guidance_scale=guidance_scale,
-                dropped=self.dropped,
-                has_null=True,
+                dropped=bool(self.drop),
+                has_null=bool(self.drop),
             )
         except ValueError as error:
             raise RequestError(f"{self.folder}: {error}") from None
 
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
-        """Return an empty text: this model can generate images from every source (see `finetune.generators.Source`)."""
-        del source, metas
-        return ""
+        """Return why the model cannot generate images from a source (see `finetune.generators.Source`).
+
+        The source ``no_eeg`` needs a model that was trained with dropped conditions.
+        """
+        del metas
+        if source != "no_eeg" or self.drop:
+            return ""
+        if self.drop is None:
+            return self._say_unknown_drop()
+        return (
+            f"{self.folder}: this model was trained with drop 0, so it cannot generate without EEG; use the control "
+            "'shuffle', or a model that was trained with drop above 0"
+        )
+
+    def _say_unknown_drop(self) -> str:
+        return (
+            f"{self.folder}: dreamscale.json does not say with which 'drop' this model was trained, so guidance and "
+            "the control 'no_eeg' are not possible; if you know the value, add \"drop\" to dreamscale.json"
+        )
 
     @torch.no_grad()
     def embed_captions(self, captions: list[str]) -> Condition:
@@ -438,9 +455,16 @@ class StableDiffusionGenerator:
 
         For the source ``class``, the text encoder of the base model encodes the caption of the image, or the name of
         the category if the image has no caption. For the source ``no_eeg``, the condition is the null condition.
+
+        Raises
+        ------
+        RequestError
+            If the settings or the source do not fit the model.
         """
         assert len(eeg_B128T) == len(seeds)
         chosen = self.choose_sampling(sampler=sampler, steps=steps, guidance_scale=guidance_scale)
+        if obstacle := self.find_obstacle(source, metas or []):
+            raise RequestError(obstacle)
         null = self.conditioner.null(len(seeds))
         if source == "eeg":
             condition = self.conditioner(self.encoder(scale_eeg(eeg_B128T, self.encoder, self.device)))
@@ -449,17 +473,8 @@ class StableDiffusionGenerator:
             condition = self.embed_captions([read_caption(meta) for meta in metas])
         else:
             condition = null
-        size, generators = self.unet.config.sample_size, make_generators(seeds)
-        z_B4hw = sample(
-            lambda x, time, states: self.unet(x, time, states[0], class_labels=states[1]).sample,
-            # Latents may have values outside -1 to 1, the range of pixels, so the scheduler must not clip them.
-            make_scheduler(chosen.sampler, self.pipeline.scheduler.config, clip_sample=False),
-            draw_noise((self.unet.config.in_channels, size, size), generators, self.device),
-            condition,
-            null,
-            steps=chosen.steps,
-            guidance_scale=1.0 if source == "no_eeg" else chosen.guidance_scale,
-            generators=generators,
-        )
-        images = self.vae.decode(z_B4hw / self.vae.config.scaling_factor).sample
+        if source == "no_eeg":
+            chosen = replace(chosen, guidance_scale=1.0)
+        config = self.pipeline.scheduler.config
+        images = sample_images(self.unet, self.vae, config, condition, null, chosen, seeds)
         return to_pixels(check_finite(images, self.folder))

@@ -7,6 +7,8 @@ Tensor shapes: B trials, T time points, M different images, h rows and w columns
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +89,9 @@ class StableDiffusionConfig:
     """Augmentation of the EEG in training."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.99))
     """Settings of the training: steps, batch size, learning rate and so on."""
+    license: str = "unknown"
+    """Licence of the trained weights for the model card, as an identifier of the Hugging Face hub, e.g. cc-by-4.0. The
+    licences of the base model and of the training data may restrict the licence of the weights."""
     val_trials: int = 256
     """Largest number of val trials that an evaluation uses. The used trials are spread evenly over the val split."""
     num_processes: int = 1
@@ -104,6 +109,8 @@ class StableDiffusionConfig:
                 "'drop' must be at least 0 and below 1, and 'hidden' and 'val_trials' at least 1, got "
                 f"{self.drop}, {self.hidden} and {self.val_trials}"
             )
+        if not re.fullmatch(r"[A-Za-z0-9.-]+", self.license):
+            raise ValueError(f"license is '{self.license}'; give an identifier such as cc-by-4.0, mit or unknown")
         if self.order == "joint" and self.clip is None:
             raise ValueError(
                 "'order: joint' needs the key 'clip': give the CLIP model whose image embeddings the encoder learns"
@@ -219,7 +226,7 @@ def train(config: StableDiffusionConfig) -> int:
     table, val_table = ImageTable(data), ImageTable(val)
     with (
         start_processes(config, config.training.precision) as accelerator,
-        use_run(config, accelerator, free=free_keys("training", independent_samples=True)) as run,
+        use_run(config, accelerator, free=("license", *free_keys("training", independent_samples=True))) as run,
     ):
         if report_finished(run):
             return EXIT_DONE
@@ -280,7 +287,25 @@ def train(config: StableDiffusionConfig) -> int:
                 "labels": data.labels,
             }
             origin |= {"tune": config.tune, "order": config.order, "drop": config.drop, "eeg": config.eeg.part}
-            save_model(run.path / "model", model, pipeline, {**found, **origin})
+            card = {
+                "license": config.license,
+                "data": {
+                    "dataset": Path(config.dataset).name,
+                    "dataset_id": data.manifest.dataset_id,
+                    "train trials": len(data),
+                    "train images": len(table),
+                    "categories": ", ".join(data.labels),
+                    "samples of a trial": data.n_times,
+                    "part of a trial (s from the onset; empty: default)": config.eeg.part,
+                },
+                "settings": {
+                    "base": config.base,
+                    **{name: getattr(config, name) for name in ("order", "tune", "time_path", "drop", "seed")},
+                    "training": dataclasses.asdict(config.training),
+                },
+                "results": {"best step": result.best_step, **result.best},
+            }
+            save_model(run.path / "model", model, pipeline, {**found, **origin}, card)
             plot_losses(run, run.path / "plots" / "loss.png", ["train/denoise", "val/loss", "val/shuffled"])
             run.status("done", **found)
             print(

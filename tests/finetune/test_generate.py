@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_sharding.common.errors import run_main
+from data_sharding.common.errors import RequestError, run_main
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.generate import main
@@ -202,6 +202,36 @@ def test_floor_and_ceiling_do_not_use_the_eeg(model: Path, paired_dataset: Path,
     images = generator.generate(eeg, **options)
     np.testing.assert_array_equal(images, generator.generate(eeg + 1, **options))
     assert (images[0] != images[1]).any()  # The noise of the two images is equal, but their captions differ.
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        (0.0, "this model was trained with drop 0"),
+        (None, "dreamscale.json does not say with which 'drop' this model was trained"),
+    ],
+)
+def test_a_model_that_never_saw_the_null_condition_refuses_guidance_and_no_eeg(
+    drop: float | None,
+    message: str,
+    model: Path,
+    paired_dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = shutil.copytree(model, tmp_path / "model")
+    values = json.loads((copy / "dreamscale.json").read_text())
+    assert values.pop("drop") == 0.1
+    (copy / "dreamscale.json").write_text(json.dumps(values if drop is None else {**values, "drop": drop}))
+    args = [str(copy), str(paired_dataset), "--steps", "1", "--limit", "2"]
+    assert run_main(main, [*args, "-o", str(tmp_path / "guided"), "--guidance_scale", "2"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error and not (tmp_path / "guided").exists()
+    assert main([*args, "-o", str(tmp_path / "out"), "--controls", "[no_eeg]"]) == 0
+    assert json.loads((tmp_path / "out" / "generated.json").read_text())["guidance_scale"] == 1
+    assert message in json.loads((tmp_path / "out-no_eeg" / "generated.json").read_text())["not_applicable"]
+    with pytest.raises(RequestError, match="drop"):
+        load_generator(copy).generate(torch.randn(1, 128, 128), seeds=[1], steps=1, source="no_eeg")
 
 
 def test_the_ancestral_sampler_of_stable_diffusion_keeps_each_trials_noise(model: Path) -> None:

@@ -138,7 +138,7 @@ class EEGToImagePipeline(DiffusionPipeline):
         ValueError
             If the settings do not fit the model, or a trial has too many channels.
         """
-        if sampler == "dpmsolver++" or output_type not in ("pil", "np"):
+        if sampler not in (None, "ddpm", "ddim") or output_type not in ("pil", "np"):
             raise ValueError("use the sampler ddpm or ddim, and the output_type pil or np")
         eeg_BCT = torch.as_tensor(np.asarray(eeg) if not isinstance(eeg, Tensor) else eeg).to(self.unet.device)
         has_null = self.unet.null is not None

@@ -15,9 +15,9 @@ from finetune.dm_re2i.backbones import build_unet, load_unet
 from finetune.dm_re2i.config import DMRE2IConfig, EGDDPMStage
 from finetune.dm_re2i.eg_ddpm import EGDDPM, ChannelNorm, ResidualAttention
 from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig
-from finetune.dm_re2i.portable.guide import count_true_channels
 from finetune.dm_re2i.portable.pipeline import sample_images
 from finetune.dm_re2i.unet2d import GuidedUNet2D
+from finetune.portable.eeg import count_true_channels
 
 NOISING = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 

@@ -23,7 +23,7 @@ from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig
 from finetune.dm_re2i.guide import EEGGuide
 from finetune.dm_re2i.model import ClassMeans, DMRE2IGenerator, save_model
 from finetune.generators import load_generator
-from finetune.standalone import write_standalone
+from finetune.portable.standalone import write_standalone
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.model.config import EncoderConfig
 
