@@ -28,9 +28,9 @@ from finetune.eeg import choose_evenly, group_repeats, read_means
 from finetune.generation.config import GenerateConfig
 from finetune.generation.exchange import exchange_all, exchange_within, read_noise
 from finetune.generation.images import MakeImages, generate_images
-from finetune.generation.partial import PartialFolder
+from finetune.generation.partial import PartialFolder, name_sample
 from finetune.generation.predictors import PREDICTORS, predict
-from finetune.generation.trials import NotApplicableError, Trial, list_trials, trial_seed
+from finetune.generation.trials import NotApplicableError, Trial, list_trials, sample_seed
 from finetune.generators import Generator, Source, digest_model, load_generator
 from finetune.images import ImageTable, open_paired
 from finetune.training.accelerate import WAIT_S, get_world, make_accelerator, quiet_libraries
@@ -38,7 +38,7 @@ from pretrain.evidence.openings import record_opening
 from pretrain.runs.distributed import World
 
 T = TypeVar("T")
-TEXTS = ("model_digest", "seed", "steps", "guidance_scale", "sampler", "control")
+TEXTS = ("model_digest", "seed", "steps", "guidance_scale", "sampler", "precision", "control")
 """Entries of generated.json that are also stored in each generated image."""
 
 
@@ -79,14 +79,14 @@ def _use_model(generator: Generator, dataset: EEGDataset, config: GenerateConfig
     """Return a function that generates the images of a batch with a model."""
     source = _choose_source(config)
 
-    def make(batch: Sequence[Trial]) -> NDArray[np.uint8]:
+    def make(batch: Sequence[Trial], number: int) -> NDArray[np.uint8]:
         if config.control == "noise":
             eeg_B128T = read_noise(dataset, batch, config.seed)
         else:
             eeg_B128T = read_means(dataset, [trial.source or trial.numbers for trial in batch])
         return generator.generate(
             eeg_B128T,
-            seeds=[trial_seed(config.seed, trial.key) for trial in batch],
+            seeds=[sample_seed(config.seed, trial.key, number) for trial in batch],
             steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
             sampler=sampling.sampler,
@@ -123,7 +123,7 @@ def _open_train(dataset: EEGDataset, config: GenerateConfig) -> EEGDataset:
 def _show_pictures(table: ImageTable, trials: list[Trial], rows_B: NDArray[np.int64], size: int) -> MakeImages:
     """Return a function that returns, for a batch of trials, the training pictures that a predictor chose."""
     row_of = {trial.key: int(row) for trial, row in zip(trials, rows_B, strict=True)}
-    return lambda batch: table.pixels([row_of[trial.key] for trial in batch], size)
+    return lambda batch, number: table.pixels([row_of[trial.key] for trial in batch], size)
 
 
 def _describe(config: GenerateConfig, generator: Generator, dataset: EEGDataset, sampling: Sampling) -> dict[str, Any]:
@@ -139,6 +139,7 @@ def _describe(config: GenerateConfig, generator: Generator, dataset: EEGDataset,
         "split": config.split,
         "control": config.control,
         **dataclasses.asdict(sampling),
+        "precision": config.precision,
         "average_repeats": config.average_repeats,
         "eeg": generator.part,
         "seed": config.seed,
@@ -154,9 +155,24 @@ class _Plan:
     make: MakeImages
     extra: list[dict[str, Any]]
     """For each trial, the entries of generated.json that only this control has."""
+    samples: int = 1
+    """Number of images for each trial."""
+    seed: int | None = None
+    """Seed from which the seeds of the noise are computed; None if the images are not made from noise."""
 
     def describe(self) -> list[dict[str, Any]]:
-        return [trial.describe() | extra for trial, extra in zip(self.trials, self.extra, strict=True)]
+        numbers = range(1, self.samples)
+        entries = []
+        for trial, extra in zip(self.trials, self.extra, strict=True):
+            files = [name_sample(trial.key, number) for number in numbers]
+            entries.append(trial.describe() | extra | ({"sample_files": files} if files else {}))
+        return entries
+
+    def describe_image(self, trial: Trial, number: int) -> dict[str, object]:
+        """Return what the file of an image says in addition to the entries `TEXTS`."""
+        if self.seed is None:
+            return {}
+        return {"sample": number, "noise_seed": sample_seed(self.seed, trial.key, number)}
 
 
 def _make_plan(
@@ -175,7 +191,8 @@ def _make_plan(
         raise NotApplicableError(obstacle)
     if control not in PREDICTORS:
         extra = [{"noise": True} if control == "noise" else {} for _ in trials]
-        return _Plan(trials=trials, make=_use_model(generator, dataset, config, sampling), extra=extra)
+        make = _use_model(generator, dataset, config, sampling)
+        return _Plan(trials=trials, make=make, extra=extra, samples=config.samples, seed=config.seed)
     table = ImageTable(_open_train(dataset, config))
     found = _compute_on_first(
         world,
@@ -192,8 +209,8 @@ def _make_images(config: GenerateConfig, plan: _Plan, dataset: EEGDataset, about
     """Make the images and write the complete result to the output folder, unless the folder has this result already."""
     output = Path(config.output)
     settings = {name: value for name, value in about.items() if name not in ("model", "dataset")}
-    folder = PartialFolder(output, {**settings, "limit": config.limit})
-    about = {**about, "trials": plan.describe()}
+    folder = PartialFolder(output, {**settings, "limit": config.limit, "samples": plan.samples})
+    about = {**about, "samples": plan.samples, "trials": plan.describe()}
     if _compute_on_first(world, lambda: folder.is_complete(about)):
         if world.first:
             print(f"{output}: these {len(plan.trials)} images exist already; next: {_say_next(config)}")
@@ -220,6 +237,8 @@ def _make_images(config: GenerateConfig, plan: _Plan, dataset: EEGDataset, about
             folder,
             texts={name: about[name] for name in TEXTS},
             batch_size=config.batch_size,
+            samples=plan.samples,
+            describe=plan.describe_image,
             finished=finished,
             world=world,
         )
@@ -285,6 +304,8 @@ def generate(config: GenerateConfig) -> int:
     # the dataset.
     version = _compute_on_first(world, lambda: open_paired(config.dataset, config.split).manifest.dataset_id)
     generator = load_generator(config.model, str(world.device))
+    if config.precision == "bf16":
+        generator.use_bf16()
     part = generator.part
     # On rank 0, `open_paired` prints how many trials are left out.
     open_split = open_paired if world.first else EEGDataset

@@ -76,6 +76,16 @@ class Generator(Protocol):
         """
         ...
 
+    def use_bf16(self) -> None:
+        """Store the weights of the denoising network in bf16, and compute with them.
+
+        Raises
+        ------
+        RequestError
+            If this is not possible with this kind of model.
+        """
+        ...
+
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
         """Find out whether the model can generate images from a source of the condition: EEG, no EEG, or the category.
 

@@ -243,6 +243,10 @@ class DMRE2IGenerator:
         except ValueError as error:
             raise RequestError(f"{self.folder}: {error}") from None
 
+    def use_bf16(self) -> None:
+        """Raise `RequestError`, because this kind of model computes in fp32 only."""
+        raise RequestError(f"{self.folder}: only Stable Diffusion can compute in bf16; use precision fp32")
+
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
         """Return why the model cannot generate images from a source (see `finetune.generators.Source`).
 

@@ -244,9 +244,11 @@ def read_not_applicable(path: str | Path) -> str:
 
 SAME = (
     *("model_digest", "kind", "dataset_id", "dataset_version", "split", "seed", "sampler", "steps", "guidance_scale"),
-    *("average_repeats", "eeg", "labels"),
+    *("average_repeats", "eeg", "labels", "precision"),
 )
 """Entries of generated.json that must be equal in a folder of images and in a folder of control images."""
+_OLDER = {"precision": "fp32"}
+"""Values of entries that generated.json does not have if an older version wrote the file."""
 
 
 def check_control(own: GeneratedSet, control: GeneratedSet) -> None:
@@ -315,9 +317,10 @@ def check_settings(own: GeneratedSet, about: dict[str, Any], path: Path) -> None
                 f"{folder}: generated.json has no model_digest (checksum of the model); generate the images again"
             )
     for key in SAME:
-        if about.get(key) != own.about.get(key):
+        values = [content.get(key, _OLDER.get(key)) for content in (about, own.about)]
+        if values[0] != values[1]:
             raise RequestError(
-                f"{path}: {key} is {show(repr(about.get(key)))}, but {show(repr(own.about.get(key)))} in {own.path}; "
+                f"{path}: {key} is {show(repr(values[0]))}, but {show(repr(values[1]))} in {own.path}; "
                 "generate both folders with the same settings"
             )
 

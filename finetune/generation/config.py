@@ -52,6 +52,13 @@ class GenerateConfig:
     """Scale of the classifier-free guidance; 1 switches guidance off. Empty: the scale is 2, or 1 for the samplers
     euler and lcm and for a model that was trained without dropped conditions (drop 0). A scale other than 1 needs a
     model that was trained with dropped conditions."""
+    samples: int = 1
+    """Number of images for each trial, each from other noise. The first image of each trial, in images/, does not
+    depend on this number, and `dreamscale evaluate` scores only the first image. The other images are in samples/1,
+    samples/2 and so on. The controls that show training images have one image for each trial."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which the denoising network of Stable Diffusion computes. With bf16, the network needs half the
+    memory, and is faster on a GPU. Encoder, projector and VAE always compute in fp32."""
     average_repeats: int = 0
     """Largest number of presentations of the same image to the same subject that are averaged to one trial. 0: average
     all presentations, as papers do with test images. 1: average nothing."""
@@ -67,7 +74,7 @@ class GenerateConfig:
     """Device of the computation: auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "num_processes"):
+        for name in ("steps", "samples", "batch_size", "num_processes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         repeated = {name for name in self.controls if [self.control, *self.controls].count(name) > 1}

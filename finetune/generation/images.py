@@ -19,8 +19,11 @@ from finetune.images import decode_image
 from pretrain.runs.distributed import World
 from pretrain.runs.stop import StopSignal
 
-MakeImages = Callable[[Sequence[Trial]], NDArray[np.uint8]]
-"""Function that makes the images [B, H, W, 3] of a batch of trials."""
+MakeImages = Callable[[Sequence[Trial], int], NDArray[np.uint8]]
+"""Function that makes the images [B, H, W, 3] of a batch of trials. The second argument is 0 for the first image of
+each trial, 1 for the second image, and so on."""
+DescribeImage = Callable[[Trial, int], Mapping[str, object]]
+"""Function that returns the metadata of one image of a trial."""
 
 
 def generate_images(
@@ -31,6 +34,8 @@ def generate_images(
     *,
     texts: Mapping[str, object],
     batch_size: int,
+    samples: int = 1,
+    describe: DescribeImage | None = None,
     finished: set[str] | None = None,
     world: World | None = None,
 ) -> None:
@@ -53,6 +58,10 @@ def generate_images(
         Keywords and values that are stored as metadata in the file of each generated image.
     batch_size : int
         Number of trials in a batch.
+    samples : int
+        Number of images for each trial.
+    describe : callable, optional
+        Function that returns further metadata of an image.
     finished : set of str, optional
         Keys of the trials whose images are finished. The set must be the same on every process.
     world : World, optional
@@ -66,6 +75,7 @@ def generate_images(
         If a stop of the command was requested. Every process finishes its current batch before the error is raised.
     """
     world, finished = world or World(), finished or set()
+    describe = describe or (lambda trial, number: {})
     batches = [trials[start : start + batch_size] for start in range(0, len(trials), batch_size)]
     batches = [batch for batch in batches if any(trial.key not in finished for trial in batch)]
     own = batches[world.rank :: world.size]
@@ -77,7 +87,12 @@ def generate_images(
                 stopped = stop.requested
                 if stopped:
                     break
-                _store_batch(make(batch), dataset, batch, folder, texts, finished)
+                made = [make(batch, number) for number in range(samples)]
+                for row, trial in enumerate(batch):
+                    if trial.key not in finished:
+                        own_texts = [{**texts, "trial": trial.key, **describe(trial, n)} for n in range(samples)]
+                        real = _read_real(dataset, trial, made[0].shape[1])
+                        folder.add(trial.key, [images[row] for images in made], real, own_texts)
                 advance(len(batch))
         except RequestError as error:
             # The error may occur only in this process, so a process other than rank 0 must print the error itself.
@@ -89,16 +104,6 @@ def generate_images(
             )
 
 
-def _store_batch(
-    images_BHW3: NDArray[np.uint8],
-    dataset: EEGDataset,
-    batch: Sequence[Trial],
-    folder: PartialFolder,
-    texts: Mapping[str, object],
-    finished: set[str],
-) -> None:
-    for trial, image in zip(batch, images_BHW3, strict=True):
-        if trial.key not in finished:
-            name = f"{dataset.path}: sample {trial.key}"
-            real = decode_image(dataset.image(trial.numbers[0]), image.shape[0], name=name)
-            folder.add(trial.key, image, real, {**texts, "trial": trial.key})
+def _read_real(dataset: EEGDataset, trial: Trial, size: int) -> NDArray[np.uint8]:
+    """Return the image that the person saw, with `size` rows and columns."""
+    return decode_image(dataset.image(trial.numbers[0]), size, name=f"{dataset.path}: sample {trial.key}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from pretrain.runs.lock import hold_lock
 
 FOLDERS = ("images", "real")
 """Names of the folders in a result: generated images, and the images that the person saw."""
+SAMPLES = "samples"
+"""Name of the folder with the second and further images of the trials."""
 _STATE, _LOCK = "partial.json", "lock"
+
+
+def name_sample(key: str, number: int) -> str:
+    """Return the path, in a result, of the image `number` (1 or more) of a trial."""
+    return f"{SAMPLES}/{number}/{key}.png"
 
 
 def encode_png(pixels_HW3: np.ndarray, texts: Mapping[str, object] | None = None) -> bytes:
@@ -74,7 +81,9 @@ class PartialFolder:
             same = read_json(self.output / "generated.json") == about
         except RequestError:
             return False
-        files = [trial[name] for trial in about["trials"] for name in ("file", "real_file")] if same else []
+        trials = about["trials"] if same else []
+        files = [trial[name] for trial in trials for name in ("file", "real_file")]
+        files += [file for trial in trials for file in trial.get("sample_files", [])]
         return same and all((self.output / file).is_file() for file in files)
 
     def open(self) -> set[str]:
@@ -106,13 +115,13 @@ class PartialFolder:
                 f"{self.path}: the unfinished images were made with other settings ({', '.join(differ)}), so they are "
                 "deleted and all images are generated again"
             )
-            for name in FOLDERS:
+            for name in (*FOLDERS, SAMPLES):
                 shutil.rmtree(self.path / name, ignore_errors=True)
         write_json(self.path / _STATE, {"digest": digest_of(self.settings), "settings": self.settings})
         for name in FOLDERS:
             (self.path / name).mkdir(exist_ok=True)
-            for path in (self.path / name).glob(".*.tmp"):
-                path.unlink()
+        for path in self.path.rglob(".*.png.*.tmp"):
+            path.unlink()
         return self.finished()
 
     def _names(self) -> set[str]:
@@ -134,20 +143,28 @@ class PartialFolder:
         images, real = ({path.stem for path in (self.path / name).glob("*.png")} for name in FOLDERS)
         return images & real
 
-    def add(self, key: str, image_HW3: np.ndarray, real_HW3: np.ndarray, texts: Mapping[str, object]) -> None:
+    def add(
+        self, key: str, images: Sequence[np.ndarray], real_HW3: np.ndarray, texts: Sequence[Mapping[str, object]]
+    ) -> None:
         """Store the images of a trial, so that a later stop of the command cannot lose the images.
 
         Parameters
         ----------
         key : str
             Key of the trial, which is a valid file name.
-        image_HW3, real_HW3 : ndarray of uint8, shape (H, W, 3)
-            Generated image, and the image that the person saw.
-        texts : mapping
-            Keywords and values that are stored as metadata in the file of the generated image.
+        images : sequence of ndarray of uint8, shape (H, W, 3)
+            Generated images of the trial.
+        real_HW3 : ndarray of uint8, shape (H, W, 3)
+            Image that the person saw.
+        texts : sequence of mapping
+            For each generated image, the keywords and values that are stored as metadata in its file.
         """
+        # The first image is written last: if it exists, all images of the trial exist.
         atomic_write_bytes(self.path / "real" / f"{key}.png", encode_png(real_HW3))
-        atomic_write_bytes(self.path / "images" / f"{key}.png", encode_png(image_HW3, texts))
+        for number in reversed(range(len(images))):
+            path = self.path / (name_sample(key, number) if number else f"images/{key}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_bytes(path, encode_png(images[number], texts[number]))
 
     def complete(self, about: dict[str, Any]) -> None:
         """Write generated.json, and rename the folder to the output. An older output is deleted.

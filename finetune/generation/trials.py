@@ -85,6 +85,11 @@ def trial_seed(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") >> 1
 
 
+def sample_seed(seed: int, key: str, number: int) -> int:
+    """Return the seed of one of a trial's images. Image 0 has the seed of the trial (see `trial_seed`)."""
+    return trial_seed(seed, f"sample {number}:{key}" if number else key)
+
+
 def derange(n: int, seed: int) -> np.ndarray:
     """Draw a random permutation without fixed points; all such permutations are equally likely.
 

@@ -245,6 +245,10 @@ class LinearGenerator:
         """Return sampling settings. The settings are recorded but not used, because the linear model has no sampler."""
         return Sampling(sampler=sampler or "ddim", steps=steps or 1, guidance_scale=guidance_scale or 1.0)
 
+    def use_bf16(self) -> None:
+        """Raise `RequestError`, because this kind of model computes in fp32 only."""
+        raise RequestError(f"{self.folder}: only Stable Diffusion can compute in bf16; use precision fp32")
+
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
         """Return why the model cannot make images from `source`; empty for EEG (see `finetune.generators.Source`).
 

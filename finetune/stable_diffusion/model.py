@@ -397,6 +397,10 @@ class StableDiffusionGenerator:
         except ValueError as error:
             raise RequestError(f"{self.folder}: {error}") from None
 
+    def use_bf16(self) -> None:
+        """Store the weights of the U-Net in bf16, and compute with them."""
+        self.unet.to(torch.bfloat16)
+
     def find_obstacle(self, source: Source, metas: Sequence[dict[str, Any]]) -> str:
         """Return why the model cannot generate images from a source (see `finetune.generators.Source`).
 

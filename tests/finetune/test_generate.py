@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 from data_sharding.common.errors import RequestError, run_main
+from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
 from data_sharding.processing.preprocess import PreprocessSpec
+from finetune.evaluation.generated import check_control, read_generated
 from finetune.generate import main
 from finetune.generation.partial import PartialFolder
 from finetune.generation.trials import derange, trial_seed
@@ -64,10 +66,65 @@ def test_each_image_says_how_it_was_generated(model: Path, paired_dataset: Path,
     assert main([*args, "--seed", "5"]) == 0
     about = json.loads((tmp_path / "out" / "generated.json").read_text())
     assert about["model_digest"] == digest_model(model)
-    expected = {name: str(about[name]) for name in ("model_digest", "steps", "sampler", "guidance_scale")}
+    expected = {name: str(about[name]) for name in ("model_digest", "steps", "sampler", "guidance_scale", "precision")}
     for trial in about["trials"]:
         texts = Image.open(tmp_path / "out" / trial["file"]).text  # pyright: ignore[reportAttributeAccessIssue]
-        assert texts == expected | {"trial": trial["key"], "seed": "5", "control": "none"}
+        noise_seed = str(trial_seed(5, trial["key"]))
+        own = {"trial": trial["key"], "seed": "5", "control": "none", "sample": "0", "noise_seed": noise_seed}
+        assert texts == expected | own
+
+
+def test_samples_of_a_trial_start_from_other_noise_and_the_first_is_the_image_of_a_run_with_one_sample(
+    model: Path, paired_dataset: Path, tmp_path: Path
+) -> None:
+    few = [str(model), str(paired_dataset), "--steps", "2", "--limit", "3"]
+    several = [*few, "--samples", "3", "-o", str(tmp_path / "out")]
+    assert main([*few, "-o", str(tmp_path / "one")]) == 0 and main([*several, "--controls", "[nearest]"]) == 0
+    about = json.loads((tmp_path / "out" / "generated.json").read_text())
+    assert about["samples"] == 3 and read_generated(tmp_path / "out").about == about
+    generator = load_generator(model)
+    data = EEGDataset(paired_dataset, "test")
+    by_key = {data.key(number): number for number in range(len(data))}
+    for trial in about["trials"]:
+        files = [trial["file"], *trial["sample_files"]]
+        assert files[1:] == [f"samples/{number}/{trial['key']}.png" for number in (1, 2)]
+        pictures = [Image.open(tmp_path / "out" / file) for file in files]
+        first = Image.open(tmp_path / "one" / trial["file"])
+        assert np.array_equal(first, pictures[0]) and len({picture.tobytes() for picture in pictures}) == 3
+        # The seed in the metadata gives the same image again.
+        eeg = collate(data, [by_key[trial["key"]]]).eeg.float()
+        for number, picture in enumerate(pictures):
+            texts = picture.text  # pyright: ignore[reportAttributeAccessIssue]
+            assert texts["sample"] == str(number)
+            again = generator.generate(eeg, seeds=[int(texts["noise_seed"])], steps=2)[0]
+            assert np.abs(again.astype(int) - np.asarray(picture).astype(int)).max() <= 1
+    # A control that shows training images has one image for each trial.
+    assert json.loads((tmp_path / "out-nearest" / "generated.json").read_text())["samples"] == 1
+    assert not (tmp_path / "out-nearest" / "samples").exists()
+    # A missing sample is made again.
+    lost = tmp_path / "out" / "samples" / "2" / f"{about['trials'][0]['key']}.png"
+    before = lost.read_bytes()
+    lost.unlink()
+    assert main(several) == 0 and lost.read_bytes() == before
+
+
+def test_bf16_changes_the_images_only_a_little_and_a_control_must_have_the_same_precision(
+    model: Path, paired_dataset: Path, tmp_path: Path
+) -> None:
+    few = [str(model), str(paired_dataset), "--steps", "2", "--limit", "2"]
+    assert main([*few, "-o", str(tmp_path / "full"), "--controls", "[shuffle]"]) == 0
+    assert main([*few, "-o", str(tmp_path / "half"), "--precision", "bf16"]) == 0
+    full, half = (read_generated(tmp_path / name) for name in ("full", "half"))
+    assert (full.about["precision"], half.about["precision"]) == ("fp32", "bf16")
+    difference = np.abs(full.images_BHW3[:].astype(int) - half.images_BHW3[:].astype(int))
+    assert 0 < difference.mean() < 5
+    control = read_generated(tmp_path / "full-shuffle")
+    check_control(full, control)
+    with pytest.raises(RequestError, match="precision is 'fp32', but 'bf16'"):
+        check_control(half, control)
+    # A folder of an older version does not name the precision, which was fp32.
+    del full.about["precision"]
+    check_control(full, control)
 
 
 def test_the_digest_of_a_model_depends_on_its_weights_but_not_on_its_place(model: Path, tmp_path: Path) -> None:
@@ -124,7 +181,7 @@ def test_unfinished_images_of_other_settings_are_generated_anew(
     other = PartialFolder(tmp_path / "new", {"steps": 2})
     assert other.open() == set()
     grey = np.full((32, 32, 3), 9, np.uint8)
-    other.add(key, grey, grey, {})
+    other.add(key, [grey], grey, [{}])
     (other.path / "images" / ".x.png.1.tmp").write_bytes(b"")
     other.close(discard=True)
     assert PartialFolder(tmp_path / "new", {"steps": 2}).open() == {key}

@@ -305,7 +305,7 @@ def test_generate_writes_only_into_its_output(tmp_path: Path, paired_dataset: Pa
     with pytest.raises(RequestError, match="no valid key"):
         trials = list_trials(data, [[0], [1]], [[0], [1]])
         generate_images(
-            lambda batch: np.full((len(batch), 8, 8, 3), 128, np.uint8),
+            lambda batch, number: np.full((len(batch), 8, 8, 3), 128, np.uint8),
             data,
             trials,
             folder,
