@@ -80,8 +80,7 @@ class PortableNetwork(ModelMixin, ConfigMixin):
         rows, x_BCT = self.about["n_channels"], pad_channels(eeg_BCT.float())
         if rows < x_BCT.shape[1] and (most := max(count_true_channels(x_CT) for x_CT in x_BCT)) > rows:
             raise ValueError(f"this model takes up to {rows} channels, but a trial has {most}")
-        x_BCT = scale_windows(x_BCT, channels=self.scale_channels(), **self.about["scaling"])
-        return self.embed(x_BCT.to(next(self.network.parameters()).dtype))
+        return self.embed(scale_windows(x_BCT, channels=self.scale_channels(), **self.about["scaling"]))
 
     def embed(self, x_BCT: Tensor) -> Tensor:
         """Compute the output of the network for padded and scaled trials [B, 128, T]."""

@@ -136,9 +136,14 @@ class EEGStableDiffusionPipeline(DiffusionPipeline):
         self.register_to_config(drop=drop)
 
     def to(self, *args: Any, **kwargs: Any) -> EEGStableDiffusionPipeline:
-        """Move all networks to a device or to a number format, as `DiffusionPipeline.to` does."""
+        """Move all networks to a device, and the networks of the stock pipeline to a number format, if one is given.
+
+        The arguments are those of `DiffusionPipeline.to`. Encoder and conditioner are small, and keep fp32 weights.
+        """
         self.pipeline.to(*args, **kwargs)
-        return super().to(*args, **kwargs)
+        self.encoder.to(self.pipeline.unet.device)
+        self.conditioner.to(self.pipeline.unet.device)
+        return self
 
     @torch.no_grad()
     def __call__(
