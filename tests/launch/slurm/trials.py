@@ -30,6 +30,8 @@ from data_sharding.dataset.manifest import Manifest
 
 from .cluster import Cluster, render_job, start_cluster, until
 
+TRAINS = ("pretrain", "align", "finetune", "ddpm")
+"""Stages that write checkpoints."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
 
 
@@ -139,11 +141,16 @@ class Trial:
             time.sleep(0.02)
         return False
 
+    def writes_checkpoint(self) -> bool:
+        """Return whether a checkpoint is being written: its folder then has a temporary name."""
+        folders = (self.out / "checkpoints", self.out / "evrnet" / "checkpoints")
+        return any(list(folder.glob(".partial_*")) for folder in folders)
+
     def disturb(self, kind: str, moment: float) -> bool:
         """Disturb the job; return whether the job was still running then."""
         if kind == "checkpoint":
             self.wait(lambda: time.monotonic() - self.begun > moment, 600)
-            self.wait(lambda: any(self.out.rglob(".partial_*")), 60)
+            self.wait(self.writes_checkpoint, 60)
         else:
             self.wait(lambda: time.monotonic() - self.begun > moment, 600)
         if self.state() != "RUNNING":
@@ -176,8 +183,9 @@ def run_trials(cluster: Cluster, options: argparse.Namespace) -> int:
         known.write_text(json.dumps([time.monotonic() - undisturbed.begun, digest(options.stage, undisturbed.out)]))
     duration, expected = json.loads(known.read_text())
     good = 0
+    kinds = [kind for kind in options.kinds if kind != "checkpoint" or options.stage in TRAINS]
     for number in range(options.first, options.first + options.times):
-        kind = options.kinds[number % len(options.kinds)]
+        kind = kinds[number % len(kinds)]
         moment = random.Random(f"{options.seed} {number}").uniform(0.15, 0.95) * duration
         trial = Trial(cluster, options, str(number))
         reached = trial.disturb(kind, moment)
