@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from data_sharding.common.config import merge_configs, parse_config, to_yaml
+from data_sharding.common.config import parse_config, to_yaml
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, run_main
 from data_sharding.common.files import atomic_write_text
 from data_sharding.common.plain_yaml import parse_yaml
@@ -23,6 +24,16 @@ Stage = Literal["shard", "align", "finetune", "ddpm", "linear"]
 Result = Literal["retrieve", "generate", "evaluate"]
 PATHS = {"align": ("encoder", "clip"), "finetune": ("encoder", "base")}
 """Paths that a command needs, in addition to its dataset and its output."""
+MADE = ("pretrain", "export", "miniature")
+"""Commands that a smoke run adds to make the models that are not given."""
+_SET_HERE = {
+    **{name: f"give --{name} instead" for name in ("output", "dataset", "encoder", "base", "clip")},
+    **dict.fromkeys(("run", "model", "directory"), "remove this key"),
+    "config": "write the config in 'stages' instead",
+}
+"""Keys of the commands that the preset itself sets, and what to do instead of setting them in `settings`."""
+_FREE = {"evaluate.clip"}
+"""Keys that have a name of `_SET_HERE`, but that the preset does not set."""
 
 
 @dataclass(kw_only=True)
@@ -32,12 +43,13 @@ class PresetConfig:
     output: str
     """Folder for the dataset, the runs, the images and the report. Steps that are complete are not repeated."""
     stages: dict[str, str]
-    """Config of each command, in the order of the commands: shard, then align, finetune, ddpm or linear."""
+    """Config of each command, in this order: shard, align, finetune, ddpm, linear."""
     results: list[Result] = field(default_factory=lambda: ["generate", "evaluate"])
-    """Commands that measure the result: retrieve (needs align), generate and evaluate."""
+    """Commands that measure the result, in this order: retrieve (needs align), generate, evaluate."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Keys that differ from the configs of `stages`; each key begins with its command, as in
-    {finetune.training.steps: 1000}."""
+    {finetune.training.steps: 1000}. Settings on the command line are added to the settings of the file, and replace
+    only the settings with the same key."""
     encoder: str = ""
     """Pretrained encoder package: a directory that `dreamscale export` or `dreamscale convert` wrote."""
     base: str = ""
@@ -50,12 +62,23 @@ class PresetConfig:
     """Number of processes (one for each GPU) of training and generation. 0: the numbers in the configs."""
     smoke: bool = False
     """Run every step with very little training, as a quick test. Models that are not given are replaced by tiny models
-    that the run itself trains for a few steps. The images of a smoke run have no meaning."""
+    that the run itself trains for a few steps. The images of a smoke run have no meaning. `--smoke true` replaces
+    settings of the file, but never settings on the command line."""
 
     def __post_init__(self) -> None:
         trained = [name for name in self.stages if name != "shard"]
-        if wrong := [name for name in self.stages if name not in ("shard", "align", "finetune", "ddpm", "linear")]:
-            raise ValueError(f"stages: '{wrong[0]}' cannot be a stage; use shard, align, finetune, ddpm or linear")
+        order = get_args(Stage)
+        if wrong := [name for name in self.stages if name not in order]:
+            raise ValueError(f"stages: '{wrong[0]}' cannot be a stage; use {', '.join(order[:-1])} or {order[-1]}")
+        if list(self.stages) != [name for name in order if name in self.stages]:
+            raise ValueError(
+                f"stages: {', '.join(self.stages)} is a wrong order; write them in the order of {', '.join(order)}"
+            )
+        results = get_args(Result)
+        if self.results != [name for name in results if name in self.results]:
+            raise ValueError(
+                f"results: write each command once, in the order of {', '.join(results)}; got {', '.join(self.results)}"
+            )
         if not trained:
             raise ValueError("stages: no command trains a model; name align, finetune, ddpm or linear")
         if "retrieve" in self.results and "align" not in trained:
@@ -79,7 +102,8 @@ def read_preset(argv: list[str]) -> PresetConfig:
     Returns
     -------
     PresetConfig
-        The preset, with the settings of the smoke form if `smoke` is true.
+        The preset. Its `settings` have dotted keys, and contain the settings of the file, of the smoke form if `smoke`
+        is true, and of the command line.
 
     Raises
     ------
@@ -93,8 +117,45 @@ def read_preset(argv: list[str]) -> PresetConfig:
             known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml") if path.name != SMOKE))
             raise RequestError(f"{PROG}: no preset '{words[0]}'; give one of {known}, or a YAML file")
         words[0] = str(folder / f"{words[0]}.yaml")
-    config = parse_config(PresetConfig, words, prog=PROG, positionals=("config",))
-    return config
+    words, own = _split_settings(words)
+    plain = [word for word in words if not word.startswith("--print_config")]
+    config = parse_config(PresetConfig, plain, prog=PROG, positionals=("config",))
+    layers = [config.settings, parse_config(_Settings, own, prog=PROG).settings]
+    if config.smoke:
+        # The smoke form replaces what was given before it: the settings of the file, if the command line asks for it.
+        asked = any(word.partition("=")[0] == "--smoke" for word in words)
+        layers.insert(int(asked), _read_smoke(config))
+    settings = {key: value for layer in layers for key, value in flatten(layer).items()}
+    if plain != words:
+        words += ["--settings", json.dumps(settings)]
+        return parse_config(PresetConfig, words, prog=PROG, positionals=("config",))
+    return replace(config, settings=settings)
+
+
+@dataclass(kw_only=True)
+class _Settings:
+    """The key `settings` of the command line alone."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    """As in `PresetConfig`."""
+
+
+def _split_settings(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments without the key `settings`, and the arguments that set it."""
+    others: list[str] = []
+    own: list[str] = []
+    is_value = False
+    for word in words:
+        ours = is_value or word.partition("=")[0] == "--settings" or word.startswith("--settings.")
+        (own if ours else others).append(word)
+        is_value = ours and not is_value and "=" not in word
+    return others, own
+
+
+def _read_smoke(config: PresetConfig) -> dict[str, Any]:
+    """Return the settings of the smoke form for the commands of a preset."""
+    found = parse_yaml((shipped_configs() / "presets" / SMOKE).read_text())
+    return {name: keys for name, keys in found.items() if name in (*config.stages, *config.results, *MADE)}
 
 
 def make_steps(config: PresetConfig) -> list[Step]:
@@ -127,18 +188,18 @@ class _Planner:
         self.paths = {"encoder": config.encoder, "base": config.base, "clip": config.clip}
         self.dataset = config.dataset or str(self.out / "dataset")
         self.made_by: dict[str, str] = {}
-        smoke = parse_yaml((shipped_configs() / "presets" / SMOKE).read_text()) if config.smoke else {}
-        self.commands = [*config.stages, *config.results]
-        keys: dict[str, dict[str, Any]] = {name: {} for name in (*self.commands, *smoke)}
+        commands = [*config.stages, *config.results, *(MADE if config.smoke else ())]
+        self.keys: dict[str, dict[str, Any]] = {name: {} for name in commands}
         for key, value in flatten(config.settings).items():
             command, _, rest = key.partition(".")
-            if command not in self.commands or not rest:
+            if command not in commands or not rest:
                 raise RequestError(
                     f"settings: '{key}' does not begin with a command of the preset; begin it with one of "
-                    f"{', '.join(f'{name}.' for name in self.commands)}"
+                    f"{', '.join(f'{name}.' for name in commands)}"
                 )
-            keys[command][rest] = value
-        self.keys = {name: merge_configs(found, flatten(smoke.get(name, {}))) for name, found in keys.items()}
+            if rest in _SET_HERE and key not in _FREE:
+                raise RequestError(f"settings: '{key}' cannot be set, because the preset sets it; {_SET_HERE[rest]}")
+            self.keys[command][rest] = value
 
     def plan(self) -> list[Step]:
         stages = self.config.stages
@@ -155,10 +216,12 @@ class _Planner:
             words = [stages["shard"], "--output", self.dataset]
             if "encoder" in needed and self.paths["encoder"]:
                 words += ["--encoder", self.paths["encoder"]]
-            self._add("shard", "shard the released files", words, "dataset")
+            shard = self._add("shard", "shard the released files", words, "dataset")
             self.made_by["dataset"] = "shard"
-        if "encoder" in missing:
-            self._make_encoder()
+            if "encoder" in missing:
+                self._make_encoder(shard.preprocess.window)
+        elif "encoder" in missing:
+            raise RequestError(f"{PROG}: give --encoder together with --dataset, because both must fit")
         if {"base", "clip"} & set(missing):
             self._make_base()
         run = ""
@@ -171,20 +234,15 @@ class _Planner:
 
     def _read_order(self) -> str:
         """Return the order of the stage finetune: joint or sequential."""
-        found = parse_yaml(find_config(self.config.stages["finetune"]).read_text()) or {}
-        return self.keys["finetune"].get("order", found.get("order", "sequential"))
+        # The order does not depend on the paths, which are not known yet.
+        words = [word for name in ("dataset", "output", "encoder", "base", "clip") for word in (f"--{name}", name)]
+        words = [self.config.stages["finetune"], *words, *to_words(self.keys["finetune"])]
+        return self._read("finetune", words).order
 
-    def _make_encoder(self) -> None:
+    def _make_encoder(self, window: int) -> None:
         """Add the steps that pretrain a tiny encoder on the dataset, for a smoke run without an encoder."""
-        from data_sharding.job.request import ShardConfig
-
-        if self.config.dataset:
-            raise RequestError(f"{PROG}: give --encoder together with --dataset, because both must fit")
-        spec = parse_config(
-            ShardConfig, [self.config.stages["shard"], "--output", self.dataset], prog=PROG, positionals=("config",)
-        ).preprocess
         words = ["configs/pretrain/tiny.yaml", "--dataset", self.dataset, "--output", str(self.out / "pretrain")]
-        words += ["--model.encoder.samples", str(spec.window)]
+        words += ["--model.encoder.samples", str(window)]
         self._add("pretrain", "pretrain a tiny encoder on the trials", words, "pretrain", needs=["dataset"])
         self.paths["encoder"] = str(self.out / "encoder")
         words = [str(self.out / "pretrain"), self.paths["encoder"]]
@@ -241,20 +299,16 @@ class _Planner:
         extra_needs: list[str] | None = None,
         proofs: list[str] | None = None,
         resumes: bool = False,
-    ) -> None:
-        """Check the config of a step, and add the step.
+    ) -> Any:
+        """Check the config of a step, add the step, and return the config.
 
         `needs` names inputs (dataset, encoder, base, clip), and `extra_needs` names steps.
         """
-        stage = STAGES[name]
-        keys = dict(self.keys.get(name, {}))
-        if self.config.num_processes and (stage.launcher and name not in ("pretrain", "miniature", "evaluate")):
+        keys = dict(self.keys[name])
+        if self.config.num_processes and (STAGES[name].launcher and name not in ("pretrain", "miniature", "evaluate")):
             keys["num_processes"] = self.config.num_processes
         words = [*words, *to_words(keys)]
-        try:
-            stage.read(words)
-        except RequestError as error:
-            raise RequestError(f"{PROG}: {name}: {error}") from None
+        config = self._read(name, words)
         made = [self.made_by[need] for need in needs or () if need in self.made_by]
         self.steps.append(
             Step(
@@ -267,6 +321,15 @@ class _Planner:
                 resumes=resumes,
             )
         )
+        return config
+
+    @staticmethod
+    def _read(name: str, words: list[str]) -> Any:
+        """Return the config of a command."""
+        try:
+            return STAGES[name].read(words)
+        except RequestError as error:
+            raise RequestError(f"{PROG}: {name}: {error}") from None
 
 
 def run_preset(config: PresetConfig) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_sharding.common.config import parse_config
+from data_sharding.common.config import parse_config, to_yaml
 from data_sharding.common.errors import RequestError
 from data_sharding.common.shipped import shipped_configs
 from data_sharding.dataset.dataset import EEGDataset
@@ -155,11 +155,103 @@ def test_wrong_presets_end_with_one_line(published: Path, tmp_path: Path) -> Non
         ("{linear: a.yaml}", "[retrieve]", "'retrieve' needs the stage align"),
         ("{demo: a.yaml}", "[]", "'demo' cannot be a stage"),
         ("{shard: a.yaml}", "[]", "no command trains a model"),
+        (
+            "{finetune: a.yaml, shard: b.yaml}",
+            "[]",
+            "stages: finetune, shard is a wrong order; write them in the order",
+        ),
+        (
+            "{shard: b.yaml, linear: a.yaml}",
+            "[evaluate, generate]",
+            "results: write each command once, in the order of",
+        ),
+        (
+            "{shard: b.yaml, linear: a.yaml}",
+            "[generate, generate]",
+            "results: write each command once, in the order of",
+        ),
     ):
         path = tmp_path / "p.yaml"
         path.write_text(f"output: x\nstages: {stages}\nresults: {results}\n")
         with pytest.raises(RequestError, match=message):
             read_preset([str(path)])
+
+
+def plan(name: str, *words: str) -> dict[str, dict[str, str]]:
+    """Return the keys with their values of each step, from the last value of each key in the words of the step."""
+    steps = make_steps(read_preset([name, *words]))
+    found = {}
+    for step in steps:
+        at = [n for n, word in enumerate(step.words) if word.startswith("--")]
+        found[step.name] = {step.words[n].removeprefix("--"): step.words[n + 1] for n in at}
+    return found
+
+
+def test_the_tiny_encoder_fits_the_settings_of_shard(published: Path, tmp_path: Path) -> None:
+    words = ["--output", str(tmp_path), "--smoke", "true", "--settings", '{"shard.preprocess.window": 256}']
+    keys = plan("sequential", *words)
+    assert keys["shard"]["preprocess.window"] == keys["pretrain"]["model.encoder.samples"] == "256"
+
+
+def test_settings_are_added_to_those_of_the_file(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--output", str(tmp_path), *PATHS, "--settings", '{"generate.steps": 9, "evaluate.clip": "C"}']
+    keys = plan("dreamdiffusion_released", *words)
+    generate = {key: keys["generate"][key] for key in ("steps", "sampler", "controls")}
+    assert generate["steps"] == "9" and generate["sampler"] == "plms" and "nearest" in generate["controls"]
+    assert keys["finetune"]["time_path"] == "true" and keys["evaluate"]["clip"] == "C"
+    assert keys == plan("dreamdiffusion_released", *words[:-1], '{"evaluate.clip": "C"}', "--settings.generate.steps=9")
+    with pytest.raises(SystemExit):
+        read_preset(["dreamdiffusion_released", *words, "--print_config"])
+    assert "generate.sampler: plms\n  generate.steps: 9" in capsys.readouterr().out
+
+
+def test_own_settings_win_over_the_smoke_form(published: Path, tmp_path: Path) -> None:
+    own = '{"finetune": {"training": {"steps": 3}}, "pretrain.steps": 5, "generate.limit": 4}'
+    words = ["--output", str(tmp_path), "--smoke", "true"]
+    config = read_preset(["dreamdiffusion_released", *words, "--settings", own])
+    keys = plan("dreamdiffusion_released", *words, "--settings", own)
+    assert keys["finetune"]["training.steps"] == "3" and keys["finetune"]["training.batch_size"] == "8"
+    assert keys["pretrain"]["steps"] == "5" and keys["pretrain"]["batch_size"] == "8"
+    # The smoke form replaces the 250 steps of the file.
+    assert keys["generate"]["steps"] == "2" and keys["generate"]["limit"] == "4"
+    (tmp_path / "preset.yaml").write_text(to_yaml(config))
+    assert plan(str(tmp_path / "preset.yaml")) == keys
+
+
+def test_settings_cannot_set_what_the_preset_sets(published: Path, tmp_path: Path) -> None:
+    for key, advice in (
+        ("finetune.output", "give --output"),
+        ("align.dataset", "give --dataset"),
+        ("shard.encoder", "give --encoder"),
+        ("finetune.base", "give --base"),
+        ("align.clip", "give --clip"),
+        ("align.config", "write the config in 'stages'"),
+        ("generate.model", "remove this key"),
+        ("evaluate.directory", "remove this key"),
+    ):
+        words = ["sequential", "--output", str(tmp_path), *PATHS, "--settings", json.dumps({key: "x"})]
+        with pytest.raises(
+            RequestError, match=f"settings: '{key}' cannot be set, because the preset sets it; {advice}"
+        ):
+            make_steps(read_preset(words))
+
+
+@pytest.mark.parametrize("stage", ["shard", "finetune"])
+@pytest.mark.parametrize("text", [None, "- a\n- b\n", "a: [1\n"])
+def test_a_wrong_config_of_a_stage_ends_with_one_line(
+    stage: str, text: str | None, published: Path, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    if text is not None:
+        wrong.write_text(text)
+    stages = {"shard": "configs/data_sharding/eeg_imagenet.yaml", "finetune": "configs/finetune/stable_diffusion.yaml"}
+    (tmp_path / "p.yaml").write_text(json.dumps({"output": "x", "stages": {**stages, stage: str(wrong)}}))
+    for words in (PATHS, ["--smoke", "true"]):
+        with pytest.raises(RequestError, match=f"^dreamscale preset: {stage}: .*wrong.yaml") as error:
+            make_steps(read_preset([str(tmp_path / "p.yaml"), *words]))
+        assert "\n" not in str(error.value)
 
 
 def test_the_command_runs_a_chain_that_is_not_repeated(
