@@ -19,6 +19,8 @@ from data_sharding.formats.signal import Segment
 SECONDS_A_DAY = 86400
 DAYS_TO_1970 = 25569
 """Day number of 1 January 1970 in ANT files. In these files, day 0 is 30 December 1899."""
+_DECIMAL = r"\d{1,15}(?:[.,]\d{1,30})?"
+"""Pattern of a number in a table of segments. A number with hundreds of digits would become infinite."""
 NEUROSCAN_EVENT_BYTES = {1: 8, 2: 19, 3: 19}
 """Size of an event in bytes, for each type of the Neuroscan event table."""
 NEUROSCAN_STOPS = {0xB: "correction of the DC offset", 0xE: "discontinuity"}
@@ -68,7 +70,7 @@ def read_ant_segments(table: Path, n_samples: int, sfreq: float, start: float | 
             continue
         if header := re.fullmatch(r"NumberSegments\s*=\s*(\d{1,9})", line, re.IGNORECASE):
             number = int(header.group(1))
-        elif row := re.fullmatch(r"(\d+(?:[.,]\d+)?)\s+(\d+(?:[.,]\d+)?)\s+(\d{1,15})", line):
+        elif row := re.fullmatch(rf"({_DECIMAL})\s+({_DECIMAL})\s+(\d{{1,15}})", line):
             day, fraction = (float(text.replace(",", ".")) for text in row.groups()[:2])
             rows.append((day, fraction, int(row.group(3))))
         else:

@@ -5,7 +5,6 @@ In array shapes, n is the number of channels, and S the number of samples.
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_sharding.common.reason import Reason
+from data_sharding.common.untrusted import is_special
 from data_sharding.formats.channels import is_electrode
 from data_sharding.formats.edf import unique_names
 from data_sharding.formats.mne_signal import NotContinuous, ReadError
@@ -23,9 +23,13 @@ from data_sharding.formats.units import read_units
 if TYPE_CHECKING:
     from data_sharding.formats.sniffing import File
 
-HEADER_BYTES, INDEX = 1024, struct.Struct("<qqqII24x")
-"""Size of the header of each MEF3 file, and layout of an entry of an index file (``.tidx``): offset of the block, start
-time, first sample, number of samples, and size of the block in bytes."""
+HEADER_BYTES = 1024
+"""Size of the header of each MEF3 file."""
+INDEX = np.dtype(
+    [("at", "<i8"), ("time", "<i8"), ("first", "<i8"), ("count", "<u4"), ("size", "<u4"), ("other", "V24")]
+)
+"""Layout of an entry of an index file (``.tidx``): offset of the block, start time, first sample, number of samples,
+and size of the block in bytes."""
 JITTER_S = 0.1
 """A jump of the times between two blocks is a gap from this length on, in seconds, even if the file does not say so."""
 
@@ -35,7 +39,7 @@ def _recognise(file: File) -> None:
 
 
 def check_blocks(path: Path) -> Reason | None:
-    """Compare the index of each signal file with the size of the signal file.
+    """Compare every entry of each index with the previous entry, and with the size of the signal file.
 
     Parameters
     ----------
@@ -45,24 +49,41 @@ def check_blocks(path: Path) -> Reason | None:
     Returns
     -------
     Reason or None
-        The fault of the recording; None if all files are complete.
+        The fault of the recording; None if all files are complete. pymef trusts the index, so it must not open a
+        recording with a fault.
     """
+    if special := next((file for file in sorted(path.rglob("*")) if is_special(file)), None):
+        return Reason("unreadable", f"{special.name} is a device, a socket or a named pipe; remove it")
     found = sorted(path.glob("*.timd/*.segd/*.tmet"))
     if not found:
         return Reason("no signal", "the folder contains no signal (*.timd/*.segd/*.tmet)")
     for header in found:
         index, data = header.with_suffix(".tidx"), header.with_suffix(".tdat")
+        if not header.is_file():
+            return Reason("unreadable", f"{header.name} is not a file; copy the recording again")
         for file in (index, data):
             if not file.is_file():
                 return Reason("sidecar missing", f"{file.name} is missing")
-        entries = index.stat().st_size - HEADER_BYTES
-        if entries < INDEX.size or entries % INDEX.size:
+        content = index.stat().st_size - HEADER_BYTES
+        if content < INDEX.itemsize or content % INDEX.itemsize:
             return Reason("truncated", f"the size of {index.name} is not a whole number of entries")
-        with index.open("rb") as stream:
-            stream.seek(-INDEX.size, 2)
-            at, _, _, _, size = INDEX.unpack(stream.read(INDEX.size))
-        if not HEADER_BYTES <= at <= at + size <= data.stat().st_size:
-            return Reason("truncated", f"{index.name} promises {at + size} bytes, but {data.name} has less")
+        if fault := _check_index(index, data):
+            return fault
+    return None
+
+
+def _check_index(index: Path, data: Path) -> Reason | None:
+    entries = np.frombuffer(index.read_bytes(), INDEX, offset=HEADER_BYTES)
+    at, first = entries["at"], entries["first"]
+    count, size = entries["count"].astype(np.int64), entries["size"].astype(np.int64)
+    if (wrong := (at < HEADER_BYTES) | (count == 0) | (size == 0)).any():
+        return Reason("damaged", f"entry {wrong.argmax()} of {index.name} is not the place of a block of samples")
+    if (wrong := at > data.stat().st_size - size).any():
+        end = int(at[wrong.argmax()]) + int(size[wrong.argmax()])
+        return Reason("truncated", f"{index.name} promises {end} bytes, but {data.name} has less")
+    if (wrong := first[1:] != first[:-1] + count[:-1]).any():
+        place = wrong.argmax() + 1
+        return Reason("damaged", f"entry {place} of {index.name} does not begin where the previous block ends")
     return None
 
 
@@ -92,6 +113,13 @@ class MEF3Signal:
             raise NotContinuous(Reason("no signal", "the folder contains no channel"))
         # Channels with other rates or other interruptions than most electrodes are left out.
         blocks = {name: self._session.get_channel_toc(name) for name in channels}
+        for name, about in channels.items():
+            if not (np.isfinite(sfreq := float(about["fsamp"][0])) and sfreq > 0):
+                raise ReadError(Reason("damaged header", f"the sampling rate of channel {name} is {sfreq:g} Hz"))
+            _, count, first, _ = blocks[name]
+            if (first[1:] != first[:-1] + count[:-1]).any():
+                text = f"the parts (*.segd) of channel {name} do not follow each other; copy the recording again"
+                raise ReadError(Reason("truncated", text))
         kinds = {name: (float(channels[name]["fsamp"][0]), blocks[name][1:].tobytes()) for name in channels}
         electrodes = dict(zip(channels, is_electrode(list(channels)), strict=True))
         counts = Counter({kinds[name]: 0 for name in channels})
@@ -155,17 +183,23 @@ def _list_segments(blocks: np.ndarray, sfreq: float) -> list[Segment]:
     """
     segments: list[Segment] = []
     zero = int(blocks[3, 0])
-    end = 0.0
+    # `expected` is the time of the next block by the clock of the file, and `correction` is added to this clock.
+    expected = correction = 0.0
     for marked, count, start, time in blocks.T.tolist():
         begin = (time - zero) / 1e6
-        if segments and abs(begin - end) < (0.5 / sfreq if marked else JITTER_S):
+        # Each block is compared with the previous block only, so that a slow drift of the clock is not a gap.
+        if segments and abs(begin - expected) < (0.5 / sfreq if marked else JITTER_S):
             last = segments[-1]
             segments[-1] = Segment(start=last.start, stop=start + count, onset=last.onset)
         else:
-            # If the clock was set back, the segment begins at the end of the previous segment.
-            segments.append(Segment(start=start, stop=start + count, onset=max(begin, end)))
-        last = segments[-1]
-        end = last.onset + (last.stop - last.start) / sfreq
+            if segments:
+                # If the clock was set back, the segment begins at the end of the previous segment, and all later
+                # segments are moved by the same time.
+                last = segments[-1]
+                end = last.onset + (last.stop - last.start) / sfreq
+                correction = max(correction, end - begin)
+            segments.append(Segment(start=start, stop=start + count, onset=begin + correction))
+        expected = begin + count / sfreq
     return segments
 
 
@@ -175,6 +209,6 @@ FORMAT = Format(
     open=MEF3Signal,
     title="MEF3 (folder `.mefd`)",
     recognised_by="name of the folder",
-    compared="the last block of each file",
+    compared="every block of each file",
     package="pymef",
 )

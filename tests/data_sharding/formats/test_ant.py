@@ -72,6 +72,8 @@ def test_tables_in_several_notations(tmp_path: Path, table: str) -> None:
         (f"NumberSegments=99999999999\n{LINE}", "line 1 of a.seg is neither"),
         (f"NumberSegments=two\n{LINE}", "line 1 of a.seg is neither"),
         (f"NumberSegments=2\n{'1' * 5000}\n{LINE}", "line 2 of a.seg is neither"),
+        (f"NumberSegments=2\n{'1' * 400} 0.5 300\n", "line 2 of a.seg is neither"),
+        (f"NumberSegments=2\n45541.501 {'9' * 400} 300\n", "line 2 of a.seg is neither"),
         ("NumberSegments=2\n45541.501 0.5\n", "line 2 of a.seg is neither"),
         ("NumberSegments=2\n45541.501 0.5 -300\n", "line 2 of a.seg is neither"),
         ("NumberSegments=2\n45541.6 0 5000\n", "a.seg has 5000 samples after the first segment, but the recording"),
