@@ -82,11 +82,16 @@ def choose_sampling(
     Raises
     ------
     ValueError
-        If `steps` is larger than the number of steps of the forward process, or if guidance is used without a null
-        condition.
+        If the sampler is unknown, if `steps` is below 1 or larger than the number of steps of the forward process, or
+        if guidance is used without a null condition.
     """
+    if sampler not in (known := ("ddpm", *DEFAULT_STEPS)):
+        raise ValueError(f"the sampler '{sampler}' is unknown; use one of {', '.join(known)}")
     most = int(noising_config["num_train_timesteps"])
-    steps = steps or (most if sampler == "ddpm" else min(DEFAULT_STEPS[sampler], most))
+    if steps is None:
+        steps = most if sampler == "ddpm" else min(DEFAULT_STEPS[sampler], most)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1")
     if sampler == "lcm" and steps > LCM_STEPS:
         raise ValueError(f"steps is {steps}; it must not be above {LCM_STEPS} for the sampler lcm")
     if steps > most:

@@ -6,6 +6,7 @@ columns of a latent, E width of the U-Net's time embedding, P width of CLIP's pr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from data_sharding.common.files import atomic_directory, write_json
 from data_sharding.common.untrusted import check_count, check_number
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.clip_head import ClipHead
-from finetune.diffusion import Condition, SamplerName, Sampling, choose_sampling, denoising_errors
+from finetune.diffusion import FEW_STEP, Condition, SamplerName, Sampling, choose_sampling, denoising_errors
 from finetune.eeg import scale_eeg
 from finetune.foreign_models import (
     MAX_SIDE,
@@ -380,15 +381,23 @@ class StableDiffusionGenerator:
         """Fill in the sampling settings that are None (see `finetune.generators.Generator`).
 
         The default sampler is DPM-Solver++, or DDIM for a base model with a cosine noise schedule. Guidance needs a
-        model that was trained with dropped conditions.
+        model that was trained with dropped conditions. If it is unknown whether conditions were dropped, a message says
+        that guidance is switched off.
         """
         config = self.pipeline.scheduler.config
         if guidance_scale not in (None, 1) and self.drop is None:
             raise RequestError(f"{self._say_unknown_drop()}; or set guidance_scale to 1")
+        sampler = sampler or choose_sampler(config)
+        unknown = guidance_scale is None and self.drop is None and sampler not in FEW_STEP
+        if unknown and os.environ.get("RANK", "0") == "0":
+            print(
+                f"{self._say_unknown_drop()}; guidance_scale is 1 (earlier versions used 2); to hide this message, "
+                "set guidance_scale to 1"
+            )
         try:
             return choose_sampling(
                 config,
-                sampler=sampler or choose_sampler(config),
+                sampler=sampler,
                 steps=steps,
                 guidance_scale=guidance_scale,
                 dropped=bool(self.drop),

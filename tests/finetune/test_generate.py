@@ -285,6 +285,8 @@ def test_a_model_that_never_saw_the_null_condition_refuses_guidance_and_no_eeg(
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error and not (tmp_path / "guided").exists()
     assert main([*args, "-o", str(tmp_path / "out"), "--controls", "[no_eeg]"]) == 0
+    said = "guidance_scale is 1 (earlier versions used 2); to hide this message, set guidance_scale to 1"
+    assert capsys.readouterr().out.count(said) == (drop is None)
     assert json.loads((tmp_path / "out" / "generated.json").read_text())["guidance_scale"] == 1
     assert message in json.loads((tmp_path / "out-no_eeg" / "generated.json").read_text())["not_applicable"]
     with pytest.raises(RequestError, match="drop"):

@@ -136,11 +136,17 @@ class EEGToImagePipeline(DiffusionPipeline):
         Raises
         ------
         ValueError
-            If the settings do not fit the model, or a trial has too many channels.
+            If the settings do not fit the model, the number of seeds is not the number of trials, or a trial has too
+            many channels.
         """
         if sampler not in (None, "ddpm", "ddim") or output_type not in ("pil", "np"):
             raise ValueError("use the sampler ddpm or ddim, and the output_type pil or np")
         eeg_BCT = torch.as_tensor(np.asarray(eeg) if not isinstance(eeg, Tensor) else eeg).to(self.unet.device)
+        seeds = list(range(len(eeg_BCT))) if seeds is None else seeds
+        if len(seeds) != len(eeg_BCT):
+            raise ValueError(
+                f"the list of seeds has {len(seeds)} entries; give one seed for each of the {len(eeg_BCT)} trials"
+            )
         has_null = self.unet.null is not None
         sampling = choose_sampling(
             self.scheduler.config,
@@ -151,6 +157,5 @@ class EEGToImagePipeline(DiffusionPipeline):
             has_null=has_null,
         )
         guide = self.evrnet if self.evrnet is not None else self.encoder
-        seeds = list(range(len(eeg_BCT))) if seeds is None else seeds
         images = to_pixels(sample_images(self.unet, self.scheduler.config, guide(eeg_BCT), sampling, seeds))
         return ImagePipelineOutput(images=images if output_type == "np" else self.numpy_to_pil(images / 255.0))

@@ -294,6 +294,11 @@ def test_settings_of_the_sampling_have_defaults_that_fit_the_model() -> None:
     assert chosen(sampler="ddpm").steps == 1000 and chosen(steps=3).steps == 3
     with pytest.raises(ValueError, match="must not be above 1000"):
         chosen(steps=1001)
+    for steps in (0, -3):
+        with pytest.raises(ValueError, match=f"steps is {steps}; it must be at least 1"):
+            chosen(steps=steps)
+    with pytest.raises(ValueError, match="the sampler 'heun' is unknown; use one of ddpm, ddim, "):
+        chosen(sampler="heun")
     with pytest.raises(ValueError, match="cannot use guidance"):
         chosen(dropped=False, has_null=False, guidance_scale=2.0)
 

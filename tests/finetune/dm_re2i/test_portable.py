@@ -51,6 +51,16 @@ for folder in folders:
         images[sampler] = pipeline(eeg, seeds=[5, 6, 7], **options).images
     picture = pipeline(eeg[:1], num_inference_steps=2).images[0]
     assert picture.size == (8, 8) and picture.mode == "RGB"
+    for wrong, text in (
+        (dict(seeds=[1]), "give one seed for each of the 3 trials"),
+        (dict(num_inference_steps=-3), "must be at least 1"),
+    ):
+        try:
+            pipeline(eeg, **wrong)
+        except ValueError as error:
+            assert text in str(error), error
+        else:
+            raise AssertionError(wrong)
     np.savez(folder + ".npz", **images)
 assert not [name for name in sys.modules if name.split(".")[0] in {OWN}]
 """

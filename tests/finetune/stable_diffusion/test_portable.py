@@ -49,11 +49,14 @@ for folder in folders:
     own = pipeline(eeg, seeds=[5, 6, 7], sampler="ddim", num_inference_steps=3, output_type="np").images
     picture = pipeline(eeg[:1], num_inference_steps=2).images[0]
     assert picture.size == (16, 16) and picture.mode == "RGB"
-    for wrong in (dict(eeg=eeg, seeds=[1]), dict(eeg=eeg[..., :32])):
+    for wrong, text in (
+        (dict(seeds=[1]), "one seed"), (dict(eeg=eeg[..., :32]), "reads trials of 64 samples"),
+        (dict(sampler="heun"), "'heun' is unknown"), (dict(num_inference_steps=-3), "must be at least 1"),
+    ):
         try:
-            pipeline(**wrong)
+            pipeline(**{{"eeg": eeg, **wrong}})
         except ValueError as error:
-            assert "one seed" in str(error) or "reads trials of 64 samples" in str(error), error
+            assert text in str(error), error
         else:
             raise AssertionError(wrong)
     # The stock pipeline works before and after the U-Net was used with EEG, and gives the same images.
