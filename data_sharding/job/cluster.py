@@ -29,6 +29,8 @@ NODE_S = 60.0
 """Time limit in seconds for each machine to report which folders it can access."""
 JOIN_S = 300.0
 """Time limit in seconds for the machines of a cluster to join it, if the key `min_nodes` asks for them."""
+OBJECT_STORE = 128 * 2**20
+"""Bytes of Ray's object store on each machine. The results of tasks are small, so a small object store is enough."""
 STORAGE_TRIES = 3
 """Number of attempts for a task if a disk or an object store fails. If the disk is full, the task is tried only
 once."""
@@ -108,12 +110,11 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         options |= {"address": address}
     else:
         cpus = config.num_cpus or count_cores()
-        # The results of tasks are small, so a small object store is enough.
         options |= {
             "address": "local",
             "num_cpus": cpus,
             "include_dashboard": False,
-            "object_store_memory": 128 * 2**20,
+            "object_store_memory": OBJECT_STORE,
         }
     others = find_child_processes()
     with contextlib.ExitStack() as stack:

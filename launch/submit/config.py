@@ -9,9 +9,6 @@ from typing import Literal
 from launch.submit.slurm import SlurmOptions
 from launch.submit.values import check_plain, check_printable
 
-GPUS = 8
-"""GPUs per machine of a stage that trains with a launcher, if the user gives no number."""
-
 
 @dataclass(kw_only=True)
 class SubmitConfig(SlurmOptions):
@@ -60,4 +57,4 @@ class SubmitConfig(SlurmOptions):
             check_plain(key, getattr(self, key))
         for key in ("stage_config", "directory", "python"):
             check_printable(key, getattr(self, key))
-        self.check_slurm(GPUS if self.gpus_per_node is None else self.gpus_per_node)
+        self.check_slurm()

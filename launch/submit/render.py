@@ -103,8 +103,10 @@ def render(config: SubmitConfig, work: Work) -> str:
     # A stage without a launcher and without Ray runs as one process, which uses all cores of the machine. With Ray,
     # each core reads a recording.
     processes = config.cpus_per_node if work.stage.uses_ray else work.local if work.stage.launcher else 1
-    container = shlex.join(config.container_words(work.gpus))
     command = build_command(config, work)
+    directory = config.directory or str(Path.cwd())
+    if config.scheduler == "slurm":
+        command = config.run_in_container(command, work.gpus, directory)
     return template.render(
         config=config,
         name=config.name,
@@ -113,8 +115,8 @@ def render(config: SubmitConfig, work: Work) -> str:
         gpus=work.gpus,
         threads=max(1, config.cpus_per_node // processes),
         ray_nodes=work.stage.uses_ray and work.nodes > 1,
-        directory=config.directory or str(Path.cwd()),
-        launch=f"{container} {command}" if container and config.scheduler == "slurm" else command,
+        directory=directory,
+        launch=command,
         address=config.address,
         image=config.image,
         namespace=config.namespace,

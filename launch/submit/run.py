@@ -80,9 +80,8 @@ def _normalise_flags(words: list[str]) -> list[str]:
     ``--sbatch``.
     """
     normal, options = [], []
-    following = itertools.chain(words[1:], [""])
     skip = False
-    for word, after in zip(words, following, strict=True):
+    for word, after in itertools.pairwise([*words, ""]):
         if skip:
             skip = False
             continue

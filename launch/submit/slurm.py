@@ -8,29 +8,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 from launch.submit.values import check_plain, check_printable
 
 OWN_OPTIONS = {
-    "account": "--account",
-    "array": "--array",
-    "constraint": "--constraint",
-    "cpus-per-task": "--cpus_per_node",
-    "dependency": "--dependency",
-    "gpus-per-node": "--gpus_per_node",
-    "gres": "--gres",
-    "job-name": "--name",
-    "mem": "--mem",
-    "nodes": "--nodes",
-    "ntasks": "--nodes",
-    "ntasks-per-node": "--gpus_per_node",
-    "output": "--logs",
-    "partition": "--partition",
-    "qos": "--qos",
-    "signal": "--grace_s",
-    "time": "--time",
+    "account": "use --account",
+    "array": "use --array",
+    "chdir": "use --directory",
+    "constraint": "use --constraint",
+    "cpus-per-task": "use --cpus_per_node",
+    "dependency": "use --dependency",
+    "gpus": "use --gpus_per_node",
+    "gpus-per-node": "use --gpus_per_node",
+    "gpus-per-task": "use --gpus_per_node",
+    "gres": "use --gres",
+    "job-name": "use --name",
+    "mem": "use --mem",
+    "no-requeue": "leave it out, because a job always resumes through a requeue",
+    "nodes": "use --nodes",
+    "ntasks": "use --nodes",
+    "ntasks-per-node": "leave it out, because it is always 1: one launcher on each machine",
+    "open-mode": "leave it out, because a requeued job always appends to its log",
+    "output": "use --logs",
+    "partition": "use --partition",
+    "qos": "use --qos",
+    "requeue": "leave it out, because a job always resumes through a requeue",
+    "signal": "use --grace_s",
+    "time": "use --time",
 }
-"""Options of sbatch that the job file already contains, and the option of ``dreamscale submit`` that sets each."""
+"""Options of sbatch that the job file itself sets, and what the user should do to change each."""
+_KEPT_BY_CONTAINER = ("PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "HOME", "SHELL", "PWD", "OLDPWD", "_")
+"""Variables that are not passed on to a container of enroot, because they describe the machine and not the job."""
 SHORTEST_GRACE_S = 30
 
 
@@ -54,7 +62,8 @@ class SlurmOptions:
     mem: str = ""
     """Slurm: memory per machine, such as 200G; 0 means all memory. By default, the cluster decides."""
     gres: str = ""
-    """Slurm: resources per machine, such as gpu:a100:8. The job file then does not contain --gpus-per-node."""
+    """Slurm: resources per machine, such as gpu:a100:8; without a number, one GPU. If gres names GPUs, the job file
+    does not contain --gpus-per-node."""
     constraint: str = ""
     """Slurm: features that the machines must have, such as a100 or rack1|rack2."""
     dependency: str = ""
@@ -72,20 +81,15 @@ class SlurmOptions:
     container_runtime: Literal["apptainer", "singularity", "enroot"] = "apptainer"
     """Slurm: program that runs the container."""
     binds: str = ""
-    """Slurm: folders that the container can access, separated by commas, such as /data,/scratch:/tmp. Apptainer also
-    gives access to the folder of the job."""
+    """Slurm: folders that the container can access, separated by commas, such as /data,/scratch:/tmp. The
+    container also has access to the folder of the job."""
     sbatch: list[str] = field(default_factory=list)
     """Slurm: any other option of sbatch, as KEY=VALUE or KEY: '--sbatch exclusive --sbatch nodelist=n[1-4]'."""
     logs: str = "."
     """Slurm: folder for the log file of the job."""
 
-    def check_slurm(self, gpus: int) -> None:
-        """Check the options.
-
-        Parameters
-        ----------
-        gpus : int
-            GPUs per machine.
+    def check_slurm(self) -> None:
+        """Check the options. Whether `gres` fits the stage is checked when the stage is known.
 
         Raises
         ------
@@ -105,9 +109,7 @@ class SlurmOptions:
             raise ValueError(f"grace_s is {self.grace_s}; it must be at least {SHORTEST_GRACE_S} seconds")
         if self.restarts < 0:
             raise ValueError(f"restarts is {self.restarts}; it must not be negative")
-        for wanted in re.findall(r"\bgpu(?::[a-zA-Z_][\w.-]*)?:(\d+)", self.gres):
-            if int(wanted) != gpus:
-                raise ValueError(f"gres '{self.gres}' and gpus_per_node {gpus} contradict each other; give both equal")
+        _ = self.gres_gpus
         if self.binds and not self.container:
             raise ValueError("binds needs a container; give --container, or leave --binds out")
         for option in self.sbatch:
@@ -115,37 +117,85 @@ class SlurmOptions:
             if not re.fullmatch(r"[a-z]+(-[a-z]+)*", key):
                 raise ValueError(f"sbatch '{option}': write the option as KEY=VALUE or KEY, without -- before KEY")
             if key in OWN_OPTIONS:
-                raise ValueError(f"sbatch '{option}': the job file has this option already; use {OWN_OPTIONS[key]}")
+                raise ValueError(f"sbatch '{option}': the job file sets this itself; {OWN_OPTIONS[key]}")
             check_plain(f"sbatch {key}", value, more="|&*()")
+
+    @property
+    def gres_gpus(self) -> int | None:
+        """Number of GPUs per machine in `gres`; None if `gres` names no GPUs. As in Slurm, a missing count means 1."""
+        counts = []
+        for resource in self.gres.split(","):
+            name, *rest = re.split("[:=]", resource)
+            if name != "gpu":
+                continue
+            if len(rest) == 2 and rest[1].isdecimal():
+                counts.append(int(rest[1]))
+            elif len(rest) < 2 and all(rest):
+                counts.append(int(rest[0]) if rest and rest[0].isdecimal() else 1)
+            else:
+                raise ValueError(f"gres '{self.gres}': write gpu, gpu:COUNT, gpu:TYPE or gpu:TYPE:COUNT")
+        return sum(counts) if counts else None
 
     @property
     def log_name(self) -> str:
         """Name of the log file, with Slurm's placeholders."""
         return "%x-%A_%a.log" if self.array else "%x-%j.log"
 
-    def container_words(self, gpus: int) -> list[str]:
-        """Return the words before the command of the stage that run the command in the container.
+    def run_in_container(self, command: str, gpus: int, directory: str) -> str:
+        """Return the shell lines that run the command of the stage in the container.
 
         Parameters
         ----------
+        command : str
+            Shell command that runs the stage.
         gpus : int
             GPUs per machine.
+        directory : str
+            Folder of the job. The shell that runs the lines must be in this folder.
 
         Returns
         -------
-        list of str
-            The words; empty without a container.
+        str
+            The lines; without a container, `command` itself.
+
+        Raises
+        ------
+        RequestError
+            If enroot cannot mount the folder of the job.
         """
         if not self.container:
-            return []
+            return command
         binds = [bind for bind in self.binds.split(",") if bind]
-        if self.container_runtime == "enroot":
-            # Enroot gives a container neither the environment nor the folders of the machine.
-            mounts = [word for bind in binds for word in ("--mount", bind if ":" in bind else f"{bind}:{bind}")]
-            names = ("OMP_NUM_THREADS", "PET_SHUTDOWN_TIMEOUT", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-            return ["enroot", "start", *mounts, *(word for name in names for word in ("--env", name)), self.container]
-        nvidia = ["--nv"] if gpus else []
-        return [self.container_runtime, "exec", *nvidia, *(w for b in binds for w in ("--bind", b)), self.container]
+        if self.container_runtime != "enroot":
+            words = ["exec", *(["--nv"] if gpus else []), *(w for b in binds for w in ("--bind", b)), self.container]
+            return f"{shlex.join([self.container_runtime, *words])} {command}"
+        # Enroot gives a container neither the folders nor the variables of the job.
+        if re.search(r"[\s:]", directory):
+            raise RequestError(
+                f"directory '{show(directory)}': enroot cannot mount a folder with a blank or ':' in its path; give "
+                "another --directory"
+            )
+        mounts = [word for bind in binds for word in ("--mount", bind if ":" in bind else f"{bind}:{bind}")]
+        image = shlex.quote(self.container)
+        start = f'enroot start --mount "$PWD:$PWD" {shlex.join(mounts)}'.rstrip()
+        inside = """sh -c 'cd -- "$0" && exec "$@"' "$PWD\""""
+        hint = "# shellcheck disable=SC2016"  # The shell inside the container expands the variables.
+        return f'{_FORWARD}\n  {hint}\n  {start} "${{forward[@]}}" {image} {inside} {command}'
+
+
+_FORWARD = rf"""forward=()
+  for name in $(compgen -e); do
+    case $name in
+      {" | ".join(_KEPT_BY_CONTAINER)}) ;;
+      *)
+        case ${{!name}} in
+          *$'\n'*) echo "dreamscale: enroot cannot pass on the variable $name, because it has several lines" >&2 ;;
+          *) forward+=(--env "$name") ;;
+        esac
+        ;;
+    esac
+  done"""
+"""Shell lines that collect the options of enroot for the variables of the job."""
 
 
 def check_logs(logs: str) -> None:
@@ -182,7 +232,9 @@ def follow(job: str, name: str, options: SlurmOptions) -> str:
     str
         The lines.
     """
-    log = options.log_name.replace("%x", name).replace("%A", job).replace("%j", job).replace("%a", "1")
+    # Show the log of the first job of an array.
+    first = next(iter(re.findall(r"\d+", options.array)), "")
+    log = options.log_name.replace("%x", name).replace("%A", job).replace("%j", job).replace("%a", first)
     lines = {
         f"squeue --job {job}": "show the state of the job",
         f"tail -F {shlex.quote(str(Path(options.logs).absolute() / log))}": "show the log",

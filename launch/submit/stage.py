@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from data_sharding.common.errors import RequestError
 from launch.stages import STAGES, Stage
-from launch.submit.config import GPUS, SubmitConfig
+from launch.submit.config import SubmitConfig
 from launch.submit.values import check_printable
+
+GPUS = 8
+"""GPUs per machine of a stage that trains with a launcher, if the user gives no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +72,29 @@ def check_stage(config: SubmitConfig, extra: list[str]) -> Work:
             check_printable("argument", word)
         except ValueError as error:
             raise RequestError(str(error)) from None
-    gpus = config.gpus_per_node
-    if gpus is None:
-        gpus = GPUS if stage.launcher else 0
     words = [config.stage_config] if config.stage_config else []
-    work = Work(stage=stage, words=words + extra, nodes=config.nodes, gpus=0 if stage.uses_ray else gpus)
+    work = Work(stage=stage, words=words + extra, nodes=config.nodes, gpus=_count_gpus(config, stage))
     if stage.launcher is not None:
         work.words.extend(["--num_processes", str(work.processes)])
     stage.read(work.words)
     return work
+
+
+def _count_gpus(config: SubmitConfig, stage: Stage) -> int:
+    """Return the GPUs per machine of a stage; raise `RequestError` if `gres` asks for another number."""
+    wanted = config.gres_gpus
+    if stage.uses_ray:
+        if wanted:
+            raise RequestError(f"gres '{config.gres}': {config.stage} uses no GPU; leave gpu out of --gres")
+        return 0
+    gpus = config.gpus_per_node
+    if gpus is None and stage.launcher is None:
+        gpus = wanted if wanted and config.scheduler == "slurm" else 0
+    elif gpus is None:
+        gpus = GPUS
+    if wanted is not None and wanted != gpus:
+        raise RequestError(
+            f"gres '{config.gres}' ({wanted} GPUs per machine) and gpus_per_node {gpus} contradict each other; give "
+            "both equal"
+        )
+    return gpus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import shutil
@@ -14,6 +15,8 @@ import yaml
 
 from launch.cli import main
 from launch.stages import STAGES
+from launch.submit.run import main as submit
+from launch.submit.slurm import SlurmOptions, follow
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo"
 ABLATION = DEMO.with_name("finetune") / "ablations" / "dm_re2i"
@@ -89,6 +92,11 @@ def test_shellcheck_finds_no_fault(stage: str, nodes: str, capsys: pytest.Captur
         assert main(["submit", scheduler, stage, *words[:end], "--dry-run", *GPUS, *several, *more, *words[end:]]) == 0
         done = subprocess.run([program, "-"], input=capsys.readouterr().out, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+        if scheduler == "slurm":
+            more = [*more, "--container-runtime", "enroot"]
+            assert main(["submit", scheduler, stage, *words[:end], "--dry-run", *several, *more, *words[end:]]) == 0
+            done = subprocess.run([program, "-"], input=capsys.readouterr().out, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout
     sandbox = Path(__file__).parents[1] / "slurm" / "sandbox.sh"
     done = subprocess.run([program, str(sandbox)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -141,7 +149,7 @@ def run_slurm_job(text: str, folder: Path, **environment: str) -> subprocess.Com
 @pytest.mark.parametrize("runtime", ["apptainer", "enroot"])
 def test_modules_a_prologue_and_a_container(runtime: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     program = tmp_path / "python"
-    program.write_text('#!/bin/bash\necho "$LOADED $STARTED" "$@"\n')
+    program.write_text('#!/bin/bash\necho "$LOADED $STARTED" "$@"\npwd\n')
     program.chmod(0o755)
     (tmp_path / "start it.sh").write_text("export STARTED=prologue\n")
     image = tmp_path / "an image.sif"
@@ -149,14 +157,21 @@ def test_modules_a_prologue_and_a_container(runtime: str, tmp_path: Path, capsys
     words += ["--modules", "gcc/13,cuda", "--prologue", str(tmp_path / "start it.sh"), "--gpus-per-node", "1"]
     text = render_job(capsys, "slurm", "pretrain", CONFIGS["pretrain"], *words, "--container-runtime", runtime)
     module = {"BASH_FUNC_module%%": '() { [ $1 = load ] && export LOADED="$*"; }'}
-    done = run_slurm_job(text, tmp_path, **module)
+    done = run_slurm_job(text, tmp_path, SEVERAL="a\nb", **module)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("load gcc/13 cuda prologue -m launch pretrain")
     told = (tmp_path / "told").read_text()
     if runtime == "apptainer":
         assert told.startswith(f"apptainer exec --nv --bind /a --bind /b:/c {image} {program} -m launch pretrain")
     else:
-        assert told.startswith("enroot start --mount /a:/a --mount /b:/c --env OMP_NUM_THREADS")
+        # The folder of the job is mounted, the command starts in it, and the variables of the job are passed on.
+        assert told.startswith(f"enroot start --mount {tmp_path}:{tmp_path} --mount /a:/a --mount /b:/c --env ")
+        forwarded = {after for word, after in itertools.pairwise(told.split()) if word == "--env"}
+        assert {"STARTED", "LOADED", "OMP_NUM_THREADS", "PET_SHUTDOWN_TIMEOUT", "SLURM_JOB_ID"} <= forwarded
+        assert not {"PATH", "HOME", "PWD", "SEVERAL"} & forwarded
+        assert "cannot pass on the variable SEVERAL" in done.stderr
+        assert f'{image} sh -c cd -- "$0" && exec "$@" {tmp_path} {program} -m launch pretrain' in told
+        assert done.stdout.splitlines()[1] == str(tmp_path)
     failing = {"BASH_FUNC_module%%": "() { false; }"}
     done = run_slurm_job(text, tmp_path, **failing)
     assert done.returncode == 2 and "modules gcc/13,cuda cannot be loaded" in done.stderr
@@ -226,6 +241,25 @@ def test_slurm_on_several_nodes(capsys: pytest.CaptureFixture[str]):
         (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--sbatch", "--exclusive"], "without --"),
         (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--sbatch", "qos=x"], "use --qos"),
         (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--gres", "gpu:a100:4"], "contradict"),
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--gres", "gpu"], "(1 GPUs per machine)"),
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--gres", "lic:2,gpu:a100"], "(1 GPUs per machine)"),
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--gres", "gpu:a100:4,gpu:h100:2"], "(6 GPUs per machine)"),
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--gres", "gpu:a100:four"], "gpu:TYPE:COUNT"),
+        (["slurm", "shard", str(CONFIGS["shard"]), "--gres", "gpu:8"], "shard uses no GPU"),
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--sbatch", "ntasks-per-node=4"], "always 1"),
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--sbatch", "open-mode=truncate"], "appends"),
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--sbatch", "no-requeue"], "requeue"),
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--sbatch", "requeue"], "requeue"),
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--sbatch", "gpus=8"], "use --gpus_per_node"),
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--sbatch", "gpus-per-task=8"], "use --gpus_per_node"),
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--sbatch", "chdir=/data"], "use --directory"),
+        (
+            [
+                *("slurm", "pretrain", str(CONFIGS["pretrain"]), "--gpus-per-node", "1", "--directory", "/a b"),
+                *("--container", "i.sqsh", "--container-runtime", "enroot"),
+            ],
+            "cannot mount",
+        ),
         (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--binds", "/data"], "--container"),
         (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--grace-s", "5"], "grace_s"),
         (["slurm", "linear", str(CONFIGS["linear"]), "--nodes", "2"], "one machine"),
@@ -240,6 +274,27 @@ def test_wrong_requests_end_with_exit_code_2(words: list[str], names: str, capsy
     end = words.index("--") if "--" in words else len(words)
     assert main(["submit", *words[:end], "--dry-run", *words[end:]]) == 2
     assert names in capsys.readouterr().err
+
+
+def test_gpus_can_be_asked_for_with_gres(capsys: pytest.CaptureFixture[str]):
+    words = ["--gres", "gpu:a100", "--container", "i.sif", "--", "a.edf", "-o", "a.npz"]
+    text = render_job(capsys, "slurm", "encode", "encoder", *words)
+    assert "#SBATCH --gres=gpu:a100\n" in text and "--gpus-per-node" not in text
+    assert "apptainer exec --nv i.sif python -m launch encode encoder a.edf" in text
+    text = render_job(capsys, "slurm", "pretrain", str(CONFIGS["pretrain"]), "--gres", "gpumem:4", *GPUS)
+    assert "#SBATCH --gres=gpumem:4\n#SBATCH --gpus-per-node=2\n" in text
+
+
+@pytest.mark.parametrize("words", [[], ["--", "x"]])
+def test_missing_words_are_named(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert submit(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "'scheduler'" in error and "'stage'" in error
+
+
+@pytest.mark.parametrize(("array", "log"), [("", "a-7.log"), ("1-5%1", "a-7_1.log"), ("0-3", "a-7_0.log")])
+def test_the_log_of_a_job(array: str, log: str):
+    assert f"/{log} " in follow("7", "a", SlurmOptions(array=array, logs="/logs"))
 
 
 def test_a_missing_tool_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
