@@ -125,7 +125,8 @@ def ray_session(config: RayConfig) -> Iterator[int]:
             options["_temp_dir"] = str(folder / "ray")
         stack.callback(_end_ray, others)
         try:
-            ray.init(**options)
+            with _keep_sigterm_handler():
+                ray.init(**options)
         except (Exception, SystemExit) as error:  # Ray raises many types of errors, sometimes just Exception.
             check_stop()
             fault = one_line(error)[:300]
@@ -133,7 +134,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
                 raise RequestError(f"ray.address '{address}' could not be reached: {fault}") from None
             wait = "If the machine is busy, wait before you try again."
             raise ClusterFailed(f"Ray could not be started on this machine: {fault} {wait}") from None
-        # Ray installs a handler for SIGTERM that would end the job without a message, so restore the former handler.
+        # If Ray did install a handler for SIGTERM, restore the former handler, which ends the job with a message.
         try:
             with raise_on_stop_signals():
                 _wait_for_nodes(config.min_nodes)
@@ -143,6 +144,24 @@ def ray_session(config: RayConfig) -> Iterator[int]:
                 say(f"ray: the logs of Ray are in {folder}")
                 (folder / KEEP).touch()  # A temporary folder that contains the file `KEEP` is not removed.
             raise
+
+
+@contextlib.contextmanager
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Keep the handler for SIGTERM while Ray starts.
+
+    Ray's own handler raises SystemExit wherever the signal arrives, and Python prints a traceback in some places, such
+    as the end of an import. The function that installs Ray's handler is private, so a new version of Ray may lack it.
+    """
+    import ray
+
+    utils: Any = ray._private.utils
+    before = getattr(utils, "set_sigterm_handler", None)
+    utils.set_sigterm_handler = lambda _handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
 
 
 def _end_ray(others: list[Any]) -> None:

@@ -288,7 +288,7 @@ def test_index_takes_30_bytes_a_sample_and_is_checked(tmp_path: Path) -> None:
         (text[:-30], "JSON"),
         (b"{}", "0 samples, the manifest says 9"),
         (b'[{"key": "a"}]', "not the index of a shard"),
-        (json.dumps(entries).encode(), "offsets of sample train-0004"),
+        (json.dumps(entries).encode(), "offsets for the sample train-0004"),
     ):
         with pytest.raises(RequestError, match=rf"x\.idx: .*{message}"):
             parse_index(damaged, "x.idx", 9, **bounds)

@@ -358,7 +358,7 @@ def test_clip_and_dinov2_from_a_folder(kind: str, width: int, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda d: (d / "preprocessor_config.json").unlink(), "no preprocessor_config.json"),
+        (lambda d: (d / "preprocessor_config.json").unlink(), "preprocessor_config.json is missing"),
         (lambda d: (d / "model.safetensors").unlink(), "has no weights in a .safetensors file"),
         (lambda d: _change(d / "config.json", model_type="vit"), "the model_type in config.json is 'vit'"),
         (lambda d: _change(d / "config.json", hidden_size=4096), "config.json"),
