@@ -172,7 +172,11 @@ CASES = {
         ("COMPLETED", "0:0", 0),
     ),
     "a process that is killed too often": ("kill -9 $$", ["--restarts", "1"], ("FAILED", "137:0", 0)),
-    "a refused requeue is a failure": ("exit 75", ["--sbatch", "no-requeue"], ("FAILED", "75:0", 0)),
+    "a refused requeue is a failure": (
+        'scontrol update "JobId=$SLURM_JOB_ID" Requeue=0; exit 75',
+        [],
+        ("FAILED", "75:0", 0),
+    ),
 }
 
 
