@@ -48,7 +48,7 @@ def make_comparison_table(verdict: dict[str, Any]) -> Table:
                 _percent(more["mean"], "+"),
                 _interval(more["over_images"]),
                 _interval(more["over_people"]),
-                Cell(text=f"{_interval(more['interval']).text} ({more['decides']})", is_number=True),
+                f"{_interval(more['interval']).text} ({more['decides']})",
                 Cell(text=f"{found['p_corrected']:.2g}", is_number=True),
                 "yes" if found["holds"] else "no",
                 _find_need(found),
