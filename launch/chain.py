@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from data_sharding.common.errors import EXIT_DONE, EXIT_STOPPED, RequestError, StopRequested, printable
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, StopRequested, printable
 from data_sharding.common.files import atomic_write_text, digest_of, open_to_append, read_json, write_json
 from data_sharding.common.untrusted import check_group, check_number
 from launch.parent import PARENT
@@ -144,6 +144,35 @@ class Chain:
         write_json(marker, {"key": key, "seconds": round(spent, 2), "command": step.command})
         begun.unlink()
         self.seconds[step.name] = round(spent, 2)
+
+    def run_all(self, steps: Sequence[Step], more: int = 0) -> int:
+        """Run steps one after another, up to the first step that fails.
+
+        Parameters
+        ----------
+        steps : sequence of Step
+            The steps.
+        more : int
+            Number of steps that the caller runs afterwards; the numbers of the steps that are shown count them, too.
+
+        Returns
+        -------
+        int
+            Exit code: `EXIT_DONE`, or the exit code of the step that failed. The end of its log is then printed.
+
+        Raises
+        ------
+        StopRequested
+            If a signal asked the chain to stop.
+        """
+        try:
+            for number, step in enumerate(steps, 1):
+                self.run(step, f"[{number:2d}/{len(steps) + more}]")
+        except StepFailedError as error:
+            self.print_tail(error.step)
+            print(f"dreamscale: {error}; the log of this step is {self.log(error.step)}", file=sys.stderr)
+            return error.code if error.code > 0 else EXIT_FAILED
+        return EXIT_DONE
 
     def _marker(self, step: Step, what: str) -> Path:
         return self.out / "steps" / f"{step.name}.{what}.json"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from data_sharding.common.config import parse_config, to_yaml
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, run_main
+from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
 from data_sharding.common.files import atomic_write_text
 from data_sharding.common.plain_yaml import parse_yaml
 from data_sharding.common.shipped import find_config, shipped_configs
 from launch.ablate.plan import flatten, to_words
-from launch.chain import Chain, Step, StepFailedError, say
+from launch.chain import Chain, Step, say
 from launch.stages import STAGES
 
 PROG = "dreamscale preset"
@@ -366,13 +366,8 @@ def run_preset(config: PresetConfig) -> int:
         ) from None
     chain = Chain(out, say)
     with chain.forward_signals():
-        try:
-            for number, step in enumerate(steps, 1):
-                chain.run(step, f"[{number:2d}/{len(steps)}]")
-        except StepFailedError as error:
-            chain.print_tail(error.step)
-            print(f"dreamscale: {error}; the log of this step is {chain.log(error.step)}", file=sys.stderr)
-            return error.code if error.code > 0 else EXIT_FAILED
+        if code := chain.run_all(steps):
+            return code
     for name in ("images/report.html", "retrieval/retrieval.html"):
         if (out / name).is_file():
             print(out / name, flush=True)

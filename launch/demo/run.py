@@ -10,7 +10,7 @@ from typing import Literal
 from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError
 from data_sharding.common.files import read_json, write_json
-from launch.chain import Chain, StepFailedError, say
+from launch.chain import Chain, say
 from launch.demo.steps import make_steps
 
 
@@ -91,13 +91,8 @@ def run_demo(config: DemoConfig) -> int:
     steps = make_steps(folder, config.seed, config.profile)
     chain = Chain(folder, say)
     with chain.forward_signals():
-        try:
-            for number, step in enumerate(steps, 1):
-                chain.run(step, f"[{number:2d}/{len(steps) + 1}]")
-        except StepFailedError as error:
-            chain.print_tail(error.step)
-            print(f"dreamscale: {error}; the log of this step is {chain.log(error.step)}", file=sys.stderr)
-            return error.code if error.code > 0 else EXIT_FAILED
+        if code := chain.run_all(steps, more=1):
+            return code
         say(f"[{len(steps) + 1:2d}/{len(steps) + 1}] write the report")
         conclusion, passed = write_report(folder, steps, chain.seconds, seed=config.seed, profile=config.profile)
     say(conclusion)
