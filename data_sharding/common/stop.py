@@ -34,7 +34,7 @@ IMPORT_S = 0.1
 SAME_REQUEST_S = 2.0
 """Signals within this number of seconds are treated as one request, because a terminal and a batch system may both send
 a signal."""
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 
 
 class _Stop:
@@ -228,6 +228,29 @@ def find_child_processes() -> list[Any]:
     return []
 
 
+@contextlib.contextmanager
+def adopt_orphans() -> Iterator[None]:
+    """During the ``with`` block, take over the processes whose parent ends, so that `find_child_processes` finds them.
+
+    Only Linux can do this, for processes that this process has started directly or indirectly.
+
+    Yields
+    ------
+    None
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    before = ctypes.c_int()
+    libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
+
+
 def kill_processes(processes: Iterable[Any], *, kept: Iterable[Any] = (), tries: int = 20) -> None:
     """Kill child processes, and all processes that they have started.
 
@@ -243,18 +266,16 @@ def kill_processes(processes: Iterable[Any], *, kept: Iterable[Any] = (), tries:
     import psutil
 
     own = {process.pid for process in kept}
-    subreaper = sys.platform == "linux"
-    if subreaper:
-        # Processes whose parent is killed become child processes of this process, so they can be found.
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     left = list(processes)
-    for _ in range(tries):
-        for process in left:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(left, timeout=0.5)
-        left = [p for p in find_child_processes() if p.pid not in own]
-        if not left:
-            break
-    if subreaper:
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    nothing_found = 0
+    with adopt_orphans():
+        for _ in range(tries):
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(left, timeout=0.5)
+            left = [p for p in find_child_processes() if p.pid not in own]
+            # The search misses the children of a process that ends during the search, so search twice.
+            nothing_found = 0 if left else nothing_found + 1
+            if nothing_found == 2:
+                break

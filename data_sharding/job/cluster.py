@@ -18,7 +18,13 @@ from typing import Any, Literal
 from data_sharding.common.cores import count_cores
 from data_sharding.common.errors import RequestError, one_line, printable
 from data_sharding.common.reason import Reason
-from data_sharding.common.stop import check_stop, find_child_processes, kill_processes, raise_on_stop_signals
+from data_sharding.common.stop import (
+    adopt_orphans,
+    check_stop,
+    find_child_processes,
+    kill_processes,
+    raise_on_stop_signals,
+)
 from data_sharding.common.storage import FULL, is_storage_error
 from data_sharding.job.isolation import KEEP, ChildFailed, owned_folder
 
@@ -170,10 +176,12 @@ def _end_ray(others: list[Any]) -> None:
 
     known = {process.pid for process in others}
     started = [process for process in find_child_processes() if process.pid not in known]
-    try:
-        ray.shutdown()
-    finally:
-        kill_processes(started, kept=others)
+    # Ray may still start workers. Without `adopt_orphans`, nobody would find a worker whose parent has ended.
+    with adopt_orphans():
+        try:
+            ray.shutdown()
+        finally:
+            kill_processes(started, kept=others)
 
 
 def require_token() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -28,6 +30,13 @@ def start(port: int, index: int, head: str, *words: str, **environment: str) -> 
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def accept_connections(server: socket.socket) -> None:
+    """Accept and close all connections: the kernel refuses further ones if many wait for `accept`."""
+    with contextlib.suppress(OSError):  # The test has closed the socket.
+        while True:
+            server.accept()[0].close()
 
 
 def outgoing_address() -> str:
@@ -54,10 +63,12 @@ def test_a_failed_start_is_shown(tmp_path: Path):
     """Something answers at the port of the head, but Ray cannot start, because the file of its token is missing."""
     with socket.socket() as head:
         head.bind(("127.0.0.1", 0))
-        head.listen(50)
+        head.listen()
+        threading.Thread(target=accept_connections, args=(head,), daemon=True).start()
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
         process = start(head.getsockname()[1], 1, "127.0.0.1", "shard", **token)
         _, error = process.communicate(timeout=200)
+        head.shutdown(socket.SHUT_RDWR)  # Ends the thread's `accept`.
     assert process.returncode == 1
     assert error.count("RAY_AUTH_TOKEN_PATH is set but file cannot be opened") == 1
     assert error.splitlines()[-1] == "dreamscale: Ray did not start on 127.0.0.1 in 3 tries"
