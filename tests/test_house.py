@@ -41,7 +41,7 @@ FOLDERS = {
     "finetune": [
         *("align", "generate", "retrieval", "stable_diffusion", "dm_re2i", "evaluation", "generation", "linear"),
         *("generators", "eeg", "clip_head", "diffusion", "training", "clip_images", "images", "papers", "portable"),
-        "foreign_models",
+        *("base_models", "foreign_models"),
     ],
     "pretrain": [
         *("train", "plan", "convert", "export", "encode"),

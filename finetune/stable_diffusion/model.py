@@ -17,22 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_sharding.common.errors import RequestError, show
+from data_sharding.common.errors import RequestError
 from data_sharding.common.files import atomic_directory, write_json
-from data_sharding.common.untrusted import check_count, check_number
+from data_sharding.common.untrusted import check_number
 from data_sharding.processing.preprocess import PreprocessSpec
+from finetune.base_models.load import load_base
 from finetune.clip_head import ClipHead
 from finetune.diffusion import FEW_STEP, Condition, SamplerName, Sampling, choose_sampling, denoising_errors
 from finetune.eeg import scale_eeg
-from finetune.foreign_models import (
-    MAX_SIDE,
-    check_diffusers_model,
-    check_noise_schedule,
-    check_transformers_model,
-    is_local,
-    load_with_library,
-    read_model_config,
-)
 from finetune.generators import SCHEMA, Source, read_part
 from finetune.images import check_finite, read_caption, to_pixels
 from finetune.stable_diffusion.conditioner import Conditioner
@@ -41,90 +33,10 @@ from finetune.stable_diffusion.portable.write import write_portable_files
 from pretrain.encoder.encoder import EEGEncoder
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
 KIND = "stable_diffusion"
 Tune = Literal["E+A", "E", "A"]
-_WHAT = "Stable Diffusion"
-# Libraries and classes that each part of a pipeline may have. No other class is loaded, because its code could be
-# malicious.
-_PARTS = {
-    "unet": {("diffusers", "UNet2DConditionModel")},
-    "vae": {("diffusers", "AutoencoderKL")},
-    "text_encoder": {("transformers", "CLIPTextModel")},
-    "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
-    "scheduler": {
-        ("diffusers", f"{kind}Scheduler") for kind in ("DDPM", "DDIM", "PNDM", "LMSDiscrete", "EulerDiscrete")
-    }
-    | {("diffusers", f"{kind}Scheduler") for kind in ("EulerAncestralDiscrete", "DPMSolverMultistep")},
-}
-
-
-def load_base(base: str | Path) -> StableDiffusionPipeline:
-    """Load a Stable Diffusion pipeline from a directory or from the Hugging Face hub.
-
-    Parameters
-    ----------
-    base : str or Path
-        Directory in the layout of diffusers, or a hub id such as ``stable-diffusion-v1-5/stable-diffusion-v1-5``.
-
-    Returns
-    -------
-    StableDiffusionPipeline
-        The pipeline in fp32 on the CPU, with frozen weights and without a safety checker.
-
-    Raises
-    ------
-    RequestError
-        If `base` is not a Stable Diffusion pipeline, or cannot be loaded.
-    """
-    from diffusers import StableDiffusionPipeline
-
-    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
-    folder = Path(base)
-    if not is_local(base):
-        # Download the files first, so that they can be checked before the networks are built.
-        download = StableDiffusionPipeline.download
-        folder = Path(load_with_library(lambda: download(str(base), **options), base, _WHAT))
-    _check_base(folder)
-
-    def load() -> StableDiffusionPipeline:
-        return StableDiffusionPipeline.from_pretrained(
-            str(folder), local_files_only=True, feature_extractor=None, image_encoder=None, **options
-        )
-
-    pipeline = load_with_library(load, base, _WHAT)
-    most = int(pipeline.text_encoder.config.max_position_embeddings)
-    where = str(folder / "tokenizer")
-    check_count(pipeline.tokenizer.model_max_length, where, "model_max_length", least=1, most=most)
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False).eval()
-    return pipeline
-
-
-def _check_base(folder: Path) -> None:
-    """Check the files of a Stable Diffusion pipeline, before any of its parts is built."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise RequestError(f"{folder}: not a diffusers pipeline (no model_index.json); give the pipeline's directory")
-    values = read_model_config(index)
-    if (name := values.get("_class_name")) != "StableDiffusionPipeline":
-        raise RequestError(f"{folder}: holds a {show(name)}, not a StableDiffusionPipeline; choose another base model")
-    for part, allowed in _PARTS.items():
-        stated = values.get(part)
-        if not isinstance(stated, list) or [*stated] not in [[*words] for words in allowed]:
-            raise RequestError(f"{index}: the part '{part}' is no {sorted(allowed)[0][1]}; choose another base")
-    unet = check_diffusers_model(UNet2DConditionModel, folder / "unet")
-    vae = check_diffusers_model(AutoencoderKL, folder / "vae")
-    check_transformers_model(CLIPTextModel, folder / "text_encoder")
-    check_noise_schedule(folder / "scheduler" / "scheduler_config.json")
-    # Each level of the autoencoder except the first halves the size of the image.
-    halvings = len(vae.get("block_out_channels") or [0]) - 1
-    where = str(folder / "unet" / "config.json")
-    check_count(unet.get("sample_size"), where, "sample_size", least=1, most=MAX_SIDE >> min(halvings, 11))
 
 
 def open_time_path(unet: UNet2DConditionModel) -> int:

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from data_sharding.common.config import command
-from data_sharding.common.errors import EXIT_DONE
+from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.dataset.batch import Batch
+from finetune.base_models.conditions import has_pooled
+from finetune.base_models.load import load_base
 from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.clip_images import digest_weights, embed_images
 from finetune.diffusion import DenoisingWatcher
@@ -35,7 +37,7 @@ from finetune.eeg import (
 )
 from finetune.images import ImageTable, open_train_val, to_model_range
 from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
-from finetune.stable_diffusion.model import EEGDiffusion, load_base, open_time_path, save_model
+from finetune.stable_diffusion.model import EEGDiffusion, open_time_path, save_model
 from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
 from finetune.training.config import TrainingConfig, free_keys
 from finetune.training.fit import fit
@@ -54,7 +56,11 @@ class StableDiffusionConfig:
     """Encoder package. With `order: sequential`, give the folder `encoder/` of an alignment run; with `order: joint`,
     give a pretrained encoder."""
     base: str
-    """Stable Diffusion model in the layout of diffusers: a directory, or a hub id."""
+    """Base model: Stable Diffusion 1 or 2 in the layout of diffusers (a directory, or a hub id), or a single
+    .safetensors file in the layout of the original code. Directories with weights in fp16 only are also read."""
+    base_config: str | None = None
+    """Only for a base model that is a single file: a directory or hub id of a pipeline of the same kind, whose configs
+    and tokenizers are used."""
     output: str
     """Run directory, with the trained model in the subdirectory `model/`."""
     order: Literal["sequential", "joint"] = "sequential"
@@ -221,7 +227,9 @@ def train(config: StableDiffusionConfig) -> int:
     data, val = open_train_val(config.dataset, config.eeg.part, "finetune", [config.output])
     torch.manual_seed(config.seed)
     encoder = load_encoder(config.encoder, data, pretrained=config.pretrained)
-    pipeline = load_base(config.base)
+    pipeline = load_base(config.base, config.base_config)
+    if has_pooled(pipeline):
+        raise RequestError(f"{config.base}: Stable Diffusion XL cannot be fine-tuned on EEG; choose another base")
     size = int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
     table, val_table = ImageTable(data), ImageTable(val)
     with (

@@ -42,13 +42,15 @@ class WeightsSize:
     """Number of values of all tensors."""
 
 
-def measure_weights(paths: Iterable[Path]) -> WeightsSize:
+def measure_weights(paths: Iterable[Path], prefix: str = "") -> WeightsSize:
     """Return the size of the weights in safetensors files; only the headers of the files are read.
 
     Parameters
     ----------
     paths : iterable of Path
         The safetensors files.
+    prefix : str
+        Only weights whose name begins with this text are counted.
 
     Raises
     ------
@@ -64,7 +66,8 @@ def measure_weights(paths: Iterable[Path]) -> WeightsSize:
             raise RequestError(f"{path}: no such file, so {path.parent} is not complete; make or copy it again")
         try:
             with safe_open(path, "pt") as file:
-                shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118, not a dictionary
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118, not a dictionary
+                shapes += [file.get_slice(name).get_shape() for name in names]
         except (SafetensorError, OSError) as error:
             raise RequestError(f"{path}: damaged ({show(error)}); make or copy {path.parent} again") from None
     return WeightsSize(len(shapes), sum(map(math.prod, shapes)))

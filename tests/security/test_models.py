@@ -44,7 +44,7 @@ def load(kind: str, folder: Path) -> object:
 
         return load_generator(folder)
     if kind == "pipeline":
-        from finetune.stable_diffusion.model import load_base
+        from finetune.base_models.load import load_base
 
         return load_base(folder)
     if kind == "classifier":

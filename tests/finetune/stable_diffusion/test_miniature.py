@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from data_sharding.common.errors import RequestError, run_main
+from finetune.base_models.load import load_base
 from finetune.clip_images import embed_images
 from finetune.images import ImageTable, open_paired
 from finetune.stable_diffusion.miniature import _augment, main, make_tokenizer
-from finetune.stable_diffusion.model import load_base
 
 CAPTIONS = ["a red disc on a dark background", "a green disc", "two stripes"]
 

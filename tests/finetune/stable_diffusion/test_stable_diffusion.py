@@ -9,8 +9,9 @@ import torch
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
+from finetune.base_models.load import load_base
 from finetune.generators import load_generator
-from finetune.stable_diffusion.model import EEGDiffusion, find_cross_attention, load_base
+from finetune.stable_diffusion.model import EEGDiffusion, find_cross_attention
 from finetune.stable_diffusion.train import StableDiffusionConfig, build, main
 from pretrain.encoder.encoder import EEGEncoder
 
