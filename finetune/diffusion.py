@@ -1,4 +1,4 @@
-"""Diffusion code that all papers in this project share: the denoising loss, its evaluation, and the samplers.
+"""The samplers of diffusion models, which all papers in this project share.
 
 A denoiser is a function ``(x_t, t, condition)`` that runs the network: ``x_t`` are noisy images, and ``t`` are steps of
 the forward process (the process that adds noise). The noise scheduler's ``prediction_type`` says whether the network
@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,11 +82,18 @@ def choose_sampling(
     Raises
     ------
     ValueError
-        If the sampler is unknown, if `steps` is below 1 or larger than the number of steps of the forward process, or
-        if guidance is used without a null condition.
+        If the sampler is unknown or cannot use the noise schedule, if `steps` is below 1 or larger than the number of
+        steps of the forward process, or if guidance is used without a null condition.
     """
     if sampler not in (known := ("ddpm", *DEFAULT_STEPS)):
         raise ValueError(f"the sampler '{sampler}' is unknown; use one of {', '.join(known)}")
+    if sampler == "plms" and (
+        noising_config.get("rescale_betas_zero_snr") or noising_config.get("prediction_type") == "sample"
+    ):
+        raise ValueError(
+            "the sampler plms cannot be used with a model that was trained with zero_snr or with prediction 'sample'; "
+            "use ddim or dpmsolver++"
+        )
     most = int(noising_config["num_train_timesteps"])
     if steps is None:
         steps = most if sampler == "ddpm" else min(DEFAULT_STEPS[sampler], most)
@@ -146,46 +153,6 @@ def make_scheduler(sampler: SamplerName, noising_config: Any, **changes: Any) ->
         "lcm": diffusers.LCMScheduler,
     }
     return kinds[sampler].from_config(noising_config, **{**extra, **changes})
-
-
-def denoising_errors(
-    denoise: Denoiser,
-    noising: Any,
-    clean: Tensor,
-    noise: Tensor,
-    time_B: Tensor,
-    condition: Condition,
-    *,
-    norm: str = "l2",
-) -> Tensor:
-    """Add noise to clean images, and measure how well a denoiser predicts the noise (or the velocity).
-
-    Parameters
-    ----------
-    denoise : callable
-        Denoiser network.
-    noising : DDPMScheduler
-        Noise scheduler of the training, which adds the noise.
-    clean, noise : Tensor, shape (B, ...)
-        Latents or pixels of the images, and standard normal noise.
-    time_B : Tensor of int, shape (B,)
-        Step of the forward process (the process that adds noise) for each trial.
-    condition : tuple of Tensor
-        Condition that the denoiser gets for the trials.
-    norm : str
-        Norm of the error. l2: squared error; l1: absolute error.
-
-    Returns
-    -------
-    Tensor, shape (B,)
-        Prediction error of each trial, averaged over the values of x.
-    """
-    target = noise
-    if noising.config.prediction_type == "v_prediction":
-        target = noising.get_velocity(clean, noise, time_B)
-    difference = denoise(noising.add_noise(clean, noise, time_B), time_B, condition).float() - target.float()
-    errors = difference.abs() if norm == "l1" else difference.square()
-    return errors.mean(dim=tuple(range(1, errors.ndim)))
 
 
 def make_generators(seeds: list[int]) -> list[torch.Generator]:
@@ -274,76 +241,3 @@ def sample(
             guess = null + guidance_scale * (own - null)
         x = scheduler.step(guess, time, x, **draws).prev_sample
     return x
-
-
-class DenoisingTask(Protocol):
-    """Interface of a module that contains a denoiser and computes its error."""
-
-    def features(self, eeg: Tensor) -> Tensor:
-        """Return the tokens or features [B, ...] of the EEG, from which the condition is computed."""
-        ...
-
-    def errors(self, features: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Return the prediction error [B] of each trial."""
-        ...
-
-
-class DenoisingWatcher:
-    """Compute the denoising loss on held-out trials, with the same noise at every evaluation.
-
-    The loss is measured twice: with each trial's own EEG, and with the EEG of another trial. If a model ignores the
-    EEG, the two losses are equal.
-
-    Parameters
-    ----------
-    eeg : Tensor, shape (B, ...)
-        Input of the method `features` of the model's `DenoisingTask`: EEG of the trials, or vectors computed from the
-        EEG; on the model's device.
-    clean : Tensor, shape (B, ...)
-        Latents or pixels of the trials' images.
-    noise_steps : int
-        Number of steps of the forward process.
-    """
-
-    REPEATS = 4
-    BATCH = 64
-
-    def __init__(self, eeg: Tensor, clean: Tensor, noise_steps: int) -> None:
-        self.eeg, self.clean = eeg, clean
-        generator = torch.Generator().manual_seed(0)
-        self.noise = torch.randn(self.REPEATS, *clean.shape, generator=generator)
-        # Measure the loss of each trial `REPEATS` (4) times, each time with a noise level from another quarter of all
-        # noise levels.
-        quarters = torch.arange(self.REPEATS)[:, None]
-        u = (torch.rand(self.REPEATS, len(clean), generator=generator) + quarters) / self.REPEATS
-        self.time = (u * noise_steps).long()
-
-    def __call__(self, task: DenoisingTask, pulse: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Measure the denoising loss of a model.
-
-        Parameters
-        ----------
-        task : DenoisingTask
-            The model with its loss, in evaluation mode.
-        pulse : callable
-            Function that is called before each batch. If the run was asked to stop (e.g. by SIGTERM), this function
-            raises an error, which ends the evaluation.
-
-        Returns
-        -------
-        dict
-            ``loss``: denoising loss with each trial's own EEG. ``shuffled``: loss with the EEG of other trials.
-        """
-        n, device = len(self.eeg), self.eeg.device
-        features = torch.cat([task.features(part) for part in self.eeg.split(self.BATCH)])
-        # For the loss "shuffled", each trial gets the EEG of the trial that is n // 2 places away, because neighbouring
-        # trials of a recording may show the same category.
-        used = {"loss": features, "shuffled": features.roll(max(1, n // 2), 0)}
-        totals = dict.fromkeys(used, 0.0)
-        for name, given in used.items():
-            for noise, time in zip(self.noise, self.time, strict=True):
-                for at in torch.arange(n).split(self.BATCH):
-                    pulse()
-                    parts = (self.clean[at].to(device), noise[at].to(device), time[at].to(device))
-                    totals[name] += float(task.errors(given[at.to(device)], *parts).sum())
-        return {name: total / (self.REPEATS * n) for name, total in totals.items()}

@@ -19,6 +19,8 @@ MAX_SIDE = 2048
 """Largest width of an image in pixels that a model may read or generate."""
 MAX_NOISE_STEPS = 100_000
 """Largest number of steps of a noise schedule."""
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+"""What a diffusion network can predict: the noise, the velocity or the image."""
 _LOADS_CODE = frozenset(
     {"auto_map", "custom_pipelines", "quantization_config", "attn_implementation", "_attn_implementation"}
 )
@@ -113,10 +115,21 @@ def check_transformers_model(model_class: Any, folder: Path) -> None:
 
 
 def check_noise_schedule(path: Path) -> None:
-    """Check the number of steps in a scheduler's config, before the scheduler makes tables with one entry per step."""
+    """Check a scheduler's config, before the scheduler makes tables with one entry per step.
+
+    Raises
+    ------
+    RequestError
+        If the number of steps is too large, or if the kind of prediction is unknown.
+    """
     values = read_model_config(path)
     steps = values.get("num_train_timesteps", 1000)
     check_count(steps, str(path), "num_train_timesteps", least=1, most=MAX_NOISE_STEPS)
+    if (kind := values.get("prediction_type", "epsilon")) not in PREDICTION_TYPES:
+        raise RequestError(
+            f"{path}: the prediction_type '{show(kind)}' is not one of {', '.join(PREDICTION_TYPES)}; choose another "
+            "model"
+        )
     if values.get("trained_betas") is not None:
         betas = check_list(values["trained_betas"], str(path), "trained_betas")
         check_count(len(betas), str(path), "the number of trained_betas", least=steps, most=steps)

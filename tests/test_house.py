@@ -40,8 +40,8 @@ FOLDERS = {
     ],
     "finetune": [
         *("align", "generate", "retrieval", "stable_diffusion", "dm_re2i", "evaluation", "generation", "linear"),
-        *("generators", "eeg", "clip_head", "diffusion", "training", "clip_images", "images", "papers", "portable"),
-        *("base_models", "foreign_models"),
+        *("generators", "eeg", "clip_head", "objective", "diffusion", "training", "clip_images", "images", "papers"),
+        *("portable", "base_models", "foreign_models"),
     ],
     "pretrain": [
         *("train", "plan", "convert", "export", "encode"),

@@ -9,6 +9,7 @@ from typing import Literal
 
 from finetune.dm_re2i.evrnet import EVRNetConfig
 from finetune.eeg import AugmentConfig, EEGConfig
+from finetune.objective import ObjectiveConfig, Prediction, check_objective
 from finetune.training.config import TrainingConfig, free_keys
 from pretrain.runs.tracking import TrackerConfig
 
@@ -121,7 +122,7 @@ class EVRNetStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EGDDPMStage:
+class EGDDPMStage(ObjectiveConfig):
     """Config of the second stage: a diffusion model of pixels, guided by a vector from EEG."""
 
     guide: Literal["feature", "logits", "encoder"] = "feature"
@@ -159,9 +160,9 @@ class EGDDPMStage:
     join_first: bool = False
     """For backbone paper: add a skip connection from the U-Net's first level to its last block. Narrow networks need
     this skip connection. The paper does not have this connection, and backbone unet2d always has it."""
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    prediction: Prediction = "epsilon"
     """Quantity that the network predicts. epsilon: the noise, as in the paper. v_prediction: the velocity, with which
-    images show shapes after fewer training steps."""
+    images show shapes after fewer training steps. sample: the image."""
     loss: Literal["l1", "l2"] = "l2"
     """Norm of the prediction error. The paper does not say which norm it uses."""
     noise_steps: int = 1000
@@ -188,6 +189,9 @@ class EGDDPMStage:
                 "ddpm.drop must be at least 0 and below 1, ddpm.condition_noise at least 0, and ddpm.noise_steps at "
                 f"least 2, got {self.drop}, {self.condition_noise} and {self.noise_steps}"
             )
+        check_objective(self, self.prediction, "ddpm.")
+        if self.min_snr and self.loss != "l2":
+            raise ValueError("ddpm.min_snr weights squared errors; set ddpm.loss: l2, or ddpm.min_snr: 0")
         multiple = self.patch * 2 ** (len(self.multipliers) - 1)
         if len(self.multipliers) < 2 or self.patch < 1 or self.image_size < 1 or self.image_size % multiple:
             raise ValueError(

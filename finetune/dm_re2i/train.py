@@ -21,7 +21,7 @@ from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
-from finetune.diffusion import DenoisingWatcher, choose_sampling, denoising_errors
+from finetune.diffusion import choose_sampling
 from finetune.dm_re2i.backbones import build_unet
 from finetune.dm_re2i.classifier import EEGClassifier
 from finetune.dm_re2i.config import DMRE2IConfig
@@ -33,6 +33,7 @@ from finetune.dm_re2i.portable.pipeline import sample_images
 from finetune.dm_re2i.train_evrnet import check_labels, train_evrnet
 from finetune.eeg import choose_evenly, compute_for_trials, group_repeats, load_encoder, read_trials, scale_eeg
 from finetune.images import ImageTable, open_train_val, to_model_range, to_pixels
+from finetune.objective import DenoisingWatcher, add_offset, denoising_errors, make_noising, weigh_steps
 from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
@@ -57,11 +58,15 @@ class EGDDPMTask(nn.Module):
     guide : EEGGuide, optional
         Network that computes the guiding vectors from EEG, if this network is trained together with the U-Net. Without
         `guide`, the method `forward` gets guiding vectors in place of EEG.
+    min_snr : float
+        Gamma of the weights of the noise steps (see `finetune.objective.weigh_steps`); 0 gives equal weights.
     """
 
-    def __init__(self, unet: GuidedUNet, noising: Any, norm: str, guide: EEGGuide | None = None) -> None:
+    def __init__(
+        self, unet: GuidedUNet, noising: Any, norm: str, guide: EEGGuide | None = None, min_snr: float = 0.0
+    ) -> None:
         super().__init__()
-        self.unet, self.noising, self.norm, self.guide = unet, noising, norm, guide
+        self.unet, self.noising, self.norm, self.guide, self.min_snr = unet, noising, norm, guide, min_snr
 
     def features(self, eeg: Tensor) -> Tensor:
         """Return the guiding vectors [B, D]: computed from EEG [B, C, T], or the input itself without a `guide`."""
@@ -104,7 +109,10 @@ class EGDDPMTask(nn.Module):
         dict
             The loss, under the key ``loss``.
         """
-        return {"loss": self.errors(self.features(eeg) + jitter, image, noise, time, keep).mean()}
+        error_B = self.errors(self.features(eeg) + jitter, image, noise, time, keep)
+        return {
+            "loss": (error_B * weigh_steps(self.noising, time, self.min_snr)).mean() if self.min_snr else error_B.mean()
+        }
 
 
 def train_ddpm(
@@ -133,8 +141,6 @@ def train_ddpm(
     accelerator : Accelerator
         The accelerator that `make_accelerator` returned.
     """
-    from diffusers import DDPMScheduler
-
     stage, device, scaling = config.ddpm, accelerator.device, guide.scaling(data.spec)
     pixels = torch.from_numpy(tables[0].pixels(size=stage.image_size))
     vectors = compute_for_trials(data, scaling, guide.compute, accelerator)
@@ -148,12 +154,11 @@ def train_ddpm(
     std_D = vectors.std(dim=0)
     if stage.standardise:
         unet.set_condition_statistics(vectors.mean(dim=0), std_D)
-    noising = DDPMScheduler(
-        num_train_timesteps=stage.noise_steps, beta_schedule="squaredcos_cap_v2", prediction_type=stage.prediction
-    )
+    schedule = {"num_train_timesteps": stage.noise_steps, "beta_schedule": "squaredcos_cap_v2"}
+    noising = make_noising(schedule, stage, stage.prediction)
     if stage.train_guide:
         guide.choose_trainables(x_val[:2])
-    task = EGDDPMTask(unet, noising, stage.loss, guide if stage.train_guide else None)
+    task = EGDDPMTask(unet, noising, stage.loss, guide if stage.train_guide else None, stage.min_snr)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's type hints lack this overload
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
@@ -166,7 +171,10 @@ def train_ddpm(
             "eeg": scale_eeg(batch.padded(), scaling) if stage.train_guide else vectors[batch.numbers],
             "jitter": stage.condition_noise * std_D * random.normal(b, guide.dim),
         }
-        return {**tensors, "keep": random.uniform(b) >= stage.drop} if stage.drop else tensors
+        if stage.drop:
+            tensors["keep"] = random.uniform(b) >= stage.drop
+        tensors["noise"] = add_offset(tensors["noise"], stage.offset_noise, random)
+        return tensors
 
     def lr_scale(name: str) -> float:
         return stage.guide_lr if name.startswith("guide.") else 1.0

@@ -23,10 +23,11 @@ from data_sharding.common.untrusted import check_number
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.base_models.load import load_base
 from finetune.clip_head import ClipHead
-from finetune.diffusion import FEW_STEP, Condition, SamplerName, Sampling, choose_sampling, denoising_errors
+from finetune.diffusion import FEW_STEP, Condition, SamplerName, Sampling, choose_sampling
 from finetune.eeg import scale_eeg
 from finetune.generators import SCHEMA, Source, read_part
 from finetune.images import check_finite, read_caption, to_pixels
+from finetune.objective import denoising_errors, weigh_steps
 from finetune.stable_diffusion.conditioner import Conditioner
 from finetune.stable_diffusion.portable.pipeline import choose_sampler, sample_images
 from finetune.stable_diffusion.portable.write import write_portable_files
@@ -105,11 +106,13 @@ class EEGDiffusion(nn.Module):
     unet : UNet2DConditionModel
         The base model's U-Net.
     noising : DDPMScheduler
-        The base model's noise scheduler. The scheduler adds the noise in training.
+        Noise scheduler of the training, which adds the noise (see `finetune.objective.make_noising`).
     head : ClipHead, optional
         Network that maps tokens to CLIP's image space, for the CLIP loss.
     clip_weight : float
         Weight of the CLIP loss.
+    min_snr : float
+        Gamma of the weights of the noise steps (see `finetune.objective.weigh_steps`); 0 gives equal weights.
     """
 
     def __init__(
@@ -120,10 +123,11 @@ class EEGDiffusion(nn.Module):
         noising: Any,
         head: ClipHead | None = None,
         clip_weight: float = 0.0,
+        min_snr: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder, self.conditioner, self.unet, self.head = encoder, conditioner, unet, head
-        self.noising, self.clip_weight = noising, clip_weight
+        self.noising, self.clip_weight, self.min_snr = noising, clip_weight, min_snr
 
     def choose_trainables(self, tune: Tune) -> None:
         """Choose the parts of the model that are trained, and freeze the other parts.
@@ -197,15 +201,17 @@ class EEGDiffusion(nn.Module):
         Returns
         -------
         dict
-            ``loss``, ``denoise`` (the squared error) and, in joint training, ``cosine`` (1 - cosine similarity).
+            ``loss``, ``denoise`` (the squared error without weights) and, in joint training, ``cosine`` (1 - cosine
+            similarity).
         """
         tokens_BND = self.encoder(x)
-        denoise = self.errors(tokens_BND, latent, noise, time, keep).mean()
-        out = {"loss": denoise, "denoise": denoise.detach()}
+        error_B = self.errors(tokens_BND, latent, noise, time, keep)
+        loss = (error_B * weigh_steps(self.noising, time, self.min_snr)).mean() if self.min_snr else error_B.mean()
+        out = {"loss": loss, "denoise": error_B.detach().mean()}
         if self.head is not None:
             assert target is not None
             cosine = 1 - F.cosine_similarity(self.head(tokens_BND).float(), target, dim=-1).mean()
-            out["loss"] = denoise + self.clip_weight * cosine
+            out["loss"] = loss + self.clip_weight * cosine
             out["cosine"] = cosine.detach()
         return out
 

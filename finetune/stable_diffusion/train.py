@@ -12,7 +12,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from finetune.base_models.conditions import has_pooled
 from finetune.base_models.load import load_base
 from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.clip_images import digest_weights, embed_images
-from finetune.diffusion import DenoisingWatcher
 from finetune.eeg import (
     EEGConfig,
     ImageAugmentConfig,
@@ -36,6 +35,7 @@ from finetune.eeg import (
     read_trials,
 )
 from finetune.images import ImageTable, open_train_val, to_model_range
+from finetune.objective import DenoisingWatcher, ObjectiveConfig, Prediction, add_offset, check_objective, make_noising
 from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
 from finetune.stable_diffusion.model import EEGDiffusion, open_time_path, save_model
 from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
@@ -45,9 +45,12 @@ from finetune.training.plots import plot_losses
 from finetune.training.step_random import StepRandom
 from pretrain.runs.tracking import TrackerConfig
 
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
+
 
 @dataclass(frozen=True, kw_only=True)
-class StableDiffusionConfig:
+class StableDiffusionConfig(ObjectiveConfig):
     """Fine-tune Stable Diffusion on EEG, as in DreamDiffusion: train encoder, projector and cross-attentions."""
 
     dataset: str
@@ -80,6 +83,10 @@ class StableDiffusionConfig:
     time_path: bool = True
     """Also add a vector from the EEG to the U-Net's time embedding, as in DreamDiffusion's code but not in its
     paper."""
+    prediction: Prediction | None = None
+    """Quantity that the U-Net learns to predict: the noise (epsilon), the velocity (v_prediction) or the latent of the
+    image (sample). Empty: the quantity that the base model predicts. Another quantity than that of the base model needs
+    much training, because the U-Net first has to unlearn the old one."""
     hidden: int = 64
     """Number of tokens between the two convolutions of the projector."""
     drop: float = 0.1
@@ -115,6 +122,7 @@ class StableDiffusionConfig:
                 "'drop' must be at least 0 and below 1, and 'hidden' and 'val_trials' at least 1, got "
                 f"{self.drop}, {self.hidden} and {self.val_trials}"
             )
+        check_objective(self, self.prediction)
         if not re.fullmatch(r"[A-Za-z0-9.-]+", self.license):
             raise ValueError(f"license is '{self.license}'; give an identifier such as cc-by-4.0, mit or unknown")
         if self.order == "joint" and self.clip is None:
@@ -163,8 +171,42 @@ def encode_images(
     return latents
 
 
+def choose_noising(config: StableDiffusionConfig, pipeline: Any) -> DDPMScheduler:
+    """Make the noise scheduler of the training, and give the pipeline a scheduler that samples accordingly.
+
+    Parameters
+    ----------
+    config : StableDiffusionConfig
+        Config of the command.
+    pipeline : StableDiffusionPipeline
+        Pipeline of the base model. Its scheduler is replaced if the training differs from that of the base model.
+
+    Returns
+    -------
+    DDPMScheduler
+        Scheduler that adds the noise in training.
+
+    Raises
+    ------
+    RequestError
+        If the options of the objective do not fit the base model.
+    """
+    from diffusers import DDIMScheduler
+
+    before = pipeline.scheduler.config
+    try:
+        noising = make_noising(before, config, config.prediction)
+    except ValueError as error:
+        raise RequestError(f"{config.base}: {error}") from None
+    if config.zero_snr or config.prediction not in (None, before.prediction_type):
+        pipeline.scheduler = DDIMScheduler.from_config(noising.config, clip_sample=False)
+    return noising
+
+
 @torch.no_grad()
-def build(config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection: int | None) -> EEGDiffusion:
+def build(
+    config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection: int | None, noising: Any
+) -> EEGDiffusion:
     """Build the model from its parts.
 
     Parameters
@@ -177,14 +219,14 @@ def build(config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection
         EEG encoder.
     projection : int or None
         Width of CLIP's embeddings if ``config.order`` is joint; None if ``config.order`` is sequential.
+    noising : DDPMScheduler
+        Noise scheduler from `choose_noising`.
 
     Returns
     -------
     EEGDiffusion
         Model that is ready for training. Only the CLIP head and the parts that ``config.tune`` names are trainable.
     """
-    from diffusers import DDPMScheduler
-
     unet, tokenizer = pipeline.unet, pipeline.tokenizer
     length = int(tokenizer.model_max_length)
     empty = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
@@ -204,8 +246,7 @@ def build(config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection
     head = None
     if projection is not None:
         head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=projection))
-    noising = DDPMScheduler.from_config(pipeline.scheduler.config)
-    model = EEGDiffusion(encoder, conditioner, unet, noising, head, config.clip_weight)
+    model = EEGDiffusion(encoder, conditioner, unet, noising, head, config.clip_weight, config.min_snr)
     model.choose_trainables(config.tune)
     return model
 
@@ -230,6 +271,7 @@ def train(config: StableDiffusionConfig) -> int:
     pipeline = load_base(config.base, config.base_config)
     if has_pooled(pipeline):
         raise RequestError(f"{config.base}: Stable Diffusion XL cannot be fine-tuned on EEG; choose another base")
+    noising = choose_noising(config, pipeline)
     size = int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
     table, val_table = ImageTable(data), ImageTable(val)
     with (
@@ -248,8 +290,8 @@ def train(config: StableDiffusionConfig) -> int:
         target_MP = None
         if config.order == "joint" and config.clip:
             target_MP = embed_images(table, config.clip, **caching)
-        model = build(config, pipeline, encoder, None if target_MP is None else target_MP.shape[1])
-        noise_steps = int(model.noising.config.num_train_timesteps)
+        model = build(config, pipeline, encoder, None if target_MP is None else target_MP.shape[1], noising)
+        noise_steps = int(noising.config.num_train_timesteps)
         groups = group_repeats(val, config.eeg.average_repeats)
         watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
         watcher = DenoisingWatcher(
@@ -268,6 +310,7 @@ def train(config: StableDiffusionConfig) -> int:
                 "time": random.integers(noise_steps, b),
                 "keep": random.uniform(b) >= config.drop,
             }
+            tensors["noise"] = add_offset(tensors["noise"], config.offset_noise, random)
             return tensors if target_MP is None else {**tensors, "target": target_MP[row]}
 
         def lr_scale(name: str) -> float:
@@ -309,6 +352,8 @@ def train(config: StableDiffusionConfig) -> int:
                 "settings": {
                     "base": config.base,
                     **{name: getattr(config, name) for name in ("order", "tune", "time_path", "drop", "seed")},
+                    "prediction": noising.config.prediction_type,
+                    **{name: getattr(config, name) for name in ("min_snr", "offset_noise", "zero_snr")},
                     "training": dataclasses.asdict(config.training),
                 },
                 "results": {"best step": result.best_step, **result.best},

@@ -12,7 +12,7 @@ from data_sharding.dataset.dataset import EEGDataset
 from finetune.base_models.load import load_base
 from finetune.generators import load_generator
 from finetune.stable_diffusion.model import EEGDiffusion, find_cross_attention
-from finetune.stable_diffusion.train import StableDiffusionConfig, build, main
+from finetune.stable_diffusion.train import StableDiffusionConfig, build, choose_noising, main
 from pretrain.encoder.encoder import EEGEncoder
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -30,7 +30,8 @@ def _built(
     config = StableDiffusionConfig(
         dataset=str(dataset), encoder=str(encoder), base=str(miniature / "stable-diffusion"), output="-", **keys
     )
-    return build(config, load_base(config.base), EEGEncoder.from_pretrained(encoder), projection)
+    pipeline = load_base(config.base)
+    return build(config, pipeline, EEGEncoder.from_pretrained(encoder), projection, choose_noising(config, pipeline))
 
 
 @pytest.mark.parametrize("tune", ["E+A", "E", "A"])
