@@ -58,27 +58,41 @@ mains frequency, checks units, channels and every window, and hashes the file.
 """
 
 
-def sharding_minute(found: dict[str, Any]) -> str:
-    ours, mne = (found["ways"][way]["cpu_s"] for way in ("ours", "mne"))
+def sharding_minute(found: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            run["machine"],
+            str(run["repeats"]),
+            *(f"{run['ways'][way]['cpu_s']:.3f}" for way in ("ours", "mne")),
+            f"**{run['paired_ratio']:.2f}**",
+        ]
+        for run in found
+    ]
+    machines = "\n".join(origin(run) for run in found)
     return f"""### A recording of one minute
 
 This measurement was made with the command
-`python benchmarks/sharding.py --seconds 60 --repeats {found["repeats"]}`. The two programs ran alternately.
-Dreamscale needs {ours:.3f} s of CPU time and MNE's path {mne:.3f} s (medians). In each pair of runs,
-Dreamscale's CPU time is divided by MNE's CPU time; the median of these ratios is **{found["paired_ratio"]:.2f}**
-(aim: at most 1).
+`python benchmarks/sharding.py --seconds 60 --repeats {found[0]["repeats"]}`, on several machines. The two programs ran
+alternately. In each pair of runs, Dreamscale's CPU time is divided by MNE's CPU time; the ratio in the table is the
+median of all pairs (aim: at most 1).
+
+{table(["machine", "pairs", "Dreamscale, CPU time (s)", "MNE's path, CPU time (s)", "ratio"], rows)}
+
 Dreamscale's process does not return freed memory to the system, like the child processes of a sharding job
 (`KEPT_MEMORY` in `data_sharding/job/isolation.py`); MNE's process has the default settings for memory.
-{origin(found)}
+{machines}
 """
 
 
-def sharding_minute_intel(found: dict[str, Any]) -> str:
-    ours, mne = (found["ways"][way]["cpu_s"] for way in ("ours", "mne"))
-    return f"""On a second machine, Dreamscale needed {ours:.3f} s of CPU time and MNE's path {mne:.3f} s
-(medians of {found["repeats"]} pairs of runs), and the median of the ratios was **{found["paired_ratio"]:.2f}**. Other
-programs used this machine at the same time, and {found["repeats"]} pairs are few. The second result therefore does
-not show which of the two programs is faster.
+def sharding_checks(found: dict[str, Any]) -> str:
+    return f"""### The cost of the checks
+
+This measurement was made with the command
+`python benchmarks/sharding.py --seconds 900 --ways ours unchecked --repeats {found["repeats"]}`. Each recording was
+sharded with the checks of every window (flat, clipped, too small, muscle, mains) and without the checks
+(`quality.check: false`). The two programs ran alternately. With the checks, Dreamscale needs
+**{found["checks_ratio"]:.2f} times** as much CPU time (median of the pairs; aim: at most 1.1) and
+{found["ways"]["ours"]["peak_mb"]:.0f} MB of memory; without the checks, {found["ways"]["unchecked"]["peak_mb"]:.0f} MB.
 {origin(found)}
 """
 
@@ -317,7 +331,7 @@ over time) is computed for each trial: with the EEG of all trials in memory at o
 SECTIONS = {
     "sharding": sharding,
     "sharding_minute": sharding_minute,
-    "sharding_minute_intel": sharding_minute_intel,
+    "sharding_checks": sharding_checks,
     "workers": workers,
     "planning": planning,
     "loading": loading,
@@ -328,7 +342,9 @@ SECTIONS = {
 
 
 def main() -> None:
-    found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in SECTIONS if _has(name)}
+    found: dict[str, Any] = {n: json.loads((RESULTS / f"{n}.json").read_text()) for n in SECTIONS if _has(n)}
+    minutes = sorted(RESULTS.glob("sharding_minute_*.json"))
+    found["sharding_minute"] = [json.loads(path.read_text()) for path in minutes]
     versions: dict[str, str] = {}
     for name in ("sharding", "loading"):
         versions |= found[name]["versions"]

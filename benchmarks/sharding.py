@@ -1,11 +1,12 @@
 """Measure speed and memory of sharding, for one recording and for a whole job.
 
 ``python benchmarks/sharding.py --seconds 3600 --out sharding.json`` writes an EDF file with 64 channels at 1 kHz to the
-folder ``--cache``. Then the benchmark measures two programs on the EDF file. Each of the two programs runs in its own
-process and with one thread:
+folder ``--cache``. Then the benchmark measures programs on the EDF file. Each program runs in its own process, and with
+one thread:
 
 - ours: Dreamscale's `data_sharding.job.process_recording.process_recording` reads the file and writes its windows,
   under the same environment variables as in a child process of a real job;
+- unchecked: the same with the key ``quality.check: false``, so no window is checked (only with ``--ways``);
 - MNE: load the file, apply a FIR band-pass filter, resample by FFT, subtract the average, and write the windows with
   `wds.TarWriter`. Dreamscale also removes the mains frequency, checks channels and units, and computes checksums.
 
@@ -74,16 +75,17 @@ def make_edf(path: Path, seconds: int, seed: int = 0) -> Path:
     return path
 
 
-def ours(edf: Path, folder: Path) -> int:
-    """Shard a recording as a worker of the sharding job does."""
+def ours(edf: Path, folder: Path, *, check: bool = True) -> int:
+    """Shard a recording as a worker of the sharding job does, with or without the checks of every window."""
     from data_sharding.corpora import CorpusConfig, list_items
     from data_sharding.dataset.splits import SplitConfig
     from data_sharding.job.process_recording import process_recording
     from data_sharding.job.task import Task
     from data_sharding.processing.preprocess import PreprocessSpec
+    from data_sharding.processing.quality import QualitySpec
 
     (item,) = [i for i in list_items(CorpusConfig(root=str(edf.parent), line_freq=LINE)) if i.path == edf.name]
-    spec, split = PreprocessSpec(**SPEC), SplitConfig(val_fraction=0, test_fraction=0)
+    spec, split = PreprocessSpec(**SPEC, quality=QualitySpec(check=check)), SplitConfig(val_fraction=0, test_fraction=0)
     task = Task(item=item, spec=spec, split=split, labels=(), work=folder, timeout_s=3600)
     row = process_recording(task).row
     assert row.status == "sharded", row.reason
@@ -109,7 +111,11 @@ def mne_default(edf: Path, folder: Path) -> int:
     return count
 
 
-WAYS: dict[str, Callable[[Path, Path], int]] = {"ours": ours, "mne": mne_default}
+def unchecked(edf: Path, folder: Path) -> int:
+    return ours(edf, folder, check=False)
+
+
+WAYS: dict[str, Callable[[Path, Path], int]] = {"ours": ours, "unchecked": unchecked, "mne": mne_default}
 
 
 def warm_up(edf: Path) -> Path:
@@ -173,10 +179,15 @@ def child(*arguments: str) -> dict[str, float]:
     from data_sharding.job.isolation import KEPT_MEMORY
 
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MNE_USE_NUMBA": "false"}
-    if arguments[:2] == ("--measure", "ours"):
+    if arguments[0] == "--measure" and arguments[1] != "mne":
         env = KEPT_MEMORY | env
     done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def paired_ratio(runs: list[dict[str, float]], others: list[dict[str, float]]) -> float:
+    """Return the median, over all pairs of runs, of the first program's CPU time divided by the second program's."""
+    return statistics.median(one["cpu_s"] / other["cpu_s"] for one, other in zip(runs, others, strict=True))
 
 
 def main() -> None:
@@ -184,7 +195,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=3600, help="length of the recording in seconds")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="programs to measure on one recording"
+        "--ways", nargs="+", choices=WAYS, default=["ours", "mne"], help="programs to measure on one recording"
     )
     parser.add_argument(
         "--workers", nargs="*", type=int, default=[], help="numbers of workers with which the whole job is measured"
@@ -211,6 +222,7 @@ def main() -> None:
     result: dict[str, object] = {
         **describe_run(),
         "versions": {name: version(name) for name in ("mne", "numpy", "scipy", "webdataset", "zstandard")},
+        "repeats": args.repeats,
         "data": f"{CHANNELS} channels x {args.seconds} s x {RATE} Hz EDF -> {SPEC['sfreq']:g} Hz",
     }
     edf = args.cache / f"{args.seconds}" / f"recording-{CHANNELS}x{RATE}.edf"
@@ -228,10 +240,10 @@ def main() -> None:
     if {"ours", "mne"} <= set(ways):
         result["cpu_ratio"] = ways["mne"]["cpu_s"] / ways["ours"]["cpu_s"]
         print(f"MNE's default path needs {result['cpu_ratio']:.2f} times as much CPU time as Dreamscale")
-        result["repeats"] = args.repeats
-        result["paired_ratio"] = statistics.median(
-            ours["cpu_s"] / mne["cpu_s"] for ours, mne in zip(runs["ours"], runs["mne"], strict=True)
-        )
+        result["paired_ratio"] = paired_ratio(runs["ours"], runs["mne"])
+    if {"ours", "unchecked"} <= set(ways):
+        result["checks_ratio"] = paired_ratio(runs["ours"], runs["unchecked"])
+        print(f"with the checks, Dreamscale needs {result['checks_ratio']:.3f} times as much CPU time as without")
     if args.workers:
         each = args.seconds // args.recordings
         folder = args.cache / f"job-{args.recordings}x{each}"
