@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,10 +25,17 @@ from data_sharding.common.files import write_json
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.clip_head import ClipHead, ClipHeadConfig
-from finetune.clip_images import embed_images
 from finetune.eeg import EEGConfig, ImageAugmentConfig, group_repeats, load_encoder, prepare_eeg, read_means, scale_eeg
 from finetune.images import ImageTable, open_train_val
-from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
+from finetune.targets.images import embed_images
+from finetune.training.accelerate import (
+    get_world,
+    make_loader,
+    quiet_libraries,
+    report_finished,
+    start_processes,
+    use_run,
+)
 from finetune.training.batch_norm import gather_rows
 from finetune.training.config import TrainingConfig, free_keys
 from finetune.training.fit import fit
@@ -254,14 +260,7 @@ def align(config: AlignConfig) -> int:
         if report_finished(run, "encoder/config.json"):
             return EXIT_DONE
         target_MP, val_target_MP = (
-            embed_images(
-                t,
-                config.clip,
-                device=accelerator.device,
-                cache=Path(config.output) / "cache",
-                write=accelerator.is_main_process,
-            )
-            for t in (table, val_table)
+            embed_images(t, config.clip, world=get_world(accelerator)) for t in (table, val_table)
         )
         head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=target_MP.shape[1]))
         aligner = Aligner(encoder, head, config.loss, config.temperature)

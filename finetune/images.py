@@ -6,15 +6,13 @@ Array shapes: B trials, M different images, H rows, W columns.
 from __future__ import annotations
 
 import functools
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_sharding.common.errors import RequestError
-from data_sharding.common.files import digest_of
 from data_sharding.common.storage import AnyPath
 from data_sharding.common.untrusted import open_image
 from data_sharding.dataset.dataset import EEGDataset
@@ -273,7 +271,7 @@ class ImageTable:
         RequestError
             If an image cannot be decoded, or the images differ in size and no size was given.
         """
-        out = self._decode(range(len(self)) if rows is None else rows, size)
+        out = self.decode(range(len(self)) if rows is None else rows, size)
         if len({image.shape for image in out}) > 1:
             raise RequestError(
                 f"{self.dataset.path}: the images have different sizes; give the size to which the images are resized"
@@ -284,80 +282,13 @@ class ImageTable:
         """Read the stored image files of some rows of the table."""
         return (self.dataset.image(self._first[row]) for row in rows)
 
-    def _decode(self, rows: Any, size: int | None) -> list[np.ndarray]:
+    def decode(self, rows: Any, size: int | None = None) -> list[np.ndarray]:
+        """Decode images of the table as `pixels` does; without `size`, the images may have different sizes."""
         numbers = [self._first[row] for row in rows]
         return [
             decode_image(self.dataset.image(n), size, name=f"{self.dataset.path}: sample {self.dataset.key(n)}")
             for n in numbers
         ]
-
-    def features(
-        self,
-        compute: Callable[[Any], torch.Tensor],
-        *,
-        size: int | None,
-        key: dict[str, Any],
-        cache: str | Path | None = None,
-        batch_size: int = 64,
-        write: bool = True,
-    ) -> torch.Tensor:
-        """Compute a feature of every image once, and store the result in a cache on disk.
-
-        Parameters
-        ----------
-        compute : callable
-            Function that takes images and returns their features as a tensor [B, ...]. The images are an array of
-            uint8 [B, H, W, 3], or a list of arrays [H, W, 3] if `size` is None.
-        size : int or None
-            Width and height in pixels to which images are resized. None does not resize images, so that a network's own
-            resize starts from the original pixels.
-        key : dict
-            Values on which the features depend in addition to the images and `size`, e.g. a digest of the model's
-            weights.
-        cache : str or Path, optional
-            Directory in which the result is stored. If no directory is given, the features are not stored.
-        batch_size : int
-            Number of images in one call of `compute`.
-        write : bool
-            True if this process may write to the cache directory; only rank 0 should write.
-
-        Returns
-        -------
-        Tensor, shape (M, ...)
-            Features on the CPU, with one row for each image.
-        """
-        import torch
-        from safetensors.torch import save_file
-
-        from pretrain.model.weights import read_tensors
-
-        manifest = self.dataset.manifest
-        own = {"dataset": manifest.dataset_id, "split": self.dataset.split, "size": size}
-        if self.dataset.left_out:
-            # An image is not in the table if all its trials are left out, so the key of the cache must depend on the
-            # ids in the table.
-            own["images"] = self.ids
-        digest = digest_of({**key, **own})
-        path = Path(cache) / f"{digest[:16]}.safetensors" if cache is not None else None
-        if path is not None and path.is_file():
-            found = read_tensors(path).get("features")
-            if found is None or len(found) != len(self) or not found.is_floating_point():
-                raise RequestError(
-                    f"{path}: this cache file does not hold the features of these images; delete the file"
-                )
-            return found
-        parts = []
-        for start in range(0, len(self), batch_size):
-            rows = range(start, min(start + batch_size, len(self)))
-            images = self._decode(rows, None) if size is None else self.pixels(rows, size)
-            parts.append(compute(images).detach().cpu())
-        features = torch.cat(parts).contiguous()
-        if path is not None and write:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-            save_file({"features": features}, temporary)
-            temporary.replace(path)
-        return features
 
 
 def find_components(train_MHW3: np.ndarray, val_MHW3: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:

@@ -40,7 +40,7 @@ FOLDERS = {
     ],
     "finetune": [
         *("align", "generate", "retrieval", "stable_diffusion", "dm_re2i", "evaluation", "generation", "linear"),
-        *("generators", "eeg", "clip_head", "objective", "diffusion", "training", "clip_images", "images", "papers"),
+        *("generators", "eeg", "clip_head", "objective", "diffusion", "targets", "training", "images", "papers"),
         *("portable", "base_models", "foreign_models"),
     ],
     "pretrain": [

@@ -20,7 +20,6 @@ from data_sharding.common.config import command, to_dict
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, show
 from data_sharding.common.files import atomic_write_text, write_json
 from data_sharding.dataset.dataset import EEGDataset
-from finetune.clip_images import embed_images
 from finetune.eeg import group_repeats
 from finetune.evaluation.evidence import Setting, make_predictors
 from finetune.evaluation.identification import rank_true_images, two_way_identification
@@ -33,6 +32,7 @@ from finetune.images import ImageTable, open_paired
 from finetune.retrieval.maps import RIDGE, AlignmentRun, Fit, RidgeMap, fit_ridge
 from finetune.retrieval.report import render_retrieval
 from finetune.retrieval.scores import identify, match_images, measure_hubness, top_k
+from finetune.targets.images import embed_images
 from finetune.training.accelerate import quiet_libraries
 from pretrain.evidence.copies import find_copies
 from pretrain.evidence.openings import NAME as LOG
@@ -40,7 +40,7 @@ from pretrain.evidence.openings import record_opening
 from pretrain.evidence.rules import Control, NotApplicable, judge
 from pretrain.evidence.trials import derange_within, find_neighbourhoods
 from pretrain.evidence.windows import find_known_eeg
-from pretrain.runs.distributed import choose_device
+from pretrain.runs.distributed import World, choose_device
 
 NAME = "retrieval.json"
 """Name of the file in the output folder that holds the result of the retrieval."""
@@ -371,10 +371,10 @@ def retrieve(config: RetrieveConfig) -> int:
         fallback=output,
     )
     target = config.target or (run.clip if run is not None else "")
-    device = choose_device(config.device)
+    world = World(device=choose_device(config.device))
     train_MP, gallery_MP = (
         _check_embeddings(
-            embed_images(table, target, layer=config.layer, device=device).numpy(), f"{target}: the image embeddings"
+            embed_images(table, target, layer=config.layer, world=world).numpy(), f"{target}: the image embeddings"
         )
         for table in tables
     )

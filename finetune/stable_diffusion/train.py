@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,6 @@ from data_sharding.dataset.batch import Batch
 from finetune.base_models.conditions import has_pooled
 from finetune.base_models.load import load_base
 from finetune.clip_head import ClipHead, ClipHeadConfig
-from finetune.clip_images import digest_weights, embed_images
 from finetune.eeg import (
     EEGConfig,
     ImageAugmentConfig,
@@ -34,11 +32,20 @@ from finetune.eeg import (
     prepare_eeg,
     read_trials,
 )
-from finetune.images import ImageTable, open_train_val, to_model_range
+from finetune.images import ImageTable, open_train_val
 from finetune.objective import DenoisingWatcher, ObjectiveConfig, Prediction, add_offset, check_objective, make_noising
 from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
 from finetune.stable_diffusion.model import EEGDiffusion, open_time_path, save_model
-from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
+from finetune.targets.images import embed_images
+from finetune.targets.latents import encode_images
+from finetune.training.accelerate import (
+    get_world,
+    make_loader,
+    quiet_libraries,
+    report_finished,
+    start_processes,
+    use_run,
+)
 from finetune.training.config import TrainingConfig, free_keys
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
@@ -129,46 +136,6 @@ class StableDiffusionConfig(ObjectiveConfig):
             raise ValueError(
                 "'order: joint' needs the key 'clip': give the CLIP model whose image embeddings the encoder learns"
             )
-
-
-def encode_images(
-    table: ImageTable, pipeline: Any, size: int, *, device: Any, cache: Path | None, write: bool
-) -> Tensor:
-    """Encode every image of a split to the mean and standard deviation of its latents.
-
-    Parameters
-    ----------
-    table : ImageTable
-        Images of the split.
-    pipeline : StableDiffusionPipeline
-        The base pipeline, whose autoencoder encodes the images.
-    size : int
-        Width and height, in pixels, to which images are resized.
-    device : torch.device
-        Device of the computation.
-    cache : Path or None
-        Directory in which the result is stored for later runs; None stores nothing.
-    write : bool
-        True if this process may write to the cache directory; only rank 0 should write.
-
-    Returns
-    -------
-    Tensor, [M, 2, 4, h, w]
-        Mean and standard deviation of the latents, on the CPU, scaled as the U-Net needs them.
-    """
-    vae = pipeline.vae.to(device)
-
-    def compute(pixels_BHW3: np.ndarray) -> Tensor:
-        with torch.no_grad():
-            posterior = vae.encode(to_model_range(pixels_BHW3).to(device)).latent_dist
-        return torch.stack([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor
-
-    # A batch has at most as many pixels as 64 images of 128 x 128, so that large images do not need more memory.
-    batch_size = max(1, min(64, 64 * 128 * 128 // size**2))
-    key = {"what": "latents", "weights": digest_weights(vae)}
-    latents = table.features(compute, size=size, key=key, cache=cache, batch_size=batch_size, write=write)
-    vae.to("cpu")
-    return latents
 
 
 def choose_noising(config: StableDiffusionConfig, pipeline: Any) -> DDPMScheduler:
@@ -280,16 +247,11 @@ def train(config: StableDiffusionConfig) -> int:
     ):
         if report_finished(run):
             return EXIT_DONE
-        caching: dict[str, Any] = {
-            "device": accelerator.device,
-            "cache": Path(config.output) / "cache",
-            "write": accelerator.is_main_process,
-        }
-        latents = encode_images(table, pipeline, size, **caching)
-        val_latents = encode_images(val_table, pipeline, size, **caching)
+        world = get_world(accelerator)
+        latents, val_latents = (encode_images(t, pipeline.vae, size, world=world) for t in (table, val_table))
         target_MP = None
         if config.order == "joint" and config.clip:
-            target_MP = embed_images(table, config.clip, **caching)
+            target_MP = embed_images(table, config.clip, world=world)
         model = build(config, pipeline, encoder, None if target_MP is None else target_MP.shape[1], noising)
         noise_steps = int(noising.config.num_train_timesteps)
         groups = group_repeats(val, config.eeg.average_repeats)

@@ -82,7 +82,7 @@ def test_two_stopped_processes_resume_to_the_same_weights(
     ("change", "message"),
     [
         (["--dataset", "UNPAIRED"], "no paired images"),
-        (["--clip", "."], "not a CLIP or DINOv2 model"),
+        (["--clip", "."], "not a frozen image model"),
         (["--encoder", "nowhere/"], "nowhere"),
         (["--loss", "hinge"], "loss"),
         (["--training.setps", "3"], "training.steps"),

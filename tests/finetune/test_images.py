@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset
@@ -42,21 +41,6 @@ def test_each_image_has_one_row(paired_dataset: Path) -> None:
     assert table.ids[row] == data[number].meta["image_id"]
     assert table.labels[row] == data[number].meta["label"]
     np.testing.assert_array_equal(table.pixels([row])[0], decode_image(data[number].image))
-
-
-def test_features_are_computed_once(paired_dataset: Path, tmp_path: Path) -> None:
-    table = ImageTable(open_paired(paired_dataset, "val"))
-    calls = []
-
-    def compute(pixels: np.ndarray) -> torch.Tensor:
-        calls.append(len(pixels))
-        return torch.as_tensor(pixels.mean((1, 2, 3)))
-
-    first = table.features(compute, size=16, key={"model": 1}, cache=tmp_path, batch_size=5)
-    again = table.features(compute, size=16, key={"model": 1}, cache=tmp_path)
-    assert torch.equal(first, again) and sum(calls) == len(table)
-    table.features(compute, size=16, key={"model": 2}, cache=tmp_path)
-    assert sum(calls) == 2 * len(table)
 
 
 def test_a_dataset_without_images_is_refused(unpaired_dataset: Path) -> None:

@@ -52,7 +52,7 @@ def load(kind: str, folder: Path) -> object:
 
         return ImageClassifier.load(folder / "classifier.safetensors")
     if kind == "clip":
-        from finetune.clip_images import load_clip
+        from finetune.targets.models import load_clip
 
         return load_clip(folder)
     from finetune.clip_head import ClipHead

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of, sha256_file
-from finetune.clip_images import find_model_folder, load_clip, load_dinov2
 from finetune.evaluation.networks.network import FrozenNetwork
 from finetune.evaluation.pixel_metrics import Images
 from finetune.foreign_models import load_with_library, read_model_config
+from finetune.targets.models import find_model_folder, load_clip, load_dinov2
 
 
 def _digest_weights(folder: Path) -> str:

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from data_sharding.common.errors import RequestError, run_main
-from finetune.clip_images import embed_images, load_image_model
 from finetune.generation.trials import NotApplicableError
 from finetune.images import ImageTable, open_paired
 from finetune.linear.time_courses import read_time_courses
 from finetune.retrieval import run as retrieval
 from finetune.retrieval.maps import fit_ridge
 from finetune.retrieval.run import _check_embeddings, _check_images, _check_output, _embed_with_neighbours, main
+from finetune.targets.images import embed_images
+from finetune.targets.models import load_image_model
 from pretrain.evidence.ridge import STRENGTHS, RidgeSums, ridge_scores
 from pretrain.evidence.rules import NotApplicable
 from pretrain.evidence.trials import tabulate_trials
@@ -71,7 +72,7 @@ def test_ridge_finds_images_above_chance_and_shuffled_eeg_does_not(
 
 
 def test_an_alignment_run_is_measured_with_its_own_clip(
-    paired_dataset: Path, encoder_package: Path, miniature: Path, tmp_path: Path
+    paired_dataset: Path, encoder_package: Path, miniature: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from finetune.align import main as align
 
@@ -80,7 +81,12 @@ def test_an_alignment_run_is_measured_with_its_own_clip(
     settings = ["--training.steps", "2", "--training.batch_size", "8", "--tracker.kind", "none"]
     assert align([*(str(w) for k, v in words.items() for w in (f"--{k}", v)), *settings]) == 0
     out = tmp_path / "out"
+    capsys.readouterr()
     assert main([str(run), str(paired_dataset), "-o", str(out), "--split", "val", "--resamples", "500"]) == 0
+    # The images were embedded by the alignment.
+    said = capsys.readouterr().out
+    assert f"train images ({miniature / 'clip'}): 0 of 64 computed" in said
+    assert f"val images ({miniature / 'clip'}): 0 of 16 computed" in said
     result = json.loads((out / "retrieval.json").read_text())
     assert result["target"] == str(miniature / "clip") and len(result["model_digest"]) == 64
     assert result["penalties"] is None and result["channels"] is None
@@ -95,7 +101,7 @@ def test_wrong_requests_end_with_one_line(
     for words, text in (
         (["ridge", str(paired_dataset), *out], "needs the key 'target'"),
         ([str(tmp_path), str(paired_dataset), *out], "not a complete alignment run"),
-        (["ridge", str(paired_dataset), *out, "--target", str(tmp_path)], "not a CLIP or DINOv2 model"),
+        (["ridge", str(paired_dataset), *out, "--target", str(tmp_path)], "not a frozen image model"),
         (["ridge", str(paired_dataset), *out, "--target", str(dino), "--layer", "9"], "2 hidden layers"),
         (["ridge", str(paired_dataset), *out, "--target", str(dino), "--fit", "each"], "is not in the train split"),
     ):
@@ -105,7 +111,7 @@ def test_wrong_requests_end_with_one_line(
 
 def test_final_and_hidden_embeddings_of_dinov2(paired_dataset: Path, dino: Path) -> None:
     table = ImageTable(open_paired(paired_dataset, "val"))
-    model, processor = load_image_model(dino)
+    model, processor, _ = load_image_model(dino)
     values = processor(images=[table.pixels([0])[0]], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         out = model(pixel_values=values, output_hidden_states=True)

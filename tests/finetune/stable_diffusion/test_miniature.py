@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from data_sharding.common.errors import RequestError, run_main
 from finetune.base_models.load import load_base
-from finetune.clip_images import embed_images
 from finetune.images import ImageTable, open_paired
 from finetune.stable_diffusion.miniature import _augment, main, make_tokenizer
+from finetune.targets.images import embed_images
 
 CAPTIONS = ["a red disc on a dark background", "a green disc", "two stripes"]
 
@@ -61,9 +61,9 @@ def test_the_pipeline_has_the_text_encoder_and_tokenizer_of_the_clip(miniature: 
     assert clip.config.text_config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_clip_embeds_the_images_of_a_split(miniature: Path, paired_dataset: Path, tmp_path: Path) -> None:
+def test_clip_embeds_the_images_of_a_split(miniature: Path, paired_dataset: Path) -> None:
     table = ImageTable(open_paired(paired_dataset, "val"))
-    embeds = embed_images(table, miniature / "clip", cache=tmp_path)
+    embeds = embed_images(table, miniature / "clip")
     assert embeds.shape == (len(table), 64)
     torch.testing.assert_close(embeds.norm(dim=1), torch.ones(len(table)))
 
@@ -111,6 +111,6 @@ def test_folders_without_a_model_are_refused(tmp_path: Path, unpaired_dataset: P
         load_base(tmp_path)
     with pytest.raises(RequestError, match="no such directory"):
         load_base("./nowhere")
-    with pytest.raises(RequestError, match="not a CLIP or DINOv2 model"):
+    with pytest.raises(RequestError, match="not a frozen image model"):
         embed_images(ImageTable(open_paired(paired_dataset, "val")), tmp_path)
     assert run_main(main, [str(unpaired_dataset), "-o", str(tmp_path / "m")]) == 2

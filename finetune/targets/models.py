@@ -1,6 +1,6 @@
-"""Compute the embeddings of a split's images with a frozen CLIP or DINOv2 model, and keep them in a cache.
+"""Load the frozen models whose embeddings are targets: CLIP, DINOv2, SigLIP and ViT, in the layout of transformers.
 
-Tensor shapes: M different images, P width of the embeddings.
+Tensor shapes: B images, S tokens of width D, P width of the embeddings.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from data_sharding.common.errors import RequestError, show
@@ -23,19 +22,22 @@ from finetune.foreign_models import (
     load_with_library,
     read_model_config,
 )
-from finetune.images import ImageTable
 
 _FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Kind:
-    """A kind of image model: CLIP or DINOv2."""
+class ImageModelKind:
+    """A kind of frozen image model; one entry of `KINDS`."""
 
     what: str
     """Name of the kind in messages."""
     classes: Callable[[], tuple[Any, Any]]
     """Function that imports the class of the model and the class of its image processor."""
+    embed: Callable[[Any], Tensor]
+    """Function that returns the final embedding [B, P] from the output of the model."""
+    pool: Callable[[Tensor], Tensor] = lambda tokens_BSD: tokens_BSD[:, 0]
+    """Function that returns the embedding [B, D] from the tokens of a hidden layer. By default, the class token."""
 
 
 def _clip_classes() -> tuple[Any, Any]:
@@ -52,10 +54,47 @@ def _dinov2_classes() -> tuple[Any, Any]:
     return Dinov2Model, BitImageProcessorPil
 
 
-_KINDS = {
-    "clip": _Kind(what="a CLIP model", classes=_clip_classes),
-    "dinov2": _Kind(what="a DINOv2 model", classes=_dinov2_classes),
+def _dinov2_with_registers_classes() -> tuple[Any, Any]:
+    from transformers import Dinov2WithRegistersModel
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+    return Dinov2WithRegistersModel, BitImageProcessorPil
+
+
+def _siglip_classes() -> tuple[Any, Any]:
+    from transformers import SiglipVisionModel
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    return SiglipVisionModel, SiglipImageProcessorPil
+
+
+def _vit_classes() -> tuple[Any, Any]:
+    from transformers import ViTModel
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    return ViTModel, ViTImageProcessorPil
+
+
+KINDS = {
+    "clip": ImageModelKind(what="a CLIP model", classes=_clip_classes, embed=lambda out: out.image_embeds),
+    "dinov2": ImageModelKind(what="a DINOv2 model", classes=_dinov2_classes, embed=lambda out: out.pooler_output),
+    "dinov2_with_registers": ImageModelKind(
+        what="a DINOv2 model with registers",
+        classes=_dinov2_with_registers_classes,
+        embed=lambda out: out.pooler_output,
+    ),
+    # SigLIP has no class token. Its final embedding comes from attention over all tokens.
+    "siglip": ImageModelKind(
+        what="a SigLIP model",
+        classes=_siglip_classes,
+        embed=lambda out: out.pooler_output,
+        pool=lambda tokens_BSD: tokens_BSD.mean(dim=1),
+    ),
+    "vit": ImageModelKind(what="a ViT model", classes=_vit_classes, embed=lambda out: out.last_hidden_state[:, 0]),
 }
+"""The kinds of frozen image models, by the entry `model_type` of config.json."""
+WHAT = "a frozen image model of the types " + ", ".join(KINDS)
+"""Names of all kinds for messages."""
 
 
 def load_clip(clip: str | Path) -> tuple[Any, Any]:
@@ -79,23 +118,45 @@ def load_clip(clip: str | Path) -> tuple[Any, Any]:
         If `clip` is not a CLIP model, cannot be loaded, or has a config that describes a larger network than the one in
         the weight files.
     """
-    return _load(clip, find_model_folder(clip, _KINDS["clip"].what), _KINDS["clip"])
+    return _load(clip, find_model_folder(clip, KINDS["clip"].what), KINDS["clip"])
 
 
 def load_dinov2(dinov2: str | Path) -> tuple[Any, Any]:
     """Load a DINOv2 model and its image processor; arguments and results as in `load_clip`."""
-    return _load(dinov2, find_model_folder(dinov2, _KINDS["dinov2"].what), _KINDS["dinov2"])
+    return _load(dinov2, find_model_folder(dinov2, KINDS["dinov2"].what), KINDS["dinov2"])
 
 
-def load_image_model(model: str | Path) -> tuple[Any, Any]:
-    """Load a frozen image model: the image encoder of CLIP, or DINOv2; arguments and results as in `load_clip`."""
-    folder = find_model_folder(model, "a CLIP or DINOv2 model")
-    kind = str(read_model_config(folder / "config.json").get("model_type", "")).removesuffix("_vision_model")
-    if kind not in _KINDS:
+def load_image_model(model: str | Path) -> tuple[Any, Any, ImageModelKind]:
+    """Load a frozen image model of one of the `KINDS`.
+
+    Parameters
+    ----------
+    model : str or Path
+        Directory or hub id of the model.
+
+    Returns
+    -------
+    model : PreTrainedModel
+        The model on the CPU, in evaluation mode, with frozen weights.
+    processor : BaseImageProcessor
+        The model's image processor.
+    kind : ImageModelKind
+        Entry of `KINDS`, which says how embeddings are read from the output of the model.
+
+    Raises
+    ------
+    RequestError
+        If the model is of another kind, cannot be loaded, or has a config that describes a larger network than the one
+        in the weight files.
+    """
+    folder = find_model_folder(model, WHAT)
+    name = str(read_model_config(folder / "config.json").get("model_type", ""))
+    kind = KINDS.get(name.removesuffix("_vision_model"))
+    if kind is None:
         raise RequestError(
-            f"{model}: config.json names the model type {show(kind)}; give a model of type {' or '.join(_KINDS)}"
+            f"{model}: config.json names the model type {show(name)}; give a model of type {', '.join(KINDS)}"
         )
-    return _load(model, folder, _KINDS[kind])
+    return *_load(model, folder, kind), kind
 
 
 def find_model_folder(model: str | Path, what: str) -> Path:
@@ -132,7 +193,7 @@ def find_model_folder(model: str | Path, what: str) -> Path:
     return folder
 
 
-def _load(name: str | Path, folder: Path, kind: _Kind) -> tuple[Any, Any]:
+def _load(name: str | Path, folder: Path, kind: ImageModelKind) -> tuple[Any, Any]:
     model_class, processor_class = kind.classes()
     check_transformers_model(model_class, folder)
     read_model_config(folder / "preprocessor_config.json")
@@ -154,81 +215,3 @@ def _load(name: str | Path, folder: Path, kind: _Kind) -> tuple[Any, Any]:
     black = np.zeros((32, 32, 3), np.uint8)
     load_with_library(lambda: processor(images=[black], return_tensors="pt")["pixel_values"].float(), name, kind.what)
     return model.requires_grad_(False).eval(), processor
-
-
-def embed_images(
-    table: ImageTable,
-    clip: str | Path,
-    *,
-    layer: int | None = None,
-    device: Any = "cpu",
-    cache: str | Path | None = None,
-    write: bool = True,
-) -> Tensor:
-    """Compute the embedding of every image of a split with a frozen image model.
-
-    Parameters
-    ----------
-    table : ImageTable
-        Images of the split.
-    clip : str or Path
-        Directory of a CLIP or DINOv2 model with its image processor, or its hub id, e.g.
-        ``openai/clip-vit-large-patch14``.
-    layer : int, optional
-        Hidden layer whose class token is the embedding: 0 is the input of the first layer, -1 the output of the last
-        layer. By default, the model's final embedding: CLIP's projection, or DINOv2's normalised class token.
-    device : torch.device
-        Device of the computation.
-    cache : str or Path, optional
-        Directory in which the embeddings are stored; None stores nothing.
-    write : bool
-        True if this process may write to the cache directory; only rank 0 should write.
-
-    Returns
-    -------
-    Tensor of float32, shape (M, P)
-        Embeddings of unit length, on the CPU.
-
-    Raises
-    ------
-    RequestError
-        If `clip` is not a CLIP or DINOv2 model, cannot be loaded, or has no such layer.
-    """
-    model, processor = load_image_model(clip)
-    model = model.to(device)
-    layers = int(model.config.num_hidden_layers)
-    if layer is not None and not -layers - 1 <= layer <= layers:
-        raise RequestError(f"layer is {layer}, but {clip} has {layers} hidden layers; give 0 to {layers}, or -1")
-
-    def compute(images: list[np.ndarray]) -> Tensor:
-        # The images still have their original size. The model's image processor resizes the images, as in the
-        # publication of the model.
-        values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
-        with torch.no_grad():
-            out = model(pixel_values=values, output_hidden_states=layer is not None)
-        if layer is not None:
-            embeds_BP = out.hidden_states[layer][:, 0].float()
-        else:
-            embeds_BP = (out.image_embeds if hasattr(out, "image_embeds") else out.pooler_output).float()
-        return torch.nn.functional.normalize(embeds_BP, dim=-1)
-
-    key = {"what": "embeddings", "weights": digest_weights(model), "layer": layer}
-    return table.features(compute, size=None, key=key, cache=cache, write=write)
-
-
-def digest_weights(model: torch.nn.Module) -> list[float]:
-    """Compute a short digest of a frozen model's weights, for the keys of caches.
-
-    Parameters
-    ----------
-    model : Module
-        Frozen model.
-
-    Returns
-    -------
-    list of float
-        Sums of a few weight tensors. In practice, two models with different weights have different sums.
-    """
-    parameters = list(model.parameters())
-    picked = [*parameters[:: max(1, len(parameters) // 8)], parameters[-1]]
-    return [round(float(p.detach().double().sum()), 6) for p in picked]
