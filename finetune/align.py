@@ -42,6 +42,7 @@ from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
 from finetune.training.step_random import StepRandom
 from pretrain.encoder.encoder import EEGEncoder
+from pretrain.runs.config import check_at_least
 from pretrain.runs.tracking import TrackerConfig
 
 
@@ -77,6 +78,12 @@ class AlignConfig:
     """Settings of the training: steps, batch size, learning rate and so on."""
     num_processes: int = 1
     """Total number of processes on all machines."""
+    timeout_s: float = 1800.0
+    """If the training makes no progress for this many seconds, the run fails with a message that names the hanging
+    process. 0: the run may wait without limit."""
+    restarts: int = 0
+    """How many times 'dreamscale align' restarts its processes after one of them was killed. Each restart resumes from
+    the newest checkpoint."""
     seed: int = 0
     """Seed for sample order, noise and initial weights."""
     device: str = "auto"
@@ -85,6 +92,7 @@ class AlignConfig:
     """Experiment tracker to which metrics are sent, in addition to the file metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        check_at_least(self, 0, "timeout_s", "restarts")
         if not self.temperature > 0 or self.encoder_lr < 0:
             raise ValueError(
                 "'temperature' must be above 0 and 'encoder_lr' at least 0, got "
@@ -254,7 +262,7 @@ def align(config: AlignConfig) -> int:
     table, val_table = ImageTable(data), ImageTable(val)
     free = free_keys("training", independent_samples=config.loss == "cosine")
     with (
-        start_processes(config, config.training.precision) as accelerator,
+        start_processes(config, config.training.precision, timeout_s=config.timeout_s) as accelerator,
         use_run(config, accelerator, free=free) as run,
     ):
         if report_finished(run, "encoder/config.json"):
@@ -283,6 +291,7 @@ def align(config: AlignConfig) -> int:
             aligner,
             config=config.training,
             seed=config.seed,
+            timeout_s=config.timeout_s,
             accelerator=accelerator,
             run=run,
             loader=make_loader(data, config.training, config.seed, accelerator),

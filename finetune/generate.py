@@ -33,7 +33,7 @@ from finetune.generation.predictors import PREDICTORS, predict
 from finetune.generation.trials import NotApplicableError, Trial, list_trials, sample_seed
 from finetune.generators import Generator, Source, digest_model, load_generator
 from finetune.images import ImageTable, open_paired
-from finetune.training.accelerate import WAIT_S, get_world, make_accelerator, quiet_libraries
+from finetune.training.accelerate import get_world, quiet_libraries, start_processes
 from pretrain.evidence.openings import record_opening
 from pretrain.runs.distributed import World
 
@@ -298,8 +298,13 @@ def generate(config: GenerateConfig) -> int:
     """
     quiet_libraries()
     parts = _divide(config)
-    accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, timeout_s=WAIT_S)
-    world = get_world(accelerator)
+    with start_processes(config) as accelerator:
+        _generate_parts(config, parts, get_world(accelerator))
+    return EXIT_DONE
+
+
+def _generate_parts(config: GenerateConfig, parts: list[GenerateConfig], world: World) -> None:
+    """Load the model once, and generate the images of each control."""
     # Check the dataset before the model, because loading a model takes longer. All processes read the same version of
     # the dataset.
     version = _compute_on_first(world, lambda: open_paired(config.dataset, config.split).manifest.dataset_id)
@@ -317,8 +322,6 @@ def generate(config: GenerateConfig) -> int:
     digest = _compute_on_first(world, lambda: digest_model(config.model))
     for of_control in parts:
         _generate_control(of_control, generator, dataset, sampling, digest, world)
-    accelerator.end_training()
-    return EXIT_DONE
 
 
 def _say_next(config: GenerateConfig) -> str:

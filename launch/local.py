@@ -122,7 +122,9 @@ def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    if stage.launcher == "torchrun":
+    # Accelerate can start several processes only if there are at least two, so torchrun starts a single process.
+    launcher = stage.launcher if processes > 1 else "torchrun"
+    if launcher == "torchrun":
         flags = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1"]
         flags += ["--master-port", str(port)]
     else:
@@ -134,7 +136,7 @@ def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[
         sys.executable,
         "-m",
         "launch.agent",
-        str(stage.launcher),
+        str(launcher),
         *flags,
         "-m",
         "launch.worker",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -14,6 +15,10 @@ EXIT_FAILED = 1
 EXIT_BAD_REQUEST = 2
 EXIT_SET_ASIDE = 3
 EXIT_NOT_KNOWN = 3
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Error numbers after which no retry can succeed, because the disk is full or read-only."""
+# The library safetensors, which is written in Rust, gives the error number only in the text of its errors.
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 LONGEST_LINE = 2000
 """Largest number of characters of the line that a command prints for an error."""
 LONGEST_IN_FIGURE = 60
@@ -32,6 +37,13 @@ class RequestError(ValueError):
 
 class RankError(RequestError):
     """A `RequestError` that only one training process raises. So this process prints the error, whatever its rank."""
+
+
+class FailedError(RuntimeError):
+    """Failure for which no key of the request is the cause, such as a full disk. The command ends with exit code 1.
+
+    The message is one line that says what failed and what to do.
+    """
 
 
 class StopRequested(BaseException):
@@ -141,6 +153,28 @@ def figure_text(text: object) -> str:
     return show(text, LONGEST_IN_FIGURE).replace("$", r"\$")
 
 
+def describe_full_disk(error: BaseException) -> str | None:
+    """Describe an error of a disk that is full or read-only.
+
+    Parameters
+    ----------
+    error : BaseException
+        Any error.
+
+    Returns
+    -------
+    str or None
+        One line with the name of the file, if it is known; None if the error has another cause.
+    """
+    if isinstance(error, OSError):
+        if error.errno not in FULL:
+            return None
+        name = error.filename2 or error.filename
+        return f"{name}: {error.strerror}" if name else str(error.strerror)
+    found = _RUST_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    return one_line(error) if found and int(found.group(1)) in FULL else None
+
+
 def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Run the body of a command and turn its errors into exit codes.
 
@@ -166,6 +200,8 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
             who = f"process {rank}: " if rank != "0" else ""
             print(f"dreamscale: {who}{error_line(error)}", file=sys.stderr)
         return EXIT_BAD_REQUEST
+    except FailedError as error:
+        return _report_failure(error)
     except StopRequested as stop:
         if int(os.environ.get("RANK", "0")) == 0:
             print(
@@ -176,3 +212,16 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     except KeyboardInterrupt:
         print("dreamscale: interrupted; run the same command to resume", file=sys.stderr)
         return EXIT_STOPPED
+    except Exception as error:
+        fault = describe_full_disk(error)
+        if fault is None:
+            raise
+        return _report_failure(
+            f"{fault}; free some space on this disk, or make it writable, and run the same command again"
+        )
+
+
+def _report_failure(error: object) -> int:
+    rank = os.environ.get("RANK", "0")
+    print(f"dreamscale: {f'process {rank}: ' if rank != '0' else ''}{error_line(error)}", file=sys.stderr)
+    return EXIT_FAILED

@@ -395,10 +395,6 @@ def _move(local: Path, target: Path) -> None:
         shutil.rmtree(local, ignore_errors=True)
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Error numbers after which no retry can succeed, because the disk is full or read-only."""
-
-
 def is_storage_error(error: BaseException) -> bool:
     """Return whether an error comes from a disk, a network folder or an object store, and not from the data.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_sharding.common.cores import count_cores
-from data_sharding.common.errors import RequestError, one_line, printable
+from data_sharding.common.errors import FULL, RequestError, one_line, printable
 from data_sharding.common.reason import Reason
 from data_sharding.common.stop import (
     adopt_orphans,
@@ -25,7 +25,7 @@ from data_sharding.common.stop import (
     kill_processes,
     raise_on_stop_signals,
 )
-from data_sharding.common.storage import FULL, is_storage_error
+from data_sharding.common.storage import is_storage_error
 from data_sharding.job.isolation import KEEP, ChildFailed, owned_folder
 
 INFRASTRUCTURE_RETRIES = 5

@@ -11,6 +11,7 @@ from finetune.dm_re2i.evrnet import EVRNetConfig
 from finetune.eeg import AugmentConfig, EEGConfig
 from finetune.objective import ObjectiveConfig, Prediction, check_objective
 from finetune.training.config import TrainingConfig, free_keys
+from pretrain.runs.config import check_at_least
 from pretrain.runs.tracking import TrackerConfig
 
 
@@ -253,6 +254,12 @@ class DMRE2IConfig:
     """Largest number of val trials that an evaluation uses. The used trials are spread evenly over the val split."""
     num_processes: int = 1
     """Total number of processes on all machines."""
+    timeout_s: float = 1800.0
+    """If the training makes no progress for this many seconds, the run fails with a message that names the hanging
+    process. 0: the run may wait without limit."""
+    restarts: int = 0
+    """How many times 'dreamscale ddpm' restarts its processes after one of them was killed. Each restart resumes from
+    the newest checkpoint."""
     seed: int = 0
     """Seed for sample order, noise and initial weights."""
     device: str = "auto"
@@ -261,6 +268,7 @@ class DMRE2IConfig:
     """Experiment tracker to which metrics are sent, in addition to the file metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        check_at_least(self, 0, "timeout_s", "restarts")
         if self.val_trials < 2:
             raise ValueError(f"val_trials must be at least 2, got {self.val_trials}")
         if not re.fullmatch(r"[A-Za-z0-9.-]+", self.license):

@@ -183,6 +183,7 @@ def train_ddpm(
         task,
         config=stage.training,
         seed=config.seed,
+        timeout_s=config.timeout_s,
         accelerator=accelerator,
         run=run,
         loader=make_loader(data, stage.training, config.seed, accelerator),
@@ -314,7 +315,7 @@ def train(config: DMRE2IConfig) -> int:
             "evrnet.training.precision and ddpm.training.precision must be equal, because both stages share one "
             "Accelerator"
         )
-    with start_processes(config, precision) as accelerator:
+    with start_processes(config, precision, timeout_s=config.timeout_s) as accelerator:
         # Open the run directory of the second stage only after the run directory of the first stage is closed, because
         # an experiment tracker can log only one run at a time.
         guide = given or EEGGuide(train_evrnet(config, data, val, tables, accelerator), stage.guide)

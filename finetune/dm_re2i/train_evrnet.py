@@ -25,7 +25,7 @@ from finetune.dm_re2i.model import compute_features
 from finetune.dm_re2i.networks import NAMES, build_classifier, load_classifier
 from finetune.eeg import augment_eeg, choose_evenly, group_repeats, read_trials, scale_eeg
 from finetune.images import ImageTable, find_components
-from finetune.training.accelerate import get_world, make_loader, open_run
+from finetune.training.accelerate import get_world, make_loader, use_run
 from finetune.training.batch_norm import synchronise_batch_norms
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
@@ -33,6 +33,8 @@ from finetune.training.step_random import StepRandom
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from pretrain.runs.directory import RunDirectory
 
 IMAGE_SIZE = 32
 """Width and height in pixels of the images whose principal components are computed."""
@@ -262,17 +264,32 @@ def train_evrnet(
     RequestError
         If the run is finished, but its folder `package` was deleted.
     """
-    stage, device = config.evrnet, accelerator.device
-    run = open_run(config, accelerator, free=config.free_keys(), output=Path(config.output) / "evrnet")
-    if run.finished and (run.path / "package" / "config.json").is_file():
-        if accelerator.is_main_process and config.stages == "evrnet":
-            print(f"{run.path}: this run is complete; nothing to do")
-        return load_classifier(run.path / "package").requires_grad_(False).to(device)
-    if run.finished:
-        raise RequestError(
-            f"{run.path}: this run is complete, but its 'package' folder is missing; delete {run.path} to train again"
-        )
-    n_classes = len(data.labels)
+    output = Path(config.output) / "evrnet"
+    with use_run(config, accelerator, free=config.free_keys(), output=output) as run:
+        if run.finished and (run.path / "package" / "config.json").is_file():
+            if accelerator.is_main_process and config.stages == "evrnet":
+                print(f"{run.path}: this run is complete; nothing to do")
+            return load_classifier(run.path / "package").requires_grad_(False).to(accelerator.device)
+        if run.finished:
+            raise RequestError(
+                f"{run.path}: this run is complete, but its 'package' folder is missing; delete {run.path} to train "
+                "again"
+            )
+        network = _train(config, data, val, tables, run, accelerator)
+    accelerator.wait_for_everyone()
+    return network
+
+
+def _train(
+    config: DMRE2IConfig,
+    data: EEGDataset,
+    val: EEGDataset,
+    tables: tuple[ImageTable, ImageTable],
+    run: RunDirectory,
+    accelerator: Accelerator,
+) -> EEGClassifier:
+    """Train EVRNet or a baseline in an open run directory; the other arguments are those of `train_evrnet`."""
+    stage, device, n_classes = config.evrnet, accelerator.device, len(data.labels)
     torch.manual_seed(config.seed)
     parts = stage.image_components if stage.image_weight else 0
     train_MP = val_MP = None
@@ -346,6 +363,7 @@ def train_evrnet(
         task,
         config=stage.training,
         seed=config.seed,
+        timeout_s=config.timeout_s,
         accelerator=accelerator,
         run=run,
         loader=loader,
@@ -369,6 +387,4 @@ def train_evrnet(
             f"{NAMES[stage.network]}: val accuracy {found['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}, "
             f"chance {1 / n_classes:.3f}) at step {result.best_step} -> {run.path / 'package'}"
         )
-    run.close()
-    accelerator.wait_for_everyone()
     return task.net.requires_grad_(False)

@@ -70,6 +70,9 @@ class GenerateConfig:
     """Seed for the noise, for shuffling the trials' EEG, and for choosing training images."""
     num_processes: int = 1
     """Number of processes among which the batches are divided. The number of processes does not change the images."""
+    restarts: int = 0
+    """How many times 'dreamscale generate' restarts its processes after one of them was killed. Finished images are
+    kept."""
     device: str = "auto"
     """Device of the computation: auto, cpu or cuda."""
 
@@ -77,6 +80,8 @@ class GenerateConfig:
         for name in ("steps", "samples", "batch_size", "num_processes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.restarts < 0:
+            raise ValueError(f"restarts must be 0 or more, got {self.restarts}")
         repeated = {name for name in self.controls if [self.control, *self.controls].count(name) > 1}
         if repeated:
             raise ValueError(

@@ -50,6 +50,7 @@ from finetune.training.config import TrainingConfig, free_keys
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
 from finetune.training.step_random import StepRandom
+from pretrain.runs.config import check_at_least
 from pretrain.runs.tracking import TrackerConfig
 
 if TYPE_CHECKING:
@@ -116,6 +117,12 @@ class StableDiffusionConfig(ObjectiveConfig):
     """Largest number of val trials that an evaluation uses. The used trials are spread evenly over the val split."""
     num_processes: int = 1
     """Total number of processes on all machines."""
+    timeout_s: float = 1800.0
+    """If the training makes no progress for this many seconds, the run fails with a message that names the hanging
+    process. 0: the run may wait without limit."""
+    restarts: int = 0
+    """How many times 'dreamscale finetune' restarts its processes after one of them was killed. Each restart resumes
+    from the newest checkpoint."""
     seed: int = 0
     """Seed for sample order, noise and initial weights."""
     device: str = "auto"
@@ -124,6 +131,7 @@ class StableDiffusionConfig(ObjectiveConfig):
     """Experiment tracker to which metrics are sent, in addition to the file metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        check_at_least(self, 0, "timeout_s", "restarts")
         if not 0 <= self.drop < 1 or self.hidden < 1 or self.val_trials < 1:
             raise ValueError(
                 "'drop' must be at least 0 and below 1, and 'hidden' and 'val_trials' at least 1, got "
@@ -242,7 +250,7 @@ def train(config: StableDiffusionConfig) -> int:
     size = int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
     table, val_table = ImageTable(data), ImageTable(val)
     with (
-        start_processes(config, config.training.precision) as accelerator,
+        start_processes(config, config.training.precision, timeout_s=config.timeout_s) as accelerator,
         use_run(config, accelerator, free=("license", *free_keys("training", independent_samples=True))) as run,
     ):
         if report_finished(run):
@@ -282,6 +290,7 @@ def train(config: StableDiffusionConfig) -> int:
             model,
             config=config.training,
             seed=config.seed,
+            timeout_s=config.timeout_s,
             accelerator=accelerator,
             run=run,
             loader=make_loader(data, config.training, config.seed, accelerator),

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RankError, RequestError
 from data_sharding.common.files import digest_of, open_to_append
 from data_sharding.common.progress import progress
 from data_sharding.common.storage import AnyPath, describe
@@ -86,7 +86,8 @@ def load_features(job: Job, dataset: AnyPath, world: World | None = None) -> Ten
     try:
         return _Table(job, digest, folder, world).load()
     except OSError as error:
-        raise RequestError(
+        # The error may occur in this process alone, so a process other than rank 0 must print it itself.
+        raise (RequestError if world.first else RankError)(
             f"{folder}: cannot be written ({describe(error)}); free some disk space, or let the environment variable "
             "DREAMSCALE_CACHE name a folder on another disk"
         ) from None

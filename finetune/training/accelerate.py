@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import FailedError, RequestError, StopRequested, describe_full_disk, one_line
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Loader
 from finetune.training.config import TrainingConfig, upgrade_config
@@ -74,16 +75,16 @@ def make_accelerator(
     cpu = choose_device(device).type == "cpu"
     check_num_processes(num_processes, "accelerate launch --multi_gpu --num_processes {} -m ...")
     _, launched = launched_world()
-    # With several processes, give the name of the communication backend, because otherwise CPU processes would not join
-    # one process group. With one process, give no name, because Accelerate would reject the name.
+    several = DistributedType.MULTI_CPU if cpu else DistributedType.MULTI_GPU
+    # Accelerate makes a process group for a single process, too, if a launcher started this process.
+    expected = several if launched > 1 or "LOCAL_RANK" in os.environ else DistributedType.NO
+    # With a process group, give the name of the communication backend, because otherwise CPU processes would not join
+    # one process group. Without a process group, give no name, because Accelerate would reject the name.
     limit: dict[str, Any] = {} if timeout_s is None else {"timeout": datetime.timedelta(seconds=timeout_s)}
     backend = "gloo" if cpu else "nccl"
-    handlers: list[Any] = [InitProcessGroupKwargs(backend=backend, **limit)] if launched > 1 else []
+    handlers: list[Any] = [InitProcessGroupKwargs(backend=backend, **limit)] if expected == several else []
     accelerator = Accelerator(
         cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers
-    )
-    expected = (
-        DistributedType.NO if launched == 1 else (DistributedType.MULTI_CPU if cpu else DistributedType.MULTI_GPU)
     )
     if accelerator.distributed_type != expected:
         raise RequestError(
@@ -115,7 +116,7 @@ def flush_subnormals() -> Iterator[None]:
 
 
 @contextmanager
-def start_processes(config: Any, precision: str) -> Iterator[Accelerator]:
+def start_processes(config: Any, precision: str = "fp32", *, timeout_s: float = 0.0) -> Iterator[Accelerator]:
     """Set up Accelerate for a command, and shut down the process group at the end of the command.
 
     Parameters
@@ -124,18 +125,47 @@ def start_processes(config: Any, precision: str) -> Iterator[Accelerator]:
         Config of the command, with the keys ``num_processes`` and ``device``.
     precision : str
         Number format of the computation: fp32 or bf16.
+    timeout_s : float
+        The key ``timeout_s`` of the command. A process waits for the others for at most twice this time, so that the
+        `Watchdog` of the training acts first. 0: a process waits for at most `WAIT_S` seconds.
 
     Yields
     ------
     Accelerator
         The accelerator that `make_accelerator` returns.
+
+    Raises
+    ------
+    FailedError
+        If the connection to another process is lost, because the other process has ended.
     """
-    accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, precision=precision)
-    yield accelerator
-    # After an error, this line is not reached: a process with an error must not wait for the other processes, because
-    # they may never call `wait_for_everyone`.
-    accelerator.wait_for_everyone()
+    accelerator = make_accelerator(
+        num_processes=config.num_processes,
+        device=config.device,
+        precision=precision,
+        timeout_s=2 * timeout_s or WAIT_S,
+    )
+    try:
+        yield accelerator
+        # After an error, this line is not reached: a process with an error must not wait for the other processes,
+        # because they may never call `wait_for_everyone`.
+        accelerator.wait_for_everyone()
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        raise FailedError(
+            f"another process ended, or the connection to it was lost ({one_line(error)[:200]}); the other process's "
+            "own message says why. Run the same command again: it continues from what is stored"
+        ) from None
     accelerator.end_training()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether an error was raised by a collective operation whose other process has ended."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    # PyTorch has no class for the errors of gloo.
+    return type(error) is RuntimeError and ("gloo/" in str(error) or "Connection closed by peer" in str(error))
 
 
 def get_world(accelerator: Accelerator) -> World:
@@ -180,17 +210,37 @@ def open_run(
 
 
 @contextmanager
-def use_run(config: Any, accelerator: Accelerator | None, *, free: tuple[str, ...] = FREE) -> Iterator[RunDirectory]:
+def use_run(
+    config: Any, accelerator: Accelerator | None, *, free: tuple[str, ...] = FREE, output: str | Path | None = None
+) -> Iterator[RunDirectory]:
     """Open the run directory of a stage, and close it after the stage; the arguments are those of `open_run`.
 
     Yields
     ------
     RunDirectory
-        The run directory, which is also closed after an error, so that the command can be repeated at once.
+        The run directory, which is also closed after an error, so that the command can be repeated at once. After an
+        error, status.json says that the run failed, and why.
+
+    Raises
+    ------
+    FailedError
+        If the disk is full.
     """
-    run = open_run(config, accelerator, free=free)
+    run = open_run(config, accelerator, free=free, output=output)
     try:
         yield run
+    except StopRequested:
+        raise
+    except BaseException as error:
+        fault = describe_full_disk(error)
+        if not run.finished:
+            run.failed(one_line(fault or f"{type(error).__name__}: {error}"))
+        if fault is None:
+            raise
+        raise FailedError(
+            f"{run.path}: {fault}; free some space on this disk and run the same command again: the run continues from "
+            "its newest checkpoint"
+        ) from None
     finally:
         run.close()
 

@@ -122,8 +122,9 @@ def free_keys(*prefixes: str, independent_samples: bool) -> tuple[str, ...]:
     tuple of str
         Dotted config keys.
     """
+    common = (*FREE, "restarts", "timeout_s")
     names = ["log_every", "num_workers", "evaluation", "checkpoint", *(["micro_batch_size"] * independent_samples)]
-    return (*FREE, *(f"{prefix}.{name}" for prefix in prefixes for name in names))
+    return (*common, *(f"{prefix}.{name}" for prefix in prefixes for name in names))
 
 
 def upgrade_config(values: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ A run that is stopped and resumed gives exactly the same weights as an uninterru
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from data_sharding.common.errors import RequestError, StopRequested
+from data_sharding.common.errors import FailedError, RequestError, StopRequested
 from data_sharding.common.progress import progress
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.loader import Loader
@@ -35,13 +36,14 @@ from finetune.training.step_random import StepRandom
 from pretrain.runs.checkpoint import CheckpointReader, newest_checkpoint
 from pretrain.runs.checkpoint_writer import CheckpointWriter
 from pretrain.runs.directory import RunDirectory
+from pretrain.runs.guards import Watchdog
 from pretrain.runs.stop import StopSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_SKIPPED = 10
-"""The run fails if the gradient is not finite (NaN or infinite) in this many consecutive steps."""
+"""The run fails if the loss or the gradient is not finite (NaN or infinite) in this many consecutive steps."""
 
 Inputs = Callable[[Batch, StepRandom], dict[str, torch.Tensor]]
 Evaluate = Callable[[Any, Callable[[], None]], dict[str, float]]
@@ -76,6 +78,7 @@ def fit(
     watch: str = "loss",
     mode: Literal["min", "max"] = "min",
     lr_scale: Callable[[str], float] | None = None,
+    timeout_s: float = 0.0,
     description: str = "training",
 ) -> FitResult:
     """Train a module, and load its best weights at the end. A run with checkpoints resumes from the newest checkpoint.
@@ -110,6 +113,9 @@ def fit(
         min: the smallest value of the metric is best; max: the largest value is best.
     lr_scale : callable, optional
         Function that takes the name of a parameter and returns the factor of this parameter's learning rate.
+    timeout_s : float
+        If the training makes no progress for this many seconds, the process ends with exit code 1 and a message that
+        names the hanging process (see `Watchdog`). 0: the training may wait without limit.
     description : str
         Text that is shown next to the progress bar.
 
@@ -125,10 +131,14 @@ def fit(
         If the run was asked to stop, e.g. by SIGTERM. Before the error is raised, a checkpoint is written.
     RequestError
         If the batch cannot be divided among the processes, or the newest checkpoint is of another model or version.
-    RuntimeError
-        If the gradient was not finite in `MAX_SKIPPED` consecutive steps.
+    FailedError
+        If the loss or the gradient was not finite in `MAX_SKIPPED` consecutive steps, or if the run was asked to stop
+        and the checkpoint could not be written.
     """
-    loop = _Loop(module, config, seed, accelerator, run, loader, inputs, evaluate, (watch, mode), lr_scale, description)
+    best = watch, mode
+    loop = _Loop(
+        module, config, seed, accelerator, run, loader, inputs, evaluate, best, lr_scale, timeout_s, description
+    )
     loop.resume()
     loop.train()
     return loop.finish()
@@ -149,6 +159,7 @@ class _Loop:
         evaluate: Evaluate | None,
         best: tuple[str, str],
         lr_scale: Callable[[str], float] | None,
+        timeout_s: float,
         description: str,
     ) -> None:
         self.module, self.config, self.seed, self.run, self.loader = module, config, seed, run, loader
@@ -165,6 +176,7 @@ class _Loop:
         self.writer = CheckpointWriter(
             run.checkpoints, self.world, keep=config.checkpoint.keep, milestones=config.checkpoint.milestones
         )
+        self.watchdog = Watchdog(timeout_s, rank=self.world.rank, size=self.world.size, run=run)
         self.stop = StopSignal()
         self.stopping = False
         self.skipped = 0
@@ -181,6 +193,8 @@ class _Loop:
                 state.load(reader)
                 self.loader.load_state_dict(reader.manifest["loader"])
             self.run.rewind_metrics(state.step)
+            if self.world.first:
+                print(f"dreamscale: {self.description}: resuming from step {state.step} ({folder})", file=sys.stderr)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
         self.logged = state.step
 
@@ -191,6 +205,7 @@ class _Loop:
         with (
             flush_subnormals(),
             self.stop,
+            self.watchdog,
             progress(self.description, config.steps, enabled=self.world.first) as advance,
         ):
             self.advance = advance
@@ -199,6 +214,7 @@ class _Loop:
                 self.end_step()
             batches = iter(self.loader)
             while state.step < config.steps:
+                self.watchdog.at(state.step, "waiting for data")
                 self.take_step(next(batches))
                 self.end_step()
         self.accelerator.wait_for_everyone()
@@ -206,13 +222,14 @@ class _Loop:
     def take_step(self, batch: Batch) -> None:
         """Do one optimiser step."""
         config, state, world = self.config, self.state, self.world
+        self.watchdog.at(state.step, "computing")
         random = StepRandom(self.seed, state.step, rank=world.rank, world_size=world.size)
         tensors = {k: v.to(self.accelerator.device) for k, v in self.inputs(batch, random).items()}
         # Dropout uses PyTorch's global random generator, so the seed of this generator must depend on the step as well.
         torch.manual_seed((self.seed * 1_000_003 + state.step) * 1_009 + world.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(state.step) * group["scale"]
-        parts = self.micro_batches
+        parts, finite = self.micro_batches, True
         for part in range(parts):
             piece = {k: v.chunk(parts)[part] for k, v in tensors.items()}
             # Processes exchange gradients only in the last backward pass of a step. In the earlier backward passes of a
@@ -221,13 +238,18 @@ class _Loop:
                 out = self.wrapped(**piece)
                 self.accelerator.backward(out["loss"] / parts)
             for name, value in out.items():
-                self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) / parts
-        # The processes have exchanged gradients, so they all have the same gradient. If the gradient is not finite, all
-        # processes skip this step.
+                number = float(value.detach())
+                finite = finite and (name != "loss" or math.isfinite(number))
+                self.sums[name] = self.sums.get(name, 0.0) + number / parts
+        self.watchdog.at(state.step, "agreeing on the loss")
+        broken = self.exchange(broken=not finite)
+        self.watchdog.at(state.step, "updating")
+        # The processes have exchanged gradients, so they all have the same gradient. If the gradient, or the loss of
+        # any process, is not finite, all processes skip this step.
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in trainables(self.module).values() if p.grad is not None], config.grad_clip or math.inf
         )
-        if torch.isfinite(norm):
+        if not broken and torch.isfinite(norm):
             self.optimizer.step()
             self.skipped = 0
             if state.ema:
@@ -235,9 +257,10 @@ class _Loop:
         else:
             self.skipped += 1
             if self.skipped >= MAX_SKIPPED:
-                raise RuntimeError(
-                    f"{self.description}: the gradient was not finite in {self.skipped} consecutive steps; a lower "
-                    f"training.lr may help"
+                raise FailedError(
+                    f"{self.description}: the loss or the gradient was not finite in {self.skipped} consecutive steps; "
+                    "check the dataset with 'dreamscale verify', or train again with a lower training.lr in another "
+                    "output"
                 )
         self.optimizer.zero_grad(set_to_none=True)
         state.step += 1
@@ -265,13 +288,13 @@ class _Loop:
         """After a step, do each of three actions if it is due: evaluate the model, write a checkpoint, stop the run."""
         config, state = self.config, self.state
         final = state.step == config.steps
-        if state.evaluation_due and not self.check_stop():
+        if state.evaluation_due and not self.stopping:
             self.run_evaluation()
-        if self.check_stop() or final or state.step % config.checkpoint.every == 0:
+        if self.stopping or final or state.step % config.checkpoint.every == 0:
             complete = self.save()
             if self.stopping and (not final or state.evaluation_due):
                 if not complete:
-                    raise RuntimeError(
+                    raise FailedError(
                         f"{self.run.path}: the checkpoint of step {state.step} could not be written; free some disk "
                         "space there and run the same command again: the run resumes from the previous checkpoint"
                     )
@@ -279,24 +302,32 @@ class _Loop:
                 self.run.close()
                 raise StopRequested(f"checkpoint at step {state.step}; run the same command to resume")
 
-    def check_stop(self) -> bool:
-        """Return True if any process was asked to stop, e.g. by SIGTERM. Every process must call this method."""
-        # One all-reduce exchanges two things: requests to stop, and the progress of checkpoints that are written in the
-        # background.
-        stop, written, failed = self.world.all_reduce_sum(float(self.stop.requested), *self.writer.progress())
-        self.writer.settle(written, failed)
+    def exchange(self, *, broken: bool = False) -> bool:
+        """Return True if any process passed True. Every process must call this method.
+
+        If any process was asked to stop, e.g. by SIGTERM, the attribute `stopping` becomes True.
+        """
+        # One all-reduce exchanges three things: losses that are not finite, requests to stop, and the progress of
+        # checkpoints that are written in the background.
+        found, stop, *written = self.world.all_reduce_sum(
+            float(broken), float(self.stop.requested), *self.writer.progress()
+        )
+        self.writer.settle(*written)
         self.stopping = self.stopping or stop > 0
-        return self.stopping
+        return found > 0
 
     def pulse(self) -> None:
         """Raise an error, which ends the evaluation, if the run was asked to stop (e.g. by SIGTERM)."""
-        if self.check_stop():
+        self.watchdog.at(self.state.step, "evaluating")
+        self.exchange()
+        if self.stopping:
             raise _EvaluationStopped
 
     def run_evaluation(self) -> None:
         """Evaluate the model, and store its weights if this evaluation is the best so far."""
         state, ema = self.state, self.state.ema
         assert self.evaluate is not None
+        self.watchdog.at(state.step, "evaluating")
         self.module.eval()
         try:
             with torch.no_grad(), ema.apply_to(self.module) if ema else nullcontext():
@@ -319,6 +350,7 @@ class _Loop:
 
     def save(self) -> bool:
         """Write a checkpoint, perhaps in the background. Return False if the writing has already failed."""
+        self.watchdog.at(self.state.step, "saving")
         self.writer.wait()
         background = self.config.checkpoint.asynchronous
         tensors = self.state.tensors(self.world.rank, self.world.size, copy=background)

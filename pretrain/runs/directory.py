@@ -151,8 +151,16 @@ class RunDirectory:
             Description of the failure.
         """
         status = self.path / "status.json"
-        if not status.is_file() or read_json(status).get("state") != "failed":
+        if status.is_file() and read_json(status).get("state") == "failed":
+            return
+        try:
             self.status("failed", any_rank=True, reason=reason)
+        except OSError:
+            # On a full disk, there may be no room for a new file, so write into the old file.
+            values = json.dumps({"state": "failed", "config": self._config, "reason": reason})
+            with contextlib.suppress(OSError), status.open("r+") as stream:
+                stream.write(values)
+                stream.truncate()
 
     def log(self, step: int, **metrics: Any) -> None:
         """Append a line to metrics.jsonl and send the metrics to the tracker.

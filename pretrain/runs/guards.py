@@ -115,7 +115,8 @@ class Watchdog:
     run : RunDirectory
         Directory of the run. The status of the run becomes "failed" if a process hangs.
     store : torch.distributed.Store, optional
-        Store for the reports; by default, the process group's store, through a new connection.
+        Store for the reports; by default, the process group's store, through a new connection. A process without a
+        process group has a store in its own memory.
     """
 
     def __init__(self, timeout_s: float, *, rank: int, size: int, run: Any, store: Any = None) -> None:
@@ -129,9 +130,12 @@ class Watchdog:
         if timeout_s > 0:
             import torch.distributed as dist
 
-            # Open a connection to the store for this thread alone: while a request waits for its answer, nobody else
-            # can use the same connection.
-            store = store or dist.distributed_c10d._get_default_store().clone()
+            if store is None and dist.is_initialized():
+                # Open a connection to the store for this thread alone: while a request waits for its answer, nobody
+                # else can use the same connection.
+                store = dist.distributed_c10d._get_default_store().clone()
+            elif store is None:
+                store = dist.HashStore()
             self._store = dist.PrefixStore("dreamscale_watchdog", store)
             self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -186,7 +190,7 @@ class Watchdog:
             return
         if diagnosis:
             message = f"no progress for {self._timeout_s:g} s: {diagnosis}"
-            print(f"dreamscale pretrain: {message}", file=sys.stderr, flush=True)
+            print(f"dreamscale: {message}", file=sys.stderr, flush=True)
             self._run.failed(message)
         # End the process with os._exit: an exception would not reach the main thread, which hangs in a system call or
         # in a collective operation.

@@ -21,6 +21,7 @@ from finetune.training.config import EvaluationConfig, TrainingConfig, free_keys
 from finetune.training.fit import FitResult, fit
 from finetune.training.state import EMA, load_trainables
 from finetune.training.step_random import StepRandom
+from pretrain.runs.checkpoint import complete_checkpoints
 from pretrain.runs.config import CheckpointConfig
 
 
@@ -188,6 +189,56 @@ def test_gradients_that_are_not_finite_end_the_run(paired_dataset: Path, tmp_pat
     with pytest.raises(RuntimeError, match="not finite"):
         _train(paired_dataset, tmp_path / "run", module)
     assert torch.equal(module.layer.weight, before)
+
+
+class Spoilt(Regressor):
+    """Model whose loss is NaN in its fifth forward pass, although all gradients are finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        return {"loss": super().forward(x, y)["loss"] + (float("nan") if self.calls == 5 else 0.0)}
+
+
+def test_a_loss_that_is_not_finite_skips_the_step(paired_dataset: Path, tmp_path: Path) -> None:
+    module, weights = Spoilt(), dict[int, torch.Tensor]()
+
+    def remember(module: Regressor, _: Callable[[], None]) -> dict[str, float]:
+        weights[len(weights) + 1] = module.layer.weight.detach().clone()
+        return {"loss": 1.0}
+
+    more: dict[str, Any] = {"evaluation": EvaluationConfig(every=1), "log_every": 1, "ema": 0.0}
+    _train(paired_dataset, tmp_path / "run", module, evaluate=remember, **more)
+    assert [step for step in range(2, 13) if torch.equal(weights[step], weights[step - 1])] == [5]
+    assert [step for step, skipped in _curve(tmp_path / "run", "skipped") if skipped] == [5]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stop_while_a_checkpoint_is_written_changes_nothing(
+    paired_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    import pretrain.model.weights
+
+    save = pretrain.model.weights.save_weights
+
+    def save_and_ask(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "00000005" in str(path):
+            _request_stop()
+        save(tensors, path)
+
+    whole, more = Regressor(), {"checkpoint": CheckpointConfig(every=5, asynchronous=asynchronous), "log_every": 1}
+    _train(paired_dataset, tmp_path / "whole", whole, **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.model.weights, "save_weights", save_and_ask)
+        with pytest.raises(StopRequested):
+            _train(paired_dataset, tmp_path / "parts", Regressor(), **more)
+    assert len(complete_checkpoints(tmp_path / "parts" / "checkpoints")) == 2
+    fresh = Regressor()
+    _train(paired_dataset, tmp_path / "parts", fresh, **more)
+    assert torch.equal(fresh.layer.weight, whole.layer.weight)
 
 
 def test_a_checkpoint_of_an_older_version_is_refused_with_the_way_out(paired_dataset: Path, tmp_path: Path) -> None:
