@@ -227,6 +227,31 @@ def read_means(dataset: EEGDataset, groups: Sequence[Sequence[int]], device: Any
     return torch.stack(means)
 
 
+def compute_in_parts(compute: Callable[[Any], np.ndarray], items: Sequence[Any], description: str) -> np.ndarray:
+    """Call a function for parts of a sequence, e.g. groups of trials, and concatenate the arrays that it returns.
+
+    Parameters
+    ----------
+    compute : callable
+        Function that takes a part of `items` and returns an array with one row for each item.
+    items : sequence
+        All items.
+    description : str
+        Text next to the progress bar.
+
+    Returns
+    -------
+    ndarray
+        One row for each item.
+    """
+    parts = []
+    with progress(description, len(items)) as advance:
+        for start in range(0, len(items), PART):
+            parts.append(compute(items[start : start + PART]))
+            advance(len(parts[-1]))
+    return np.concatenate(parts)
+
+
 def read_trials(
     dataset: EEGDataset, groups: Sequence[Sequence[int]], scaling: PreprocessSpec | EEGEncoder, device: Any = None
 ) -> Tensor:

@@ -10,7 +10,7 @@ rows, W columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,61 @@ def compute_time_courses(eeg_BCT: Tensor, spec: PreprocessSpec, *, bins: int) ->
     return (features_BF / np.where(scale_B1 > 1e-6, scale_B1, np.inf)).astype(np.float32)
 
 
+def pick_time_courses(
+    eeg_BCT: Tensor, names_B: Sequence[Sequence[str]], channels: Sequence[str], spec: PreprocessSpec, *, bins: int
+) -> Floats:
+    """Compute the time courses of some channels, which are found by name.
+
+    Parameters
+    ----------
+    eeg_BCT : Tensor, shape (B, C, T)
+        EEG in microvolts.
+    names_B : sequence of sequence of str
+        Names of the first rows of each trial.
+    channels : sequence of str
+        Names of the channels that are used; every trial must have all of them, as `check_channels` checks.
+    spec : PreprocessSpec
+        Preprocessing of the EEG, which defines the scale.
+    bins : int
+        Number of time bins.
+
+    Returns
+    -------
+    ndarray of float32, shape (B, channels x bins)
+        Features, from `compute_time_courses`.
+    """
+    rows_BC = torch.as_tensor([[list(names).index(name) for name in channels] for names in names_B])
+    return compute_time_courses(eeg_BCT[torch.arange(len(eeg_BCT))[:, None], rows_BC], spec, bins=bins)
+
+
+def check_channels(channels: Sequence[str], metas: Iterable[Mapping[str, Any]], folder: Path) -> None:
+    """Check that every trial has all channels that a model reads.
+
+    Parameters
+    ----------
+    channels : sequence of str
+        Names of the channels that the model reads.
+    metas : iterable of mapping
+        Metadata of the trials, with the names of the trials' channels.
+    folder : Path
+        Folder of the model, for the error message.
+
+    Raises
+    ------
+    RequestError
+        If a trial lacks a channel.
+    """
+    for meta in metas:
+        missing = [name for name in channels if name not in meta["ch_names"]]
+        if not missing:
+            continue
+        names = ", ".join(map(show, missing[:5])) + (" and others" if len(missing) > 5 else "")
+        raise RequestError(
+            f"{folder}: the model reads {len(channels)} channels by name, but a trial of the dataset has no channel "
+            f"{names}; train the model on a dataset with the channels of these trials"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearModel:
     """Weights of the linear map, and the training images among which the model searches."""
@@ -79,19 +134,8 @@ class LinearModel:
     """Pixels of the training images."""
 
     def read_eeg(self, eeg_BCT: Tensor, names_B: Sequence[Sequence[str]], spec: PreprocessSpec) -> Floats:
-        """Compute the features [B, F] of trials; `names_B` holds the channel names of the rows of each trial.
-
-        Every trial must have all channels of the model, as `find_missing_channels` checks.
-        """
-        rows_BC = torch.as_tensor([[list(names).index(name) for name in self.channels] for names in names_B])
-        return compute_time_courses(eeg_BCT[torch.arange(len(eeg_BCT))[:, None], rows_BC], spec, bins=self.bins)
-
-    def find_missing_channels(self, names_B: Iterable[Sequence[str]]) -> list[str]:
-        """Return the model's channels that the first incomplete trial lacks; empty if all trials have all channels."""
-        for names in names_B:
-            if missing := [name for name in self.channels if name not in names]:
-                return missing
-        return []
+        """Compute the features [B, F] of trials; `names_B` holds the channel names of the rows of each trial."""
+        return pick_time_courses(eeg_BCT, names_B, self.channels, spec, bins=self.bins)
 
     def predict(self, features_BF: Floats) -> tuple[Floats, Floats]:
         """Return the scores of the categories [B, K] and the image components [B, P] for features [B, F]."""
@@ -150,7 +194,7 @@ def save_model(folder: Path, model: LinearModel, spec: PreprocessSpec, extra: di
         write_json(root / "dreamscale.json", {**values, **extra})
 
 
-def _check_channels(value: Any, where: str) -> tuple[str, ...]:
+def read_channels(value: Any, where: str) -> tuple[str, ...]:
     """Check the channel names of a package."""
     if isinstance(value, int):
         raise RequestError(
@@ -200,7 +244,7 @@ class LinearGenerator:
         self.part = read_part(values, where)
         again = "train it again with 'dreamscale linear CONFIG'"
         self.spec = read_spec(self.folder)
-        channels = _check_channels(values.get("channels"), where)
+        channels = read_channels(values.get("channels"), where)
         try:
             arrays = {name: value.numpy() for name, value in read_tensors(self.folder / WEIGHTS).items()}
             self.model = LinearModel(
@@ -262,12 +306,7 @@ class LinearGenerator:
                 f"{self.folder}: the linear baseline needs EEG, so it has no control '{source}'; use 'none' or "
                 "'shuffle'"
             )
-        if missing := self.model.find_missing_channels(meta["ch_names"] for meta in metas):
-            names = ", ".join(map(show, missing[:5])) + (" and others" if len(missing) > 5 else "")
-            raise RequestError(
-                f"{self.folder}: the model reads {len(self.model.channels)} channels by name, but a trial of the "
-                f"dataset has no channel {names}; train the model on a dataset with the channels of these trials"
-            )
+        check_channels(self.model.channels, metas, self.folder)
         return ""
 
     def generate(

@@ -29,7 +29,8 @@ from finetune.generation.predictors import Prediction
 from finetune.generation.trials import NotApplicableError, list_trials
 from finetune.generators import digest_folder
 from finetune.images import ImageTable, open_paired
-from finetune.retrieval.maps import RIDGE, AlignmentRun, Fit, RidgeMap, fit_ridge
+from finetune.linear.ridge import Fit, RidgeMap, fit_ridge
+from finetune.retrieval.maps import RIDGE, AlignmentRun
 from finetune.retrieval.report import render_retrieval
 from finetune.retrieval.scores import identify, match_images, measure_hubness, top_k
 from finetune.targets.images import embed_images

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +10,12 @@ import torch
 from data_sharding.common.errors import RequestError, run_main
 from finetune.generation.trials import NotApplicableError
 from finetune.images import ImageTable, open_paired
-from finetune.linear.time_courses import read_time_courses
 from finetune.retrieval import run as retrieval
-from finetune.retrieval.maps import fit_ridge
 from finetune.retrieval.run import _check_embeddings, _check_images, _check_output, _embed_with_neighbours, main
 from finetune.targets.images import embed_images
 from finetune.targets.models import load_image_model
-from pretrain.evidence.ridge import STRENGTHS, RidgeSums, ridge_scores
+from pretrain.evidence.ridge import STRENGTHS
 from pretrain.evidence.rules import NotApplicable
-from pretrain.evidence.trials import tabulate_trials
 
 
 @pytest.fixture(scope="module")
@@ -118,75 +114,6 @@ def test_final_and_hidden_embeddings_of_dinov2(paired_dataset: Path, dino: Path)
     for layer, expected in ((None, out.pooler_output), (1, out.hidden_states[1][:, 0])):
         found = embed_images(table, dino, layer=layer)
         torch.testing.assert_close(found[:1], torch.nn.functional.normalize(expected, dim=-1))
-
-
-def fit_in_memory(x_BF: np.ndarray, row_B: np.ndarray, target_MP: np.ndarray, new_BF: np.ndarray) -> np.ndarray:
-    """Compute the embeddings of new trials with all features in memory; the reference for `fit_ridge`."""
-    std_F = x_BF.std(axis=0)
-    std_F = np.where(std_F > 1e-6, std_F, np.inf)
-    x_BF, new_BF = (x_BF - x_BF.mean(axis=0)) / std_F, (new_BF - x_BF.mean(axis=0)) / std_F
-    held = np.isin(row_B, np.unique(row_B)[::5])
-    middle_P = target_MP[row_B[~held]].mean(axis=0)
-    truth_BP = target_MP[row_B[held]] - middle_P
-    similarities = []
-    for found_BP in ridge_scores(x_BF[~held], target_MP[row_B[~held]], x_BF[held]):
-        dot = ((found_BP - middle_P) * truth_BP).sum(axis=1)
-        similarities.append(
-            (dot / np.linalg.norm(found_BP - middle_P, axis=1) / np.linalg.norm(truth_BP, axis=1)).mean()
-        )
-    chosen = len(STRENGTHS) - 1 - int(np.argmax(similarities[::-1]))
-    return list(ridge_scores(x_BF, target_MP[row_B], new_BF))[chosen]
-
-
-@pytest.mark.parametrize("bins", [2, 8])
-@pytest.mark.parametrize("fit", ["pooled", "each"])
-def test_the_ridge_from_sums_is_that_of_all_features_in_memory(
-    bins: int, fit: Any, paired_dataset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The two people have 64 trials with 16 channels. With 2 bins, there are fewer features than the 64 trials; with 8
-    # bins, there are more.
-    data = open_paired(paired_dataset, "train")
-    table = ImageTable(data)
-    target = np.random.default_rng(0).standard_normal((len(table), 5)).astype(np.float32)
-    target += np.where(table.labels == 1, 1.0, -1.0)[:, None].astype(np.float32)
-    groups = [[number] for number in range(len(data))]
-    whole = read_time_courses(data, groups, data.meta(0)["ch_names"], bins).astype(np.float64)
-    monkeypatch.setattr("finetune.retrieval.maps.PART", 7)
-    model = fit_ridge(data, target, data, bins=bins, fit=fit)
-    people = tabulate_trials(data).subjects_n if fit == "each" else np.full(len(data), "")
-    assert set(model.penalties) == set(people.tolist())
-    found = model.embed(data, groups)
-    for person in np.unique(people):
-        own = people == person
-        expected = fit_in_memory(whole[own], table.row_of[own], target, whole[own])
-        np.testing.assert_allclose(found[own], expected, rtol=1e-3, atol=1e-4)
-
-
-def test_a_constant_feature_does_not_decide() -> None:
-    x_BF = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
-    x_BF[:, 1] = 0.3
-    y_BP = x_BF[:, :1] + 2
-    sums = RidgeSums(3, 1)
-    for part in (slice(0, 20), slice(20, 50)):
-        sums.add(x_BF[part], y_BP[part])
-    scale_F = sums.compute_scale()
-    assert np.isinf(scale_F).tolist() == [False, True, False]
-    weights_FP = sums.fit(scale_F).compute_weights(0)
-    assert weights_FP[1] == 0 and weights_FP[0] == pytest.approx(1, abs=0.01)
-
-
-@pytest.mark.parametrize("features", [5, 40])
-def test_sums_give_the_scores_of_the_features(features: int) -> None:
-    rng = np.random.default_rng(1)
-    x_nF, y_nL, new_mF = (rng.standard_normal(shape) for shape in ((30, features), (30, 3), (4, features)))
-    x_nF += 1000.0
-    parts = [RidgeSums(features, 3) for _ in range(3)]
-    for sums, rows in zip(parts, (slice(0, 1), slice(1, 30), slice(30, 30)), strict=True):
-        sums.add(x_nF[rows], y_nL[rows])
-    found = (parts[0] + parts[1] + parts[2]).fit(np.ones(features))
-    for number, expected in enumerate(ridge_scores(x_nF, y_nL, new_mF)):
-        scores = (new_mF - found.mean_F) @ found.compute_weights(number) + found.mean_L
-        np.testing.assert_allclose(scores, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_neighbours_of_a_mean_are_the_neighbours_of_each_presentation(
