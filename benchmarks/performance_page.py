@@ -328,6 +328,68 @@ over time) is computed for each trial: with the EEG of all trials in memory at o
 """
 
 
+def scaling(found: dict[str, Any]) -> str:
+    ring, steps = found["all_reduce"], found["steps"]
+    rows = [
+        [
+            str(row["processes"]),
+            f"{row['measured_s']:.3f}",
+            f"{row['predicted_s']:.3f}",
+            f"{100 * row['error']:+.0f} %",
+        ]
+        for row in steps["rows"]
+    ]
+    counts = " and ".join(map(str, found["processes"]))
+    scale = [
+        [
+            f"{row['gpus']:,}",
+            f"{row['exchange_s'] * 1e3:.1f}",
+            f"{row['step_s'] * 1e3:.1f}",
+            f"{row['windows_per_s']:,.0f}",
+            f"{row['efficiency']:.0%}",
+            f"{row['loaders']}",
+            f"{row['read_gb_s']:.1f}",
+            ", ".join(row["limits"]) or "computation",
+        ]
+        for row in found["plan"]["scale"]
+    ]
+    heads = ["GPUs", "communication (ms)", "step (ms)", "windows/s", "efficiency", "loaders a machine", "read (GB/s)"]
+    return f"""## How pretraining scales
+
+`dreamscale plan --scale` estimates the speed on many GPUs. No GPU has been measured, so only the formulas were compared
+with measurements, on the processes of one machine with gloo (`python benchmarks/scaling.py`). The
+times of all-reduces ({len(ring["points"])} times: {counts} processes, 16 kB to 64 MB) were fitted by a ring with
+{ring["gb_s"]:.2f} GB/s and {ring["latency_us"]:.0f} µs. The median error of the fitted times is
+{100 * ring["error"]:.0f} %. If the formula is fitted without one size, and predicts this size, the median error is
+{100 * ring["left_out_size"]:.0f} %; if it is fitted without one number of processes,
+{100 * ring["left_out_processes"]:.0f} %.
+The next table predicts the step of several processes (preset `{steps["preset"]}`, {steps["batch"]} windows for each
+process) from the step of one process. With more processes than cores, the prediction divides the cores.
+
+{table(["processes", "measured step (s)", "predicted step (s)", "error"], rows)}
+
+{origin(found)}
+
+The same formulas give these numbers for the preset `{found["plan"]["request"]["name"].split()[-1]}` on H200 GPUs, with
+the assumptions that `dreamscale plan` prints (among others, {found["plan"]["request"]["micro"]} windows for each GPU, a
+utilisation of 40 %, and enough storage):
+
+{table([*heads, "limited by"], scale)}
+
+Where this does not scale:
+
+- **Reading.** Small models read fast: the column "read" is the rate at which all machines together read windows of 128
+  stored channels. A file server with 10 GB/s is enough for about
+  {10 / found["plan"]["scale"][0]["read_gb_s"]:.0f} GPUs of this preset. For more GPUs, copy the dataset to each
+  machine's own disk; datasets in an object store are cached there (`DREAMSCALE_CACHE`).
+- **Latency.** The time of communication grows with the number of GPUs, because a ring has as many parts as GPUs. With
+  {found["plan"]["scale"][-1]["gpus"]} GPUs and small batches, communication takes longer than the backward pass; larger
+  batches for each GPU, or fewer GPUs, are the way out.
+- **The batch.** {found["plan"]["scale"][-1]["gpus"]} GPUs compute {found["plan"]["scale"][-1]["batch_size"]:,}
+  windows in one step. Such a batch may need another learning rate, and a small corpus has few such batches.
+"""
+
+
 SECTIONS = {
     "sharding": sharding,
     "sharding_minute": sharding_minute,
@@ -336,6 +398,7 @@ SECTIONS = {
     "planning": planning,
     "loading": loading,
     "pretraining": pretraining,
+    "scaling": scaling,
     "trials": trials,
     "ddpm": ddpm,
 }

@@ -18,6 +18,8 @@ from data_sharding.common.errors import EXIT_DONE, RequestError
 from pretrain.runs.config import check_at_least
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pretrain.model.config import MaskedAutoencoderConfig
 
 GIB = 2**30
@@ -96,7 +98,21 @@ class PlanConfig:
     link_gb_s: float = 400.0
     """Bandwidth in GB/s between one GPU and the other GPUs of its machine."""
     network_gb_s: float = 40.0
-    """Bandwidth in GB/s between one GPU and other machines."""
+    """Bandwidth in GB/s between one GPU and other machines. All GPUs of a machine send at the same time, each through
+    its own network link; if they share one link, divide its bandwidth by the number of GPUs."""
+    latency_us: float = 10.0
+    """Seconds from the start of a message to its first byte, in microseconds. In a ring of GPUs, each message has as
+    many parts as there are other GPUs."""
+    scale: list[int] = dataclasses.field(default_factory=list)
+    """Numbers of GPUs for which the plan also estimates the speed, for example '[1, 8, 64, 512]'. Each GPU then
+    computes as many windows in a step as in the planned run."""
+    loader_windows_per_s: float = 5000.0
+    """Windows that one loading process prepares in one second. docs/performance.md gives a measured number."""
+    loaders_per_machine: int = 32
+    """Number of processor cores of a machine that load windows."""
+    storage_gb_s: float | None = None
+    """GB/s that the file server or the object store delivers to all machines together. By default, storage is assumed
+    to be fast enough."""
     reserve_gib: float = 3.0
     """Memory of each GPU in GiB that is reserved for the driver, libraries and fragmentation."""
     output: str | None = None
@@ -104,8 +120,20 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "gpus", "batch_size", "micro_batch_size", "channels", "windows", "gpus_per_machine")
+        check_at_least(self, 1, "loaders_per_machine")
+        check_at_least(self, 0, "latency_us")
+        if any(gpus < 1 for gpus in self.scale):
+            raise ValueError(f"scale is {self.scale}; each number of GPUs must be at least 1")
         check_at_least(self, 0, "reserve_gib")
-        for name in ("gpu_memory_gib", "peak_tflops", "epochs", "link_gb_s", "network_gb_s"):
+        for name in (
+            "gpu_memory_gib",
+            "peak_tflops",
+            "epochs",
+            "link_gb_s",
+            "network_gb_s",
+            "loader_windows_per_s",
+            "storage_gb_s",
+        ):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
         if not 0 < self.mfu <= 1:
@@ -250,8 +278,8 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     -------
     dict
         The keys are ``request``, ``model`` (parameters, tokens, FLOPs), ``memory`` (two entries for each possible ZeRO
-        stage, without and with activation checkpointing), ``time`` and ``assumptions``. Memory is in bytes. The name of
-        each value in ``time`` contains its unit.
+        stage, without and with activation checkpointing), ``time``, ``scale`` and ``assumptions``. Memory is in bytes.
+        The name of each value in ``time`` contains its unit.
 
     Raises
     ------
@@ -262,6 +290,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
 
     from pretrain.model.build import build_autoencoder, count_parameters
     from pretrain.model.flops import training_flops
+    from pretrain.scale import Network, Work, scale_row, step_exchange, step_seconds
     from pretrain.training.estimates import activation_bytes, exchanged_bytes, state_bytes, tokens_of
 
     request = resolve(config)
@@ -299,20 +328,36 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
                     "largest_micro_batch": max(0, int((usable - state.total) // window)),
                 }
             )
-    micro_batches = request.batch_size // request.gpus // request.micro
-    arithmetic_s = flops * request.batch_size / (request.gpus * request.peak * config.mfu)
+    share = request.batch_size // request.gpus
+    work = Work(
+        windows=share,
+        micro_batches=share // request.micro,
+        arithmetic_s=flops * share / (request.peak * config.mfu),
+        parameters=parameters,
+        zero_stage=request.zero_stage,
+        precision=request.precision,
+        window_bytes=2.0 * model.encoder.signal_rows() * model.encoder.samples,
+        loader_windows_per_s=config.loader_windows_per_s,
+        loaders_per_machine=config.loaders_per_machine,
+        storage=config.storage_gb_s and config.storage_gb_s * 1e9,
+    )
+    network = Network(
+        gpus_per_machine=config.gpus_per_machine,
+        link=config.link_gb_s * 1e9,
+        network=config.network_gb_s * 1e9,
+        latency_s=config.latency_us / 1e6,
+    )
     sent = exchanged_bytes(
         parameters,
         zero_stage=request.zero_stage,
         gpus=request.gpus,
         precision=request.precision,
-        micro_batches=micro_batches,
+        micro_batches=work.micro_batches,
     )
-    speed = config.link_gb_s if request.gpus <= config.gpus_per_machine else config.network_gb_s
-    exchange_s = sent / (speed * 1e9)
+    exchange_s = step_exchange(work, request.gpus, network)
     offloaded = [f"offload {request.offload}: gradients are counted on the GPU; the transfer to the CPU takes no time"]
     offloaded = offloaded if request.offload != "none" else []
-    step_s = arithmetic_s + max(0.0, exchange_s - arithmetic_s * 2 / 3)
+    step_s = step_seconds(work.arithmetic_s, exchange_s)
     return {
         "request": {k: v for k, v in dataclasses.asdict(request).items() if k != "model"},
         "model": {
@@ -322,7 +367,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         },
         "memory": rows,
         "time": {
-            "arithmetic_s": arithmetic_s,
+            "arithmetic_s": work.arithmetic_s,
             "exchange_s": exchange_s,
             "exchanged_bytes_a_gpu": sent,
             "step_s": step_s,
@@ -331,6 +376,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
             "days": request.steps * step_s / 86400,
             "gpu_hours": request.steps * step_s * request.gpus / 3600,
         },
+        "scale": [dataclasses.asdict(scale_row(gpus, work, network)) for gpus in config.scale],
         "assumptions": [
             f"{request.gpu}: {request.peak / 1e12:g} TFLOP/s dense at {request.precision}, {request.gpu_gib:g} GiB, "
             f"of which {config.reserve_gib:g} GiB are reserved for driver, libraries and fragmentation",
@@ -339,9 +385,10 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
             "gradients are accumulated and sent in float32; AdamW has two moments; ZeRO keeps float32 master weights",
             "stage 3 keeps up to 1e9 gathered weights, DeepSpeed's default; bucket sizes as set by Dreamscale",
             "attention is fused; the activations do not include temporary buffers, which may need 25 % more memory",
-            f"{speed:g} GB/s for each GPU between {'machines' if request.gpus > config.gpus_per_machine else 'GPUs'}; "
+            f"{config.link_gb_s:g} GB/s for each GPU inside a machine of {config.gpus_per_machine} GPUs, "
+            f"{config.network_gb_s:g} GB/s for each GPU to other machines, {config.latency_us:g} µs of latency; "
             "communication overlaps the backward pass, which is two thirds of the arithmetic",
-            "evaluation, checkpoints and waiting for data take no time",
+            "evaluation and checkpoints take no time; in the step, waiting for data takes no time",
             *offloaded,
         ],
     }
@@ -394,9 +441,44 @@ def show(plan: dict[str, Any]) -> None:
         f"arithmetic, {time['exchange_s']:.3f} s of communication), {time['windows_per_s']:,.0f} windows/s."
     )
     console.print(f"[bold]{time['steps']:,} steps: {time['days']:,.2f} days[/], {time['gpu_hours']:,.0f} GPU hours.")
+    if plan["scale"]:
+        show_scale(console, plan["scale"])
     console.print("Assumed:")
     for line in plan["assumptions"]:
         console.print(f"- {line}")
+
+
+def show_scale(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Print how the speed grows with the number of GPUs.
+
+    Parameters
+    ----------
+    console : Console
+        Where to print.
+    rows : list of dict
+        The fields of each `pretrain.scale.ScaleRow`.
+    """
+    from rich.table import Table
+
+    table = Table(title="More GPUs, the same number of windows for each GPU", title_justify="left")
+    heads = ("GPUs", "batch", "communication (s)", "step (s)", "windows/s", "efficiency")
+    for name in (*heads, "loaders a machine", "read (GB/s)", "checkpoint (s)"):
+        table.add_column(name, justify="right")
+    table.add_column("limited by")
+    for row in rows:
+        table.add_row(
+            f"{row['gpus']:,}",
+            f"{row['batch_size']:,}",
+            f"{row['exchange_s']:.4f}",
+            f"{row['step_s']:.4f}",
+            f"{row['windows_per_s']:,.0f}",
+            f"{row['efficiency']:.0%}",
+            f"{row['loaders']:,}",
+            f"{row['read_gb_s']:.2f}",
+            f"{row['checkpoint_s']:.2f}",
+            ", ".join(row["limits"]) or "computation",
+        )
+    console.print(table)
 
 
 def run_plan(config: PlanConfig) -> int:

@@ -45,7 +45,7 @@ FOLDERS = {
     ],
     "pretrain": [
         *("train", "plan", "convert", "export", "encode"),
-        *("training", "probe", "evidence", "runs", "encoder", "model"),
+        *("scale", "training", "probe", "evidence", "runs", "encoder", "model"),
     ],
     "data_sharding": [
         *("__main__", "job", "audit", "corpora", "dataset", "processing", "formats", "common"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from pretrain.model.config import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
 from pretrain.model.masking import visible_tokens
@@ -165,3 +166,26 @@ def exchanged_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: s
     reduced = 4 * (micro_batches if zero_stage >= 2 else 1)
     gathered = {0: 4, 1: value, 2: value, 3: 2 * value * micro_batches}[zero_stage]
     return parameters * (reduced + gathered) * (gpus - 1) / gpus
+
+
+def collective_operations(parameters: int, *, zero_stage: int, micro_batches: int) -> int:
+    """Count the collective operations of one optimiser step, for communication buckets of at most 5e8 values.
+
+    Parameters
+    ----------
+    parameters : int
+        Number of trainable parameters of the model.
+    zero_stage : int
+        Stage of ZeRO.
+    micro_batches : int
+        Number of forward passes in one step.
+
+    Returns
+    -------
+    int
+        Number of reductions and gathers. An all-reduce is a reduction and a gather.
+    """
+    buckets = max(1, math.ceil(parameters / 5e8))
+    reductions = buckets * (micro_batches if zero_stage >= 2 else 1)
+    gathers = buckets * (2 * micro_batches if zero_stage == 3 else 1)
+    return reductions + gathers
