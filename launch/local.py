@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -102,8 +102,17 @@ def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
         return default
 
 
-def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[str]:
-    """Build the launcher's command line.
+def launcher_command(
+    stage: Stage,
+    argv: Sequence[str],
+    processes: int,
+    *,
+    nodes: int = 1,
+    index: int = 0,
+    address: str = "127.0.0.1",
+    port: int | None = None,
+) -> list[str]:
+    """Build the launcher's command line for one machine.
 
     Parameters
     ----------
@@ -112,26 +121,33 @@ def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[
     argv : sequence of str
         The stage's arguments.
     processes : int
-        Number of processes.
+        Number of processes on this machine.
+    nodes : int
+        Number of machines; each of them starts the launcher.
+    index : int
+        Number of this machine, from 0 on.
+    address : str
+        Address of machine 0.
+    port : int, optional
+        Port of the launcher on machine 0; by default a free port of this machine.
 
     Returns
     -------
     list of str
         The command line, as a list for `subprocess`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_free_port() if port is None else port
     # Accelerate can start several processes only if there are at least two, so torchrun starts a single process.
-    launcher = stage.launcher if processes > 1 else "torchrun"
+    launcher = stage.launcher if nodes * processes > 1 else "torchrun"
     if launcher == "torchrun":
-        flags = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1"]
-        flags += ["--master-port", str(port)]
+        flags = ["--nnodes", str(nodes), "--nproc-per-node", str(processes), "--node-rank", str(index)]
+        flags += ["--master-addr", address, "--master-port", str(port)]
     else:
         # With '--cpu --num_processes 2', Accelerate silently runs one process. '--multi_gpu' starts all processes, even
         # on a machine without GPUs.
-        flags = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-        flags += ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+        flags = ["--multi_gpu", "--num_processes", str(nodes * processes), "--num_machines", str(nodes)]
+        flags += ["--machine_rank", str(index), "--mixed_precision", "no", "--dynamo_backend", "no"]
+        flags += ["--main_process_ip", address, "--main_process_port", str(port)]
     return [
         sys.executable,
         "-m",
@@ -143,6 +159,13 @@ def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[
         stage.module,
         *argv,
     ]
+
+
+def find_free_port() -> int:
+    """Return a port of this machine that no program uses now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def _environment(folder: Path, processes: int) -> dict[str, str]:
@@ -157,14 +180,27 @@ def _environment(folder: Path, processes: int) -> dict[str, str]:
     return environment
 
 
-class _Processes:
-    """The launcher and the training processes that it started."""
+class Processes:
+    """The launcher and the training processes that it started on this machine.
 
-    def __init__(self, command: list[str], folder: Path, count: int) -> None:
+    Parameters
+    ----------
+    command : list of str
+        Command line of the launcher.
+    folder : Path
+        Folder into which the training processes write their process ids and exit codes.
+    count : int
+        Number of training processes on this machine.
+    **environment : str
+        Further environment variables for the launcher.
+    """
+
+    def __init__(self, command: list[str], folder: Path, count: int, **environment: str) -> None:
         self.folder, self.count = folder, count
         self.requests = 0
         self.killed = False
-        self.agent = subprocess.Popen(command, env=_environment(folder, count), start_new_session=True)
+        more = {**_environment(folder, count), **environment}
+        self.agent = subprocess.Popen(command, env=more, start_new_session=True)
 
     def ask_to_stop(self, number: int, _: FrameType | None) -> None:
         """Send a request to stop to the training processes; at the second Ctrl-C, kill all processes."""
@@ -187,11 +223,24 @@ class _Processes:
                 _send(pid, number, group=True)
         _send(self.agent.pid, number, group=True)
 
-    def wait(self) -> int:
-        """Wait until the launcher ends, and return one exit code for all processes."""
+    def wait(self, look: Callable[[], None] | None = None) -> int:
+        """Wait until the launcher ends, and return one exit code for all processes.
+
+        Parameters
+        ----------
+        look : callable, optional
+            Function that is called several times a second.
+
+        Returns
+        -------
+        int
+            The exit code.
+        """
         lone_since = None
         while self.agent.poll() is None:
             time.sleep(0.1)
+            if look:
+                look()
             codes = read_numbers(self.folder, "exit")
             if EXIT_BAD_REQUEST in codes.values() and len(codes) < self.count:
                 lone_since = lone_since or time.monotonic()
@@ -272,7 +321,7 @@ def _run_once(stage: Stage, argv: Sequence[str], processes: int) -> tuple[int, b
     """Launch a stage once; return the exit code, and whether a process died without a request to stop."""
     folder = Path(tempfile.mkdtemp(prefix="dreamscale-launch-"))
     try:
-        running = _Processes(launcher_command(stage, argv, processes), folder, processes)
+        running = Processes(launcher_command(stage, argv, processes), folder, processes)
         before = {number: signal.signal(number, running.ask_to_stop) for number in _SIGNALS}
         try:
             code = running.wait()

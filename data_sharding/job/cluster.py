@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_sharding.common.cores import count_cores
-from data_sharding.common.errors import FULL, RequestError, one_line, printable
+from data_sharding.common.errors import EXIT_FAILED, FULL, RequestError, one_line, printable
 from data_sharding.common.reason import Reason
 from data_sharding.common.stop import (
     adopt_orphans,
@@ -35,6 +37,10 @@ NODE_S = 60.0
 """Time limit in seconds for each machine to report which folders it can access."""
 JOIN_S = 300.0
 """Time limit in seconds for the machines of a cluster to join it, if the key `min_nodes` asks for them."""
+HEAD_S = 15.0
+"""If the head of a cluster does not answer for this number of seconds, the command that uses the cluster ends."""
+END_S = 15.0
+"""After the loss of the head, Ray has this number of seconds to disconnect; then the process is ended."""
 OBJECT_STORE = 128 * 2**20
 """Bytes of Ray's object store on each machine. The results of tasks are small, so a small object store is enough."""
 STORAGE_TRIES = 3
@@ -143,6 +149,8 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         # If Ray did install a handler for SIGTERM, restore the former handler, which ends the job with a message.
         try:
             with raise_on_stop_signals():
+                if address:
+                    stack.enter_context(watch_head("All finished work is kept; run the same command to resume"))
                 _wait_for_nodes(config.min_nodes)
                 yield config.max_in_flight or 2 * _slots(config)
         except ClusterFailed:
@@ -150,6 +158,75 @@ def ray_session(config: RayConfig) -> Iterator[int]:
                 say(f"ray: the logs of Ray are in {folder}")
                 (folder / KEEP).touch()  # A temporary folder that contains the file `KEEP` is not removed.
             raise
+
+
+class _HeadWatch(threading.Thread):
+    """Notices that the head of the Ray cluster does not answer any more, and ends the process if nobody else does.
+
+    Ray itself waits a minute for its head, and then ends the process with a long message.
+    """
+
+    def __init__(self, address: str, advice: str) -> None:
+        super().__init__(daemon=True, name="head")
+        self.address, self.advice = address, advice
+        self.lost = False
+        self.ended = threading.Event()
+
+    def error(self) -> ClusterFailed:
+        return ClusterFailed(
+            f"the head of the Ray cluster at {self.address} has not answered for {HEAD_S:g} s; start a new head."
+        )
+
+    def run(self) -> None:
+        ip, _, port = self.address.rpartition(":")
+        seen = time.monotonic()
+        while not self.ended.wait(1.0):
+            with socket.socket() as probe:
+                probe.settimeout(2.0)
+                if probe.connect_ex((ip, int(port))) == 0:
+                    seen = time.monotonic()
+            silent = time.monotonic() - seen
+            self.lost = silent > HEAD_S
+            if silent > HEAD_S + END_S:
+                say(f"dreamscale: {self.error()} {self.advice}")
+                kill_processes(find_child_processes())
+                os._exit(EXIT_FAILED)
+
+
+_watch: _HeadWatch | None = None
+
+
+@contextlib.contextmanager
+def watch_head(advice: str) -> Iterator[None]:
+    """Notice the loss of the head of the Ray cluster during the ``with`` block, which must call `check_head`.
+
+    Parameters
+    ----------
+    advice : str
+        End of the message that is printed if the ``with`` block does not end after the loss.
+
+    Yields
+    ------
+    None
+    """
+    global _watch
+    import ray
+
+    _watch = _HeadWatch(ray.get_runtime_context().gcs_address, advice)
+    _watch.start()
+    try:
+        yield
+    finally:
+        # If the head is lost, Ray may need long to disconnect, so the thread then stays until the process ends.
+        if not _watch.lost:
+            _watch.ended.set()
+        _watch = None
+
+
+def check_head() -> None:
+    """Raise `ClusterFailed` if the head of the cluster is lost; see `watch_head`."""
+    if _watch is not None and _watch.lost:
+        raise _watch.error()
 
 
 @contextlib.contextmanager
@@ -344,6 +421,7 @@ def run_tasks(
             key, argument = waiting.popleft()
             running[remote.remote(argument)] = (key, argument)
         check_stop()
+        check_head()
         if look:
             look(len(running))
         finished: list[Any] = ray.wait(list(running), num_returns=1, timeout=0.5)[0]

@@ -16,18 +16,25 @@ from typing import Any
 from filelock import FileLock, Timeout
 from upath import UPath
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
+from data_sharding.common.stop import check_stop
 from data_sharding.common.storage import AnyPath, fresh, is_storage_error
+from data_sharding.common.untrusted import parse_json
+from data_sharding.job.cluster import say
 from data_sharding.job.task import PartResult
 
 EVERY_S = 10.0
 """Seconds between two objects that the journal writes to an object store. Each time, the journal writes a new object,
 because a stored object cannot be extended."""
+
+
 BEAT_S = 15.0
 """Seconds between two renewals of a job's lock on an object store."""
 DEAD_S = 90.0
-"""If a lock on an object store was not renewed for this number of seconds, the job that wrote the lock is treated as
+"""If a lock on an object store does not change for this number of seconds, the job that wrote the lock is treated as
 dead."""
+LOOK_S = 1.0
+"""Seconds between two looks at the lock of another job."""
 
 
 class Journal:
@@ -163,22 +170,70 @@ def lock_output(work: AnyPath) -> Iterator[None]:
         lock.release()
 
 
-def _owner(lock: UPath) -> dict[str, Any] | None:
+def _read(lock: UPath) -> tuple[str, dict[str, Any]] | None:
+    """Return the text of a lock, and its values; None if there is no lock."""
     try:
-        return json.loads(fresh(lock).read_text())
-    except (FileNotFoundError, ValueError):
+        text = fresh(lock).read_text()
+    except FileNotFoundError:
+        return None
+    try:
+        values = parse_json(text)
+    except ValueError:
+        values = {}
+    return text, values if isinstance(values, dict) else {}
+
+
+def _find_process_table() -> str:
+    """Return a name of the table in which this process has its process id; an empty text if there is no name.
+
+    Two processes with equal names are on the same machine since the same start of it, and in the same container.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _find_start(pid: object) -> str | None:
+    """Return the time at which a process of this machine started, in ticks since the start of the machine."""
+    try:
+        return Path(f"/proc/{int(str(pid))}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, ValueError, IndexError):
         return None
 
 
-def _is_gone(owner: dict[str, Any]) -> bool:
-    """Return whether the job that wrote a lock has ended.
+def _is_alive(lock: UPath) -> bool:
+    """Find out whether the job that wrote a lock is alive.
 
-    A job on this machine has ended if its process does not exist any more. A job on any machine has ended if its lock
-    was not renewed for `DEAD_S` seconds.
+    If the job is in the process table of this process, its process is looked up. Otherwise this function waits until
+    the lock changes, or until it has not changed for `DEAD_S` seconds. Only the clock of this process is used, because
+    the clocks of two machines can differ by hours.
     """
-    if owner["host"] == socket.gethostname() and not Path(f"/proc/{owner['pid']}").exists():
-        return True
-    return time.time() - owner["time"] > DEAD_S
+    found = _read(lock)
+    if found is None:
+        return False
+    text, owner = found
+    if owner.get("table") and owner.get("table") == _find_process_table():
+        return owner.get("start") is not None and owner.get("start") == _find_start(owner.get("pid"))
+    say(
+        f"output '{lock.parent.parent}': there is the lock of another job ({_describe(owner)}); waiting at most "
+        f"{DEAD_S:g} s to see whether this job is alive"
+    )
+    end = time.monotonic() + DEAD_S
+    while time.monotonic() < end:
+        check_stop()
+        time.sleep(LOOK_S)
+        now = _read(lock)
+        if now is None:
+            return False
+        if now[0] != text:
+            return True
+    return False
+
+
+def _describe(owner: dict[str, Any]) -> str:
+    return f"host {show(str(owner.get('host')))}, process {show(str(owner.get('pid')))}"
 
 
 @contextlib.contextmanager
@@ -186,13 +241,22 @@ def _lease(work: UPath) -> Iterator[None]:
     """Lock an output on an object store.
 
     Object stores have no locks, so the job writes an object that stands for the lock, and renews the object regularly.
+    Each renewal changes the object.
     """
     lock = work / "lock.json"
     mine = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+    mine |= {"table": _find_process_table(), "start": _find_start(os.getpid())}
     stop = threading.Event()
+    beats = 0
 
     def renew() -> None:
-        lock.write_text(json.dumps({**mine, "time": time.time()}))
+        nonlocal beats
+        beats += 1
+        lock.write_text(json.dumps({**mine, "beat": beats}))
+
+    def is_mine() -> bool:
+        found = _read(lock)
+        return found is not None and found[1].get("id") == mine["id"]
 
     def beat() -> None:
         while not stop.wait(BEAT_S):
@@ -202,14 +266,15 @@ def _lease(work: UPath) -> Iterator[None]:
                 renew()
 
     try:
-        if (owner := _owner(lock)) and not _is_gone(owner):
+        if _is_alive(lock):
+            owner = (_read(lock) or ("", {}))[1]
             raise RequestError(
-                f"output '{work.parent}': another job is writing there (host {owner['host']}, process {owner['pid']}); "
-                f"wait for it; if it has died, wait {DEAD_S:g} s"
+                f"output '{work.parent}': another job is writing there ({_describe(owner)}); wait until it ends, or "
+                "choose another output"
             )
         renew()
         time.sleep(0.5)  # If two jobs start at the same moment, the job that was the last to write the lock continues.
-        if (_owner(lock) or {}).get("id") != mine["id"]:
+        if not is_mine():
             raise RequestError(f"output '{work.parent}': another job started at the same moment; wait until it ends")
     except Exception as error:
         if isinstance(error, RequestError) or not is_storage_error(error):
@@ -223,5 +288,5 @@ def _lease(work: UPath) -> Iterator[None]:
         stop.set()
         thread.join(timeout=BEAT_S)
         with contextlib.suppress(Exception):
-            if (_owner(lock) or {}).get("id") == mine["id"]:
+            if is_mine():
                 lock.unlink()

@@ -6,12 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from launch.submit.ray import RayOptions
 from launch.submit.slurm import SlurmOptions
 from launch.submit.values import check_plain, check_printable
 
 
 @dataclass(kw_only=True)
-class SubmitConfig(SlurmOptions):
+class SubmitConfig(SlurmOptions, RayOptions):
     """Write a cluster job that runs a command (the stage), and submit the job. Arguments after '--' go to the stage."""
 
     scheduler: Literal["slurm", "ray", "k8s"]
@@ -36,8 +37,6 @@ class SubmitConfig(SlurmOptions):
     """Folder on the cluster in which the job runs; by default the current folder."""
     python: str = "python"
     """Python interpreter on the cluster, in an environment with Dreamscale."""
-    address: str = "http://127.0.0.1:8265"
-    """Ray: address of the cluster's job server."""
     image: str = "dreamscale:latest"
     """Kubernetes: container image with Dreamscale installed."""
     namespace: str = "default"
@@ -53,8 +52,9 @@ class SubmitConfig(SlurmOptions):
         self.name = self.name or f"dreamscale-{self.stage}"
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?", self.name):
             raise ValueError(f"name '{self.name}': use only lower-case letters, digits and '-', at most 52 characters")
-        for key in ("address", "image", "namespace", "claim", "mount"):
+        for key in ("image", "namespace", "claim", "mount"):
             check_plain(key, getattr(self, key))
         for key in ("stage_config", "directory", "python"):
             check_printable(key, getattr(self, key))
         self.check_slurm()
+        self.check_ray()

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFo
 from data_sharding.common.errors import RequestError
 from data_sharding.common.shipped import shipped_configs
 from launch.submit.config import SubmitConfig
+from launch.submit.ray import stop_environment
 from launch.submit.stage import Work
 
 TEMPLATES = {"slurm": "slurm.sh.j2", "ray": "ray.sh.j2", "k8s": "k8s.yaml.j2"}
@@ -39,10 +40,13 @@ def build_command(config: SubmitConfig, work: Work) -> str:
     alone = f"{python} -m launch {config.stage} {arguments}".rstrip()
     if stage.uses_ray and config.scheduler == "ray":
         return f"{alone} --ray.address auto"
+    if config.scheduler == "ray" and work.nodes > 1:
+        where = f"--nodes {work.nodes} --gpus-per-node {work.gpus}"
+        return f"{python} -m launch.ray_train {where} {config.stage} {arguments}"
     if stage.uses_ray and work.nodes > 1:
         where = f'--nodes {work.nodes} --index {index} --head "$HEAD_NODE" --port "$PORT"'
         return f"{python} -m launch.ray_nodes {where} -- {config.stage} {arguments}"
-    # One process needs no launcher. On Ray, the command 'dreamscale' starts the launcher itself.
+    # One process needs no launcher. On one machine of a Ray cluster, 'dreamscale' starts the launcher itself.
     if stage.launcher is None or work.processes == 1 or config.scheduler == "ray":
         return alone
     if stage.launcher == "torchrun":
@@ -118,6 +122,7 @@ def render(config: SubmitConfig, work: Work) -> str:
         directory=directory,
         launch=command,
         address=config.address,
+        stop_environment=stop_environment(config.stop_s),
         image=config.image,
         namespace=config.namespace,
         claim=config.claim,

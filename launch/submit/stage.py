@@ -65,8 +65,6 @@ def check_stage(config: SubmitConfig, extra: list[str]) -> Work:
         raise RequestError(f"{config.stage} runs on one machine; leave --nodes out")
     if config.nodes > 1 and stage.uses_ray and config.scheduler == "k8s":
         raise RequestError(f"{config.stage} uses several machines through Ray; use 'submit slurm' or 'submit ray'")
-    if config.nodes > 1 and not stage.uses_ray and config.scheduler == "ray":
-        raise RequestError("with ray, training runs on one machine; use slurm or k8s for more nodes")
     for word in extra:
         try:
             check_printable("argument", word)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
+import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import torch
 
 from data_sharding.dataset.batch import Batch
 from pretrain.model.flops import batch_flops, peak_flops
 from pretrain.runs.distributed import World
 from pretrain.training.config import PretrainConfig
+
+SLOW, SLOW_SHARE = 1.5, 0.1
+"""A process is slow if its own time is more than `SLOW` times the median of the other processes' times, and if the
+difference is more than `SLOW_SHARE` of the measured time."""
 
 
 class Throughput:
@@ -41,6 +50,9 @@ class Throughput:
             # `batch_flops` here, so that its first call is not measured as training time. One of the two windows has
             # only one channel, so that `batch_flops` also computes its formula for other numbers of channels now.
             batch_flops(self._model, [1, self._model.encoder.channels])
+        # Rank that was slow in the last line of metrics and the one before, and rank that a message has named already.
+        self._slow = self._named = -1
+        self._hosts = world.all_gather(socket.gethostname())
         self.reset()
 
     def reset(self, steps: int = 0, losses: Sequence[float | None] = ()) -> None:
@@ -58,7 +70,8 @@ class Throughput:
         # Only steps that this process took itself count for rates such as `samples_per_s`. After a resumption, `steps`
         # also contains steps of an earlier process, whose time is not known here.
         self._timed_steps = 0
-        self._stall_s = self._flops = 0.0
+        self._stall_s = self._flops = self._forward_s = 0.0
+        self._events: list[Any] = []
         self._tokens = 0
         self.start_clock()
 
@@ -79,6 +92,25 @@ class Throughput:
         since = time.monotonic()
         yield
         self._stall_s += time.monotonic() - since
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Count the time of a ``with`` block as time of forward passes.
+
+        A process waits for the others in its backward passes, but not in its forward passes (except with ZeRO stage 3).
+        So the time of its forward passes shows whether the process itself is slow.
+        """
+        if self._world.device.type == "cuda":
+            # The GPU runs behind the CPU, so let the GPU itself write down the time.
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            yield
+            events[1].record()
+            self._events.append(events)
+            return
+        since = time.monotonic()
+        yield
+        self._forward_s += time.monotonic() - since
 
     def add(self, batch: Batch, loss: float) -> None:
         """Count one optimiser step.
@@ -112,14 +144,48 @@ class Throughput:
             ``samples_per_s`` and ``tokens_per_s``: speed of all processes together. ``mfu``: model-FLOPs utilisation;
             None if the device's peak speed is not known. ``data_stall_s`` and ``data_stall_share``: time spent waiting
             for data, by the process that waited longest, in seconds and as a share of the measured time.
+            ``slowest_rank`` and ``slowest_rank_ratio``: the process with the longest own time (waiting for data, and
+            forward passes), and the ratio of this time to the median of the others; None if there is only one process.
         """
         seconds = time.monotonic() - self._started
         (stall_s,) = self._world.all_reduce_max(self._stall_s)
-        flops, tokens = self._world.all_reduce_sum(self._flops, self._tokens)
+        forward_s = self._forward_s
+        if self._events:
+            self._events[-1][1].synchronize()
+            forward_s += sum(start.elapsed_time(end) for start, end in self._events) / 1000
+        # Each process fills its own place in a list of zeros, so the sum has the times of all processes.
+        own = [0.0] * self._world.size
+        own[self._world.rank] = self._stall_s + forward_s
+        flops, tokens, *own = self._world.all_reduce_sum(self._flops, self._tokens, *own)
+        slowest, ratio = self._find_slowest(own, seconds)
         return {
             "samples_per_s": self._timed_steps * self._batch_size / seconds,
             "tokens_per_s": tokens / seconds,
             "mfu": None if self._peak is None else flops / seconds / self._peak / self._world.size,
             "data_stall_s": stall_s,
             "data_stall_share": stall_s / seconds,
+            "slowest_rank": slowest,
+            "slowest_rank_ratio": ratio,
         }
+
+    def _find_slowest(self, own: list[float], seconds: float) -> tuple[int | None, float | None]:
+        """Return the slowest rank, and the ratio of its own time to the median of the others; name a slow rank.
+
+        A rank is named if it is slow in two lines of metrics in a row, and only once until it is no longer slow.
+        """
+        if len(own) == 1:
+            return None, None
+        slowest = max(range(len(own)), key=own.__getitem__)
+        usual = statistics.median(own[:slowest] + own[slowest + 1 :])
+        ratio = own[slowest] / usual if usual else None
+        slow = own[slowest] > SLOW * usual and own[slowest] - usual > SLOW_SHARE * seconds
+        if slow and slowest == self._slow != self._named and self._world.first:
+            print(
+                f"dreamscale pretrain: rank {slowest} (host {self._hosts[slowest]}) is slow: in {seconds:.1f} s, it "
+                f"waited for data and computed forward passes for {own[slowest]:.1f} s, the other ranks for "
+                f"{usual:.1f} s (median); the others wait for it, so check this machine",
+                file=sys.stderr,
+            )
+        self._named = slowest if slow and slowest == self._slow else -1
+        self._slow = slowest if slow else -1
+        return slowest, ratio

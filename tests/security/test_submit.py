@@ -24,7 +24,7 @@ CODE = [
     "a|touch HACKED",
 ]
 CODE += ['"; touch HACKED; "', "a && touch HACKED", "a\r\nb", "a #b", "-rf", "{{ 7 * 7 }}", "a: b\n- c", "\x1b[31m"]
-KEYS = ["time", "partition", "account", "logs", "address", "image", "namespace", "claim", "mount", "name"]
+KEYS = ["stop_s", "time", "partition", "account", "logs", "address", "image", "namespace", "claim", "mount", "name"]
 SLURM_KEYS = ["qos", "mem", "gres", "constraint", "dependency", "array", "modules"]
 
 

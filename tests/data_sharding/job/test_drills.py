@@ -13,13 +13,11 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -32,23 +30,13 @@ from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
+from launch.submit.ray import stop_environment
+
+from ...ray_cluster import RayCluster, accepts, free_port, ray_cluster, until
 
 N = 14
 """Number of recordings in the corpus."""
 pytestmark = pytest.mark.timeout(300)
-
-
-def until(true: Callable[[], bool], seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "the condition did not become true in time"
-        time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def bytes_of(dataset: str | Path) -> dict[str, str]:
@@ -278,103 +266,52 @@ def test_a_full_disk_stops_the_job_until_there_is_space(drill: Drill, undisturbe
 
 
 class TestCluster:
-    """Tests on a Ray cluster with two nodes. One test kills the Ray processes of the cluster's second node."""
+    """Tests on a Ray cluster with two nodes. Some tests kill the Ray processes of a node."""
 
     @pytest.fixture(scope="class")
-    def ports(self) -> tuple[int, int]:
-        return free_port(), free_port()
+    def cluster(self) -> Iterator[RayCluster]:
+        with ray_cluster() as cluster:
+            yield cluster
 
-    @pytest.fixture(scope="class")
-    def environment(self) -> dict[str, str]:
-        fast = {"period_ms": "500", "failure_threshold": "3", "initial_delay_ms": "0", "timeout_ms": "1000"}
-        return {
-            **os.environ,
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            **{f"RAY_health_check_{name}": value for name, value in fast.items()},
-        }
-
-    @contextlib.contextmanager
-    def node(self, environment: dict[str, str], *args: str) -> Iterator[subprocess.Popen[bytes]]:
-        ray = str(Path(sys.executable).parent / "ray")
-        small = ("--object-store-memory", str(80 * 2**20), "--memory", str(2 * 10**9), "--disable-usage-stats")
-        process = subprocess.Popen(
-            [ray, "start", "--block", *small, *args],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            yield process
-        finally:
-            family = []
-            with contextlib.suppress(psutil.Error):
-                family = psutil.Process(process.pid).children(recursive=True)
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(15)
-            for p in family:
-                with contextlib.suppress(psutil.Error):
-                    p.kill()
-            process.kill()
-            process.wait()
-
-    @pytest.fixture(scope="class")
-    def head(self, environment: dict[str, str], ports: tuple[int, int]) -> Iterator[str]:
-        gcs, dashboard = map(str, ports)
-        more = ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--num-cpus", "1"]
-        more += ["--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port())]
-        # Ray puts sockets into `temp`. Unix limits the length of socket paths, so the path of `temp` is short.
-        with (
-            tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temp,
-            self.node(
-                environment, "--head", "--port", gcs, "--dashboard-port", dashboard, "--temp-dir", temp, *more
-            ) as process,
-        ):
-
-            def up() -> bool:
-                assert process.poll() is None
-                with socket.socket() as s:
-                    return s.connect_ex(("127.0.0.1", int(dashboard))) == 0
-
-            until(up)
-            yield f"127.0.0.1:{gcs}"
-
-    def test_a_submitted_job(
-        self, drill: Drill, undisturbed: dict[str, str], head: str, ports: tuple[int, int], environment: dict[str, str]
+    def test_a_submitted_job_is_stopped_and_resumed(
+        self, drill: Drill, undisturbed: dict[str, str], cluster: RayCluster
     ) -> None:
+        """Stop the job with ``ray job stop``, with the time that `submit` sets, and with the 3 s of Ray."""
         output = drill.folder / "submitted"
-        command = [
-            str(Path(sys.executable).parent / "ray"),
-            "job",
-            "submit",
-            "--address",
-            f"http://127.0.0.1:{ports[1]}",
-        ]
-        command += ["--", sys.executable, "-m", "data_sharding", str(drill.config), "--output", str(output)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        words = ["--", sys.executable, "-m", "data_sharding", str(drill.config), "--output", str(output)]
+        for name, environment in (("long", ["--runtime-env-json", stop_environment(150)]), ("short", [])):
+            before = rows_done(output)
+            cluster.job("submit", "--submission-id", name, "--no-wait", *environment, *words)
+            until(lambda before=before: rows_done(output) > before)
+            cluster.job("stop", name)
+            assert name == "short" or "stopped on request" in cluster.job("logs", name)
+        cluster.job("submit", *words)
         assert bytes_of(output) == undisturbed
 
-    def test_a_machine_is_lost(
-        self, drill: Drill, undisturbed: dict[str, str], head: str, environment: dict[str, str]
-    ) -> None:
+    def test_a_machine_is_lost(self, drill: Drill, undisturbed: dict[str, str], cluster: RayCluster) -> None:
         output = drill.folder / "raylet"
-        with self.node(
-            environment, "--address", head, "--num-cpus", "2", "--dashboard-agent-listen-port", str(free_port())
-        ) as second:
+        node = cluster.add(2)
+        process = in_the_middle(drill, output, "--ray.address", cluster.address, env=cluster.environment)
+        raylet = node.raylets()[0]
+        assert [p for p in raylet.children(recursive=True) if "data_sharding.job.isolation" in " ".join(p.cmdline())]
+        raylet.kill()
+        finish(process)
+        assert bytes_of(output) == undisturbed
 
-            def raylets() -> list[psutil.Process]:
-                return [p for p in psutil.Process(second.pid).children(recursive=True) if p.name() == "raylet"]
-
-            until(lambda: len(raylets()) == 1)
-            process = in_the_middle(drill, output, "--ray.address", head, env=environment)
-            raylet = raylets()[0]
-            assert [
-                p for p in raylet.children(recursive=True) if "data_sharding.job.isolation" in " ".join(p.cmdline())
-            ]
-            raylet.kill()
-            finish(process)
+    def test_the_head_is_lost(self, drill: Drill, undisturbed: dict[str, str]) -> None:
+        """Kill all processes of the head during a job, and resume the job on a new head."""
+        output = drill.folder / "head"
+        with ray_cluster() as cluster:
+            process = in_the_middle(drill, output, "--ray.address", cluster.address, env=cluster.environment)
+            cluster.head.kill()
+            err = finish(process, code=1)
+        (said,) = [text for text in err.splitlines() if text.startswith("dreamscale:")]
+        assert f":{cluster.gcs} has not answered" in said and "run the same command" in said
+        before = rows_done(output)
+        assert before >= 2
+        with ray_cluster() as cluster:
+            err = drill.run(output, "--ray.address", cluster.address, env=cluster.environment)
+        assert f"({before} from an earlier run)" in err
         assert bytes_of(output) == undisturbed
 
 
@@ -427,8 +364,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
 
     def up() -> bool:
         assert process.poll() is None
-        with socket.socket() as s:
-            return s.connect_ex(("127.0.0.1", port)) == 0
+        return accepts(port)
 
     try:
         until(up)

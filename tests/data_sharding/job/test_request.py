@@ -6,8 +6,12 @@ changes. The planning time is proportional to the number of files.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import runpy
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,10 +23,13 @@ from data_sharding.audit.hold_back import HoldBackConfig
 from data_sharding.common.errors import RequestError
 from data_sharding.corpora import CorpusConfig
 from data_sharding.dataset.ledger import LedgerRow
+from data_sharding.job import journal
 from data_sharding.job.journal import Journal, lock_output
 from data_sharding.job.pack_shards import plan_shards
 from data_sharding.job.request import ShardConfig, make_plan, resolve_output
 from data_sharding.job.task import PartResult
+
+from ...ray_cluster import until
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "planning.py"))
 make_corpus, measure = BENCHMARK["make_corpus"], BENCHMARK["measure"]
@@ -121,12 +128,56 @@ def test_one_job_at_a_time(tmp_path: Path, remote: bool) -> None:
         pass
 
 
-def test_a_dead_jobs_lock_is_taken_over() -> None:
-    work = UPath("memory://dead/.work")
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_the_lock_of_a_dead_job_is_taken_over(hours: int, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """The job was on a machine whose clock differs by an hour, so only the own clock tells that the job is dead."""
+    monkeypatch.setattr(journal, "DEAD_S", 1.0)
+    monkeypatch.setattr(journal, "LOOK_S", 0.1)
+    work = UPath(f"memory://dead{hours}/.work")
     work.mkdir(parents=True, exist_ok=True)
-    (work / "lock.json").write_text('{"id": "x", "host": "elsewhere", "pid": 1, "time": 1.0}')
+    lock = {"id": "x", "host": "elsewhere", "pid": 1, "time": time.time() + 3600 * hours}
+    (work / "lock.json").write_text(json.dumps(lock))
     with lock_output(work):
         assert '"id": "x"' not in (work / "lock.json").read_text()
+    assert "the lock of another job (host elsewhere, process 1)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_the_lock_of_a_live_job_on_a_machine_with_another_clock_is_kept(
+    hours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "LOOK_S", 0.1)
+    work = UPath(f"memory://live{hours}/.work")
+    work.mkdir(parents=True, exist_ok=True)
+    lock, end = {"id": "x", "host": "elsewhere", "pid": 1}, threading.Event()
+
+    def renew() -> None:
+        for beat in itertools.count():
+            (work / "lock.json").write_text(json.dumps(lock | {"beat": beat, "time": time.time() + 3600 * hours}))
+            if end.wait(0.05):
+                return
+
+    other = threading.Thread(target=renew)
+    other.start()
+    try:
+        until(lambda: (work / "lock.json").exists())
+        with pytest.raises(RequestError, match="another job is writing there"), lock_output(work):
+            pass
+    finally:
+        end.set()
+        other.join()
+
+
+def test_the_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path: Path) -> None:
+    """The process id of the dead job belongs to another process now, so the start of the process is compared."""
+    work = UPath(f"memory://{tmp_path.name}/reused/.work")
+    with lock_output(work):
+        lock = json.loads((work / "lock.json").read_text())
+    if not lock["table"]:
+        pytest.skip("this system has no /proc")
+    (work / "lock.json").write_text(json.dumps(lock | {"id": "x", "start": "1"}))
+    with lock_output(work):
+        assert json.loads((work / "lock.json").read_text())["start"] == lock["start"]
 
 
 def test_each_sample_is_in_exactly_one_shard() -> None:

@@ -88,7 +88,7 @@ def test_shellcheck_finds_no_fault(stage: str, nodes: str, capsys: pytest.Captur
         words = ARGUMENTS[stage]
         end = words.index("--") if "--" in words else len(words)
         more = FULL if scheduler == "slurm" else []
-        several = ["--nodes", nodes if stage != "encode" and (scheduler == "slurm" or stage == "shard") else "1"]
+        several = ["--nodes", nodes if stage != "encode" else "1"]
         assert main(["submit", scheduler, stage, *words[:end], "--dry-run", *GPUS, *several, *more, *words[end:]]) == 0
         done = subprocess.run([program, "-"], input=capsys.readouterr().out, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
@@ -265,7 +265,7 @@ def test_slurm_on_several_nodes(capsys: pytest.CaptureFixture[str]):
         (["slurm", "linear", str(CONFIGS["linear"]), "--nodes", "2"], "one machine"),
         (["ray", "linear", str(CONFIGS["linear"]), "--nodes", "2"], "one machine"),
         (["k8s", "shard", str(CONFIGS["shard"]), "--nodes", "2"], "Ray"),
-        (["ray", "pretrain", str(CONFIGS["pretrain"]), "--nodes", "2"], "slurm or k8s"),
+        (["ray", "pretrain", str(CONFIGS["pretrain"]), "--stop-s", "3"], "stop_s"),
         (["pbs", "pretrain", str(CONFIGS["pretrain"])], "scheduler"),
         (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--partition", "a b"], "partition"),
     ],

@@ -317,6 +317,70 @@ def test_a_hanging_process_is_named(runs: Path, run: Path) -> None:
     assert "rank 1" in json.loads((run / "status.json").read_text())["reason"]
 
 
+def test_a_slow_process_is_named(runs: Path, tmp_path: Path) -> None:
+    """Freeze the second process for most of the time, so that it is much slower than the first process."""
+    training = dreamscale(runs, tmp_path / "slow", "--steps", "5000", "--log_every", "10", "--checkpoint.every", "5000")
+    training.wait_for(10)
+    (_, slow) = training.workers()
+    said = f"rank 1 (host {os.uname().nodename}) is slow"
+    until = time.monotonic() + 200
+    try:
+        while said not in training.log.read_text():
+            assert training.process.poll() is None and time.monotonic() < until, training.log.read_text()[-3000:]
+            for number, seconds in ((signal.SIGSTOP, 0.1), (signal.SIGCONT, 0.02)):
+                os.kill(slow, number)
+                time.sleep(seconds)
+        lines = [line for line in metrics(tmp_path / "slow") if line.get("slowest_rank") == 1]
+        assert max(line["slowest_rank_ratio"] for line in lines) > 1.5
+    finally:
+        os.kill(slow, signal.SIGCONT)
+        training.process.kill()  # The training processes end with their launcher.
+        training.wait()
+
+
+SLOW_CHECKPOINTS = """
+import os, sys, time
+import pretrain.model.weights as weights
+from pretrain.train import main
+
+def save_slowly(tensors, path, save=weights.save_weights):
+    save(tensors, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    open(os.environ["WRITING"] + os.environ["RANK"], "w").close()
+    time.sleep(2)
+    path.write_bytes(content)
+
+weights.save_weights = save_slowly
+sys.exit(main())
+"""
+
+
+def test_a_run_is_stopped_and_killed_in_the_middle_of_a_checkpoint(runs: Path, run: Path) -> None:
+    script = run.with_name("slow_checkpoints.py")
+    script.write_text(SLOW_CHECKPOINTS)
+    writing = run.with_name("writing")
+    for number, asynchronous in ((signal.SIGKILL, "false"), (signal.SIGTERM, "true")):
+        line = words(runs, run, "--checkpoint.asynchronous", asynchronous)
+        training = Training([*TORCHRUN, str(script), *line], run, WRITING=str(writing))
+        marks = [writing.with_name(f"writing{rank}") for rank in range(2)]
+        until = time.monotonic() + 120
+        while not all(mark.exists() for mark in marks):
+            assert training.process.poll() is None and time.monotonic() < until, training.log.read_text()[-3000:]
+            time.sleep(0.01)
+        for pid in training.workers()[number == signal.SIGKILL :]:
+            os.kill(pid, number)
+        assert training.wait() != 0
+        for mark in marks:
+            mark.unlink()
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert complete_checkpoints(run / "checkpoints")[-1].name == f"step_{status['step']:08d}"
+    training = dreamscale(runs, run)
+    assert training.wait() == 0, training.log.read_text()[-3000:]
+    check_undisturbed(run, runs)
+
+
 def test_bad_data_on_one_process_skips_the_step_on_all(runs: Path) -> None:
     """Check the losses of runs with two epochs of three steps. In each epoch, one step uses a window of NaN."""
     for name in ("0_fp32", "1_fp32", "2_fp32", "3_fp32", "1_bf16", "2_bf16", "3_bf16"):
@@ -395,7 +459,7 @@ def test_ray_trains_and_stops_on_request(runs: Path, run: Path) -> None:
     # Unix limits the length of socket paths, and the path of the test's folder is too long for Ray's sockets.
     temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     try:
-        line = [sys.executable, "-m", "launch.ray_train", *words(runs, run)]
+        line = [sys.executable, "-m", "launch.ray_train", "pretrain", *words(runs, run)]
         extra = {"RAY_TMPDIR": temporary, "RAY_OVERRIDE_RESOURCES": '{"CPU": 4}'}
         training = Training(line, run, **extra)
         training.wait_for(BEGUN + 3)
