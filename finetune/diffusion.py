@@ -180,6 +180,11 @@ def draw_noise(shape: tuple[int, ...], generators: list[torch.Generator], device
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
 
+def count_steps(steps: int, strength: float) -> int:
+    """Return how many of the denoising steps are done if the denoising starts from an image with noise."""
+    return min(int(steps * strength), steps)
+
+
 @torch.no_grad()
 def sample(
     denoise: Denoiser,
@@ -191,6 +196,8 @@ def sample(
     steps: int,
     guidance_scale: float,
     generators: list[torch.Generator],
+    start: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
     """Turn noise into images with a denoiser, step by step.
 
@@ -215,6 +222,11 @@ def sample(
     generators : list of torch.Generator
         Generator of each trial. With the samplers ddpm and lcm, the noise of each step is drawn from the trial's own
         generator, so a trial's image does not depend on the other trials of the batch.
+    start : Tensor, shape (B, ...), optional
+        Latents or pixels from which the denoising starts, after noise was added to them; by default, the denoising
+        starts from noise alone.
+    strength : float
+        Share of the steps that are done if `start` is given: the last ones. `count_steps` says how many these are.
 
     Returns
     -------
@@ -232,8 +244,14 @@ def sample(
     scheduler.set_timesteps(steps, device=noise.device)
     # The scheduler of the sampler plms draws no noise, so it takes no generators.
     draws = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    x = noise * scheduler.init_noise_sigma
-    for time in scheduler.timesteps:
+    x, times = noise * scheduler.init_noise_sigma, scheduler.timesteps
+    if start is not None:
+        first = (steps - count_steps(steps, strength)) * scheduler.order
+        times = times[first:]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        x = scheduler.add_noise(start, noise, times[:1].repeat(len(start)))
+    for time in times:
         x_in = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, time)
         guess = denoise(x_in, time, condition)
         if guided:

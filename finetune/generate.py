@@ -98,11 +98,13 @@ def _use_model(generator: Generator, dataset: EEGDataset, config: GenerateConfig
 
 
 def _describe_eeg(dataset: EEGDataset, trial: Trial) -> dict[str, Any]:
-    """Return the metadata of a trial; if another trial's EEG is used, take the channels from that other trial."""
+    """Return the metadata of a trial; if another trial's EEG is used, take person and channels from that trial."""
     if not trial.source or trial.source[0] in trial.numbers:
         return trial.meta
     other = dataset.meta(trial.source[0])
-    return trial.meta | {name: other[name] for name in ("n", "ch_names", "positions") if name in other}
+    return trial.meta | {
+        name: other[name] for name in ("n", "ch_names", "positions", "corpus", "subject") if name in other
+    }
 
 
 def _open_train(dataset: EEGDataset, config: GenerateConfig) -> EEGDataset:

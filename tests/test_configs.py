@@ -21,6 +21,7 @@ STAGES = {  # Config class for each name pattern of config files.
     "*/stable_diffusion*": "finetune.stable_diffusion.train:StableDiffusionConfig",
     "*/dm_re2i*": "finetune.dm_re2i.config:DMRE2IConfig",
     "*/linear": "finetune.linear.train:LinearConfig",
+    "*/frozen_decoder*": "finetune.frozen_decoder.config:FrozenDecoderConfig",
     "presets/*": "launch.preset:PresetConfig",
     "finetune/evaluate": "finetune.evaluation.evaluate:EvaluateConfig",
 }

@@ -39,7 +39,17 @@ FOLDERS = {
         *("chain", "stages", "worker", "parent"),
     ],
     "finetune": [
-        *("align", "generate", "retrieval", "stable_diffusion", "dm_re2i", "evaluation", "generation", "linear"),
+        *(
+            "align",
+            "generate",
+            "frozen_decoder",
+            "retrieval",
+            "stable_diffusion",
+            "dm_re2i",
+            "evaluation",
+            "generation",
+            "linear",
+        ),
         *("generators", "eeg", "clip_head", "objective", "diffusion", "targets", "training", "images", "papers"),
         *("portable", "base_models", "foreign_models"),
     ],

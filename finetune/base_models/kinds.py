@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class BaseFiles:
     """Maps each network to the variant of its weight files, e.g. fp16; None if the files have no variant."""
 
 
-def read_index(folder: Path) -> tuple[BaseKind, dict[str, Any]]:
+def read_index(folder: Path, kinds: Mapping[str, BaseKind] = KINDS) -> tuple[BaseKind, dict[str, Any]]:
     """Read model_index.json of a pipeline, and refuse classes that this project does not load.
 
     Parts that this project does not use, such as the safety checker, may be missing.
@@ -99,6 +100,8 @@ def read_index(folder: Path) -> tuple[BaseKind, dict[str, Any]]:
     ----------
     folder : Path
         Folder of the pipeline.
+    kinds : mapping
+        Allowed kinds, by the class of their pipeline.
 
     Returns
     -------
@@ -117,9 +120,9 @@ def read_index(folder: Path) -> tuple[BaseKind, dict[str, Any]]:
         raise RequestError(f"{folder}: not a diffusers pipeline (no model_index.json); give the pipeline's directory")
     index = read_model_config(path)
     name = index.get("_class_name")
-    kind = next((kind for pipeline, kind in KINDS.items() if pipeline == name), None)
+    kind = next((kind for pipeline, kind in kinds.items() if pipeline == name), None)
     if kind is None:
-        raise RequestError(f"{folder}: holds a {show(name)}, not a {' or '.join(KINDS)}; choose another base model")
+        raise RequestError(f"{folder}: holds a {show(name)}, not a {' or '.join(kinds)}; choose another base model")
     for part in (*kind.classes, *kind.tokenizers, "scheduler"):
         stated, allowed = index.get(part), kind.allowed(part)
         if not isinstance(stated, list) or [*stated] not in [[*words] for words in allowed]:
@@ -173,13 +176,15 @@ def find_weights(folder: Path, library: str) -> tuple[list[Path], str | None]:
     return found[variant], variant
 
 
-def check_base_files(folder: Path) -> BaseFiles:
+def check_base_files(folder: Path, kinds: Mapping[str, BaseKind] = KINDS) -> BaseFiles:
     """Check the files of a base model in a folder, before any of its parts is built.
 
     Parameters
     ----------
     folder : Path
         Folder of a diffusers pipeline.
+    kinds : mapping
+        Allowed kinds, by the class of their pipeline.
 
     Returns
     -------
@@ -192,7 +197,7 @@ def check_base_files(folder: Path) -> BaseFiles:
         If a file is missing or damaged, if the folder holds another kind of model, or if a config describes a larger
         network than its weights.
     """
-    kind, index = read_index(folder)
+    kind, index = read_index(folder, kinds)
     sizes, variants = {}, {}
     for part, (library, _) in kind.classes.items():
         read_model_config(folder / part / "config.json")

@@ -44,7 +44,13 @@ def load_base(base: str | Path, base_config: str | Path | None = None) -> Any:
                 "'base_config'"
             )
         folder = Path(base) if is_local(base) else download_base(str(base))
-        pipeline, where = _load_folder(folder, base, check_base_files(folder)), f"{folder}/"
+        pipeline, where = _load_folder(folder, base), f"{folder}/"
+    freeze(pipeline, where)
+    return pipeline
+
+
+def freeze(pipeline: Any, where: str) -> None:
+    """Check the tokenizers of a pipeline, and freeze its networks. `where` is the start of the tokenizers' path."""
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer = getattr(pipeline, name, None)
         if tokenizer is not None:
@@ -53,7 +59,6 @@ def load_base(base: str | Path, base_config: str | Path | None = None) -> Any:
             check_count(tokenizer.model_max_length, where + name, "model_max_length", least=1, most=most)
     for network in find_networks(pipeline).values():
         network.requires_grad_(False).eval()
-    return pipeline
 
 
 def find_networks(pipeline: Any) -> dict[str, Any]:
@@ -62,7 +67,37 @@ def find_networks(pipeline: Any) -> dict[str, Any]:
     return {name: network for name in names if (network := getattr(pipeline, name, None)) is not None}
 
 
-def _load_folder(folder: Path, base: str | Path, files: BaseFiles) -> Any:
+def _load_folder(folder: Path, base: str | Path) -> Any:
+    import diffusers
+
+    files = check_base_files(folder)
+    made = getattr(diffusers, files.kind.pipeline)
+    parts, options = load_parts(folder, base, files), files.kind.make_options(files.index)
+    return load_with_library(lambda: made(**parts, **options), base, files.kind.named)
+
+
+def load_parts(folder: Path, base: str | Path, files: BaseFiles) -> dict[str, Any]:
+    """Load the networks, the tokenizers and the scheduler of a pipeline.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the pipeline.
+    base : str or Path
+        Name of the pipeline in messages.
+    files : BaseFiles
+        Result of `check_base_files`.
+
+    Returns
+    -------
+    dict
+        Maps the name of each part to the part. Weights in fp16 are converted to fp32.
+
+    Raises
+    ------
+    RequestError
+        If a part cannot be loaded.
+    """
     import diffusers
     import transformers
 
@@ -93,6 +128,4 @@ def _load_folder(folder: Path, base: str | Path, files: BaseFiles) -> Any:
     parts["scheduler"] = load_with_library(
         lambda: scheduler.from_pretrained(str(folder / "scheduler"), **local), base, files.kind.named
     )
-    made = getattr(diffusers, files.kind.pipeline)
-    options = files.kind.make_options(files.index)
-    return load_with_library(lambda: made(**parts, **options), base, files.kind.named)
+    return parts

@@ -31,11 +31,11 @@ class GenerateConfig:
     """none: use the EEG of each trial. shuffle: use the EEG of a random other trial. shuffle_within: use the EEG of a
     nearby trial of the same recording that shows another image. noise: use noise with the spectrum of the trial's EEG.
     no_eeg: use no EEG, as a lower limit (floor). class: use the true category in place of the EEG, as an upper limit
-    (ceiling): EG-DDPM gets the mean feature of the category's train trials, and Stable Diffusion gets the caption of
-    the image. time, baseline, eyes: show a training image of a category that is predicted without a brain response,
-    from the time of the trial, from the EEG before the image, or from eye and face channels. nearest: show the training
-    image with the most similar EEG. If a control cannot be made from the data, the result says why and has no
-    images."""
+    (ceiling): EG-DDPM gets the mean feature of the category's train trials; Stable Diffusion and a frozen decoder get
+    the caption of the image. time, baseline, eyes: show a training image of a category that is predicted without a
+    brain response, from the time of the trial, from the EEG before the image, or from eye and face channels. nearest:
+    show the training image with the most similar EEG. If a control cannot be made from the data, the result says why
+    and has no images."""
     controls: list[Control] = field(default_factory=list)
     """Controls that the command generates after the images of `control`, with the same loaded model. The images of a
     control NAME are written to the folder OUTPUT-NAME, where `dreamscale evaluate OUTPUT` finds them. After a stop, the
