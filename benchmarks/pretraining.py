@@ -300,7 +300,9 @@ def main() -> None:
     deepspeed = import_deepspeed(device)
     rank, size = launched_world()
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    options.matmul = {name: matmul_tflops(device, dtypes[name]) for name in options.precisions.split(",")}
+    # The fastest matrix product is needed only if the peak speed is not given.
+    names = [] if options.peak_tflops else options.precisions.split(",")
+    options.matmul = {name: matmul_tflops(device, dtypes[name]) for name in names}
     results = []
     with process_group(deepspeed, device) as world:
         for preset in filter(None, options.presets.split(",")):

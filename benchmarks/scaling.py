@@ -127,6 +127,7 @@ def main() -> None:
     }
     network = Network(gpus_per_machine=2**20, link=1 / ring[0], network=1 / ring[0], latency_s=ring[1])
     words = (ONE, "--presets", options.preset, "--precisions", "fp32", "--batch", str(options.batch), "--steps", "11")
+    words = (*words, "--peak-tflops", "1")  # Utilisation is not needed here.
     alone = launch(1, *words)["results"][0]
     rows = []
     for processes in options.processes:
