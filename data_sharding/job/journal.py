@@ -26,8 +26,6 @@ from data_sharding.job.task import PartResult
 EVERY_S = 10.0
 """Seconds between two objects that the journal writes to an object store. Each time, the journal writes a new object,
 because a stored object cannot be extended."""
-
-
 BEAT_S = 15.0
 """Seconds between two renewals of a job's lock on an object store."""
 DEAD_S = 90.0
