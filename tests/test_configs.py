@@ -70,7 +70,7 @@ def test_accelerate_reads_its_config_files(path: Path) -> None:
     assert load_config_from_file(str(path)).num_processes == yaml.safe_load(path.read_text())["num_processes"]
 
 
-@pytest.mark.parametrize("folder", sorted((CONFIGS / "finetune" / "ablations").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", sorted(CONFIGS.glob("*/ablations/*")), ids=lambda path: path.name)
 def test_every_row_of_the_ablations_loads(folder: Path) -> None:
     from launch.ablate.config import read_ablation
     from launch.ablate.plan import plan_rows
