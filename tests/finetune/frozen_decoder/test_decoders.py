@@ -158,7 +158,11 @@ def test_defaults_of_the_sampling(folder: Path) -> None:
     )
     for sampler in FEW_STEP:
         assert decoder.choose_sampling(sampler=sampler, steps=2, guidance_scale=None).guidance_scale == 1.0  # type: ignore[arg-type]
-    decoder = load_decoder(ip_adapter(folder, "sdxl_turbo", sampler="euler", steps=1, guidance_scale=1.5))
+    decoder = load_decoder(ip_adapter(folder, "sdxl_turbo"))
+    assert decoder.choose_sampling(sampler=None, steps=None, guidance_scale=None) == Sampling(
+        sampler="euler", steps=4, guidance_scale=1.0
+    )
+    decoder = load_decoder(ip_adapter(folder, "sdxl_turbo", steps=1, guidance_scale=1.5))
     assert decoder.choose_sampling(sampler=None, steps=None, guidance_scale=None) == Sampling(
         sampler="euler", steps=1, guidance_scale=1.5
     )
