@@ -1,6 +1,7 @@
 """Compute the condition of Stable Diffusion from the tokens of the EEG encoder.
 
-Tensor shapes: B trials, N EEG tokens of width D, L condition tokens of width W, E width of the time embedding.
+Tensor shapes: B trials, N EEG tokens of width D, L condition tokens of width W, E width of the time embedding, P width
+of the pooled embedding.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from finetune.base_models.conditions import make_sizes
 from finetune.training.module_files import load_module, save_module
 
 
@@ -31,10 +33,16 @@ class ConditionerConfig:
     time_dim: int = 0
     """Width of the time embedding, E. If E is above 0, a vector from the EEG is also added to the time embedding, as in
     DreamDiffusion's code. If E is 0, nothing is added to the time embedding, as in DreamDiffusion's paper."""
+    pooled_dim: int = 0
+    """Width of the pooled embedding, P, which the U-Net of Stable Diffusion XL reads besides the condition tokens. 0
+    for other base models."""
+    image_size: int = 0
+    """Width and height of the images in pixels, which the U-Net of Stable Diffusion XL also reads. 0 for other base
+    models."""
 
 
 class Conditioner(nn.Module):
-    """Map EEG tokens to cross-attention states and, if configured, to a vector for the time embedding.
+    """Map EEG tokens to cross-attention states and, if configured, to vectors for the other inputs of the U-Net.
 
     Parameters
     ----------
@@ -46,7 +54,9 @@ class Conditioner(nn.Module):
     To compute the cross-attention states, two convolutions change the number of tokens, N -> hidden -> L, and a linear
     map changes the width, D -> W. To compute the vector for the time embedding from the cross-attention states, two
     convolutions reduce the number of tokens, L -> L // 2 -> 1, and a linear map changes the width, W -> E. The linear
-    map to E is initialised with zeros, so that training starts from the base model's own time embedding.
+    map to E is initialised with zeros, so that training starts from the base model's own time embedding. The pooled
+    embedding of Stable Diffusion XL is computed in the same way, and added to a learned null embedding, so that
+    training starts from the null embedding.
 
     References
     ----------
@@ -62,14 +72,22 @@ class Conditioner(nn.Module):
         self.dim_mapper = nn.Linear(config.dim, config.width)
         self.null_LW = nn.Parameter(torch.zeros(config.length, config.width))
         self.time_mapper: nn.Module | None = None
+        self.pooled_mapper: nn.Module | None = None
         if config.time_dim:
-            half = max(1, config.length // 2)
-            self.time_tokens = nn.Sequential(nn.Conv1d(config.length, half, 1), nn.Conv1d(half, 1, 1))
-            self.time_mapper = nn.Linear(config.width, config.time_dim)
-            nn.init.zeros_(self.time_mapper.weight)
-            nn.init.zeros_(self.time_mapper.bias)
+            self.time_tokens, self.time_mapper = self._make_vector(config.time_dim)
+        if config.pooled_dim:
+            self.pooled_tokens, self.pooled_mapper = self._make_vector(config.pooled_dim)
+            self.null_P = nn.Parameter(torch.zeros(config.pooled_dim))
 
-    def forward(self, tokens_BND: Tensor, keep_B: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def _make_vector(self, width: int) -> tuple[nn.Module, nn.Module]:
+        """Make the layers that compute one vector from the cross-attention states; the vector is zero at first."""
+        half = max(1, self.config.length // 2)
+        mapper = nn.Linear(self.config.width, width)
+        nn.init.zeros_(mapper.weight)
+        nn.init.zeros_(mapper.bias)
+        return nn.Sequential(nn.Conv1d(self.config.length, half, 1), nn.Conv1d(half, 1, 1)), mapper
+
+    def forward(self, tokens_BND: Tensor, keep_B: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Compute the condition from EEG tokens.
 
         Parameters
@@ -86,20 +104,32 @@ class Conditioner(nn.Module):
             Cross-attention states, which replace the states of a text encoder.
         time_BE : Tensor, [B, E], or None
             Vector that is added to the time embedding; None if `time_dim` is 0.
+        pooled_BP : Tensor, [B, P], or None
+            Pooled embedding for Stable Diffusion XL; None if `pooled_dim` is 0.
+        sizes_B6 : Tensor, [B, 6], or None
+            Sizes for Stable Diffusion XL (see `finetune.base_models.conditions`); None if `pooled_dim` is 0.
         """
         states_BLW = self.dim_mapper(self.token_mapper(tokens_BND))
         time_BE = None
         if self.time_mapper is not None:
             time_BE = self.time_mapper(self.time_tokens(states_BLW)[:, 0])
+        added_BP = None
+        if self.pooled_mapper is not None:
+            added_BP = self.pooled_mapper(self.pooled_tokens(states_BLW)[:, 0])
         if keep_B is not None:
             # Use torch.where instead of a branch, because all processes must build the same autograd graph, even if
             # only some of them have dropped conditions.
             states_BLW = torch.where(keep_B[:, None, None], states_BLW, self.null_LW.to(states_BLW.dtype))
             if time_BE is not None:
                 time_BE = torch.where(keep_B[:, None], time_BE, torch.zeros_like(time_BE))
-        return states_BLW, time_BE
+            if added_BP is not None:
+                added_BP = torch.where(keep_B[:, None], added_BP, torch.zeros_like(added_BP))
+        _, _, pooled_BP, sizes_B6 = self.null(len(tokens_BND))
+        if added_BP is not None and pooled_BP is not None:
+            pooled_BP = pooled_BP.to(added_BP.dtype) + added_BP
+        return states_BLW, time_BE, pooled_BP, sizes_B6
 
-    def null(self, batch: int) -> tuple[Tensor, Tensor | None]:
+    def null(self, batch: int) -> tuple[Tensor | None, ...]:
         """Return the condition without EEG.
 
         Parameters
@@ -113,11 +143,17 @@ class Conditioner(nn.Module):
             Learned null states.
         time_BE : Tensor, [B, E], or None
             Zeros that are added to the time embedding; None if `time_dim` is 0.
+        pooled_BP : Tensor, [B, P], or None
+            Learned null embedding for Stable Diffusion XL; None if `pooled_dim` is 0.
+        sizes_B6 : Tensor, [B, 6], or None
+            Sizes for Stable Diffusion XL; None if `pooled_dim` is 0.
         """
-        states_BLW = self.null_LW.expand(batch, -1, -1)
-        if not self.config.time_dim:
-            return states_BLW, None
-        return states_BLW, states_BLW.new_zeros(batch, self.config.time_dim)
+        config, states_BLW = self.config, self.null_LW.expand(batch, -1, -1)
+        time_BE = states_BLW.new_zeros(batch, config.time_dim) if config.time_dim else None
+        if not config.pooled_dim:
+            return states_BLW, time_BE, None, None
+        sizes_B6 = make_sizes(config.image_size).to(states_BLW.device).expand(batch, -1)
+        return states_BLW, time_BE, self.null_P.expand(batch, -1), sizes_B6
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the conditioner to config.json and model.safetensors."""

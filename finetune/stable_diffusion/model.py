@@ -21,6 +21,7 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.files import atomic_directory, write_json
 from data_sharding.common.untrusted import check_number
 from data_sharding.processing.preprocess import PreprocessSpec
+from finetune.base_models.conditions import embed_texts, find_image_size, run_unet
 from finetune.base_models.load import load_base
 from finetune.clip_head import ClipHead
 from finetune.diffusion import FEW_STEP, Condition, SamplerName, Sampling, choose_sampling
@@ -150,8 +151,7 @@ class EEGDiffusion(nn.Module):
 
     def predict(self, noisy_B4hw: Tensor, time_B: Tensor, condition: Condition) -> Tensor:
         """Run the U-Net on noisy latents, with a condition that the conditioner computed."""
-        states_BLW, time_BE = condition
-        return self.unet(noisy_B4hw, time_B, states_BLW, class_labels=time_BE).sample
+        return run_unet(self.unet, noisy_B4hw, time_B, condition)
 
     def features(self, eeg: Tensor) -> Tensor:
         """Encode scaled EEG [B, 128, T] to tokens [B, N, D]."""
@@ -225,7 +225,7 @@ def save_model(folder: Path, model: EEGDiffusion, pipeline: Any, extra: dict[str
         The package folder to write, ``<run>/model``.
     model : EEGDiffusion
         The trained model.
-    pipeline : StableDiffusionPipeline
+    pipeline : StableDiffusionPipeline or StableDiffusionXLPipeline
         The base pipeline; its U-Net is the U-Net of `model`.
     extra : dict
         Information on the origin of the model, to be stored in dreamscale.json, with the entry `drop`.
@@ -243,7 +243,7 @@ def save_model(folder: Path, model: EEGDiffusion, pipeline: Any, extra: dict[str
             unet.register_to_config(class_embed_type="identity")
         model.encoder.save_pretrained(root / "encoder")
         model.conditioner.save_pretrained(root / "conditioner")
-        write_portable_files(root, model.encoder, drop=extra["drop"], card=card)
+        write_portable_files(root, model.encoder, pipeline, drop=extra["drop"], card=card)
         write_json(root / "dreamscale.json", {"kind": KIND, "schema": SCHEMA, **extra})
 
 
@@ -291,21 +291,21 @@ class StableDiffusionGenerator:
     @property
     def image_size(self) -> int:
         """Width and height of the generated images in pixels."""
-        return int(self.unet.config.sample_size * self.pipeline.vae_scale_factor)
+        return find_image_size(self.pipeline)
 
     def choose_sampling(
         self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampling:
         """Fill in the sampling settings that are None (see `finetune.generators.Generator`).
 
-        The default sampler is DPM-Solver++, or DDIM for a base model with a cosine noise schedule. Guidance needs a
-        model that was trained with dropped conditions. If it is unknown whether conditions were dropped, a message says
-        that guidance is switched off.
+        The default sampler is DPM-Solver++, or DDIM for a base model with a cosine noise schedule, or Euler for a base
+        model that was distilled to a few steps. Guidance needs a model that was trained with dropped conditions. If it
+        is unknown whether conditions were dropped, a message says that guidance is switched off.
         """
         config = self.pipeline.scheduler.config
         if guidance_scale not in (None, 1) and self.drop is None:
             raise RequestError(f"{self._say_unknown_drop()}; or set guidance_scale to 1")
-        sampler = sampler or choose_sampler(config)
+        sampler = sampler or choose_sampler(self.pipeline.scheduler)
         unknown = guidance_scale is None and self.drop is None and sampler not in FEW_STEP
         if unknown and os.environ.get("RANK", "0") == "0":
             print(
@@ -361,14 +361,12 @@ class StableDiffusionGenerator:
         Returns
         -------
         tuple of Tensor
-            Cross-attention states that the text encoder computes from the captions, and, as in `Conditioner.null`,
-            zeros for the time embedding (or None).
+            Condition of the U-Net that the base model's text encoders compute from the captions. As in
+            `Conditioner.null`, nothing is added to the time embedding.
         """
-        tokenizer, text_encoder = self.pipeline.tokenizer, self.pipeline.text_encoder.to(self.device)
-        ids = tokenizer(
-            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids
-        return text_encoder(ids.to(self.device))[0].float(), self.conditioner.null(len(captions))[1]
+        states_BLW, pooled_BP = embed_texts(self.pipeline, captions, self.device)
+        _, time_BE, _, sizes_B6 = self.conditioner.null(len(captions))
+        return states_BLW, time_BE, pooled_BP, sizes_B6
 
     @torch.no_grad()
     def generate(

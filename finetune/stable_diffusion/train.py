@@ -20,7 +20,7 @@ from torch import Tensor
 from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.dataset.batch import Batch
-from finetune.base_models.conditions import has_pooled
+from finetune.base_models.conditions import embed_nothing, find_image_size
 from finetune.base_models.load import load_base
 from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.eeg import (
@@ -67,8 +67,8 @@ class StableDiffusionConfig(ObjectiveConfig):
     """Encoder package. With `order: sequential`, give the folder `encoder/` of an alignment run; with `order: joint`,
     give a pretrained encoder."""
     base: str
-    """Base model: Stable Diffusion 1 or 2 in the layout of diffusers (a directory, or a hub id), or a single
-    .safetensors file in the layout of the original code. Directories with weights in fp16 only are also read."""
+    """Base model: Stable Diffusion 1 or 2, Stable Diffusion XL, or a Turbo model. Give a directory in the layout of
+    diffusers, a hub id, or a single .safetensors file in the layout of the original code."""
     base_config: str | None = None
     """Only for a base model that is a single file: a directory or hub id of a pipeline of the same kind, whose configs
     and tokenizers are used."""
@@ -153,7 +153,7 @@ def choose_noising(config: StableDiffusionConfig, pipeline: Any) -> DDPMSchedule
     ----------
     config : StableDiffusionConfig
         Config of the command.
-    pipeline : StableDiffusionPipeline
+    pipeline : StableDiffusionPipeline or StableDiffusionXLPipeline
         Pipeline of the base model. Its scheduler is replaced if the training differs from that of the base model.
 
     Returns
@@ -188,7 +188,7 @@ def build(
     ----------
     config : StableDiffusionConfig
         Config of the command.
-    pipeline : StableDiffusionPipeline
+    pipeline : StableDiffusionPipeline or StableDiffusionXLPipeline
         Pipeline of the base model.
     encoder : EEGEncoder
         EEG encoder.
@@ -202,22 +202,23 @@ def build(
     EEGDiffusion
         Model that is ready for training. Only the CLIP head and the parts that ``config.tune`` names are trainable.
     """
-    unet, tokenizer = pipeline.unet, pipeline.tokenizer
-    length = int(tokenizer.model_max_length)
-    empty = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    null_LW = pipeline.text_encoder(empty)[0][0].float()
+    unet, (null_1LW, null_1P) = pipeline.unet, embed_nothing(pipeline)
     conditioner = Conditioner(
         ConditionerConfig(
             tokens=encoder.n_tokens,
             dim=encoder.dim,
-            length=length,
-            width=int(unet.config.cross_attention_dim),
+            length=null_1LW.shape[1],
+            width=null_1LW.shape[2],
             hidden=config.hidden,
             time_dim=open_time_path(unet) if config.time_path else 0,
+            pooled_dim=0 if null_1P is None else null_1P.shape[1],
+            image_size=0 if null_1P is None else find_image_size(pipeline),
         )
     )
-    # Start the null condition from the embedding of an empty prompt, with which the base model was trained.
-    conditioner.null_LW.copy_(null_LW)
+    # Start the null condition from the condition without a text, with which the base model was trained.
+    conditioner.null_LW.copy_(null_1LW[0])
+    if null_1P is not None:
+        conditioner.null_P.copy_(null_1P[0])
     head = None
     if projection is not None:
         head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=projection))
@@ -244,10 +245,8 @@ def train(config: StableDiffusionConfig) -> int:
     torch.manual_seed(config.seed)
     encoder = load_encoder(config.encoder, data, pretrained=config.pretrained)
     pipeline = load_base(config.base, config.base_config)
-    if has_pooled(pipeline):
-        raise RequestError(f"{config.base}: Stable Diffusion XL cannot be fine-tuned on EEG; choose another base")
     noising = choose_noising(config, pipeline)
-    size = int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+    size = find_image_size(pipeline)
     table, val_table = ImageTable(data), ImageTable(val)
     with (
         start_processes(config, config.training.precision, timeout_s=config.timeout_s) as accelerator,

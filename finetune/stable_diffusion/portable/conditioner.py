@@ -31,11 +31,11 @@ class PortableConditioner(ModelMixin, ConfigMixin):
         super().__init__()
         self.network = network
 
-    def forward(self, tokens_BND: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, tokens_BND: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the condition from tokens (see `Conditioner.forward`)."""
         return self.network(tokens_BND)
 
-    def null(self, batch: int) -> tuple[Tensor, Tensor | None]:
+    def null(self, batch: int) -> tuple[Tensor | None, ...]:
         """Return the condition without EEG for `batch` trials (see `Conditioner.null`)."""
         return self.network.null(batch)
 

@@ -1,7 +1,7 @@
 """Sampling of images with a fine-tuned Stable Diffusion, and the diffusers pipeline in the package of every model.
 
 Tensor shapes: B trials, C channels, T time points, L condition tokens of width W, E width of the time embedding, H
-rows, W columns.
+rows, W columns. A condition is a tuple of four tensors (see `finetune.base_models.conditions`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor, nn
 
+from finetune.base_models.conditions import run_unet
 from finetune.diffusion import (
     Condition,
     SamplerName,
@@ -31,10 +32,26 @@ DECODE_PIXELS = 2**20
 """Largest number of pixels that the VAE decodes at once: four images of 512 x 512."""
 
 
-def choose_sampler(noising_config: Any) -> SamplerName:
-    """Return the default sampler of a model. `noising_config` is the config of the base model's noise scheduler."""
-    # DPM-Solver++ needs fewer steps than DDIM for equal quality, but it diverges with a cosine noise schedule.
-    return "ddim" if noising_config["beta_schedule"] == "squaredcos_cap_v2" else "dpmsolver++"
+def choose_sampler(scheduler: Any) -> SamplerName:
+    """Return the default sampler of a model.
+
+    Parameters
+    ----------
+    scheduler : diffusers scheduler
+        Scheduler of the base model.
+
+    Returns
+    -------
+    str
+        ddim for a cosine noise schedule, because DPM-Solver++ diverges with it. euler for a base model that was
+        distilled to a few steps, such as SD-Turbo and SDXL-Turbo: its scheduler is one of Euler, starts at the last
+        step, and predicts the noise. dpmsolver++ otherwise, because it needs fewer steps than ddim for equal quality.
+    """
+    config = scheduler.config
+    if config["beta_schedule"] == "squaredcos_cap_v2":
+        return "ddim"
+    starts_last = config.get("timestep_spacing") == "trailing" and config["prediction_type"] == "epsilon"
+    return "euler" if starts_last and type(scheduler).__name__.startswith("Euler") else "dpmsolver++"
 
 
 @contextlib.contextmanager
@@ -50,6 +67,22 @@ def use_time_path(unet: Any, *, used: bool) -> Iterator[None]:
         yield
     finally:
         unet.class_embedding = before
+
+
+@contextlib.contextmanager
+def use_safe_format(vae: Any) -> Iterator[None]:
+    """Let an autoencoder compute in fp32 if its weights are in fp16 and its numbers can be too large for fp16.
+
+    The autoencoder of Stable Diffusion XL (``force_upcast``) otherwise returns black images.
+    """
+    upcast = vae.dtype == torch.float16 and bool(vae.config.force_upcast)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(torch.float16)
 
 
 @torch.no_grad()
@@ -73,8 +106,7 @@ def sample_images(
     noising_config : dict
         Config of the base model's noise scheduler.
     condition, null : tuple of Tensor
-        Cross-attention states [B, L, W] and vectors for the time embedding [B, E] (or None): from the EEG, and without
-        EEG.
+        Conditions of the U-Net: from the EEG, and without EEG.
     sampling : Sampling
         Sampler, number of steps and guidance.
     seeds : list of int
@@ -90,8 +122,8 @@ def sample_images(
     size, device, generators = unet.config.sample_size, unet.device, make_generators(seeds)
 
     def denoise(x: Tensor, time: Tensor, states: Condition) -> Tensor:
-        states_BLW, time_BE = (None if part is None else part.to(unet.dtype) for part in states)
-        return unet(x.to(unet.dtype), time, states_BLW, class_labels=time_BE).sample.float()
+        given = tuple(None if part is None else part.to(unet.dtype) for part in states)
+        return run_unet(unet, x.to(unet.dtype), time, given).float()
 
     with use_time_path(unet, used=condition[1] is not None):
         z_B4hw = sample(
@@ -106,8 +138,9 @@ def sample_images(
             generators=generators,
         )
     side = size * 2 ** (len(vae.config.block_out_channels) - 1)
-    parts = (z_B4hw / vae.config.scaling_factor).to(vae.dtype).split(max(1, decode_pixels // side**2))
-    return torch.cat([vae.decode(part).sample.float() for part in parts])
+    parts = (z_B4hw / vae.config.scaling_factor).split(max(1, decode_pixels // side**2))
+    with use_safe_format(vae):
+        return torch.cat([vae.decode(part.to(vae.dtype)).sample.float() for part in parts])
 
 
 class EEGStableDiffusionPipeline(DiffusionPipeline):
@@ -119,7 +152,7 @@ class EEGStableDiffusionPipeline(DiffusionPipeline):
         Network that computes tokens from EEG.
     conditioner : Module
         Network that computes the condition of the U-Net from the tokens.
-    pipeline : StableDiffusionPipeline
+    pipeline : StableDiffusionPipeline or StableDiffusionXLPipeline
         Stock pipeline of diffusers, with the fine-tuned U-Net.
     drop : float
         Fraction of trials whose EEG was dropped in training. If the fraction is 0, guidance is not possible.
@@ -192,7 +225,7 @@ class EEGStableDiffusionPipeline(DiffusionPipeline):
             raise ValueError("give one seed for each trial, and the output_type pil or np")
         sampling = choose_sampling(
             stock.scheduler.config,
-            sampler=sampler or choose_sampler(stock.scheduler.config),
+            sampler=sampler or choose_sampler(stock.scheduler),
             steps=num_inference_steps,
             guidance_scale=guidance_scale,
             dropped=self.config.drop > 0,

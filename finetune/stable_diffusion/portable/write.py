@@ -25,13 +25,15 @@ _STOCK = """
 The folder `pipeline` is an ordinary Stable Diffusion pipeline with the fine-tuned U-Net, without the EEG:
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import {name}
 
-stock = StableDiffusionPipeline.from_pretrained("PATH OF THIS FOLDER/pipeline")
+stock = {name}.from_pretrained("PATH OF THIS FOLDER/pipeline")
 ```"""
 
 
-def write_portable_files(folder: Path, encoder: EEGEncoder, *, drop: float, card: dict[str, Any]) -> None:
+def write_portable_files(
+    folder: Path, encoder: EEGEncoder, pipeline: Any, *, drop: float, card: dict[str, Any]
+) -> None:
     """Add to the package of a model the code with which diffusers loads the package, and the model card.
 
     Parameters
@@ -40,6 +42,8 @@ def write_portable_files(folder: Path, encoder: EEGEncoder, *, drop: float, card
         Package of the model, with the folders of the pipeline, the encoder and the conditioner.
     encoder : EEGEncoder
         EEG encoder of the model.
+    pipeline : StableDiffusionPipeline or StableDiffusionXLPipeline
+        Stock pipeline of the model.
     drop : float
         Fraction of trials whose EEG was dropped in training.
     card : dict
@@ -68,10 +72,11 @@ def write_portable_files(folder: Path, encoder: EEGEncoder, *, drop: float, card
     parts = {
         "encoder": [ENCODER_FILE, "PortableEncoder"],
         "conditioner": [CONDITIONER_FILE, "PortableConditioner"],
-        "pipeline": ["diffusers", "StableDiffusionPipeline"],
+        "pipeline": ["diffusers", type(pipeline).__name__],
         "drop": drop,
     }
     write_index(folder, (PIPELINE_FILE, "EEGStableDiffusionPipeline"), parts)
-    loading = say_loading(n_channels, "torch, diffusers, transformers, safetensors and numpy") + _STOCK
+    loading = say_loading(n_channels, "torch, diffusers, transformers, safetensors and numpy")
+    loading += _STOCK.format(name=type(pipeline).__name__)
     card = {"title": "Stable Diffusion on EEG", "about": _ABOUT, "loading": loading, **card}
     atomic_write_text(folder / "README.md", make_card(encoder.spec, **card))

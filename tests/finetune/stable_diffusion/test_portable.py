@@ -210,7 +210,8 @@ def test_plms_gives_the_images_of_the_stock_pipeline_for_the_same_embeddings(tmp
     for steps, scale in ((1, 1.0), (12, 1.0), (12, 3.0)):
         sampling = Sampling(sampler="plms", steps=steps, guidance_scale=scale)
         config = generator.pipeline.scheduler.config
-        made = sample_images(generator.unet, generator.vae, config, (own, None), (null, None), sampling, [3, 4])
+        conditions = ((own, None, None, None), (null, None, None, None))
+        made = sample_images(generator.unet, generator.vae, config, *conditions, sampling, [3, 4])
         options: dict[str, Any] = {"prompt_embeds": own, "negative_prompt_embeds": null, "latents": noise}
         theirs = stock(**options, num_inference_steps=steps, guidance_scale=scale, output_type="pt").images
         torch.testing.assert_close((made.clamp(-1, 1) + 1) / 2, theirs, rtol=0, atol=2e-4)
@@ -238,7 +239,8 @@ def test_euler_with_one_step_returns_the_image_that_the_model_predicts_from_pure
     unet, config = generator.unet, generator.pipeline.scheduler.config
     states = torch.randn(1, *generator.conditioner.null_LW.shape)
     sampling = Sampling(sampler="euler", steps=1, guidance_scale=1.0)
-    made = sample_images(unet, generator.vae, config, (states, None), (states, None), sampling, [3])
+    condition = (states, None, None, None)
+    made = sample_images(unet, generator.vae, config, condition, condition, sampling, [3])
     alpha = DDPMScheduler.from_config(config).alphas_cumprod[-1]
     sigma = ((1 - alpha) / alpha).sqrt()
     x = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(3)) * sigma
