@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data_sharding.common.cores import count_cores
 from data_sharding.common.errors import (
     EXIT_BAD_REQUEST,
     EXIT_FAILED,
@@ -80,12 +81,16 @@ def _run_group(job: dict[str, Any]) -> None:
 def _environment(job: dict[str, Any], own: str) -> dict[str, str]:
     """Return the environment variables of the processes of a group."""
     import psutil
+    from ray.train import get_context
 
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join((root, *filter(None, [os.environ.get("PYTHONPATH")])))
     more = {"PYTHONPATH": path, START_OF_RUN: job["run"]}
-    if job["threads"]:
-        more["OMP_NUM_THREADS"] = job["threads"]
+    # Ray sets OMP_NUM_THREADS in its workers to the number of cores that it has reserved. Use all cores instead, unless
+    # the user has set the variable: then Ray's process on this machine has it, too.
+    more["OMP_NUM_THREADS"] = str(max(1, count_cores() // (get_context().get_local_world_size() * job["local"])))
+    with contextlib.suppress(psutil.Error, AttributeError):
+        more["OMP_NUM_THREADS"] = psutil.Process().parent().environ().get("OMP_NUM_THREADS", more["OMP_NUM_THREADS"])
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         # By default, gloo uses the address of the machine's name, which is a loopback address on many machines.
         for name, addresses in psutil.net_if_addrs().items():
@@ -124,10 +129,21 @@ def _end_leftovers(run: str) -> None:
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get(START_OF_RUN) == run:
                 left.append(process)
-    _, left = psutil.wait_procs(left, timeout=LAST_CHECKPOINT_S)
+    until = time.monotonic() + LAST_CHECKPOINT_S
+    while (left := [process for process in left if _is_running(process)]) and time.monotonic() < until:
+        time.sleep(0.1)
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.kill()
+
+
+def _is_running(process: Any) -> bool:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        # A process that has ended is a zombie until its parent reads its exit code.
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _read_words(words: list[str]) -> argparse.Namespace:
@@ -184,8 +200,13 @@ def launch(words: list[str]) -> int:
         has_gpus = getattr(config, "device", "auto") != "cpu" and there.get("GPU", 0) >= processes
         gpus = processes // groups if has_gpus else 0
     job = {"stage": given.stage, "words": given.words, "cwd": str(Path.cwd()), "local": processes // groups}
-    job |= {"groups": groups, "threads": os.environ.get("OMP_NUM_THREADS", "")}
-    job |= {"spread": given.nodes is not None and groups > 1}
+    job |= {"groups": groups, "spread": given.nodes is not None and groups > 1}
+    machines = sum(node["Alive"] for node in ray.nodes())
+    if (job["spread"] and machines < groups) or there.get("GPU", 0) < gpus * groups:
+        say(
+            f"dreamscale: {given.stage} needs {groups if job['spread'] else 1} machines and {gpus * groups} GPUs, and "
+            f"the Ray cluster has {machines} machines and {there.get('GPU', 0):g} GPUs; waiting until there are more"
+        )
     try:
         return _run(job, gpus, getattr(config, "restarts", 0))
     finally:
@@ -230,7 +251,10 @@ def _run(job: dict[str, Any], gpus: int, restarts: int) -> int:
             "same command again"
         )
         return EXIT_FAILED
-    return next((code for code in (EXIT_BAD_REQUEST, EXIT_FAILED, EXIT_STOPPED) if code in codes), max(codes))
+    return next(
+        (code for code in (EXIT_BAD_REQUEST, EXIT_FAILED, EXIT_STOPPED) if code in codes),
+        max(codes, default=EXIT_FAILED),
+    )
 
 
 class _Fit(threading.Thread):

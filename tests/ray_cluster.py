@@ -82,6 +82,7 @@ class RayCluster:
         fast = {"period_ms": "500", "failure_threshold": "3", "initial_delay_ms": "0", "timeout_ms": "1000"}
         self.environment = {
             **os.environ,
+            "OMP_NUM_THREADS": "1",
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             **{f"RAY_health_check_{name}": value for name, value in fast.items()},
