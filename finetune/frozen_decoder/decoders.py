@@ -21,7 +21,7 @@ from finetune.diffusion import FEW_STEP, Condition, SamplerName, Sampling, choos
 from finetune.frozen_decoder.adapter import install_adapter
 from finetune.frozen_decoder.config import DecoderConfig
 from finetune.frozen_decoder.unclip import UnCLIP, load_unclip
-from finetune.stable_diffusion.portable.pipeline import DECODE_PIXELS
+from finetune.stable_diffusion.portable.pipeline import DECODE_PIXELS, choose_sampler
 from finetune.targets.digest import digest_weights
 
 Texts = tuple[Tensor, Tensor | None]
@@ -86,7 +86,7 @@ class Decoder:
         ValueError
             If the settings do not fit the generator.
         """
-        sampler = sampler or self.config.sampler or find_sampler(self.pipeline.scheduler)
+        sampler = sampler or self.config.sampler or choose_sampler(self.pipeline.scheduler)
         guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if guidance is None:
             guidance = 1.0 if sampler in FEW_STEP else GUIDANCE[self.config.kind]
@@ -255,18 +255,6 @@ class UnCLIPDecoder(Decoder):
         """Run the U-Net on noisy latents."""
         states, image = (None if part is None else part.to(self.unet.dtype) for part in condition)
         return self.unet(x_B4hw.to(self.unet.dtype), time, states, class_labels=image).sample.float()
-
-
-def find_sampler(scheduler: Any) -> SamplerName:
-    """Return the sampler that fits the scheduler of a base model.
-
-    A base model that was distilled to a few steps, such as SDXL-Turbo, has a scheduler of Euler that starts at the last
-    step of the forward process. DPM-Solver++ diverges with a cosine noise schedule.
-    """
-    config = scheduler.config
-    if config.get("timestep_spacing") == "trailing" and type(scheduler).__name__.startswith("Euler"):
-        return "euler"
-    return "ddim" if config["beta_schedule"] == "squaredcos_cap_v2" else "dpmsolver++"
 
 
 def load_decoder(config: DecoderConfig) -> Decoder:
