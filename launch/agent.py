@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from data_sharding.common.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from launch.stages import import_quickly
 from launch.worker import FOLDER, end_with_parent, read_numbers
 
 
@@ -20,6 +21,7 @@ def _launch(kind: str, words: list[str]) -> tuple[int, bool]:
     import logging
     import warnings
 
+    module = import_quickly("torch.distributed.run" if kind == "torchrun" else "accelerate.commands.launch")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -28,13 +30,9 @@ def _launch(kind: str, words: list[str]) -> tuple[int, bool]:
     warnings.filterwarnings("ignore", module="torch.distributed")
     try:
         if kind == "torchrun":
-            from torch.distributed.run import main as torchrun
-
-            torchrun(words)
+            module.main(words)
         else:
-            from accelerate.commands.launch import launch_command, launch_command_parser
-
-            launch_command(launch_command_parser().parse_args(words))
+            module.launch_command(module.launch_command_parser().parse_args(words))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0 and failure.signal_name() != "SIGTERM":

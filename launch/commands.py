@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from data_sharding.common.early_stop import restore_default_signals
 from data_sharding.common.errors import EXIT_DONE, RequestError
-from launch.stages import STAGES
+from launch.stages import STAGES, import_quickly
 
 STOPPED_AT_ANY_MOMENT = "shard"
 """Name of the command that handles stop signals itself, so that it can be stopped properly at any moment."""
@@ -85,5 +84,5 @@ def dispatch(argv: list[str]) -> int:
         if count:
             return run_launched(stage, words, count)
     with _loading(name):
-        module = importlib.import_module(stage.module)
+        module = import_quickly(stage.module)
     return module.main(words)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 from finetune.papers import find_papers
@@ -35,6 +37,27 @@ class Stage:
         module, _, name = (self.arguments or f"{self.module}:main").partition(":")
         reader = getattr(importlib.import_module(module), name)
         return getattr(reader, "parse", reader)(words)
+
+
+def import_quickly(module: str) -> ModuleType:
+    """Import a module without garbage collections, which take a sixth of the time to import diffusers.
+
+    Parameters
+    ----------
+    module : str
+        Name of the module.
+
+    Returns
+    -------
+    module
+        The module. The objects that exist now stay until the process ends, so later garbage collections skip them.
+    """
+    gc.disable()
+    try:
+        return importlib.import_module(module)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 STAGES: dict[str, Stage] = {

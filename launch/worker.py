@@ -7,7 +7,6 @@ reads the true exit code from the file.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, run_main
 from data_sharding.common.files import atomic_write_text
 from launch.parent import end_with_parent
+from launch.stages import import_quickly
 
 FOLDER = "DREAMSCALE_LAUNCH_FOLDER"
 """Environment variable that names the folder for the files with process ids and exit codes."""
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         atomic_write_text(Path(folder) / f"{rank}.pid", str(os.getpid()))
     code, report = EXIT_FAILED, True
     try:
-        code = run_main(importlib.import_module(module).main, words)
+        code = run_main(import_quickly(module).main, words)
     except RuntimeError as error:
         # The system may kill a worker process of the DataLoader because memory is short. Do not write an exit code
         # then, so that the run is restarted as if this training process had been killed.

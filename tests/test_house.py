@@ -36,7 +36,7 @@ FOLDERS = {
             "ablate",
             "demo",
         ),
-        *("chain", "stages", "worker", "parent"),
+        *("chain", "worker", "stages", "parent"),
     ],
     "finetune": [
         *(
