@@ -137,8 +137,8 @@ class FrozenDecoderConfig:
     run (the output of `dreamscale align`), whose encoder predicts them."""
     clip: str | None = None
     """CLIP model whose image embeddings the decoder reads: a directory or a hub id. It must be the model with which the
-    decoder was trained, such as laion/CLIP-ViT-H-14-laion2B-s32B-b79K. Empty: the model of the alignment run. The kind
-    vae needs none."""
+    decoder was trained, such as laion/CLIP-ViT-H-14-laion2B-s32B-b79K, and an alignment run must have been aligned with
+    it. The kind vae needs none."""
     decoder: DecoderConfig
     """Frozen image generator."""
     ridge: RidgeConfig = field(default_factory=RidgeConfig)
@@ -164,7 +164,8 @@ class FrozenDecoderConfig:
                 "'decoder.kind: vae' reads no image embedding, so set 'predictor: ridge', and remove the keys 'clip' "
                 "and 'prior'"
             )
-        if self.decoder.kind != "vae" and self.predictor == "ridge" and self.clip is None:
+        if self.decoder.kind != "vae" and self.clip is None:
             raise ValueError(
-                "'predictor: ridge' needs the key 'clip': the CLIP model whose image embeddings the decoder reads"
+                f"'decoder.kind: {self.decoder.kind}' needs the key 'clip': the CLIP model whose image embeddings the "
+                "decoder reads"
             )

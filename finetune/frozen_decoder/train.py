@@ -263,7 +263,7 @@ def train(config: FrozenDecoderConfig) -> int:
     """
     quiet_libraries()
     alignment = None if config.predictor == RIDGE else AlignmentRun.load(config.predictor)
-    clip = config.clip or ("" if alignment is None else alignment.clip)
+    clip = config.clip or ""
     data = _open(config, alignment)
     decoder = load_decoder(config.decoder)
     if config.low_level.size % decoder.pipeline.vae_scale_factor:

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from data_sharding.common.errors import RequestError, run_main
+from data_sharding.common.files import write_json
+from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.evaluation.evaluate import main as evaluate
 from finetune.frozen_decoder.embeddings import EmbeddingScale, measure_norm
 from finetune.frozen_decoder.train import main
@@ -21,6 +23,7 @@ from finetune.generators import load_generator
 from finetune.images import ImageTable, open_paired
 from finetune.targets.images import embed_images
 from finetune.targets.models import load_clip
+from pretrain.encoder.encoder import EEGEncoder
 from tests.finetune.base_models.layouts import make_pipeline, write_directory
 from tests.finetune.frozen_decoder.layouts import WIDTH, write_adapter, write_clip, write_unclip
 
@@ -179,13 +182,13 @@ def test_coarse_images_come_from_the_autoencoder_alone(paired_dataset: Path, fol
 def test_an_alignment_run_predicts_the_embeddings(
     paired_dataset: Path, encoder_package: Path, folder: Path, tmp_path: Path
 ) -> None:
-    from finetune.align import main as align
-
-    run = tmp_path / "align"
-    words = {"dataset": paired_dataset, "encoder": encoder_package, "clip": folder / "clip", "output": run}
-    settings = ["--training.steps", "2", "--training.batch_size", "8", "--tracker.kind", "none", "--device", "cpu"]
-    assert align([*(str(w) for k, v in words.items() for w in (f"--{k}", v)), *settings]) == 0
-    assert main(make_words(paired_dataset, folder, tmp_path / "run", predictor=run, clip=None)) == 0
+    run, encoder = tmp_path / "align", EEGEncoder.from_pretrained(encoder_package)
+    encoder.save_pretrained(run / "encoder")
+    head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=WIDTH))
+    head.save_pretrained(run / "align")
+    found = {"clip": str(folder / "clip"), "dataset_id": "0" * 64, "eeg": {"tmin": None, "tmax": None}}
+    write_json(run / "align" / "result.json", found)
+    assert main(make_words(paired_dataset, folder, tmp_path / "run", predictor=run)) == 0
     generator = load_generator(tmp_path / "run")
     assert generator.model.predictor.width == WIDTH  # type: ignore[attr-defined]
     words_of = [str(tmp_path / "run"), str(paired_dataset), "--device", "cpu", "--limit", "2"]
