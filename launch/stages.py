@@ -173,9 +173,9 @@ STAGES: dict[str, Stage] = {
         help="list, print or copy the configs that come with Dreamscale",
     ),
     "doctor": Stage(
-        module="launch.doctor",
-        submits=False,
-        usage="",
-        help="show what works on this machine, and what to install",
+        module="launch.doctor.run",
+        usage="[--num_processes N] [--store URL]",
+        help="show what works here, on one machine or in a job on a cluster, and what to do about the rest",
+        launcher="torchrun",
     ),
 }

@@ -13,18 +13,23 @@ from pathlib import Path
 from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError
 from launch.submit.config import SubmitConfig
+from launch.submit.kubernetes import follow_pods
 from launch.submit.render import render
 from launch.submit.slurm import check_logs, follow
 from launch.submit.stage import check_stage
 
-COMMANDS = {"slurm": ["sbatch", "--parsable"], "ray": ["bash", "-s"], "k8s": ["kubectl", "apply", "-f", "-"]}
+COMMANDS = {"slurm": ["sbatch", "--parsable"], "ray": ["bash", "-s"], "k8s": ["kubectl", "create", "-f", "-"]}
 """For each scheduler, the command that reads a job file from standard input and submits the job."""
 TOOLS = {"slurm": "sbatch", "ray": "ray", "k8s": "kubectl"}
 """For each scheduler, the program that must be installed to submit a job."""
+REPEATED = ("sbatch", "env", "secret", "toleration", "node_selector", "label")
+"""Options that may be given several times."""
+SWITCHES = ("dry_run", "preflight")
+"""Options that may be given without a value."""
 
 
 def submit(config: SubmitConfig, text: str) -> int:
-    """Submit a job file. With Slurm, print the number of the job on stdout, and on stderr how to follow the job.
+    """Submit a job file. Print the number or the name of the job on stdout, and on stderr how to follow the job.
 
     Parameters
     ----------
@@ -57,7 +62,7 @@ def submit(config: SubmitConfig, text: str) -> int:
     done = subprocess.run(
         COMMANDS[config.scheduler],
         input=text,
-        stdout=subprocess.PIPE if slurm else None,
+        stdout=None if config.scheduler == "ray" else subprocess.PIPE,
         text=True,
         env={**os.environ, "PATH": path},
         check=False,
@@ -70,16 +75,20 @@ def submit(config: SubmitConfig, text: str) -> int:
         job = done.stdout.strip().partition(";")[0]
         print(follow(job, config.name, config), file=sys.stderr)
         print(job)
+    elif config.scheduler == "k8s":
+        print(follow_pods(config.name, config, config.nodes), file=sys.stderr)
+        print(config.name)
     return EXIT_DONE
 
 
 def _normalise_flags(words: list[str]) -> list[str]:
     """Make a user's words readable for the parser.
 
-    Write ``--gpus_per_node`` for ``--gpus-per-node``, ``--dry_run=true`` for ``--dry-run``, and one list for all
-    ``--sbatch``.
+    Write ``--gpus_per_node`` for ``--gpus-per-node``, ``--dry_run=true`` for ``--dry-run`` and the other `SWITCHES`,
+    and one list for all ``--sbatch``, and for each other option of `REPEATED`.
     """
-    normal, options = [], []
+    normal: list[str] = []
+    options: dict[str, list[str]] = {}
     skip = False
     for word, after in itertools.pairwise([*words, ""]):
         if skip:
@@ -88,12 +97,14 @@ def _normalise_flags(words: list[str]) -> list[str]:
         if word.startswith("--"):
             key, sign, value = word.partition("=")
             word = "--" + key[2:].replace("-", "_") + sign + value
-            if key == "--sbatch":
-                options.append(value if sign else after)
+            name = key[2:].replace("-", "_")
+            if name in REPEATED:
+                options.setdefault(name, []).append(value if sign else after)
                 skip = not sign
                 continue
-        normal.append("--dry_run=true" if word == "--dry_run" and after not in ("true", "false") else word)
-    return [*normal, "--sbatch", json.dumps(options)] if options else normal
+        normal.append(f"{word}=true" if word[2:] in SWITCHES and after not in ("true", "false") else word)
+    lists = [word for name, values in options.items() for word in (f"--{name}", json.dumps(values))]
+    return [*normal, *lists]
 
 
 def main(argv: list[str] | None = None) -> int:

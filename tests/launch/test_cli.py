@@ -54,7 +54,7 @@ def test_every_command_answers_help(name: str, capsys: pytest.CaptureFixture[str
         (["verify", "no_such_dataset"], "no_such_dataset"),
         (["generate", "no_such_model", "no_such_dataset", "-o", "x"], "no_such"),
         (["evaluate", "no_such_folder"], "no_such_folder"),
-        (["submit", "slurm", "doctor", "x.yaml"], "doctor"),
+        (["submit", "slurm", "inspect", "x.yaml"], "inspect"),
         (["demo", "--sed", "1"], "seed"),
         (["doctor", "--path", "a", "b"], "b"),
     ],

@@ -25,19 +25,40 @@ CODE = [
 ]
 CODE += ['"; touch HACKED; "', "a && touch HACKED", "a\r\nb", "a #b", "-rf", "{{ 7 * 7 }}", "a: b\n- c", "\x1b[31m"]
 KEYS = ["stop_s", "time", "partition", "account", "logs", "address", "image", "namespace", "claim", "mount", "name"]
+KEYS += ["preflight"]
+KUBERNETES_KEYS = [
+    *("pull_secret", "memory", "shared_memory", "gpu_resource", "service_account", "user", "secret", "toleration"),
+    *("node_selector", "label", "kind", "pod_cpus"),
+]
 SLURM_KEYS = ["qos", "mem", "gres", "constraint", "dependency", "array", "modules"]
 
 
 @pytest.mark.parametrize(
     ("scheduler", "key"),
     [(scheduler, key) for scheduler in ("slurm", "ray", "k8s") for key in KEYS]
-    + [("slurm", key) for key in SLURM_KEYS],
+    + [("slurm", key) for key in SLURM_KEYS]
+    + [("k8s", key) for key in KUBERNETES_KEYS],
 )
 def test_values_with_code_are_refused(scheduler: str, key: str, capsys: pytest.CaptureFixture[str]) -> None:
     for value in CODE:
         assert main(["submit", scheduler, "pretrain", CONFIG, "--dry-run", *GPUS, f"--{key}={value}"]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "\x1b" not in error
+
+
+@pytest.mark.parametrize("value", CODE)
+def test_variables_of_a_pod_with_code_are_only_values(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["submit", "k8s", "pretrain", CONFIG, "--dry-run", *GPUS, "--env"]
+    assert main([*words, f"{value}=x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    code = main([*words, f"A={value}"])
+    output = capsys.readouterr()
+    if not value.isprintable():
+        assert code == 2 and output.err.count("\n") == 1
+        return
+    (job,) = yaml.safe_load_all(output.out)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert {"name": "A", "value": value.replace("$", "$$")} in container["env"]
 
 
 @pytest.mark.parametrize("value", [*CODE, "comment=", "x", ""])
@@ -68,6 +89,8 @@ def test_paths_with_code_are_only_paths(
         "HEAD_NODE": "h", "PORT": "1", "NODE_INDEX": "0",
     }  # fmt: skip
     for value in CODE:
+        # With Kubernetes, the folder must be inside the mounted volume.
+        value = f"/data/{value}" if (scheduler, key) == ("k8s", "directory") else value
         code = main(["submit", scheduler, "pretrain", CONFIG, "--dry-run", *GPUS, f"--{key}={value}"])
         output = capsys.readouterr()
         if not value.isprintable() or (value.startswith("-") and key in ("prologue", "container")):
@@ -76,7 +99,7 @@ def test_paths_with_code_are_only_paths(
         assert code == 0
         script = output.out
         if scheduler == "k8s":
-            _, job = yaml.safe_load_all(script)
+            (job,) = yaml.safe_load_all(script)
             (container,) = job["spec"]["template"]["spec"]["containers"]
             assert set(container) == {"name", "image", "workingDir", "command", "env", "resources", "volumeMounts"}
             if key == "directory":
@@ -105,7 +128,7 @@ def test_kubernetes_keeps_dollars(capsys: pytest.CaptureFixture[str]) -> None:
     """Kubernetes replaces $(NAME) and $$ in a command. The dollar signs of the user must not be changed."""
     words = ["--output", "runs/$$x$(NODE_INDEX)\N{BRAIN}"]
     assert main(["submit", "k8s", "pretrain", CONFIG, "--dry-run", *GPUS, "--", *words]) == 0
-    _, job = yaml.safe_load_all(capsys.readouterr().out)
+    (job,) = yaml.safe_load_all(capsys.readouterr().out)
     (container,) = job["spec"]["template"]["spec"]["containers"]
     # Apply the rules of Kubernetes: $$ becomes a dollar sign, and $(NAME) becomes the value of a variable.
     expanded = re.sub(r"\$\$|\$\((\w+)\)", lambda m: "$" if m[1] is None else "VARIABLE", container["command"][2])

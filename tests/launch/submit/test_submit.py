@@ -34,11 +34,13 @@ ARGUMENTS: dict[str, list[str]] = {
     "finetune": [str(DEMO / "stable_diffusion.yaml")],
     "ddpm": [str(DEMO / "dm_re2i.yaml")],
     "linear": [str(DEMO / "linear.yaml")],
+    "decode": [str(DEMO.with_name("finetune") / "frozen_decoder.yaml")],
     "generate": ["runs/a/model", "--", "/data/set", "-o", "out"],
     "retrieve": ["runs/a", "--", "/data/set", "-o", "out"],
     "evaluate": ["out"],
     "compare": ["out", "--", "other"],
     "ablate": [str(ABLATION)],
+    "doctor": [],
     "preset": ["things_eeg2_retrieval", "--", "--output", "out"],
 }
 """Arguments of each stage that can be submitted. Words after -- follow the options of the job."""
@@ -53,7 +55,7 @@ def render_job(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_every_stage_that_can_be_submitted_is_covered():
     assert set(ARGUMENTS) == {name for name, stage in STAGES.items() if stage.submits}
-    assert set(STAGES) - set(ARGUMENTS) == {"inspect", "plan", "submit", "configs", "doctor"}
+    assert set(STAGES) - set(ARGUMENTS) == {"inspect", "plan", "submit", "configs"}
 
 
 @pytest.mark.parametrize("stage", ARGUMENTS)
@@ -66,12 +68,11 @@ def test_jobs_are_well_formed(scheduler: str, stage: str, capsys: pytest.Capture
     assert f"{shlex.join(words[:end] + words[end + 1 :])}" in text
     assert "{{" not in text and "{%" not in text
     if scheduler == "k8s":
-        service, batch = yaml.safe_load_all(text)
-        assert service["metadata"]["name"] == batch["metadata"]["name"] == f"dreamscale-{stage}"
+        (batch,) = yaml.safe_load_all(text)
+        assert batch["metadata"]["name"].startswith(f"dreamscale-{stage}-")
         (container,) = batch["spec"]["template"]["spec"]["containers"]
         assert subprocess.run(["bash", "-n", "-c", container["command"][2]]).returncode == 0
-        wanted = {} if stage == "shard" else {"nvidia.com/gpu": 2}
-        assert container["resources"]["limits"] == wanted
+        assert container["resources"].get("limits") == (None if stage == "shard" else {"nvidia.com/gpu": 2})
     else:
         assert text.startswith("#!/bin/bash\n")
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
@@ -105,7 +106,16 @@ def test_shellcheck_finds_no_fault(stage: str, nodes: str, capsys: pytest.Captur
 FULL = [
     *("--modules", "gcc/13,cuda/12.6", "--prologue", "/home/me/start it.sh", "--container", "/images/a b.sif"),
     *("--binds", "/data,/scratch:/tmp", "--restarts", "2", "--qos", "long", "--mem", "0", "--constraint", "a100|h100"),
-    *("--array", "1-3%1", "--dependency", "afterok:12:13", "--sbatch", "exclusive", "--sbatch=nodelist=n[1-4]"),
+    *(
+        "--preflight",
+        "--array",
+        "1-3%1",
+        "--dependency",
+        "afterok:12:13",
+        "--sbatch",
+        "exclusive",
+        "--sbatch=nodelist=n[1-4]",
+    ),
 ]
 
 
@@ -180,6 +190,58 @@ def test_modules_a_prologue_and_a_container(runtime: str, tmp_path: Path, capsys
     assert done.returncode == 2 and "the prologue" in done.stderr
 
 
+@pytest.mark.parametrize(("checked", "code"), [(0, 5), (2, 2)])
+@pytest.mark.parametrize("scheduler", ["slurm", "slurm with enroot", "ray", "k8s"])
+def test_the_check_before_a_stage(
+    scheduler: str, checked: int, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A fake Python prints its arguments; it ends the check with one exit code, and the stage with exit code 5."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/bash\necho "$@"\n[[ "$*" != *preflight* ]] || exit {checked}\nexit 5\n')
+    fake.chmod(0o755)
+    words = ["--python", str(fake), "--directory", "/data" if scheduler == "k8s" else str(tmp_path), "--preflight"]
+    words += ["--container", "i.sif", "--container-runtime", "enroot"] if "enroot" in scheduler else []
+    name = scheduler.split()[0]
+    text = render_job(capsys, name, "pretrain", CONFIGS["pretrain"], *words, *GPUS)
+    if name == "slurm":
+        done = run_slurm_job(text, tmp_path)
+    else:
+        done = subprocess.run(
+            shell_of(name, text),
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HEAD_NODE": "h", "PORT": "29500", "NODE_INDEX": "0"},
+        )
+    assert done.returncode == code, done.stderr
+    check, *rest = [line for line in done.stdout.splitlines() if line.startswith("-m")]
+    assert "--preflight true --device cuda --num_processes 2" in check and "doctor" in check
+    if scheduler == "k8s":
+        assert "--master-port 31500" in check
+    assert len(rest) == (checked == 0) and all("pretrain" in line for line in rest)
+
+
+def test_the_check_before_sharding_starts_ray(capsys: pytest.CaptureFixture[str]):
+    words = ["shard", CONFIGS["shard"], "--preflight", "--nodes"]
+    text = render_job(capsys, "slurm", *words, "2")
+    assert text.count("-m launch.ray_nodes --nodes 2") == 2
+    assert '--port "$((PORT + 2000))" -- doctor --preflight true --device cpu --start_ray true' in text
+    assert "-m launch doctor --preflight true --device cpu --start_ray true --ray.address auto" in render_job(
+        capsys, "ray", *words, "1"
+    )
+
+
+def shell_of(scheduler: str, text: str) -> list[str]:
+    """Return the shell command that a job of Ray or Kubernetes runs."""
+    if scheduler == "k8s":
+        *_, batch = yaml.safe_load_all(text)
+        shell = batch["spec"]["template"]["spec"]["containers"][0]["command"]
+        return [word.replace("$$", "$") for word in shell]
+    (line,) = (line for line in text.splitlines() if "bash -c" in line)
+    words = shlex.split(line)
+    start = words.index("bash")
+    return words[start : start + 3]
+
+
 @pytest.mark.parametrize("scheduler", ["slurm", "ray", "k8s"])
 def test_blanks_and_quotes_reach_the_stage(scheduler: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Run the job's command with a fake Python program that prints its arguments."""
@@ -187,31 +249,23 @@ def test_blanks_and_quotes_reach_the_stage(scheduler: str, tmp_path: Path, capsy
     fake.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
     config = str(CONFIGS["pretrain"])
-    more = ["--directory", str(tmp_path)]
+    more = ["--directory", "/data/a" if scheduler == "k8s" else str(tmp_path)]
     text = render_job(capsys, scheduler, "pretrain", config, "--python", str(fake), *more, *GPUS, "--", *WORDS)
     if scheduler == "slurm":
         done = run_slurm_job(text, tmp_path)
         assert done.stdout.splitlines()[-7:] == [config, *WORDS, "--num_processes", "2"], done.stderr
         return
-    if scheduler == "k8s":
-        *_, batch = yaml.safe_load_all(text)
-        shell = batch["spec"]["template"]["spec"]["containers"][0]["command"]
-        shell = [word.replace("$$", "$") for word in shell]
-    else:
-        (line,) = (line for line in text.splitlines() if "bash -c" in line)
-        words = shlex.split(line)
-        start = words.index("bash")
-        shell = words[start : start + 3]
     environment = {**os.environ, "HEAD_NODE": "h", "PORT": "1", "NODE_INDEX": "0"}
+    shell = shell_of(scheduler, text)
     done = subprocess.run(shell, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.splitlines()[-7:] == [config, *WORDS, "--num_processes", "2"]
 
 
 def test_yaml_strings_stay_strings(capsys: pytest.CaptureFixture[str]):
-    words = ["--name", "123", "--namespace", "1e3", "--directory", 'a: "b" #c', *GPUS]
-    service, batch = yaml.safe_load_all(render_job(capsys, "k8s", "pretrain", str(CONFIGS["pretrain"]), *words))
-    assert service["metadata"] == {"name": "123", "namespace": "1e3"}
-    assert batch["spec"]["template"]["spec"]["containers"][0]["workingDir"] == 'a: "b" #c'
+    words = ["--name", "null", "--namespace", "1e3", "--directory", '/data/a: "b" #c', *GPUS]
+    (batch,) = yaml.safe_load_all(render_job(capsys, "k8s", "pretrain", str(CONFIGS["pretrain"]), *words))
+    assert (batch["metadata"]["name"], batch["metadata"]["namespace"]) == ("null", "1e3")
+    assert batch["spec"]["template"]["spec"]["containers"][0]["workingDir"] == '/data/a: "b" #c'
 
 
 def test_one_process_without_a_gpu_uses_all_cores(capsys: pytest.CaptureFixture[str]):
