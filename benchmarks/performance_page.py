@@ -289,6 +289,47 @@ of the plain loop in training, and {1 / ratios[1]:.2f} times in sampling.
 """
 
 
+def finetuning(found: dict[str, Any]) -> str:
+    rows, names = [], {"alignment": "alignment", "training": "training of Stable Diffusion", "generation": "generation"}
+    for part, title in names.items():
+        for program, one in found["results"][part].items():
+            rows.append(
+                [
+                    title,
+                    program,
+                    f"{one['images_per_s']:.2f}",
+                    f"{1000 * one['step_s']:,.0f}",
+                    f"{one['host_ms']:.1f}" if "host_ms" in one else "-",
+                    f"{one['growth_gib']:.2f}",
+                    f"{one['synchronisations']:.1f}",
+                ]
+            )
+    head = ["part", "program", "trials/s", "step (ms)", "batch prepared (ms)", "GiB", "synchronisations"]
+    settings, millions = found["settings"], {name: n / 1e6 for name, n in found["parameters"].items()}
+    speeds = {part: {program: one["images_per_s"] for program, one in found["results"][part].items()} for part in names}
+    ratios = {part: speed["Dreamscale"] / speed["plain loop"] for part, speed in speeds.items()}
+    where = f"on a GPU ({found['gpu']})" if "gpu" in found else "on the CPU; no GPU was measured"
+    side, encoder = settings["latent"], f"an encoder with {millions['encoder']:.1f}M parameters"
+    return f"""## Alignment, and training and generation with Stable Diffusion
+
+This measurement was made with the command
+`{found["command"].split(" --out")[0]}`, in {settings["precision"]}, {where}.
+The networks have random weights and are small: a U-Net of the layout of Stable Diffusion 1.5 with
+{millions["U-Net"]:.1f}M parameters, latents of {side} x {side}, {encoder}, and
+{settings["batch"]} trials in a step. "plain loop" is a loop like the training script of diffusers on the same networks,
+with EEG that is already scaled and in memory, and, for the generation, the stock pipeline of diffusers. The programs
+took turns. A step of the generation is one denoising step with guidance. "GiB" is the growth of the memory in a run:
+gradients, optimiser and activations. A "synchronisation" is a place where a step asks for the value of a tensor, so
+that a program on a GPU waits for the GPU.
+
+{table(head, rows)}
+
+In trials/s, the speed of Dreamscale divided by that of the plain loop is {ratios["alignment"]:.2f} in alignment,
+{ratios["training"]:.2f} in the training of Stable Diffusion, and {ratios["generation"]:.2f} in generation.
+{origin(found)}
+"""
+
+
 def trials(found: dict[str, Any]) -> str:
     names = {
         "one JSON a trial": "a loop that parses the JSON of every trial",
@@ -401,6 +442,7 @@ SECTIONS = {
     "scaling": scaling,
     "trials": trials,
     "ddpm": ddpm,
+    "finetuning": finetuning,
 }
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,12 +38,14 @@ from finetune.training.accelerate import (
     use_run,
 )
 from finetune.training.batch_norm import gather_rows
+from finetune.training.compute import EncoderComputeConfig, apply_to_encoder, use_tf32
 from finetune.training.config import TrainingConfig, free_keys
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
 from finetune.training.step_random import StepRandom
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.runs.config import check_at_least
+from pretrain.runs.distributed import World
 from pretrain.runs.tracking import TrackerConfig
 
 
@@ -76,6 +79,8 @@ class AlignConfig:
     """Augmentation of the EEG in training."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Settings of the training: steps, batch size, learning rate and so on."""
+    compute: EncoderComputeConfig = field(default_factory=EncoderComputeConfig)
+    """How the encoder is computed: settings for speed and memory."""
     num_processes: int = 1
     """Total number of processes on all machines."""
     timeout_s: float = 1800.0
@@ -189,6 +194,7 @@ def measure_retrieval(
     pulse: Callable[[], None] = lambda: None,
     batch_size: int = 64,
     average_repeats: int = 1,
+    world: World | None = None,
 ) -> dict[str, float]:
     """Measure how well the image of a trial can be found among all images of a split, from the trial's EEG.
 
@@ -212,6 +218,9 @@ def measure_retrieval(
     average_repeats : int
         Largest number of presentations of the same image to the same subject that are averaged to one trial; 0 averages
         all presentations.
+    world : World, optional
+        Processes that share the work; all processes must call this function. By default, this process does all the
+        work.
 
     Returns
     -------
@@ -222,11 +231,18 @@ def measure_retrieval(
         similar image has the same label as the own image. ``images``: number of images, M. ``trials``: number of trials
         after averaging. ``repeats``: mean number of presentations that are averaged to a trial.
     """
-    parts, groups = [], group_repeats(dataset, average_repeats)
-    for start in range(0, len(groups), batch_size):
+    world, groups = world or World(), group_repeats(dataset, average_repeats)
+    embeds_BP = torch.zeros(len(groups), target_MP.shape[1], device=device)
+    for start in range(0, len(groups), batch_size * world.size):
+        # Every process must call `pulse` equally often, also if it has one batch less to compute.
         pulse()
-        parts.append(embed(read_means(dataset, groups[start : start + batch_size], device)).float().cpu())
-    embeds_BP = torch.cat(parts)
+        own = slice(start + world.rank * batch_size, start + (world.rank + 1) * batch_size)
+        if groups[own]:
+            embeds_BP[own] = embed(read_means(dataset, groups[own], device)).float()
+    if world.size > 1:
+        # Each row is computed by one process, and is zero on the other processes.
+        dist.all_reduce(embeds_BP)
+    embeds_BP = embeds_BP.cpu()
     row_B = torch.as_tensor(table.row_of[[group[0] for group in groups]])
     similarity_BM = embeds_BP @ target_MP.T
     better_B = (similarity_BM > similarity_BM.gather(1, row_B[:, None])).sum(1)
@@ -260,10 +276,11 @@ def align(config: AlignConfig) -> int:
     torch.manual_seed(config.seed)
     encoder = load_encoder(config.encoder, data, pretrained=config.pretrained)
     table, val_table = ImageTable(data), ImageTable(val)
-    free = free_keys("training", independent_samples=config.loss == "cosine")
+    free = ("compute", *free_keys("training", independent_samples=config.loss == "cosine"))
     with (
         start_processes(config, config.training.precision, timeout_s=config.timeout_s) as accelerator,
         use_run(config, accelerator, free=free) as run,
+        use_tf32(config.compute, accelerator.device),
     ):
         if report_finished(run, "encoder/config.json"):
             return EXIT_DONE
@@ -271,6 +288,7 @@ def align(config: AlignConfig) -> int:
             embed_images(t, config.clip, world=get_world(accelerator)) for t in (table, val_table)
         )
         head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=target_MP.shape[1]))
+        apply_to_encoder(encoder, config.compute)
         aligner = Aligner(encoder, head, config.loss, config.temperature)
 
         def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
@@ -284,7 +302,14 @@ def align(config: AlignConfig) -> int:
 
             repeats = config.eeg.average_repeats
             return measure_retrieval(
-                embed, val, val_table, val_target_MP, accelerator.device, pulse, average_repeats=repeats
+                embed,
+                val,
+                val_table,
+                val_target_MP,
+                accelerator.device,
+                pulse,
+                average_repeats=repeats,
+                world=get_world(accelerator),
             )
 
         result = fit(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -87,6 +87,9 @@ class ImageAugmentConfig(AugmentConfig):
     average: int = 1
     """Largest number of trials that are averaged to one training trial. A trial is averaged with a random number of
     other trials that have the same image and the same channels. 1 switches averaging off."""
+    average_over: Literal["people", "person"] = "people"
+    """Trials that are averaged with a trial. people: trials of all people who saw the image. person: only trials of the
+    same person; this needs images that a person saw several times."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -357,7 +360,12 @@ def augment_eeg(x_bCT: Tensor, true_channels_b: list[int], config: AugmentConfig
 
 
 def average_trials_of_image(
-    eeg_bCT: Tensor, batch: Batch, dataset: EEGDataset, table: ImageTable, most: int, random: StepRandom
+    eeg_bCT: Tensor,
+    batch: Batch,
+    dataset: EEGDataset,
+    table: ImageTable,
+    config: ImageAugmentConfig,
+    random: StepRandom,
 ) -> Tensor:
     """Replace each trial by a mean over itself and other trials of the same image.
 
@@ -371,8 +379,9 @@ def average_trials_of_image(
         Split from which the other trials are read.
     table : ImageTable
         Images of the split, with the list of trials of each image.
-    most : int
-        Largest number of trials in a mean, including the replaced trial.
+    config : ImageAugmentConfig
+        Config with the largest number of trials in a mean, `average`, and with the choice of the other trials,
+        `average_over`.
     random : StepRandom
         Random numbers of this training step.
 
@@ -384,10 +393,10 @@ def average_trials_of_image(
     b = len(eeg_bCT)
     # Draw all random numbers before the loop, because every rank must draw equally many random numbers, but the number
     # of passes of the loop differs between ranks.
-    extra_b = random.integers(most, b)
+    extra_b = random.integers(config.average, b)
     start_b = random.uniform(b)
     for i, number in enumerate(batch.numbers):
-        others = table.companions(number)
+        others = table.companions(number, within_person=config.average_over == "person")
         count = min(int(extra_b[i]), len(others))
         first = int(start_b[i] * len(others))
         for other in (others[(first + k) % len(others)] for k in range(count)):
@@ -428,5 +437,5 @@ def prepare_eeg(
     """
     eeg_bCT = batch.padded(dtype=torch.float32)
     if config.average > 1:
-        eeg_bCT = average_trials_of_image(eeg_bCT, batch, dataset, table, config.average, random)
+        eeg_bCT = average_trials_of_image(eeg_bCT, batch, dataset, table, config, random)
     return augment_eeg(scale_eeg(eeg_bCT, scaling), [int(meta["n"]) for meta in batch.metas], config, random)

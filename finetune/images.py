@@ -5,7 +5,6 @@ Array shapes: B trials, M different images, H rows, W columns.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,6 +224,7 @@ class ImageTable:
         self.ids = [str(ids[code]) for code in used]
         self.row_of = row_of_code[codes]
         self._first = np.unique(self.row_of, return_index=True)[1].tolist()
+        self._grouped: dict[bool, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.labels = labels[self._first]
         self.captions = [
             read_caption({**{name: trials.text(name, n) for name in ("caption", "label_name")}, "label": labels[n]})
@@ -234,20 +234,36 @@ class ImageTable:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @functools.cached_property
-    def _same_image(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Group trials with the same image and channels.
+    def _same_image(self, within_person: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Group trials with the same image and channels, and perhaps of the same person.
 
         Three arrays: the group of each trial, the trials sorted by group, and the position of each group's first trial
         among the sorted trials.
         """
-        group = self.dataset.trials.group("image_id", "ch_names")
-        order = np.argsort(group, kind="stable")
-        return group, order, np.searchsorted(group[order], np.arange(group.max() + 2))
+        if within_person not in self._grouped:
+            person = ("corpus", "subject") if within_person else ()
+            group = self.dataset.trials.group("image_id", "ch_names", *person)
+            order = np.argsort(group, kind="stable")
+            first = np.searchsorted(group[order], np.arange(group.max() + 2))
+            self._grouped[within_person] = group, order, first
+        return self._grouped[within_person]
 
-    def companions(self, number: int) -> list[int]:
-        """Return the numbers of the other trials with the same image and the same channels as a trial, in order."""
-        group, order, first = self._same_image
+    def companions(self, number: int, *, within_person: bool = False) -> list[int]:
+        """List the other trials with the same image and the same channels as a trial.
+
+        Parameters
+        ----------
+        number : int
+            Number of the trial.
+        within_person : bool
+            True: list only trials of the same person.
+
+        Returns
+        -------
+        list of int
+            Numbers of the other trials, in order.
+        """
+        group, order, first = self._same_image(within_person)
         found = order[first[group[number]] : first[group[number] + 1]]
         return found[found != number].tolist()
 

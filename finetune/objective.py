@@ -15,6 +15,7 @@ from torch import Tensor
 from finetune.diffusion import Condition, Denoiser
 from finetune.foreign_models import PREDICTION_TYPES
 from finetune.training.step_random import StepRandom
+from pretrain.runs.distributed import World
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -252,13 +253,15 @@ class DenoisingWatcher:
         Latents or pixels of the trials' images.
     noise_steps : int
         Number of steps of the forward process.
+    world : World, optional
+        Processes that share the work; by default, this process does all the work.
     """
 
     REPEATS = 4
     BATCH = 64
 
-    def __init__(self, eeg: Tensor, clean: Tensor, noise_steps: int) -> None:
-        self.eeg, self.clean = eeg, clean
+    def __init__(self, eeg: Tensor, clean: Tensor, noise_steps: int, world: World | None = None) -> None:
+        self.eeg, self.clean, self.world = eeg, clean, world or World()
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.randn(self.REPEATS, *clean.shape, generator=generator)
         # Measure the loss of each trial `REPEATS` (4) times, each time with a noise level from another quarter of all
@@ -288,11 +291,18 @@ class DenoisingWatcher:
         # For the loss "shuffled", each trial gets the EEG of the trial that is n // 2 places away, because neighbouring
         # trials of a recording may show the same category.
         used = {"loss": features, "shuffled": features.roll(max(1, n // 2), 0)}
+        parts = [
+            (name, noise, time, at)
+            for name in used
+            for noise, time in zip(self.noise, self.time, strict=True)
+            for at in torch.arange(n).split(self.BATCH)
+        ]
         totals = dict.fromkeys(used, 0.0)
-        for name, given in used.items():
-            for noise, time in zip(self.noise, self.time, strict=True):
-                for at in torch.arange(n).split(self.BATCH):
-                    pulse()
-                    parts = (self.clean[at].to(device), noise[at].to(device), time[at].to(device))
-                    totals[name] += float(task.errors(given[at.to(device)], *parts).sum())
-        return {name: total / (self.REPEATS * n) for name, total in totals.items()}
+        # Every process must call `pulse` equally often, also if it has one part less to compute.
+        for start in range(0, len(parts), self.world.size):
+            pulse()
+            for name, noise, time, at in parts[start + self.world.rank : start + self.world.rank + 1]:
+                own = (self.clean[at].to(device), noise[at].to(device), time[at].to(device))
+                totals[name] += float(task.errors(used[name][at.to(device)], *own).sum())
+        sums = self.world.all_reduce_sum(*totals.values())
+        return {name: total / (self.REPEATS * n) for name, total in zip(totals, sums, strict=True)}

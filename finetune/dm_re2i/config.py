@@ -10,6 +10,7 @@ from typing import Literal
 from finetune.dm_re2i.evrnet import EVRNetConfig
 from finetune.eeg import AugmentConfig, EEGConfig
 from finetune.objective import ObjectiveConfig, Prediction, check_objective
+from finetune.training.compute import ComputeConfig
 from finetune.training.config import TrainingConfig, free_keys
 from pretrain.runs.config import check_at_least
 from pretrain.runs.tracking import TrackerConfig
@@ -181,6 +182,8 @@ class EGDDPMStage(ObjectiveConfig):
     condition_noise: float = 0.0
     """Standard deviation of the noise that is added to the EEG feature in training, relative to the standard deviation
     of the feature over the train trials. The paper adds no noise to the EEG feature."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """How the networks are computed: settings for speed. `compile` compiles the U-Net; `tf32` holds for both stages."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.995))
     """Settings of the training: steps, batch size, learning rate and so on."""
 
@@ -290,4 +293,4 @@ class DMRE2IConfig:
         # The output of EVRNet for a sample depends on the other samples of the forward pass, because EVRNet has batch
         # norms. EG-DDPM has no such layer.
         evrnet = free_keys("evrnet.training", independent_samples=False)
-        return ("license", "stages", *evrnet, *free_keys("ddpm.training", independent_samples=True))
+        return ("license", "stages", "ddpm.compute", *evrnet, *free_keys("ddpm.training", independent_samples=True))

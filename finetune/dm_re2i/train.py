@@ -34,7 +34,15 @@ from finetune.dm_re2i.train_evrnet import check_labels, train_evrnet
 from finetune.eeg import choose_evenly, compute_for_trials, group_repeats, load_encoder, read_trials, scale_eeg
 from finetune.images import ImageTable, open_train_val, to_model_range, to_pixels
 from finetune.objective import DenoisingWatcher, add_offset, denoising_errors, make_noising, weigh_steps
-from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
+from finetune.training.accelerate import (
+    get_world,
+    make_loader,
+    quiet_libraries,
+    report_finished,
+    start_processes,
+    use_run,
+)
+from finetune.training.compute import compile_blocks, use_tf32
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
 from finetune.training.step_random import StepRandom
@@ -156,6 +164,8 @@ def train_ddpm(
         unet.set_condition_statistics(vectors.mean(dim=0), std_D)
     schedule = {"num_train_timesteps": stage.noise_steps, "beta_schedule": "squaredcos_cap_v2"}
     noising = make_noising(schedule, stage, stage.prediction)
+    if stage.compute.compile:
+        compile_blocks(unet)
     if stage.train_guide:
         guide.choose_trainables(x_val[:2])
     task = EGDDPMTask(unet, noising, stage.loss, guide if stage.train_guide else None, stage.min_snr)
@@ -189,7 +199,10 @@ def train_ddpm(
         loader=make_loader(data, stage.training, config.seed, accelerator),
         inputs=inputs,
         evaluate=DenoisingWatcher(
-            x_val if stage.train_guide else guide.compute(x_val), to_model_range(val_pixels), stage.noise_steps
+            x_val if stage.train_guide else guide.compute(x_val),
+            to_model_range(val_pixels),
+            stage.noise_steps,
+            get_world(accelerator),
         ),
         lr_scale=lr_scale,
         description="EG-DDPM",
@@ -315,7 +328,10 @@ def train(config: DMRE2IConfig) -> int:
             "evrnet.training.precision and ddpm.training.precision must be equal, because both stages share one "
             "Accelerator"
         )
-    with start_processes(config, precision, timeout_s=config.timeout_s) as accelerator:
+    with (
+        start_processes(config, precision, timeout_s=config.timeout_s) as accelerator,
+        use_tf32(stage.compute, accelerator.device),
+    ):
         # Open the run directory of the second stage only after the run directory of the first stage is closed, because
         # an experiment tracker can log only one run at a time.
         guide = given or EEGGuide(train_evrnet(config, data, val, tables, accelerator), stage.guide)

@@ -30,6 +30,7 @@ from finetune.generators import SCHEMA, Source, read_part
 from finetune.images import check_finite, read_caption, to_pixels
 from finetune.objective import denoising_errors, weigh_steps
 from finetune.stable_diffusion.conditioner import Conditioner
+from finetune.stable_diffusion.lora import LoRAConfig, add_adapters, find_adapters, save_and_merge_adapters
 from finetune.stable_diffusion.portable.pipeline import choose_sampler, sample_images
 from finetune.stable_diffusion.portable.write import write_portable_files
 from pretrain.encoder.encoder import EEGEncoder
@@ -130,7 +131,7 @@ class EEGDiffusion(nn.Module):
         self.encoder, self.conditioner, self.unet, self.head = encoder, conditioner, unet, head
         self.noising, self.clip_weight, self.min_snr = noising, clip_weight, min_snr
 
-    def choose_trainables(self, tune: Tune) -> None:
+    def choose_trainables(self, tune: Tune, lora: LoRAConfig | None = None) -> None:
         """Choose the parts of the model that are trained, and freeze the other parts.
 
         Parameters
@@ -138,13 +139,17 @@ class EEGDiffusion(nn.Module):
         tune : str
             E: train encoder and conditioner; A: train the U-Net's cross-attentions and their norms; E+A: train all of
             these parts. A CLIP head is always trained.
+        lora : LoRAConfig, optional
+            Adapters that are added to the cross-attentions and trained in place of A, if their rank is above 0.
         """
         self.requires_grad_(False)
         if "E" in tune:
             self.encoder.requires_grad_(True)
             self.conditioner.requires_grad_(True)
         if "A" in tune:
-            for parameter in find_cross_attention(self.unet).values():
+            if lora is not None and lora.rank:
+                add_adapters(self.unet, lora)
+            for parameter in (find_adapters(self.unet) or find_cross_attention(self.unet)).values():
                 parameter.requires_grad_(True)
         if self.head is not None:
             self.head.requires_grad_(True)
@@ -234,10 +239,14 @@ def save_model(folder: Path, model: EEGDiffusion, pipeline: Any, extra: dict[str
     """
     assert pipeline.unet is model.unet
     unet, time_path = model.unet, bool(model.conditioner.config.time_dim)
+    # Safetensors files hold only contiguous tensors, but convolutions may be stored channels-last.
+    unet.to(memory_format=torch.contiguous_format)
     with atomic_directory(folder) as root:
         if time_path:
             # The second input has no weights. Without the option, the stock pipeline of diffusers can use the U-Net.
             unet.register_to_config(class_embed_type=None)
+        if find_adapters(unet):
+            save_and_merge_adapters(unet, root / "lora")
         pipeline.save_pretrained(root / "pipeline")
         if time_path:
             unet.register_to_config(class_embed_type="identity")

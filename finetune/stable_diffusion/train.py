@@ -35,9 +35,11 @@ from finetune.eeg import (
 from finetune.images import ImageTable, open_train_val
 from finetune.objective import DenoisingWatcher, ObjectiveConfig, Prediction, add_offset, check_objective, make_noising
 from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
+from finetune.stable_diffusion.lora import LoRAConfig
 from finetune.stable_diffusion.model import EEGDiffusion, open_time_path, save_model
 from finetune.targets.images import embed_images
 from finetune.targets.latents import encode_images
+from finetune.targets.views import ViewConfig
 from finetune.training.accelerate import (
     get_world,
     make_loader,
@@ -45,6 +47,14 @@ from finetune.training.accelerate import (
     report_finished,
     start_processes,
     use_run,
+)
+from finetune.training.compute import (
+    UNetComputeConfig,
+    apply_to_encoder,
+    apply_to_unet,
+    restore_frozen,
+    store_frozen_in_bf16,
+    use_tf32,
 )
 from finetune.training.config import TrainingConfig, free_keys
 from finetune.training.fit import fit
@@ -88,6 +98,9 @@ class StableDiffusionConfig(ObjectiveConfig):
     """Parts of the model that are trained. E: train the encoder and the projector, which computes the condition from
     the encoder's tokens. A: train the U-Net's cross-attentions and their norms (attn2, norm2). E+A: train all of these
     parts."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters of low rank, which are trained in place of the U-Net's cross-attentions. The trained model contains the
+    adapters, and a U-Net to whose weights the adapters are added."""
     time_path: bool = True
     """Also add a vector from the EEG to the U-Net's time embedding, as in DreamDiffusion's code but not in its
     paper."""
@@ -108,8 +121,12 @@ class StableDiffusionConfig(ObjectiveConfig):
     """Which part of each trial the encoder reads, and how repeated presentations are averaged in the evaluation."""
     augment: ImageAugmentConfig = field(default_factory=ImageAugmentConfig)
     """Augmentation of the EEG in training."""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    """Mirrored images and crops of the images in training. The CLIP loss always uses the whole image."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.99))
     """Settings of the training: steps, batch size, learning rate and so on."""
+    compute: UNetComputeConfig = field(default_factory=UNetComputeConfig)
+    """How the networks are computed: settings for speed and memory."""
     license: str = "unknown"
     """Licence of the trained weights for the model card, as an identifier of the Hugging Face hub, e.g. cc-by-4.0. The
     licences of the base model and of the training data may restrict the licence of the weights."""
@@ -138,6 +155,12 @@ class StableDiffusionConfig(ObjectiveConfig):
                 f"{self.drop}, {self.hidden} and {self.val_trials}"
             )
         check_objective(self, self.prediction)
+        if self.lora.rank and "A" not in self.tune:
+            raise ValueError("lora.rank adapts the cross-attentions; set tune to A or E+A, or lora.rank to 0")
+        if self.compute.frozen_bf16 and self.training.precision != "bf16":
+            raise ValueError(
+                "compute.frozen_bf16 needs training.precision bf16, because training in fp32 needs the weights in fp32"
+            )
         if not re.fullmatch(r"[A-Za-z0-9.-]+", self.license):
             raise ValueError(f"license is '{self.license}'; give an identifier such as cc-by-4.0, mit or unknown")
         if self.order == "joint" and self.clip is None:
@@ -223,7 +246,7 @@ def build(
     if projection is not None:
         head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=projection))
     model = EEGDiffusion(encoder, conditioner, unet, noising, head, config.clip_weight, config.min_snr)
-    model.choose_trainables(config.tune)
+    model.choose_trainables(config.tune, config.lora)
     return model
 
 
@@ -248,18 +271,24 @@ def train(config: StableDiffusionConfig) -> int:
     noising = choose_noising(config, pipeline)
     size = find_image_size(pipeline)
     table, val_table = ImageTable(data), ImageTable(val)
+    free = ("license", "compute", *free_keys("training", independent_samples=True))
     with (
         start_processes(config, config.training.precision, timeout_s=config.timeout_s) as accelerator,
-        use_run(config, accelerator, free=("license", *free_keys("training", independent_samples=True))) as run,
+        use_run(config, accelerator, free=free) as run,
+        use_tf32(config.compute, accelerator.device),
     ):
         if report_finished(run):
             return EXIT_DONE
         world = get_world(accelerator)
-        latents, val_latents = (encode_images(t, pipeline.vae, size, world=world) for t in (table, val_table))
+        latents = encode_images(table, pipeline.vae, size, views=config.views, world=world)
+        val_latents = encode_images(val_table, pipeline.vae, size, world=world)
         target_MP = None
         if config.order == "joint" and config.clip:
             target_MP = embed_images(table, config.clip, world=world)
         model = build(config, pipeline, encoder, None if target_MP is None else target_MP.shape[1], noising)
+        apply_to_encoder(model.encoder, config.compute)
+        apply_to_unet(model.unet, config.compute)
+        kept = store_frozen_in_bf16(model.unet) if config.compute.frozen_bf16 else {}
         noise_steps = int(noising.config.num_train_timesteps)
         groups = group_repeats(val, config.eeg.average_repeats)
         watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
@@ -267,11 +296,13 @@ def train(config: StableDiffusionConfig) -> int:
             read_trials(val, watched, encoder, accelerator.device),
             val_latents[val_table.row_of[[group[0] for group in watched]], 0],
             noise_steps,
+            world,
         )
 
         def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
             b, row = len(batch.numbers), torch.as_tensor(table.row_of[batch.numbers])
-            mean, std = latents[row].unbind(1)
+            views = config.views.count
+            mean, std = (latents[row] if views == 1 else latents[row, random.integers(views, b)]).unbind(1)
             tensors = {
                 "x": prepare_eeg(batch, data, table, config.augment, random, encoder),
                 "latent": mean + std * random.normal(b, *mean.shape[1:]),
@@ -322,12 +353,14 @@ def train(config: StableDiffusionConfig) -> int:
                 "settings": {
                     "base": config.base,
                     **{name: getattr(config, name) for name in ("order", "tune", "time_path", "drop", "seed")},
+                    "lora": dataclasses.asdict(config.lora),
                     "prediction": noising.config.prediction_type,
                     **{name: getattr(config, name) for name in ("min_snr", "offset_noise", "zero_snr")},
                     "training": dataclasses.asdict(config.training),
                 },
                 "results": {"best step": result.best_step, **result.best},
             }
+            restore_frozen(model.unet, kept)
             save_model(run.path / "model", model, pipeline, {**found, **origin}, card)
             plot_losses(run, run.path / "plots" / "loss.png", ["train/denoise", "val/loss", "val/shuffled"])
             run.status("done", **found)

@@ -103,10 +103,10 @@ def fit(
         batch.
     evaluate : callable, optional
         ``evaluate(module, pulse)`` returns a dictionary of metrics. Every process calls `evaluate` with the unwrapped
-        module in evaluation mode, without gradients. During `evaluate`, the module has averaged weights if the config
-        asks for a moving average of the weights. Only the metrics of rank 0 are used. `evaluate` must call ``pulse()``
-        between its batches, and equally often on every process; ``pulse()`` raises an error, which ends the evaluation,
-        if the run was asked to stop (e.g. by SIGTERM).
+        module in evaluation mode, without gradients and in the precision of the training. During `evaluate`, the module
+        has averaged weights if the config asks for a moving average of the weights. Only the metrics of rank 0 are
+        used. `evaluate` must call ``pulse()`` between its batches, and equally often on every process; ``pulse()``
+        raises an error, which ends the evaluation, if the run was asked to stop (e.g. by SIGTERM).
     watch : str
         Name of the metric that decides which weights are best.
     mode : str
@@ -330,7 +330,7 @@ class _Loop:
         self.watchdog.at(state.step, "evaluating")
         self.module.eval()
         try:
-            with torch.no_grad(), ema.apply_to(self.module) if ema else nullcontext():
+            with torch.no_grad(), ema.apply_to(self.module) if ema else nullcontext(), self.accelerator.autocast():
                 found = self.world.broadcast(self.evaluate(self.module, self.pulse))
                 value, best = found.get(self.watch), state.best.get(self.watch)
                 if (

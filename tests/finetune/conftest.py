@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,16 @@ LAUNCH_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     quiet_libraries()
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Let a test choose the precision of Accelerate, which a process can otherwise choose only once."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

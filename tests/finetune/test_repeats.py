@@ -194,6 +194,8 @@ def test_groups_and_images_are_those_of_a_plain_loop_over_the_samples(repeated: 
     for number, meta in enumerate(metas):
         same = [n for n, other in enumerate(metas) if other["image_id"] == meta["image_id"] and n != number]
         assert table.companions(number) == same
+        own = [n for n in same if metas[n]["subject"] == meta["subject"]]
+        assert table.companions(number, within_person=True) == own
     for average in (0, 2):
         plain: dict[tuple[str, str], list[list[int]]] = {}
         for number, meta in enumerate(metas):
