@@ -1,19 +1,21 @@
-"""Align EEG with CLIP: train an encoder so that the embedding of a trial is close to the embedding of its image.
+"""Align EEG with CLIP or another frozen model: train an encoder so that a trial is close to its target.
 
-A small head maps the encoder's tokens to CLIP's image space. The image of a trial is the image that the person saw.
+The target of a trial is the embedding of the image that the person saw, of a text of this image, or both. A small head
+maps the encoder's tokens to the space of the targets.
 
 The command is ``dreamscale align CONFIG`` or ``accelerate launch -m finetune.align CONFIG``.
 
-Tensor shapes: b trials of this process, G trials of all processes, C channels, T time points, N tokens of width D, P
-width of CLIP's projection, M different images.
+Tensor shapes: b trials of this process, G trials of all processes, C channels, T time points, N tokens of width D, K
+targets of a trial (image, text, or both), P width of the targets, M different images.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,9 +28,19 @@ from data_sharding.common.files import write_json
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.clip_head import ClipHead, ClipHeadConfig
-from finetune.eeg import EEGConfig, ImageAugmentConfig, group_repeats, load_encoder, prepare_eeg, read_means, scale_eeg
+from finetune.eeg import (
+    EEGConfig,
+    ImageAugmentConfig,
+    group_repeats,
+    load_encoder,
+    prepare_eeg,
+    read_encoder_input,
+)
+from finetune.electrodes import Electrodes, EncoderInput, Places
 from finetune.images import ImageTable, open_train_val
-from finetune.targets.images import embed_images
+from finetune.targets.config import TargetConfig
+from finetune.targets.load import load_targets
+from finetune.targets.losses import infonce, soft_contrast
 from finetune.training.accelerate import (
     get_world,
     make_loader,
@@ -51,24 +63,29 @@ from pretrain.runs.tracking import TrackerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    """Align EEG with CLIP: train the encoder and a small head, while CLIP is frozen."""
+    """Align EEG with CLIP or another frozen model: train the encoder and a small head."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"clip": "target.model"}
 
     dataset: str
     """Path of the EEG-image dataset, which must have train and val splits."""
     encoder: str
     """Encoder package: a directory that `dreamscale export` wrote, or a hub id."""
-    clip: str
-    """CLIP model: a directory, or a hub id such as openai/clip-vit-large-patch14."""
     output: str
     """Run directory, with the results in the subdirectories `encoder/` and `align/`."""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """What the embedding of a trial learns to match; target.model must be set."""
     pretrained: bool = True
     """True: start from the pretrained weights of the encoder. False: start from random weights, to measure the effect
     of pretraining."""
-    loss: Literal["cosine", "infonce", "both"] = "both"
+    loss: Literal["cosine", "infonce", "both", "soft"] = "both"
     """Loss. cosine: 1 - cosine similarity, as in DreamDiffusion; infonce: contrastive loss within the batch; both: the
-    sum of the two losses."""
+    sum of these two losses; soft: contrastive loss in which similar targets share the probability."""
     temperature: float = 0.1
     """Temperature of the contrastive loss, by which the cosine similarities are divided."""
+    soft_temperature: float = 0.05
+    """Only for the loss soft: temperature by which the cosine similarities of the targets are divided. The smaller it
+    is, the less probability is shared."""
     encoder_lr: float = 1.0
     """The encoder's learning rate is this factor times training.lr. The head's learning rate is training.lr."""
     watch: Literal["cosine", "top1", "top5"] = "cosine"
@@ -98,95 +115,98 @@ class AlignConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "timeout_s", "restarts")
-        if not self.temperature > 0 or self.encoder_lr < 0:
+        if not self.temperature > 0 or not self.soft_temperature > 0 or self.encoder_lr < 0:
             raise ValueError(
-                "'temperature' must be above 0 and 'encoder_lr' at least 0, got "
-                f"{self.temperature} and {self.encoder_lr}"
+                "'temperature' and 'soft_temperature' must be above 0 and 'encoder_lr' at least 0, got "
+                f"{self.temperature}, {self.soft_temperature} and {self.encoder_lr}"
             )
+        if not self.target.model:
+            raise ValueError("'target.model' is missing: give a frozen model, such as openai/clip-vit-large-patch14")
 
 
-def infonce(embeds_GP: Tensor, target_GP: Tensor, row_G: Tensor, temperature: float) -> Tensor:
-    """Compute the contrastive loss: in the batch, find the image of each trial, and the trial of each image.
+@dataclass(frozen=True, kw_only=True)
+class AlignmentLoss:
+    """The loss of the alignment, and its settings."""
 
-    Parameters
-    ----------
-    embeds_GP, target_GP : Tensor, [G, P]
-        Embeddings of the trials and of their images, of unit length.
-    row_G : Tensor of int, [G]
-        Row of each trial's image in the `ImageTable`. Two trials with the same row have the same image, so the first
-        trial and the image of the second trial are not treated as a negative pair.
-    temperature : float
-        Temperature, by which the cosine similarities are divided.
-
-    Returns
-    -------
-    Tensor, scalar
-        Mean of the cross-entropies of the two directions (trial to image, and image to trial).
-    """
-    same_GG = row_G[:, None] == row_G[None]
-    probability_GG = same_GG.float() / same_GG.sum(1, keepdim=True)
-    logits_GG = embeds_GP @ target_GP.T / temperature
-    return (F.cross_entropy(logits_GG, probability_GG) + F.cross_entropy(logits_GG.T, probability_GG)) / 2
+    kind: Literal["cosine", "infonce", "both", "soft"] = "both"
+    """Kind of loss (see `AlignConfig.loss`)."""
+    temperature: float = 0.1
+    """Temperature of the contrastive losses."""
+    soft_temperature: float = 0.05
+    """Temperature of the similarities of targets, for the kind soft."""
+    weights: tuple[float, ...] = (1.0,)
+    """Weight of each of the K targets."""
 
 
 class Aligner(nn.Module):
-    """Encoder and CLIP head with the alignment loss; both networks are trained.
+    """Encoder and head with the alignment loss; both networks are trained.
 
     Parameters
     ----------
     encoder : EEGEncoder
         EEG encoder, which computes tokens.
     head : ClipHead
-        Network that maps tokens to CLIP's image space.
-    loss : str
-        Kind of loss: cosine, infonce or both.
-    temperature : float
-        Temperature of the contrastive loss.
+        Network that maps tokens to the space of the targets.
+    loss : AlignmentLoss
+        The loss.
     """
 
-    def __init__(self, encoder: EEGEncoder, head: ClipHead, loss: str, temperature: float) -> None:
+    def __init__(self, encoder: EEGEncoder, head: ClipHead, loss: AlignmentLoss) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, head
-        self.loss, self.temperature = loss, temperature
+        self.encoder, self.head, self.loss = encoder, head, loss
 
-    def embed(self, x_bCT: Tensor) -> Tensor:
+    def embed(self, x_bCT: Tensor, places: Places) -> Tensor:
         """Compute embeddings [b, P] of unit length from scaled EEG trials [b, 128, T]."""
-        return F.normalize(self.head(self.encoder(x_bCT)).float(), dim=-1)
+        return F.normalize(self.head(self.encoder(x_bCT, **places)).float(), dim=-1)
 
-    def forward(self, x: Tensor, target: Tensor, row: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, target: Tensor, group: Tensor, **places: Tensor) -> dict[str, Tensor]:
         """Compute the alignment loss of a batch.
 
         Parameters
         ----------
         x : Tensor, [b, 128, T]
             EEG, scaled for the encoder.
-        target : Tensor, [b, P]
-            CLIP embeddings of the images, of unit length.
-        row : Tensor of int, [b]
-            Row of each trial's image in the `ImageTable`.
+        target : Tensor, [b, K, P]
+            Targets of each trial, of unit length.
+        group : Tensor of int, [b, K]
+            Number of each target. Targets with the same number are equal.
+        **places : Tensor
+            Electrode positions of the trials (see `finetune.electrodes`).
 
         Returns
         -------
         dict
-            ``loss``, ``cosine`` (1 - cosine similarity) and ``infonce`` (contrastive loss). ``cosine`` is the mean over
-            the trials of this process; ``infonce`` is the mean over the trials of all processes.
+            ``loss``, ``cosine`` (1 - cosine similarity) and ``infonce`` or ``soft`` (contrastive loss), which are
+            weighted sums over the targets. ``cosine`` is the mean over the trials of this process; the contrastive
+            loss is the mean over the trials of all processes.
         """
-        embeds_bP = self.embed(x)
-        out = {"cosine": 1 - (embeds_bP * target).sum(-1).mean()}
-        loss = out["cosine"] if self.loss != "infonce" else torch.zeros_like(out["cosine"])
-        if self.loss != "cosine":
+        settings, embeds_bP = self.loss, self.embed(x, places)
+        weight_K = embeds_bP.new_tensor(settings.weights)
+        out = {"cosine": ((1 - (embeds_bP[:, None] * target).sum(-1)) * weight_K).sum(-1).mean()}
+        loss = out["cosine"] if settings.kind in ("cosine", "both") else torch.zeros_like(out["cosine"])
+        if settings.kind != "cosine":
             # Each of R processes computes the same contrastive loss of the whole batch. The backward pass of
             # `gather_rows` adds up their equal gradients, so the sum is R times too large. Accelerate then averages
             # over the processes, which divides the sum by R.
-            contrast = infonce(gather_rows(embeds_bP), gather_rows(target), gather_rows(row), self.temperature)
-            out["infonce"] = contrast
+            embeds_GP, target_GKP, group_GK = gather_rows(embeds_bP), gather_rows(target), gather_rows(group)
+            contrast = torch.zeros_like(loss)
+            for k, weight in enumerate(settings.weights):
+                contrast = contrast + weight * self._contrast(embeds_GP, target_GKP[:, k], group_GK[:, k])
+            out["soft" if settings.kind == "soft" else "infonce"] = contrast
             loss = loss + contrast
         return {"loss": loss, **{name: value.detach() for name, value in out.items()}}
+
+    def _contrast(self, embeds_GP: Tensor, target_GP: Tensor, group_G: Tensor) -> Tensor:
+        settings = self.loss
+        if settings.kind == "soft":
+            return soft_contrast(embeds_GP, target_GP, settings.temperature, settings.soft_temperature)
+        return infonce(embeds_GP, target_GP, group_G, settings.temperature)
 
 
 @torch.no_grad()
 def measure_retrieval(
-    embed: Callable[[Tensor], Tensor],
+    embed: Callable[[EncoderInput], Tensor],
+    encoder: EEGEncoder,
     dataset: EEGDataset,
     table: ImageTable,
     target_MP: Tensor,
@@ -201,13 +221,15 @@ def measure_retrieval(
     Parameters
     ----------
     embed : callable
-        Function that takes EEG in microvolts, [b, 128, T], and returns embeddings of unit length, [b, P].
+        Function that takes scaled EEG of trials, and returns embeddings of unit length, [b, P].
+    encoder : EEGEncoder
+        Encoder that defines the scaling of the EEG.
     dataset : EEGDataset
         Trials of the split.
     table : ImageTable
         Images of the split.
     target_MP : Tensor, [M, P]
-        CLIP embeddings of the images.
+        Targets of the images.
     device : torch.device
         Device of the computation.
     pulse : callable
@@ -232,13 +254,14 @@ def measure_retrieval(
         after averaging. ``repeats``: mean number of presentations that are averaged to a trial.
     """
     world, groups = world or World(), group_repeats(dataset, average_repeats)
+    electrodes = Electrodes(encoder, dataset)
     embeds_BP = torch.zeros(len(groups), target_MP.shape[1], device=device)
     for start in range(0, len(groups), batch_size * world.size):
         # Every process must call `pulse` equally often, also if it has one batch less to compute.
         pulse()
         own = slice(start + world.rank * batch_size, start + (world.rank + 1) * batch_size)
         if groups[own]:
-            embeds_BP[own] = embed(read_means(dataset, groups[own], device)).float()
+            embeds_BP[own] = embed(read_encoder_input(dataset, groups[own], encoder, electrodes, device)).float()
     if world.size > 1:
         # Each row is computed by one process, and is zero on the other processes.
         dist.all_reduce(embeds_BP)
@@ -259,7 +282,7 @@ def measure_retrieval(
 
 
 def align(config: AlignConfig) -> int:
-    """Align an EEG encoder with CLIP.
+    """Align an EEG encoder with a frozen model.
 
     Parameters
     ----------
@@ -274,7 +297,8 @@ def align(config: AlignConfig) -> int:
     quiet_libraries()
     data, val = open_train_val(config.dataset, config.eeg.part, "align", [config.output])
     torch.manual_seed(config.seed)
-    encoder = load_encoder(config.encoder, data, pretrained=config.pretrained)
+    encoder = load_encoder(config.encoder, data, pretrained=config.pretrained, several_montages=True)
+    electrodes = Electrodes(encoder, data)
     table, val_table = ImageTable(data), ImageTable(val)
     free = ("compute", *free_keys("training", independent_samples=config.loss == "cosine"))
     with (
@@ -284,31 +308,36 @@ def align(config: AlignConfig) -> int:
     ):
         if report_finished(run, "encoder/config.json"):
             return EXIT_DONE
-        target_MP, val_target_MP = (
-            embed_images(t, config.clip, world=get_world(accelerator)) for t in (table, val_table)
+        targets, val_targets = (load_targets(config.target, t, get_world(accelerator)) for t in (table, val_table))
+        head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=targets.width))
+        loss = AlignmentLoss(
+            kind=config.loss,
+            temperature=config.temperature,
+            soft_temperature=config.soft_temperature,
+            weights=tuple(targets.weights),
         )
-        head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=target_MP.shape[1]))
         apply_to_encoder(encoder, config.compute)
-        aligner = Aligner(encoder, head, config.loss, config.temperature)
+        aligner = Aligner(encoder, head, loss)
 
         def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
-            row = torch.as_tensor(table.row_of[batch.numbers])
-            x, target = prepare_eeg(batch, data, table, config.augment, random, encoder), target_MP[row]
-            return {"x": x, "target": target, "row": row}
+            target, group = targets.choose(table.row_of[batch.numbers])
+            places = electrodes.of(batch.numbers)
+            x = prepare_eeg(batch, data, table, config.augment, random, encoder, places)
+            return {"x": x, "target": target, "group": group, **places}
 
         def evaluate(module: Aligner, pulse: Callable[[], None]) -> dict[str, float]:
-            def embed(microvolts_bCT: Tensor) -> Tensor:
-                return module.embed(scale_eeg(microvolts_bCT, module.encoder))
+            def embed(trials: EncoderInput) -> Tensor:
+                return module.embed(trials.x, trials.places)
 
-            repeats = config.eeg.average_repeats
             return measure_retrieval(
                 embed,
+                module.encoder,
                 val,
                 val_table,
-                val_target_MP,
+                val_targets.first,
                 accelerator.device,
                 pulse,
-                average_repeats=repeats,
+                average_repeats=config.eeg.average_repeats,
                 world=get_world(accelerator),
             )
 
@@ -328,7 +357,8 @@ def align(config: AlignConfig) -> int:
             description="alignment",
         )
         if accelerator.is_main_process:
-            found = {"best_step": result.best_step, "val": result.best, "clip": config.clip, "dataset": config.dataset}
+            found = {"best_step": result.best_step, "val": result.best, "dataset": config.dataset}
+            found["target"] = dataclasses.asdict(config.target)
             found |= {"dataset_id": data.manifest.dataset_id, "dataset_version": data.manifest.version}
             found["eeg"] = config.eeg.part
             encoder.save_pretrained(run.path / "encoder", extra={"aligned": found})

@@ -1,6 +1,6 @@
-"""Project EEG tokens into CLIP's image space.
+"""Project EEG tokens into the space of a frozen model's embeddings, such as CLIP's.
 
-Tensor shapes: B trials, N EEG tokens of width D, P width of CLIP's projection.
+Tensor shapes: B trials, N EEG tokens of width D, P width of the embeddings.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class ClipHeadConfig:
     dim: int
     """Width of the EEG tokens, D."""
     projection: int
-    """Width of CLIP's image embeddings, P."""
+    """Width of the embeddings, P."""
 
 
 class ClipHead(nn.Module):
-    """Map EEG tokens to CLIP's image space (the map `h` in DreamDiffusion's alignment loss).
+    """Map EEG tokens to the space of a frozen model's embeddings (the map `h` in DreamDiffusion's alignment loss).
 
     Parameters
     ----------

@@ -19,6 +19,7 @@ from data_sharding.dataset.batch import Batch, collate
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.samples import pad_channels
 from data_sharding.processing.preprocess import PreprocessSpec
+from finetune.electrodes import Electrodes, EncoderInput, Places
 from finetune.images import ImageTable
 from finetune.training.step_random import StepRandom
 from pretrain.encoder.encoder import EEGEncoder
@@ -97,7 +98,9 @@ class ImageAugmentConfig(AugmentConfig):
             raise ValueError(f"augment.average must be at least 1, got {self.average}")
 
 
-def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> EEGEncoder:
+def load_encoder(
+    path: str, dataset: EEGDataset, *, pretrained: bool = True, several_montages: bool = False
+) -> EEGEncoder:
     """Load an encoder package for a dataset.
 
     Parameters
@@ -108,6 +111,9 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
         Trials for which the encoder will be used.
     pretrained : bool
         True: load the trained weights. False: use the same architecture with new random weights.
+    several_montages : bool
+        True: the caller gives the encoder the electrode positions of each trial (see `finetune.electrodes`), so people
+        may have different channels. False: if the encoder needs electrode positions, all trials must have the same.
 
     Returns
     -------
@@ -118,7 +124,8 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
     Raises
     ------
     RequestError
-        If the path holds no encoder package, or if the encoder needs another preprocessing or longer trials.
+        If the path holds no encoder package, or if the encoder needs another preprocessing or longer trials, or one
+        montage.
     """
     encoder = EEGEncoder.from_pretrained(path).fit_to(dataset, f"encoder {path}")
     aligned = read_package(path).extra.get("aligned") or {}
@@ -133,12 +140,23 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
         if pretrained:
             bare.backbone.load_state_dict(encoder.backbone.state_dict())
         encoder = bare
-    # Fine-tuned models pass only EEG windows to the encoder, so the encoder itself must store the electrode positions.
-    encoder.keep_electrodes(dataset)
+    if several_montages and encoder.config.tokenizer == "montage" and not _has_one_montage(dataset):
+        encoder.positions_C3 = None
+        print(f"encoder {path}: {dataset.path} has several montages; each trial is read with its own electrodes")
+    else:
+        # Other models pass only EEG windows to the encoder, so the encoder itself must store the electrode positions.
+        encoder.keep_electrodes(dataset)
     return encoder
 
 
-def scale_eeg(eeg_BCT: Tensor, scaling: PreprocessSpec | EEGEncoder, device: Any = None) -> Tensor:
+def _has_one_montage(dataset: EEGDataset) -> bool:
+    n, places = dataset.trials.numbers("n"), dataset.trials.codes("positions")
+    return bool((n == n[0]).all() and (places == places[0]).all())
+
+
+def scale_eeg(
+    eeg_BCT: Tensor, scaling: PreprocessSpec | EEGEncoder, device: Any = None, places: Places | None = None
+) -> Tensor:
     """Scale EEG from microvolts to the units that the models need.
 
     Parameters
@@ -149,13 +167,20 @@ def scale_eeg(eeg_BCT: Tensor, scaling: PreprocessSpec | EEGEncoder, device: Any
         Object that defines the scaling: the encoder if the model has an encoder, otherwise the preprocessing.
     device : torch.device, optional
         Device of the result.
+    places : dict of str to Tensor, optional
+        Electrode positions of the trials, if the encoder reads several montages (see `finetune.electrodes`).
 
     Returns
     -------
     Tensor of float32, shape (B, C, T)
         Scaled and clipped EEG.
     """
-    return scaling.scale_for_model(eeg_BCT.to(device).float())
+    eeg_BCT = eeg_BCT.to(device).float()
+    return (
+        scaling.scale_for_model(eeg_BCT, places["count_B"].to(eeg_BCT.device))
+        if places
+        else (scaling.scale_for_model(eeg_BCT))
+    )
 
 
 def choose_evenly(n: int, count: int) -> list[int]:
@@ -278,6 +303,40 @@ def read_trials(
     """
     parts = [groups[start : start + PART] for start in range(0, len(groups), PART)]
     return torch.cat([scale_eeg(read_means(dataset, part, device), scaling) for part in parts])
+
+
+def read_encoder_input(
+    dataset: EEGDataset,
+    groups: Sequence[Sequence[int]],
+    encoder: EEGEncoder,
+    electrodes: Electrodes,
+    device: Any = None,
+) -> EncoderInput:
+    """Read the mean EEG of groups of trials, and scale the means for an encoder that may read several montages.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        Trials of the split.
+    groups : sequence of sequence of int
+        Numbers of the trials in each group, from `group_repeats`. All trials of a group have the same channels.
+    encoder : EEGEncoder
+        The encoder.
+    electrodes : Electrodes
+        Electrode positions of the trials of the split.
+    device : torch.device, optional
+        Device of the result.
+
+    Returns
+    -------
+    EncoderInput
+        Scaled means and electrode positions, in the order of `groups`.
+    """
+    parts, places = [], electrodes.of([group[0] for group in groups], device)
+    for start in range(0, len(groups), PART):
+        own = {name: value[start : start + PART] for name, value in places.items()}
+        parts.append(scale_eeg(read_means(dataset, groups[start : start + PART], device), encoder, places=own))
+    return EncoderInput(x=torch.cat(parts), places=places)
 
 
 def compute_for_trials(
@@ -412,6 +471,7 @@ def prepare_eeg(
     config: ImageAugmentConfig,
     random: StepRandom,
     scaling: PreprocessSpec | EEGEncoder,
+    places: Places | None = None,
 ) -> Tensor:
     """Turn a training batch into augmented EEG that is scaled for the model.
 
@@ -429,6 +489,8 @@ def prepare_eeg(
         Random numbers of this training step.
     scaling : PreprocessSpec or EEGEncoder
         Object that defines the scaling.
+    places : dict of str to Tensor, optional
+        Electrode positions of the trials, if the encoder reads several montages (see `finetune.electrodes`).
 
     Returns
     -------
@@ -438,4 +500,5 @@ def prepare_eeg(
     eeg_bCT = batch.padded(dtype=torch.float32)
     if config.average > 1:
         eeg_bCT = average_trials_of_image(eeg_bCT, batch, dataset, table, config, random)
-    return augment_eeg(scale_eeg(eeg_bCT, scaling), [int(meta["n"]) for meta in batch.metas], config, random)
+    x_bCT = scale_eeg(eeg_bCT, scaling, places=places)
+    return augment_eeg(x_bCT, [int(meta["n"]) for meta in batch.metas], config, random)

@@ -133,7 +133,12 @@ def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -
 
 def read_caption(meta: Mapping[str, Any]) -> str:
     """Return the caption of a trial's image, or the name of its label if there is no caption."""
-    return str(meta.get("caption") or meta.get("label_name") or f"label {meta['label']}")
+    return str(meta.get("caption") or read_label_name(meta))
+
+
+def read_label_name(meta: Mapping[str, Any]) -> str:
+    """Return the name of the label of a trial's image, or a name made from its number."""
+    return str(meta.get("label_name") or f"label {meta['label']}")
 
 
 def to_model_range(pixels_BHW3: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -199,6 +204,8 @@ class ImageTable:
         Label of the image in each row.
     captions : list of str
         Caption of the image in each row. If an image has no caption, the name of its label is used.
+    label_names : list of str
+        Name of the label of the image in each row.
     row_of : ndarray of int, shape (trials,)
         For each trial of the dataset, the row of its image.
 
@@ -226,10 +233,12 @@ class ImageTable:
         self._first = np.unique(self.row_of, return_index=True)[1].tolist()
         self._grouped: dict[bool, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.labels = labels[self._first]
-        self.captions = [
-            read_caption({**{name: trials.text(name, n) for name in ("caption", "label_name")}, "label": labels[n]})
+        metas = [
+            {"caption": trials.text("caption", n), "label_name": trials.text("label_name", n), "label": labels[n]}
             for n in self._first
         ]
+        self.captions = [read_caption(meta) for meta in metas]
+        self.label_names = [read_label_name(meta) for meta in metas]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -229,7 +229,7 @@ def denoising_errors(
 class DenoisingTask(Protocol):
     """Interface of a module that contains a denoiser and computes its error."""
 
-    def features(self, eeg: Tensor) -> Tensor:
+    def features(self, eeg: Any) -> Tensor:
         """Return the tokens or features [B, ...] of the EEG, from which the condition is computed."""
         ...
 
@@ -246,7 +246,7 @@ class DenoisingWatcher:
 
     Parameters
     ----------
-    eeg : Tensor, shape (B, ...)
+    eeg : Tensor, shape (B, ...), or EncoderInput
         Input of the method `features` of the model's `DenoisingTask`: EEG of the trials, or vectors computed from the
         EEG; on the model's device.
     clean : Tensor, shape (B, ...)
@@ -260,7 +260,7 @@ class DenoisingWatcher:
     REPEATS = 4
     BATCH = 64
 
-    def __init__(self, eeg: Tensor, clean: Tensor, noise_steps: int, world: World | None = None) -> None:
+    def __init__(self, eeg: Any, clean: Tensor, noise_steps: int, world: World | None = None) -> None:
         self.eeg, self.clean, self.world = eeg, clean, world or World()
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.randn(self.REPEATS, *clean.shape, generator=generator)

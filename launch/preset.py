@@ -24,16 +24,17 @@ Stage = Literal["shard", "align", "finetune", "ddpm", "linear"]
 Result = Literal["retrieve", "generate", "evaluate"]
 PATHS = {"align": ("encoder", "clip"), "finetune": ("encoder", "base")}
 """Paths that a command needs, in addition to its dataset and its output."""
+KEYS = {"clip": "target.model"}
+"""Key of the commands for a path, if it differs from the name of the path."""
 MADE = ("pretrain", "export", "miniature")
 """Commands that a smoke run adds to make the models that are not given."""
 _SET_HERE = {
-    **{name: f"give --{name} instead" for name in ("output", "dataset", "encoder", "base", "clip")},
+    **{name: f"give --{name} instead" for name in ("output", "dataset", "encoder", "base")},
+    KEYS["clip"]: "give --clip instead",
     **dict.fromkeys(("run", "model", "directory"), "remove this key"),
     "config": "write the config in 'stages' instead",
 }
 """Keys of the commands that the preset itself sets, and what to do instead of setting them in `settings`."""
-_FREE = {"evaluate.clip"}
-"""Keys that have a name of `_SET_HERE`, but that the preset does not set."""
 
 
 @dataclass(kw_only=True)
@@ -197,7 +198,7 @@ class _Planner:
                     f"settings: '{key}' does not begin with a command of the preset; begin it with one of "
                     f"{', '.join(f'{name}.' for name in commands)}"
                 )
-            if rest in _SET_HERE and key not in _FREE:
+            if rest in _SET_HERE:
                 raise RequestError(f"settings: '{key}' cannot be set, because the preset sets it; {_SET_HERE[rest]}")
             self.keys[command][rest] = value
 
@@ -235,7 +236,8 @@ class _Planner:
     def _read_order(self) -> str:
         """Return the order of the stage finetune: joint or sequential."""
         # The order does not depend on the paths, which are not known yet.
-        words = [word for name in ("dataset", "output", "encoder", "base", "clip") for word in (f"--{name}", name)]
+        paths = ("dataset", "output", "encoder", "base", KEYS["clip"])
+        words = [word for name in paths for word in (f"--{name}", name)]
         words = [self.config.stages["finetune"], *words, *to_words(self.keys["finetune"])]
         return self._read("finetune", words).order
 
@@ -267,7 +269,7 @@ class _Planner:
         if stage == "finetune" and self._read_order() == "joint":
             uses.append("clip")
         for name in uses:
-            words += [f"--{name}", self.paths[name]]
+            words += [f"--{KEYS.get(name, name)}", self.paths[name]]
         self._add(stage, f"train ({stage})", words, stage, needs=["dataset", *uses], resumes=True)
         if stage == "align":
             self.paths["encoder"] = str(run / "encoder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,13 @@ CAPS = {
     "sub-02": ["Oz", "O1", "O2", "POz", "PO3", "PO4"],
 }
 """Channels of each person. People have different channels, in different orders."""
+POSTERIOR = "Pz P3 P7 O1 Oz O2 P4 P8 P1 P5 PO7 PO3 POz PO4 PO8 P6 P2"
+"""The 17 channels of the preprocessed THINGS-EEG2."""
+WHOLE = POSTERIOR + (
+    " Fp1 F3 F7 FT9 FC5 FC1 C3 T7 TP9 CP5 CP1 TP10 CP6 CP2 Cz C4 T8 FT10 FC6 FC2 F4 F8 Fp2 AF7 AF3 AFz F1 F5 FT7 FC3 "
+    "C1 C5 TP7 CP3 CPz CP4 TP8 C6 C2 FC4 FT8 F6 F2 AF4 AF8 FCz"
+)
+"""The 63 channels of the raw THINGS-EEG2."""
 
 
 def draw_jpeg(number: int, size: int = 40) -> bytes:
@@ -74,7 +82,9 @@ def write_eeg_imagenet(root: Path, images: int = 6) -> dict[str, str]:
     return {"EEG_IMAGENET": str(root), "IMAGENET": str(root / "images")}
 
 
-def write_things_eeg2(root: Path, repetitions: int = 2, test_repetitions: int = 4) -> dict[str, str]:
+def write_things_eeg2(
+    root: Path, repetitions: int = 2, test_repetitions: int = 4, caps: Mapping[str, list[str]] = CAPS
+) -> dict[str, str]:
     """Write the preprocessed THINGS-EEG2: epochs from -0.2 to 0.8 s, and test concepts that are not in training.
 
     Parameters
@@ -83,6 +93,8 @@ def write_things_eeg2(root: Path, repetitions: int = 2, test_repetitions: int = 
         Folder for the files.
     repetitions, test_repetitions : int
         Presentations of each training image and of each test image.
+    caps : mapping
+        Channels of each person.
 
     Returns
     -------
@@ -105,7 +117,7 @@ def write_things_eeg2(root: Path, repetitions: int = 2, test_repetitions: int = 
             path.write_bytes(draw_jpeg(number + (1000 if word == "test" else 0)))
     np.save(root / "image_metadata.npy", table)  # type: ignore[arg-type]
     times = np.round(np.arange(-20, 80) / 100, 2)
-    for subject, names in CAPS.items():
+    for subject, names in caps.items():
         for partition, images, reps in (
             ("training", TRAINING_CONCEPTS, repetitions),
             ("test", len(TEST_CONCEPTS), test_repetitions),

@@ -17,6 +17,7 @@ from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.clip_head import ClipHead
 from finetune.eeg import compute_in_parts, read_means, scale_eeg
+from finetune.electrodes import find_places
 from finetune.linear.model import Floats, check_channels
 from finetune.linear.ridge import RidgeMap
 from pretrain.encoder.encoder import EEGEncoder
@@ -104,8 +105,8 @@ class EncoderPredictor:
     @torch.no_grad()
     def predict(self, eeg_BCT: Tensor, metas: Sequence[Mapping[str, Any]]) -> Floats:
         """Predict the embeddings [B, P] of trials from EEG in microvolts; they have unit length."""
-        del metas
-        tokens_BND = self.encoder(scale_eeg(eeg_BCT, self.encoder, self.device))
+        places = find_places(self.encoder, metas, self.device)
+        tokens_BND = self.encoder(scale_eeg(eeg_BCT, self.encoder, self.device, places), **places)
         return torch.nn.functional.normalize(self.head(tokens_BND).float(), dim=-1).cpu().numpy()
 
     def check(self, metas: Sequence[Mapping[str, Any]], folder: Path) -> None:

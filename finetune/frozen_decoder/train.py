@@ -264,6 +264,11 @@ def train(config: FrozenDecoderConfig) -> int:
     quiet_libraries()
     alignment = None if config.predictor == RIDGE else AlignmentRun.load(config.predictor)
     clip = config.clip or ""
+    if alignment is not None and alignment.layer is not None:
+        raise RequestError(
+            f"{config.predictor}: this encoder was aligned with the hidden layer {alignment.layer}, but decoders read "
+            "the final embedding; align without target.layer"
+        )
     data = _open(config, alignment)
     decoder = load_decoder(config.decoder)
     if config.low_level.size % decoder.pipeline.vae_scale_factor:

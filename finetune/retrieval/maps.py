@@ -13,10 +13,11 @@ import torch
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json
-from data_sharding.common.untrusted import check_group, check_text
+from data_sharding.common.untrusted import check_count, check_group, check_text
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.clip_head import ClipHead
-from finetune.eeg import compute_in_parts, read_means, scale_eeg
+from finetune.eeg import compute_in_parts, read_encoder_input
+from finetune.electrodes import Electrodes
 from finetune.generators import read_part
 from finetune.linear.model import Floats
 from pretrain.encoder.encoder import EEGEncoder
@@ -27,12 +28,14 @@ RIDGE = "ridge"
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentRun:
-    """Results of `dreamscale align`: encoder, head, name of the CLIP model, and id of the training dataset."""
+    """Results of `dreamscale align`: encoder, head, the frozen model, and id of the training dataset."""
 
     encoder: EEGEncoder
     head: ClipHead
-    clip: str
-    """Path or hub id of the CLIP model of the run."""
+    target: str
+    """Path or hub id of the frozen model of the run."""
+    layer: int | None
+    """Hidden layer of the frozen model that is the embedding of an image; None for its final embedding."""
     part: dict[str, float | None]
     """Part of each trial that the encoder reads (arguments `tmin` and `tmax` of `open_paired`)."""
     dataset_id: str
@@ -49,10 +52,14 @@ class AlignmentRun:
                 f"or '{RIDGE}'"
             )
         found = check_group(read_json(path), str(path))
+        # Older versions of Dreamscale aligned only with the final embedding of CLIP.
+        target = check_group(found.get("target", {"model": found.get("clip")}), f"{path}: target")
+        layer = target.get("layer")
         return cls(
             encoder=EEGEncoder.from_pretrained(run / "encoder"),
             head=ClipHead.from_pretrained(run / "align"),
-            clip=check_text(found.get("clip"), str(path), "clip"),
+            target=check_text(target.get("model"), f"{path}: target", "model"),
+            layer=None if layer is None else check_count(layer, f"{path}: target", "layer", least=-1000, most=1000),
             part=read_part(found, str(path)),
             dataset_id=check_text(found.get("dataset_id"), str(path), "dataset_id"),
         )
@@ -61,9 +68,11 @@ class AlignmentRun:
         """Compute the embeddings [B, P] of groups of presentations; the EEG of a group is averaged."""
         data.require_preprocess(self.encoder.spec, "encoder of the alignment run")
         encoder, head = self.encoder.to(device).eval(), self.head.to(device).eval()
+        electrodes = Electrodes(encoder, data)
 
         @torch.no_grad()
         def embed(part: Sequence[Sequence[int]]) -> Floats:
-            return head(encoder(scale_eeg(read_means(data, part, device), encoder))).float().cpu().numpy()
+            trials = read_encoder_input(data, part, encoder, electrodes, device)
+            return head(encoder(trials.x, **trials.places)).float().cpu().numpy()
 
         return compute_in_parts(embed, groups, "EEG embeddings")

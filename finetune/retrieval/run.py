@@ -61,11 +61,11 @@ class RetrieveConfig:
     split: str = "test"
     """Split whose images are searched."""
     target: str = ""
-    """Frozen image model that embeds the images: a directory, or a hub id. Empty: use the CLIP model of the alignment
-    run."""
+    """Frozen image model that embeds the images: a directory, or a hub id. Empty: use the model of the alignment run,
+    with its layer."""
     layer: int | None = None
-    """Hidden layer of the image model. The class token of this layer is the embedding of an image; 0 is the input of
-    the first layer, and -1 is the output of the last layer. Empty: the final embedding. Only for ridge."""
+    """Only for ridge: hidden layer of the image model whose class token is the embedding of an image. 0 is the input of
+    the first layer, and -1 is the output of the last layer. Empty: the final embedding."""
     fit: Fit = "pooled"
     """Only for ridge. pooled: one regression for all people. each: one regression for each person of the split, who
     must be in the train split too (decoding within people)."""
@@ -371,11 +371,13 @@ def retrieve(config: RetrieveConfig) -> int:
         config=to_dict(config),
         fallback=output,
     )
-    target = config.target or (run.clip if run is not None else "")
+    target, layer = config.target, config.layer
+    if run is not None:
+        target, layer = target or run.target, run.layer
     world = World(device=choose_device(config.device))
     train_MP, gallery_MP = (
         _check_embeddings(
-            embed_images(table, target, layer=config.layer, world=world).numpy(), f"{target}: the image embeddings"
+            embed_images(table, target, layer=layer, world=world).numpy(), f"{target}: the image embeddings"
         )
         for table in tables
     )
@@ -394,7 +396,7 @@ def retrieve(config: RetrieveConfig) -> int:
         if embeds_BP.shape[1] != gallery_MP.shape[1]:
             raise RequestError(
                 f"target '{target}' has embeddings of width {gallery_MP.shape[1]}, but the model {config.model} "
-                f"predicts width {embeds_BP.shape[1]}; leave target out, or give the CLIP model of the alignment run"
+                f"predicts width {embeds_BP.shape[1]}; leave target out, or give the model of the alignment run"
             )
         trials = list_trials(data, groups, groups)
         question = Question(
@@ -417,7 +419,7 @@ def retrieve(config: RetrieveConfig) -> int:
         "model": config.model,
         "model_digest": digest,
         "target": target,
-        "layer": config.layer,
+        "layer": layer,
         "fit": config.fit if run is None else None,
         "penalties": model.penalties if isinstance(model, RidgeMap) else None,
         "channels": len(model.channels) if isinstance(model, RidgeMap) else None,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from finetune.base_models.conditions import make_sizes
+from finetune.stable_diffusion.resampler import Resampler
 from finetune.training.module_files import load_module, save_module
 
 
@@ -39,6 +41,13 @@ class ConditionerConfig:
     image_size: int = 0
     """Width and height of the images in pixels, which the U-Net of Stable Diffusion XL also reads. 0 for other base
     models."""
+    projector: Literal["conv", "resampler"] = "conv"
+    """How the cross-attention states are computed. conv: two convolutions over the tokens and a linear map, as in
+    DreamDiffusion; resampler: learned queries that read the tokens by attention (see `Resampler`)."""
+    resampler_depth: int = 4
+    """Only for the resampler: number of layers."""
+    resampler_heads: int = 8
+    """Only for the resampler: number of attention heads; a divisor of W."""
 
 
 class Conditioner(nn.Module):
@@ -51,12 +60,12 @@ class Conditioner(nn.Module):
 
     Notes
     -----
-    To compute the cross-attention states, two convolutions change the number of tokens, N -> hidden -> L, and a linear
-    map changes the width, D -> W. To compute the vector for the time embedding from the cross-attention states, two
-    convolutions reduce the number of tokens, L -> L // 2 -> 1, and a linear map changes the width, W -> E. The linear
-    map to E is initialised with zeros, so that training starts from the base model's own time embedding. The pooled
-    embedding of Stable Diffusion XL is computed in the same way, and added to a learned null embedding, so that
-    training starts from the null embedding.
+    To compute the cross-attention states with the projector conv, two convolutions change the number of tokens, N ->
+    hidden -> L, and a linear map changes the width, D -> W. With the projector resampler, `Resampler` computes them. To
+    compute the vector for the time embedding from the cross-attention states, two convolutions reduce the number of
+    tokens, L -> L // 2 -> 1, and a linear map changes the width, W -> E. The linear map to E is initialised with zeros,
+    so that training starts from the base model's own time embedding. The pooled embedding of Stable Diffusion XL is
+    computed in the same way, and added to a learned null embedding, so that training starts from the null embedding.
 
     References
     ----------
@@ -66,10 +75,21 @@ class Conditioner(nn.Module):
     def __init__(self, config: ConditionerConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_mapper = nn.Sequential(
-            nn.Conv1d(config.tokens, config.hidden, 1), nn.Conv1d(config.hidden, config.length, 1)
-        )
-        self.dim_mapper = nn.Linear(config.dim, config.width)
+        self.resampler: nn.Module | None = None
+        if config.projector == "resampler":
+            self.resampler = Resampler(
+                tokens=config.tokens,
+                dim=config.dim,
+                length=config.length,
+                width=config.width,
+                depth=config.resampler_depth,
+                heads=config.resampler_heads,
+            )
+        else:
+            self.token_mapper = nn.Sequential(
+                nn.Conv1d(config.tokens, config.hidden, 1), nn.Conv1d(config.hidden, config.length, 1)
+            )
+            self.dim_mapper = nn.Linear(config.dim, config.width)
         self.null_LW = nn.Parameter(torch.zeros(config.length, config.width))
         self.time_mapper: nn.Module | None = None
         self.pooled_mapper: nn.Module | None = None
@@ -109,7 +129,10 @@ class Conditioner(nn.Module):
         sizes_B6 : Tensor, [B, 6], or None
             Sizes for Stable Diffusion XL (see `finetune.base_models.conditions`); None if `pooled_dim` is 0.
         """
-        states_BLW = self.dim_mapper(self.token_mapper(tokens_BND))
+        if self.resampler is not None:
+            states_BLW = self.resampler(tokens_BND)
+        else:
+            states_BLW = self.dim_mapper(self.token_mapper(tokens_BND))
         time_BE = None
         if self.time_mapper is not None:
             time_BE = self.time_mapper(self.time_tokens(states_BLW)[:, 0])

@@ -499,7 +499,8 @@ def make(config: MiniatureConfig) -> int:
     accelerator.wait_for_everyone()
     accelerator.print(
         f"miniature models, trained on {len(table)} images -> {config.output}; next: dreamscale align "
-        f"configs/demo/align.yaml --dataset {config.dataset} --clip {Path(config.output) / 'clip'} --encoder ENCODER"
+        f"configs/demo/align.yaml --dataset {config.dataset} --target.model {Path(config.output) / 'clip'} --encoder "
+        "ENCODER"
     )
     accelerator.end_training()
     return EXIT_DONE

@@ -26,6 +26,7 @@ from finetune.base_models.load import load_base
 from finetune.clip_head import ClipHead
 from finetune.diffusion import FEW_STEP, Condition, SamplerName, Sampling, choose_sampling
 from finetune.eeg import scale_eeg
+from finetune.electrodes import EncoderInput, find_places
 from finetune.generators import SCHEMA, Source, read_part
 from finetune.images import check_finite, read_caption, to_pixels
 from finetune.objective import denoising_errors, weigh_steps
@@ -113,6 +114,8 @@ class EEGDiffusion(nn.Module):
         Network that maps tokens to CLIP's image space, for the CLIP loss.
     clip_weight : float
         Weight of the CLIP loss.
+    target_weights : sequence of float
+        Weight of each of the K targets within the CLIP loss.
     min_snr : float
         Gamma of the weights of the noise steps (see `finetune.objective.weigh_steps`); 0 gives equal weights.
     """
@@ -125,11 +128,13 @@ class EEGDiffusion(nn.Module):
         noising: Any,
         head: ClipHead | None = None,
         clip_weight: float = 0.0,
+        target_weights: Sequence[float] = (1.0,),
         min_snr: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder, self.conditioner, self.unet, self.head = encoder, conditioner, unet, head
         self.noising, self.clip_weight, self.min_snr = noising, clip_weight, min_snr
+        self.target_weights = tuple(target_weights)
 
     def choose_trainables(self, tune: Tune, lora: LoRAConfig | None = None) -> None:
         """Choose the parts of the model that are trained, and freeze the other parts.
@@ -158,9 +163,9 @@ class EEGDiffusion(nn.Module):
         """Run the U-Net on noisy latents, with a condition that the conditioner computed."""
         return run_unet(self.unet, noisy_B4hw, time_B, condition)
 
-    def features(self, eeg: Tensor) -> Tensor:
-        """Encode scaled EEG [B, 128, T] to tokens [B, N, D]."""
-        return self.encoder(eeg)
+    def features(self, eeg: EncoderInput) -> Tensor:
+        """Encode scaled EEG to tokens [B, N, D]."""
+        return self.encoder(eeg.x, **eeg.places)
 
     def errors(
         self, features: Tensor, clean: Tensor, noise: Tensor, time: Tensor, keep: Tensor | None = None
@@ -186,7 +191,14 @@ class EEGDiffusion(nn.Module):
         return denoising_errors(self.predict, self.noising, clean, noise, time, self.conditioner(features, keep))
 
     def forward(
-        self, x: Tensor, latent: Tensor, noise: Tensor, time: Tensor, keep: Tensor, target: Tensor | None = None
+        self,
+        x: Tensor,
+        latent: Tensor,
+        noise: Tensor,
+        time: Tensor,
+        keep: Tensor,
+        target: Tensor | None = None,
+        **places: Tensor,
     ) -> dict[str, Tensor]:
         """Compute the training loss of a batch.
 
@@ -200,22 +212,26 @@ class EEGDiffusion(nn.Module):
             Step of the forward process (the process that adds noise) for each trial.
         keep : Tensor of bool, [B]
             False for trials whose EEG condition is dropped.
-        target : Tensor, [B, P], optional
-            CLIP embeddings of the images, of unit length; only in joint training.
+        target : Tensor, [B, K, P], optional
+            Targets of each trial, of unit length; only in joint training.
+        **places : Tensor
+            Electrode positions of the trials (see `finetune.electrodes`).
 
         Returns
         -------
         dict
             ``loss``, ``denoise`` (the squared error without weights) and, in joint training, ``cosine`` (1 - cosine
-            similarity).
+            similarity to the targets, summed over the targets with their weights).
         """
-        tokens_BND = self.encoder(x)
+        tokens_BND = self.encoder(x, **places)
         error_B = self.errors(tokens_BND, latent, noise, time, keep)
         loss = (error_B * weigh_steps(self.noising, time, self.min_snr)).mean() if self.min_snr else error_B.mean()
         out = {"loss": loss, "denoise": error_B.detach().mean()}
         if self.head is not None:
             assert target is not None
-            cosine = 1 - F.cosine_similarity(self.head(tokens_BND).float(), target, dim=-1).mean()
+            embeds_B1P = self.head(tokens_BND).float().unsqueeze(1)
+            cosine_BK = 1 - F.cosine_similarity(embeds_B1P, target, dim=-1)
+            cosine = (cosine_BK * cosine_BK.new_tensor(self.target_weights)).sum(-1).mean()
             out["loss"] = loss + self.clip_weight * cosine
             out["cosine"] = cosine.detach()
         return out
@@ -405,7 +421,9 @@ class StableDiffusionGenerator:
             raise RequestError(obstacle)
         null = self.conditioner.null(len(seeds))
         if source == "eeg":
-            condition = self.conditioner(self.encoder(scale_eeg(eeg_B128T, self.encoder, self.device)))
+            places = find_places(self.encoder, metas, self.device) if metas else {}
+            x_BCT = scale_eeg(eeg_B128T, self.encoder, self.device, places)
+            condition = self.conditioner(self.encoder(x_BCT, **places))
         elif source == "class":
             assert metas is not None
             condition = self.embed_captions([read_caption(meta) for meta in metas])

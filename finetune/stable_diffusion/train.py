@@ -12,7 +12,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,15 +30,17 @@ from finetune.eeg import (
     group_repeats,
     load_encoder,
     prepare_eeg,
-    read_trials,
+    read_encoder_input,
 )
+from finetune.electrodes import Electrodes
 from finetune.images import ImageTable, open_train_val
 from finetune.objective import DenoisingWatcher, ObjectiveConfig, Prediction, add_offset, check_objective, make_noising
 from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
 from finetune.stable_diffusion.lora import LoRAConfig
 from finetune.stable_diffusion.model import EEGDiffusion, open_time_path, save_model
-from finetune.targets.images import embed_images
+from finetune.targets.config import TargetConfig
 from finetune.targets.latents import encode_images
+from finetune.targets.load import Targets, load_targets
 from finetune.targets.views import ViewConfig
 from finetune.training.accelerate import (
     get_world,
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
 class StableDiffusionConfig(ObjectiveConfig):
     """Fine-tune Stable Diffusion on EEG, as in DreamDiffusion: train encoder, projector and cross-attentions."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"clip": "target.model"}
+
     dataset: str
     """Path of the EEG-image dataset, which must have train and val splits."""
     encoder: str
@@ -87,10 +91,10 @@ class StableDiffusionConfig(ObjectiveConfig):
     order: Literal["sequential", "joint"] = "sequential"
     """sequential: the encoder is already aligned with CLIP, and only the denoising loss is used. joint: the loss is the
     sum of the denoising loss and the CLIP loss."""
-    clip: str | None = None
-    """CLIP model, needed only for order joint: a directory, or a hub id."""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """What the encoder learns to match in order joint, which needs target.model."""
     clip_weight: float = 1.0
-    """Weight of the CLIP loss (1 - cosine similarity) in order joint."""
+    """Weight of the CLIP loss (1 - cosine similarity to the targets) in order joint."""
     pretrained: bool = True
     """True: start from the pretrained weights of the encoder. False: start from random weights, to measure the effect
     of pretraining."""
@@ -108,8 +112,16 @@ class StableDiffusionConfig(ObjectiveConfig):
     """Quantity that the U-Net learns to predict: the noise (epsilon), the velocity (v_prediction) or the latent of the
     image (sample). Empty: the quantity that the base model predicts. Another quantity than that of the base model needs
     much training, because the U-Net first has to unlearn the old one."""
+    projector: Literal["conv", "resampler"] = "conv"
+    """Network that computes the condition from the encoder's tokens. conv: two convolutions and a linear map, as in
+    DreamDiffusion; resampler: a Perceiver resampler, whose learned queries read the tokens by attention."""
     hidden: int = 64
-    """Number of tokens between the two convolutions of the projector."""
+    """Only for the projector conv: number of tokens between its two convolutions."""
+    resampler_depth: int = 4
+    """Only for the projector resampler: number of layers."""
+    resampler_heads: int = 8
+    """Only for the projector resampler: number of attention heads; a divisor of the width of the U-Net's
+    cross-attention, which is 768 for Stable Diffusion 1 and 1024 for Stable Diffusion 2."""
     drop: float = 0.1
     """Fraction of trials whose EEG condition is dropped in training. Classifier-free guidance needs a model that was
     trained with a drop above 0."""
@@ -149,11 +161,9 @@ class StableDiffusionConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "timeout_s", "restarts")
-        if not 0 <= self.drop < 1 or self.hidden < 1 or self.val_trials < 1:
-            raise ValueError(
-                "'drop' must be at least 0 and below 1, and 'hidden' and 'val_trials' at least 1, got "
-                f"{self.drop}, {self.hidden} and {self.val_trials}"
-            )
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"'drop' must be at least 0 and below 1, got {self.drop}")
+        check_at_least(self, 1, "hidden", "resampler_depth", "resampler_heads", "val_trials")
         check_objective(self, self.prediction)
         if self.lora.rank and "A" not in self.tune:
             raise ValueError("lora.rank adapts the cross-attentions; set tune to A or E+A, or lora.rank to 0")
@@ -163,9 +173,10 @@ class StableDiffusionConfig(ObjectiveConfig):
             )
         if not re.fullmatch(r"[A-Za-z0-9.-]+", self.license):
             raise ValueError(f"license is '{self.license}'; give an identifier such as cc-by-4.0, mit or unknown")
-        if self.order == "joint" and self.clip is None:
+        if self.order == "joint" and not self.target.model:
             raise ValueError(
-                "'order: joint' needs the key 'clip': give the CLIP model whose image embeddings the encoder learns"
+                "'order: joint' needs the key 'target.model': give the model whose embeddings the encoder learns, such "
+                "as openai/clip-vit-large-patch14"
             )
 
 
@@ -201,9 +212,18 @@ def choose_noising(config: StableDiffusionConfig, pipeline: Any) -> DDPMSchedule
     return noising
 
 
+def check_projector(config: StableDiffusionConfig, width: int) -> None:
+    """Raise a `RequestError` if the resampler's heads do not fit the width of the base model's cross-attention."""
+    if config.projector == "resampler" and width % config.resampler_heads:
+        raise RequestError(
+            f"resampler_heads is {config.resampler_heads}, but the cross-attention of {config.base} has the width "
+            f"{width}; give a divisor of {width}"
+        )
+
+
 @torch.no_grad()
 def build(
-    config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection: int | None, noising: Any
+    config: StableDiffusionConfig, pipeline: Any, encoder: Any, targets: Targets | None, noising: Any
 ) -> EEGDiffusion:
     """Build the model from its parts.
 
@@ -215,8 +235,8 @@ def build(
         Pipeline of the base model.
     encoder : EEGEncoder
         EEG encoder.
-    projection : int or None
-        Width of CLIP's embeddings if ``config.order`` is joint; None if ``config.order`` is sequential.
+    targets : Targets or None
+        Targets of the images if ``config.order`` is joint; None if ``config.order`` is sequential.
     noising : DDPMScheduler
         Noise scheduler from `choose_noising`.
 
@@ -232,7 +252,10 @@ def build(
             dim=encoder.dim,
             length=null_1LW.shape[1],
             width=null_1LW.shape[2],
+            projector=config.projector,
             hidden=config.hidden,
+            resampler_depth=config.resampler_depth,
+            resampler_heads=config.resampler_heads,
             time_dim=open_time_path(unet) if config.time_path else 0,
             pooled_dim=0 if null_1P is None else null_1P.shape[1],
             image_size=0 if null_1P is None else find_image_size(pipeline),
@@ -243,9 +266,18 @@ def build(
     if null_1P is not None:
         conditioner.null_P.copy_(null_1P[0])
     head = None
-    if projection is not None:
-        head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=projection))
-    model = EEGDiffusion(encoder, conditioner, unet, noising, head, config.clip_weight, config.min_snr)
+    if targets is not None:
+        head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=targets.width))
+    model = EEGDiffusion(
+        encoder,
+        conditioner,
+        unet,
+        noising,
+        head,
+        clip_weight=config.clip_weight,
+        target_weights=() if targets is None else targets.weights,
+        min_snr=config.min_snr,
+    )
     model.choose_trainables(config.tune, config.lora)
     return model
 
@@ -266,8 +298,10 @@ def train(config: StableDiffusionConfig) -> int:
     quiet_libraries()
     data, val = open_train_val(config.dataset, config.eeg.part, "finetune", [config.output])
     torch.manual_seed(config.seed)
-    encoder = load_encoder(config.encoder, data, pretrained=config.pretrained)
+    encoder = load_encoder(config.encoder, data, pretrained=config.pretrained, several_montages=True)
+    electrodes = Electrodes(encoder, data)
     pipeline = load_base(config.base, config.base_config)
+    check_projector(config, int(pipeline.unet.config.cross_attention_dim))
     noising = choose_noising(config, pipeline)
     size = find_image_size(pipeline)
     table, val_table = ImageTable(data), ImageTable(val)
@@ -282,10 +316,8 @@ def train(config: StableDiffusionConfig) -> int:
         world = get_world(accelerator)
         latents = encode_images(table, pipeline.vae, size, views=config.views, world=world)
         val_latents = encode_images(val_table, pipeline.vae, size, world=world)
-        target_MP = None
-        if config.order == "joint" and config.clip:
-            target_MP = embed_images(table, config.clip, world=world)
-        model = build(config, pipeline, encoder, None if target_MP is None else target_MP.shape[1], noising)
+        targets = load_targets(config.target, table, world) if config.order == "joint" else None
+        model = build(config, pipeline, encoder, targets, noising)
         apply_to_encoder(model.encoder, config.compute)
         apply_to_unet(model.unet, config.compute)
         kept = store_frozen_in_bf16(model.unet) if config.compute.frozen_bf16 else {}
@@ -293,7 +325,7 @@ def train(config: StableDiffusionConfig) -> int:
         groups = group_repeats(val, config.eeg.average_repeats)
         watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
         watcher = DenoisingWatcher(
-            read_trials(val, watched, encoder, accelerator.device),
+            read_encoder_input(val, watched, encoder, Electrodes(encoder, val), accelerator.device),
             val_latents[val_table.row_of[[group[0] for group in watched]], 0],
             noise_steps,
             world,
@@ -301,17 +333,19 @@ def train(config: StableDiffusionConfig) -> int:
 
         def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
             b, row = len(batch.numbers), torch.as_tensor(table.row_of[batch.numbers])
+            places = electrodes.of(batch.numbers)
             views = config.views.count
             mean, std = (latents[row] if views == 1 else latents[row, random.integers(views, b)]).unbind(1)
             tensors = {
-                "x": prepare_eeg(batch, data, table, config.augment, random, encoder),
+                "x": prepare_eeg(batch, data, table, config.augment, random, encoder, places),
+                **places,
                 "latent": mean + std * random.normal(b, *mean.shape[1:]),
                 "noise": random.normal(b, *mean.shape[1:]),
                 "time": random.integers(noise_steps, b),
                 "keep": random.uniform(b) >= config.drop,
             }
             tensors["noise"] = add_offset(tensors["noise"], config.offset_noise, random)
-            return tensors if target_MP is None else {**tensors, "target": target_MP[row]}
+            return tensors if targets is None else {**tensors, "target": targets.choose(row)[0]}
 
         def lr_scale(name: str) -> float:
             return {"encoder": config.encoder_lr, "unet": config.attention_lr}.get(name.split(".")[0], 1.0)
@@ -352,7 +386,10 @@ def train(config: StableDiffusionConfig) -> int:
                 },
                 "settings": {
                     "base": config.base,
-                    **{name: getattr(config, name) for name in ("order", "tune", "time_path", "drop", "seed")},
+                    **{
+                        name: getattr(config, name)
+                        for name in ("order", "tune", "projector", "time_path", "drop", "seed")
+                    },
                     "lora": dataclasses.asdict(config.lora),
                     "prediction": noising.config.prediction_type,
                     **{name: getattr(config, name) for name in ("min_snr", "offset_noise", "zero_snr")},

@@ -23,7 +23,9 @@ from finetune.foreign_models import (
     read_model_config,
 )
 
-_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"]
+"""Files of a tokenizer; not every tokenizer has all of them."""
+_FILES = ["config.json", "preprocessor_config.json", "model.safetensors", *TOKENIZER_FILES]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +159,61 @@ def load_image_model(model: str | Path) -> tuple[Any, Any, ImageModelKind]:
             f"{model}: config.json names the model type {show(name)}; give a model of type {', '.join(KINDS)}"
         )
     return *_load(model, folder, kind), kind
+
+
+def load_text_model(clip: str | Path) -> tuple[Any, Any, Path]:
+    """Load the text encoder of a CLIP model, with its projection to the space that images and texts share.
+
+    Parameters
+    ----------
+    clip : str or Path
+        Directory or hub id of the model.
+
+    Returns
+    -------
+    model : CLIPTextModelWithProjection
+        The model on the CPU, in evaluation mode, with frozen weights.
+    tokenizer : CLIPTokenizer
+        The model's tokenizer.
+    folder : Path
+        Folder of the model.
+
+    Raises
+    ------
+    RequestError
+        If the model is no CLIP model, has no tokenizer, cannot be loaded, or has a config that describes a larger
+        network than the one in the weight files.
+    """
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    what = "a CLIP model with a text encoder"
+    folder = find_model_folder(clip, what)
+    name = read_model_config(folder / "config.json").get("model_type")
+    if name not in ("clip", "clip_text_model"):
+        raise RequestError(
+            f"{clip}: config.json names the model type {show(name)}, but texts are embedded only by a model of type "
+            "clip; choose a CLIP model, or set target.text_weight to 0"
+        )
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise RequestError(
+            f"{clip}: has no tokenizer (tokenizer.json, or vocab.json and merges.txt), so texts cannot be embedded; "
+            "copy these files from the model's source, or set target.text_weight to 0"
+        )
+    if (folder / "tokenizer_config.json").is_file():
+        read_model_config(folder / "tokenizer_config.json")
+    check_transformers_model(CLIPTextModelWithProjection, folder)
+
+    def load() -> tuple[Any, Any]:
+        model = CLIPTextModelWithProjection.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        length = int(model.config.max_position_embeddings)
+        # Try the tokenizer once, because errors in its files appear only when it reads a text.
+        ids = tokenizer(["a picture"], padding="max_length", max_length=length, return_tensors="pt").input_ids
+        if int(ids.max()) >= model.config.vocab_size or ids.shape != (1, length):
+            raise RequestError(f"{clip}: the tokenizer does not fit the text encoder; get the model again")
+        return model.requires_grad_(False).eval(), tokenizer
+
+    return *load_with_library(load, clip, what), folder
 
 
 def find_model_folder(model: str | Path, what: str) -> Path:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
-from finetune.align import infonce, main
+from finetune.align import main
 from finetune.clip_head import ClipHead
 from finetune.eeg import scale_eeg
 from pretrain.encoder.encoder import EEGEncoder
@@ -23,7 +22,7 @@ TINY = ["--tracker.kind", "none", "--training.warmup", "2", "--training.log_ever
 
 
 def _args(dataset: Path, encoder: Path, miniature: Path, output: Path, *more: object) -> list[str]:
-    paths = {"dataset": dataset, "encoder": encoder, "clip": miniature / "clip", "output": output}
+    paths = {"dataset": dataset, "encoder": encoder, "target.model": miniature / "clip", "output": output}
     return [*(str(w) for k, v in paths.items() for w in (f"--{k}", v)), *TINY, *map(str, more)]
 
 
@@ -82,7 +81,7 @@ def test_two_stopped_processes_resume_to_the_same_weights(
     ("change", "message"),
     [
         (["--dataset", "UNPAIRED"], "no paired images"),
-        (["--clip", "."], "not a frozen image model"),
+        (["--target.model", "."], "not a frozen image model"),
         (["--encoder", "nowhere/"], "nowhere"),
         (["--loss", "hinge"], "loss"),
         (["--training.setps", "3"], "training.steps"),
@@ -124,16 +123,3 @@ def test_an_encoder_of_single_channels_keeps_the_electrodes_and_a_complete_run_d
     (output / "encoder" / "config.json").unlink()
     assert run_main(main, _args(paired_dataset, tmp_path / "encoder", miniature, output, "--training.steps", 2)) == 2
     assert "encoder/config.json is missing" in capsys.readouterr().err
-
-
-def test_trials_of_one_image_are_not_wrong_pairs() -> None:
-    images = F.normalize(torch.randn(3, 8), dim=-1)
-    rows = torch.tensor([0, 1, 1, 2])
-    perfect = images[rows]
-    alone = infonce(images, images, torch.arange(3), 0.01)
-    # Two of the four trials have the same image, so the target of these two trials is a probability of 1/2 for each of
-    # the two equal images. With two equal probabilities as the target, the smallest possible loss of a trial is log 2 =
-    # 0.693.
-    assert infonce(perfect, perfect, rows, 0.01) == pytest.approx(float(alone) + 0.5 * 0.693147, abs=1e-3)
-    confused = perfect.roll(1, 0)
-    assert infonce(confused, perfect, rows, 0.01) > infonce(perfect, perfect, rows, 0.01)

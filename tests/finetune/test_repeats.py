@@ -16,11 +16,13 @@ from data_sharding.dataset.samples import Sample, pad_channels
 from finetune.align import main as align
 from finetune.align import measure_retrieval
 from finetune.dm_re2i.train import main as ddpm
-from finetune.eeg import EEGConfig, group_repeats, load_encoder, read_means
+from finetune.eeg import EEGConfig, group_repeats, load_encoder, read_means, read_trials
+from finetune.electrodes import EncoderInput
 from finetune.evaluation.evaluate import main as evaluate
 from finetune.generate import main as generate
 from finetune.images import ImageTable, open_paired
 from finetune.stable_diffusion.train import main as finetune
+from pretrain.encoder.encoder import EEGEncoder
 
 ONSET = 32
 """Time point of the onset in the stored trials, 0.25 s after their beginning."""
@@ -77,22 +79,23 @@ def test_other_subjects_and_other_channels_are_not_averaged(repeated: Path, tmp_
     assert group_repeats(EEGDataset(tmp_path / "d", "test"), 0) == [[0, 1], [2], [3]]
 
 
-def test_retrieval_counts_an_image_once(repeated: Path) -> None:
+def test_retrieval_counts_an_image_once(repeated: Path, encoder_package: Path) -> None:
     """Check that each image is searched once even if several trials show it, and that `repeats` is the mean number of
     presentations that are averaged to a trial."""
     data = EEGDataset(repeated, "val")
     table = ImageTable(data)
     target = F.normalize(torch.eye(len(table)), dim=-1)
-    means = read_means(data, group_repeats(data, 0))
+    encoder = EEGEncoder.from_pretrained(encoder_package)
+    means = read_trials(data, group_repeats(data, 0), encoder)
     rows = table.row_of[[group[0] for group in group_repeats(data, 0)]]
 
-    def embed(uv: torch.Tensor) -> torch.Tensor:
-        nearest = torch.cdist(uv.flatten(1), means.flatten(1)).argmin(1)
+    def embed(trials: EncoderInput) -> torch.Tensor:
+        nearest = torch.cdist(trials.x.flatten(1), means.flatten(1)).argmin(1)
         return target[torch.as_tensor(rows)[nearest]]
 
     assert len(table) == 16
     for average, trials, repeats in ((0, 16, 46 / 16), (1, 46, 1.0), (3, 16, 46 / 16)):
-        found = measure_retrieval(embed, data, table, target, "cpu", average_repeats=average)
+        found = measure_retrieval(embed, encoder, data, table, target, "cpu", average_repeats=average)
         assert (found["images"], found["trials"], found["repeats"]) == (16, trials, repeats)
         assert found["top1"] == 1.0 and found["label"] == 1.0
 
@@ -107,8 +110,8 @@ def model(repeated: Path, encoder_package: Path, miniature: Path, tmp_path_facto
     """Align and fine-tune for one step each, on the part of each trial from -0.25 s (baseline included) to 0.75 s."""
     root = tmp_path_factory.mktemp("runs")
     part = {"eeg__tmin": -0.25, "eeg__tmax": 0.75, "training__steps": 1, "training__batch_size": 8}
-    found = {"dataset": repeated, "encoder": encoder_package, "clip": miniature / "clip", "output": root / "align"}
-    assert align(words(**found, **part)) == 0
+    found = {"dataset": repeated, "encoder": encoder_package, "target__model": miniature / "clip"}
+    assert align(words(**found, output=root / "align", **part)) == 0
     found = {"dataset": repeated, "encoder": root / "align" / "encoder", "base": miniature / "stable-diffusion"}
     assert finetune(words(**found, output=root / "sd", **part)) == 0
     return root / "sd" / "model"

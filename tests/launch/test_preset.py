@@ -226,7 +226,7 @@ def test_settings_cannot_set_what_the_preset_sets(published: Path, tmp_path: Pat
         ("align.dataset", "give --dataset"),
         ("shard.encoder", "give --encoder"),
         ("finetune.base", "give --base"),
-        ("align.clip", "give --clip"),
+        ("align.target.model", "give --clip"),
         ("align.config", "write the config in 'stages'"),
         ("generate.model", "remove this key"),
         ("evaluate.directory", "remove this key"),

@@ -184,6 +184,7 @@ class EEGStableDiffusionPipeline(DiffusionPipeline):
         eeg: Any,
         seeds: list[int] | None = None,
         *,
+        positions: Any = None,
         sampler: SamplerName | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -198,6 +199,9 @@ class EEGStableDiffusionPipeline(DiffusionPipeline):
             package says.
         seeds : list of int, optional
             One seed for each trial; by default 0 to B - 1. The noise of a trial depends only on the trial's seed.
+        positions : ndarray or Tensor, shape (C, 3), optional
+            Positions of the electrodes in metres, for a model whose training data had several montages. By default,
+            the positions in the package of the model, if the model reads positions.
         sampler : str, optional
             Name of the sampler: ddpm, ddim, dpmsolver++, plms, euler or lcm.
         num_inference_steps : int, optional
@@ -231,6 +235,8 @@ class EEGStableDiffusionPipeline(DiffusionPipeline):
             dropped=self.config.drop > 0,
             has_null=self.config.drop > 0,
         )
+        if positions is not None:
+            self.encoder.positions_C3 = torch.as_tensor(positions, dtype=torch.float32)
         condition, null = self.conditioner(self.encoder(eeg_BCT)), self.conditioner.null(len(eeg_BCT))
         made = sample_images(stock.unet, stock.vae, stock.scheduler.config, condition, null, sampling, seeds)
         images = to_pixels(made)

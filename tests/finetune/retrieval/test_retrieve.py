@@ -73,7 +73,7 @@ def test_an_alignment_run_is_measured_with_its_own_clip(
     from finetune.align import main as align
 
     run = tmp_path / "run"
-    words = {"dataset": paired_dataset, "encoder": encoder_package, "clip": miniature / "clip", "output": run}
+    words = {"dataset": paired_dataset, "encoder": encoder_package, "target.model": miniature / "clip", "output": run}
     settings = ["--training.steps", "2", "--training.batch_size", "8", "--tracker.kind", "none"]
     assert align([*(str(w) for k, v in words.items() for w in (f"--{k}", v)), *settings]) == 0
     out = tmp_path / "out"

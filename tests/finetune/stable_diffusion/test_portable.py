@@ -71,9 +71,10 @@ assert not [name for name in sys.modules if name.split(".")[0] in {OWN}]
 """
 CASES: dict[str, dict[str, Any]] = {
     "time path": {"time_path": True, "tokenizer": "temporal", "drop": 0.1, "spec": {}},
-    "no time path, montage": {
+    "no time path, montage, resampler": {
         "time_path": False,
         "tokenizer": "montage",
+        "projector": "resampler",
         "drop": 0.0,
         "spec": {"scaling": "constant", "scale_uv": 7.0, "clip": 2.0},
     },
@@ -135,6 +136,7 @@ def make_package(folder: Path, case: dict[str, Any]) -> Path:
         dim=encoder.dim,
         length=base.tokenizer.model_max_length,
         width=16,
+        projector=case.get("projector", "conv"),
         time_dim=open_time_path(base.unet) if case["time_path"] else 0,
     )
     conditioner = Conditioner(sizes)
@@ -200,7 +202,7 @@ def test_our_own_loader_does_not_run_the_code_of_a_package(tmp_path: Path) -> No
 
 
 def test_plms_gives_the_images_of_the_stock_pipeline_for_the_same_embeddings(tmp_path: Path) -> None:
-    folder = make_package(tmp_path / "model", {**CASES["no time path, montage"], "drop": 0.2})
+    folder = make_package(tmp_path / "model", {**CASES["no time path, montage, resampler"], "drop": 0.2})
     generator = load_generator(folder)
     assert isinstance(generator, StableDiffusionGenerator)
     assert generator.choose_sampling(sampler="plms").steps == 250
@@ -234,7 +236,9 @@ def test_samplers_of_few_steps_use_no_guidance_and_keep_each_trials_noise(
 
 
 def test_euler_with_one_step_returns_the_image_that_the_model_predicts_from_pure_noise(tmp_path: Path) -> None:
-    generator = load_generator(make_package(tmp_path / "model", {**CASES["no time path, montage"], "drop": 0.0}))
+    generator = load_generator(
+        make_package(tmp_path / "model", {**CASES["no time path, montage, resampler"], "drop": 0.0})
+    )
     assert isinstance(generator, StableDiffusionGenerator)
     unet, config = generator.unet, generator.pipeline.scheduler.config
     states = torch.randn(1, *generator.conditioner.null_LW.shape)
@@ -251,7 +255,7 @@ def test_euler_with_one_step_returns_the_image_that_the_model_predicts_from_pure
 
 
 def test_images_do_not_depend_on_how_many_the_vae_decodes_at_once(tmp_path: Path) -> None:
-    generator = load_generator(make_package(tmp_path / "model", CASES["no time path, montage"]))
+    generator = load_generator(make_package(tmp_path / "model", CASES["no time path, montage, resampler"]))
     assert isinstance(generator, StableDiffusionGenerator)
     states, config = generator.conditioner.null(3), generator.pipeline.scheduler.config
     sampling = Sampling(sampler="ddim", steps=2, guidance_scale=1.0)

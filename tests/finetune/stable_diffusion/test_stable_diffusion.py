@@ -3,6 +3,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,8 @@ from finetune.base_models.load import load_base
 from finetune.generators import load_generator
 from finetune.stable_diffusion.model import EEGDiffusion, find_cross_attention
 from finetune.stable_diffusion.train import StableDiffusionConfig, build, choose_noising, main
+from finetune.targets.config import TargetConfig
+from finetune.targets.load import Targets
 from pretrain.encoder.encoder import EEGEncoder
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -25,13 +28,13 @@ def _args(dataset: Path, encoder: Path, miniature: Path, output: Path, *more: ob
 
 
 def _built(
-    dataset: Path, encoder: Path, miniature: Path, projection: int | None = None, **keys: object
+    dataset: Path, encoder: Path, miniature: Path, targets: Targets | None = None, **keys: object
 ) -> EEGDiffusion:
     config = StableDiffusionConfig(
         dataset=str(dataset), encoder=str(encoder), base=str(miniature / "stable-diffusion"), output="-", **keys
     )
     pipeline = load_base(config.base)
-    return build(config, pipeline, EEGEncoder.from_pretrained(encoder), projection, choose_noising(config, pipeline))
+    return build(config, pipeline, EEGEncoder.from_pretrained(encoder), targets, choose_noising(config, pipeline))
 
 
 @pytest.mark.parametrize("tune", ["E+A", "E", "A"])
@@ -73,20 +76,36 @@ def test_without_eeg_the_new_model_equals_the_base_model(
 
 
 def test_joint_training_adds_the_clip_loss(paired_dataset: Path, encoder_package: Path, miniature: Path) -> None:
-    model = _built(paired_dataset, encoder_package, miniature, 64, order="joint", clip="c", clip_weight=2.0)
-    b = 3
+    b, width = 3, 64
+    embeds = [torch.nn.functional.normalize(torch.randn(b, width), dim=-1) for _ in range(2)]
+    targets = Targets(embeds=embeds, groups=[torch.arange(b)] * 2, weights=[1.0, 0.5])
+    keys = {"order": "joint", "target": TargetConfig(model="c"), "clip_weight": 2.0}
+    model = _built(paired_dataset, encoder_package, miniature, targets, **keys)
+    x = torch.randn(b, 128, 128)
     out = model(
-        torch.randn(b, 128, 128),
+        x,
         torch.randn(b, 4, 8, 8),
         torch.randn(b, 4, 8, 8),
         torch.randint(1000, (b,)),
         torch.ones(b, dtype=torch.bool),
-        torch.nn.functional.normalize(torch.randn(b, 64), dim=-1),
+        targets.choose(np.arange(b))[0],
     )
-    torch.testing.assert_close(out["loss"], out["denoise"] + 2 * out["cosine"])
+    image, text = (1 - torch.cosine_similarity(model.head(model.encoder(x)), embed).mean() for embed in embeds)
+    torch.testing.assert_close(out["loss"], out["denoise"] + 2 * image + text)
     out["loss"].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert model.unet.conv_in.weight.grad is None
+
+
+def test_joint_training_runs_with_images_and_texts(
+    paired_dataset: Path, encoder_package: Path, miniature: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = _args(paired_dataset, encoder_package, miniature, tmp_path / "run", "--training.steps", 2)
+    args += ["--order", "joint", "--target.model", str(miniature / "clip"), "--target.text_weight", "0.5"]
+    assert run_main(main, [*args, "--device", "cpu"]) == 0
+    (line, *_) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert line["train/loss"] == pytest.approx(line["train/denoise"] + line["train/cosine"], rel=1e-5)
+    assert "embeddings of the train captions" in capsys.readouterr().out
 
 
 def test_fine_tuning_changes_only_what_trains_and_two_processes_agree(
@@ -125,6 +144,7 @@ def test_a_trials_image_does_not_depend_on_the_batch(
     paired_dataset: Path, encoder_package: Path, miniature: Path, tmp_path: Path
 ) -> None:
     args = _args(paired_dataset, encoder_package, miniature, tmp_path / "run", "--training.steps", 1)
+    args += ["--projector", "resampler", "--resampler_depth", "1", "--resampler_heads", "2"]
     assert run_main(main, [*args, "--device", "cpu", "--tune", "E", "--time_path", "false"]) == 0
     generator = load_generator(tmp_path / "run")
     data = EEGDataset(paired_dataset, "test")
@@ -143,8 +163,9 @@ def test_a_trials_image_does_not_depend_on_the_batch(
     [
         (["--base", "."], "not a diffusers pipeline"),
         (["--dataset", "UNPAIRED"], "no paired images"),
-        (["--order", "joint"], "clip"),
+        (["--order", "joint"], "target.model"),
         (["--tune", "everything"], "tune"),
+        (["--projector", "resampler", "--resampler_heads", "7"], "give a divisor of"),
     ],
 )
 def test_wrong_requests_end_with_one_line(

@@ -63,13 +63,13 @@ class Drills:
         sizes = {"evrnet.channels": 16, "evrnet.widths": "[4,8,8,16,16]", "ddpm.image_size": 16, "ddpm.heads": 2}
         sizes |= {"ddpm.base_channels": 8, "ddpm.multipliers": "[1,2]", "ddpm.head_dim": 4}
         self.keys: dict[str, dict[str, object]] = {
-            "align": {**TINY, **paths, "clip": clip, **_training(steps=12, batch_size=16)},
+            "align": {**TINY, **paths, "target.model": clip, **_training(steps=12, batch_size=16)},
             "joint": {
                 **TINY,
                 **paths,
                 "base": base,
                 "order": "joint",
-                "clip": clip,
+                "target.model": clip,
                 **_training(steps=9, batch_size=8),
             },
             "sequential": {**TINY, **paths, "base": base, **_training(steps=9, batch_size=8)},
