@@ -12,7 +12,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 WORKERS ?= 2
 SOURCES := data_sharding pretrain finetune launch tests benchmarks setup.py
 
-.PHONY: demo test test-python resolve wheel check lint types spelling audit format clean
+.PHONY: demo test test-python test-oldest resolve wheel check lint types spelling audit format clean
 .DEFAULT_GOAL := test
 
 # Install the pinned torch first: otherwise another package would install an unpinned torch with gigabytes of CUDA.
@@ -35,6 +35,10 @@ check: lint types spelling test
 # Run the tests that need no torch, in a small separate environment: make test-python PYTHON=python3.13
 test-python:
 	$(PYTHON) tests/python_versions.py test
+
+# Run smoke tests with the oldest versions that pyproject.toml allows, in a separate environment.
+test-oldest:
+	$(PYTHON) tests/oldest_versions.py
 
 # Check that pip finds every dependency for Python 3.11 to 3.13. `make resolve` downloads a few hundred MB.
 resolve: $(VENV)/.installed

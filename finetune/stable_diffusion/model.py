@@ -43,6 +43,15 @@ KIND = "stable_diffusion"
 Tune = Literal["E+A", "E", "A"]
 
 
+def check_time_path(unet: UNet2DConditionModel) -> None:
+    """Raise a `RequestError` if a base model already uses its input ``class_labels`` for classes."""
+    if unet.config.class_embed_type not in (None, "identity") or unet.config.num_class_embeds is not None:
+        raise RequestError(
+            "the base model is conditioned on classes, so its class input cannot take EEG; set 'time_path: false', or "
+            "choose another base"
+        )
+
+
 def open_time_path(unet: UNet2DConditionModel) -> int:
     """Give a U-Net a second input: a vector that is added to its time embedding.
 
@@ -61,12 +70,7 @@ def open_time_path(unet: UNet2DConditionModel) -> int:
     RequestError
         If the base model already uses its input ``class_labels`` for classes.
     """
-    kind = unet.config.class_embed_type
-    if kind not in (None, "identity") or unet.config.num_class_embeds is not None:
-        raise RequestError(
-            "the base model is conditioned on classes, so its class input cannot take EEG; set 'time_path: false', or "
-            "choose another base"
-        )
+    check_time_path(unet)
     unet.class_embedding = nn.Identity()
     unet.register_to_config(class_embed_type="identity")
     return int(unet.time_embedding.linear_2.out_features)

@@ -35,6 +35,7 @@ from finetune.eeg import (
 from finetune.electrodes import Electrodes
 from finetune.images import ImageTable, open_train_val
 from finetune.objective import DenoisingWatcher, ObjectiveConfig, Prediction, add_offset, check_objective, make_noising
+from finetune.stable_diffusion.check import check_request
 from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
 from finetune.stable_diffusion.lora import LoRAConfig
 from finetune.stable_diffusion.model import EEGDiffusion, open_time_path, save_model
@@ -163,7 +164,7 @@ class StableDiffusionConfig(ObjectiveConfig):
         check_at_least(self, 0, "timeout_s", "restarts")
         if not 0 <= self.drop < 1:
             raise ValueError(f"'drop' must be at least 0 and below 1, got {self.drop}")
-        check_at_least(self, 1, "hidden", "resampler_depth", "resampler_heads", "val_trials")
+        check_at_least(self, 1, "hidden", "resampler_depth", "resampler_heads", "val_trials", "num_processes")
         check_objective(self, self.prediction)
         if self.lora.rank and "A" not in self.tune:
             raise ValueError("lora.rank adapts the cross-attentions; set tune to A or E+A, or lora.rank to 0")
@@ -171,6 +172,7 @@ class StableDiffusionConfig(ObjectiveConfig):
             raise ValueError(
                 "compute.frozen_bf16 needs training.precision bf16, because training in fp32 needs the weights in fp32"
             )
+        self.training.micro_batches(self.num_processes)
         if not re.fullmatch(r"[A-Za-z0-9.-]+", self.license):
             raise ValueError(f"license is '{self.license}'; give an identifier such as cc-by-4.0, mit or unknown")
         if self.order == "joint" and not self.target.model:
@@ -303,6 +305,11 @@ def train(config: StableDiffusionConfig) -> int:
     pipeline = load_base(config.base, config.base_config)
     check_projector(config, int(pipeline.unet.config.cross_attention_dim))
     noising = choose_noising(config, pipeline)
+    # With LoRA, the weights of the cross-attentions are not trained, and the adapters are small.
+    tune = config.tune.replace("A", "") if config.lora.rank else config.tune
+    check_request(
+        pipeline, encoder, output=config.output, time_path=config.time_path, tune=tune, training=config.training
+    )
     size = find_image_size(pipeline)
     table, val_table = ImageTable(data), ImageTable(val)
     free = ("license", "compute", *free_keys("training", independent_samples=True))
@@ -314,9 +321,10 @@ def train(config: StableDiffusionConfig) -> int:
         if report_finished(run):
             return EXIT_DONE
         world = get_world(accelerator)
+        # Load the targets first, so that a wrong target is found before the images are encoded.
+        targets = load_targets(config.target, table, world) if config.order == "joint" else None
         latents = encode_images(table, pipeline.vae, size, views=config.views, world=world)
         val_latents = encode_images(val_table, pipeline.vae, size, world=world)
-        targets = load_targets(config.target, table, world) if config.order == "joint" else None
         model = build(config, pipeline, encoder, targets, noising)
         apply_to_encoder(model.encoder, config.compute)
         apply_to_unet(model.unet, config.compute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,11 @@ from finetune.base_models.conditions import embed_nothing, embed_texts, make_siz
 from finetune.base_models.load import find_networks, load_base
 from finetune.diffusion import Sampling, make_scheduler
 from finetune.generators import load_generator
+from finetune.stable_diffusion.check import estimate_bytes
 from finetune.stable_diffusion.model import StableDiffusionGenerator, find_cross_attention
 from finetune.stable_diffusion.portable.pipeline import choose_sampler, sample_images
 from finetune.stable_diffusion.train import StableDiffusionConfig, build, choose_noising, main
+from finetune.training.config import TrainingConfig
 from pretrain.encoder.encoder import EEGEncoder
 from tests.finetune.base_models.layouts import LAYOUTS, Layout, make_pipeline, write_directory, write_single_file
 
@@ -115,6 +118,12 @@ def test_sdxl_turbo_is_fine_tuned_and_generates_in_one_to_four_steps(
     }
     assert changed and changed <= {f"unet.{name}" for name in find_cross_attention(after["unet"])}
 
+    # The space that was checked before the training was enough for the checkpoints and the model.
+    written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
+    encoder = EEGEncoder.from_pretrained(encoder_package)
+    needed = estimate_bytes(load_base(folders / "sdxl_turbo"), encoder, "E+A", TrainingConfig(steps=2, ema=0.99))
+    assert written < 1.5 * needed < 20 * written
+
     generator = load_generator(model)
     assert isinstance(generator, StableDiffusionGenerator)
     chosen = generator.choose_sampling()
@@ -137,6 +146,41 @@ def test_sdxl_turbo_is_fine_tuned_and_generates_in_one_to_four_steps(
     # The package and this project run the same operations, but may add numbers in a different order.
     assert np.abs(np.load(tmp_path / "alone.npy").astype(int) - ours.astype(int)).max() <= 1
     assert "StableDiffusionXLPipeline" in (model / "README.md").read_text()
+
+
+def test_wrong_requests_are_named_before_an_image_is_encoded(
+    folders: Path,
+    paired_dataset: Path,
+    encoder_package: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dataset = shutil.copytree(paired_dataset, tmp_path / "dataset")
+    names = {path.relative_to(dataset) for path in dataset.rglob("*")}
+
+    def change(part: str, **values: object) -> Path:
+        folder = shutil.copytree(folders / "sd15", tmp_path / f"base{len(list(tmp_path.iterdir()))}")
+        path = folder / part
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+        return folder
+
+    scheduler = "scheduler/scheduler_config.json"
+    for base, more, message in (
+        (tmp_path, (), "not a diffusers pipeline"),
+        (folders / "sd15", ("--order", "joint", "--target.model", folders), "the file config.json is missing"),
+        (folders / "sd15", ("--num_processes", 3), "must be a multiple of num_processes"),
+        (folders / "sd15", ("--training.micro_batch_size", 3), "must divide 4"),
+        (folders / "sd15", ("--encoder", folders), "encoder"),
+        (folders / "sd15", ("--prediction", "epsilon", "--zero_snr", "true"), "zero_snr needs"),
+        (folders / "sd15", ("--training.checkpoint.keep", 10**12), "GB of free space"),
+        (change(scheduler, prediction_type="flow"), (), "'flow' is not one of"),
+        (change("unet/config.json", sample_size=4096), (), "sample_size"),
+        (change("unet/config.json", class_embed_type="timestep"), (), "unet"),
+    ):
+        assert train(base, dataset, encoder_package, tmp_path / "run", *more) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and "\n" not in error, error
+    assert {path.relative_to(dataset) for path in dataset.rglob("*")} == names
 
 
 def test_a_single_file_of_sd21_is_fine_tuned_with_velocity_prediction(
