@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_sharding.common.config import command
-from data_sharding.common.errors import EXIT_DONE
+from data_sharding.common.errors import EXIT_DONE, RequestError, show
 from data_sharding.common.files import write_json
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
@@ -38,6 +39,8 @@ from finetune.eeg import (
 )
 from finetune.electrodes import Electrodes, EncoderInput, Places
 from finetune.images import ImageTable, open_train_val
+from finetune.people import PersonLayers, PersonLayersConfig, list_people
+from finetune.retrieval.maps import AlignmentRun
 from finetune.targets.config import TargetConfig
 from finetune.targets.load import load_targets
 from finetune.targets.losses import infonce, soft_contrast
@@ -69,7 +72,7 @@ class AlignConfig:
 
     dataset: str
     """Path of the EEG-image dataset, which must have train and val splits."""
-    encoder: str
+    encoder: str = ""
     """Encoder package: a directory that `dreamscale export` wrote, or a hub id."""
     output: str
     """Run directory, with the results in the subdirectories `encoder/` and `align/`."""
@@ -78,6 +81,14 @@ class AlignConfig:
     pretrained: bool = True
     """True: start from the pretrained weights of the encoder. False: start from random weights, to measure the effect
     of pretraining."""
+    people: Literal["none", "linear"] = "none"
+    """linear: give each person of the train split an input layer, a linear map of the channels, which is trained
+    together with the encoder. Other people get no layer, until the key `calibrate` adds one. none: no such layers."""
+    calibrate: str = ""
+    """Output of an earlier `dreamscale align`. If it is set, the encoder, the head and the target of that run are used
+    without a change, and only the input layers of people who have none in that run are trained, from their trials in
+    the train split. A few trials of a person are enough to begin with. The result is an alignment run with these people
+    added. The keys encoder, target, pretrained and people are not used."""
     loss: Literal["cosine", "infonce", "both", "soft"] = "both"
     """Loss. cosine: 1 - cosine similarity, as in DreamDiffusion; infonce: contrastive loss within the batch; both: the
     sum of these two losses; soft: contrastive loss in which similar targets share the probability."""
@@ -120,7 +131,9 @@ class AlignConfig:
                 "'temperature' and 'soft_temperature' must be above 0 and 'encoder_lr' at least 0, got "
                 f"{self.temperature}, {self.soft_temperature} and {self.encoder_lr}"
             )
-        if not self.target.model:
+        if not self.encoder and not self.calibrate:
+            raise ValueError("'encoder' is missing: give an encoder package, or an alignment run as 'calibrate'")
+        if not self.target.model and not self.calibrate:
             raise ValueError("'target.model' is missing: give a frozen model, such as openai/clip-vit-large-patch14")
 
 
@@ -149,17 +162,25 @@ class Aligner(nn.Module):
         Network that maps tokens to the space of the targets.
     loss : AlignmentLoss
         The loss.
+    people : PersonLayers, optional
+        Input layers of people.
     """
 
-    def __init__(self, encoder: EEGEncoder, head: ClipHead, loss: AlignmentLoss) -> None:
+    def __init__(
+        self, encoder: EEGEncoder, head: ClipHead, loss: AlignmentLoss, people: PersonLayers | None = None
+    ) -> None:
         super().__init__()
-        self.encoder, self.head, self.loss = encoder, head, loss
+        self.encoder, self.head, self.loss, self.people = encoder, head, loss, people
 
-    def embed(self, x_bCT: Tensor, places: Places) -> Tensor:
+    def embed(self, x_bCT: Tensor, places: Places, person_b: Tensor | None = None) -> Tensor:
         """Compute embeddings [b, P] of unit length from scaled EEG trials [b, 128, T]."""
+        if self.people is not None and person_b is not None:
+            x_bCT = self.people(x_bCT, person_b)
         return F.normalize(self.head(self.encoder(x_bCT, **places)).float(), dim=-1)
 
-    def forward(self, x: Tensor, target: Tensor, group: Tensor, **places: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, x: Tensor, target: Tensor, group: Tensor, person: Tensor | None = None, **places: Tensor
+    ) -> dict[str, Tensor]:
         """Compute the alignment loss of a batch.
 
         Parameters
@@ -170,6 +191,8 @@ class Aligner(nn.Module):
             Targets of each trial, of unit length.
         group : Tensor of int, [b, K]
             Number of each target. Targets with the same number are equal.
+        person : Tensor of int, [b], optional
+            Number of the input layer of each trial's person.
         **places : Tensor
             Electrode positions of the trials (see `finetune.electrodes`).
 
@@ -180,7 +203,7 @@ class Aligner(nn.Module):
             weighted sums over the targets. ``cosine`` is the mean over the trials of this process; the contrastive
             loss is the mean over the trials of all processes.
         """
-        settings, embeds_bP = self.loss, self.embed(x, places)
+        settings, embeds_bP = self.loss, self.embed(x, places, person)
         weight_K = embeds_bP.new_tensor(settings.weights)
         out = {"cosine": ((1 - (embeds_bP[:, None] * target).sum(-1)) * weight_K).sum(-1).mean()}
         loss = out["cosine"] if settings.kind in ("cosine", "both") else torch.zeros_like(out["cosine"])
@@ -205,7 +228,7 @@ class Aligner(nn.Module):
 
 @torch.no_grad()
 def measure_retrieval(
-    embed: Callable[[EncoderInput], Tensor],
+    embed: Callable[[EncoderInput, Sequence[Sequence[int]]], Tensor],
     encoder: EEGEncoder,
     dataset: EEGDataset,
     table: ImageTable,
@@ -221,7 +244,8 @@ def measure_retrieval(
     Parameters
     ----------
     embed : callable
-        Function that takes scaled EEG of trials, and returns embeddings of unit length, [b, P].
+        Function that takes scaled EEG of trials and the presentations of each trial, and returns embeddings of unit
+        length, [b, P].
     encoder : EEGEncoder
         Encoder that defines the scaling of the EEG.
     dataset : EEGDataset
@@ -261,7 +285,8 @@ def measure_retrieval(
         pulse()
         own = slice(start + world.rank * batch_size, start + (world.rank + 1) * batch_size)
         if groups[own]:
-            embeds_BP[own] = embed(read_encoder_input(dataset, groups[own], encoder, electrodes, device)).float()
+            trials = read_encoder_input(dataset, groups[own], encoder, electrodes, device)
+            embeds_BP[own] = embed(trials, groups[own]).float()
     if world.size > 1:
         # Each row is computed by one process, and is zero on the other processes.
         dist.all_reduce(embeds_BP)
@@ -297,8 +322,14 @@ def align(config: AlignConfig) -> int:
     quiet_libraries()
     data, val = open_train_val(config.dataset, config.eeg.part, "align", [config.output])
     torch.manual_seed(config.seed)
-    encoder = load_encoder(config.encoder, data, pretrained=config.pretrained, several_montages=True)
-    electrodes = Electrodes(encoder, data)
+    before = AlignmentRun.load(config.calibrate) if config.calibrate else None
+    if before is None:
+        encoder = load_encoder(config.encoder, data, pretrained=config.pretrained, several_montages=True)
+    else:
+        encoder = _check_calibration(before, data, config)
+    target = config.target if before is None else TargetConfig(model=before.target, layer=before.layer)
+    electrodes, people = Electrodes(encoder, data), _make_people(config, before, data)
+    person_n, val_person_n = (None if people is None else people.find(list_people(split)) for split in (data, val))
     table, val_table = ImageTable(data), ImageTable(val)
     free = ("compute", *free_keys("training", independent_samples=config.loss == "cosine"))
     with (
@@ -308,8 +339,12 @@ def align(config: AlignConfig) -> int:
     ):
         if report_finished(run, "encoder/config.json"):
             return EXIT_DONE
-        targets, val_targets = (load_targets(config.target, t, get_world(accelerator)) for t in (table, val_table))
+        targets, val_targets = (load_targets(target, t, get_world(accelerator)) for t in (table, val_table))
         head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=targets.width))
+        if before is not None:
+            head = before.head
+            encoder.requires_grad_(False)
+            head.requires_grad_(False)
         loss = AlignmentLoss(
             kind=config.loss,
             temperature=config.temperature,
@@ -317,17 +352,21 @@ def align(config: AlignConfig) -> int:
             weights=tuple(targets.weights),
         )
         apply_to_encoder(encoder, config.compute)
-        aligner = Aligner(encoder, head, loss)
+        aligner = Aligner(encoder, head, loss, people)
 
         def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
             target, group = targets.choose(table.row_of[batch.numbers])
             places = electrodes.of(batch.numbers)
             x = prepare_eeg(batch, data, table, config.augment, random, encoder, places)
-            return {"x": x, "target": target, "group": group, **places}
+            tensors = {"x": x, "target": target, "group": group, **places}
+            return tensors if person_n is None else {**tensors, "person": person_n[batch.numbers]}
 
         def evaluate(module: Aligner, pulse: Callable[[], None]) -> dict[str, float]:
-            def embed(trials: EncoderInput) -> Tensor:
-                return module.embed(trials.x, trials.places)
+            def embed(trials: EncoderInput, groups: Sequence[Sequence[int]]) -> Tensor:
+                person = None
+                if val_person_n is not None:
+                    person = val_person_n[[group[0] for group in groups]].to(trials.device)
+                return module.embed(trials.x, trials.places, person)
 
             return measure_retrieval(
                 embed,
@@ -358,9 +397,12 @@ def align(config: AlignConfig) -> int:
         )
         if accelerator.is_main_process:
             found = {"best_step": result.best_step, "val": result.best, "dataset": config.dataset}
-            found["target"] = dataclasses.asdict(config.target)
+            found["target"] = dataclasses.asdict(target)
             found |= {"dataset_id": data.manifest.dataset_id, "dataset_version": data.manifest.version}
             found["eeg"] = config.eeg.part
+            if people is not None:
+                found["people"] = list(people.config.people)
+                people.save_pretrained(run.path / "people")
             encoder.save_pretrained(run.path / "encoder", extra={"aligned": found})
             head.save_pretrained(run.path / "align")
             write_json(run.path / "align" / "result.json", found)
@@ -369,11 +411,47 @@ def align(config: AlignConfig) -> int:
             print(
                 f"alignment: on the val split, mean cosine similarity {1 - result.best['cosine']:.3f}; the most "
                 f"similar image has the right label in {result.best['label']:.1%} of the trials"
-                f"{_say_repeats(result.best)} -> {run.path / 'encoder'}; next: "
-                f"dreamscale finetune configs/finetune/stable_diffusion.yaml --dataset {config.dataset} "
-                f"--encoder {run.path / 'encoder'}"
+                f"{_say_repeats(result.best)} -> {run.path / 'encoder'}; next: {_say_next(config, people)}"
             )
     return EXIT_DONE
+
+
+def _check_calibration(before: AlignmentRun, data: EEGDataset, config: AlignConfig) -> EEGEncoder:
+    """Check that an alignment run can be calibrated with a dataset, and return the encoder of the run."""
+    data.require_preprocess(before.encoder.spec, f"encoder of {config.calibrate}")
+    if before.part != config.eeg.part:
+        raise RequestError(
+            f"{config.calibrate} was aligned with eeg.tmin {before.part['tmin']} and eeg.tmax {before.part['tmax']}; "
+            "set the same values"
+        )
+    return before.encoder
+
+
+def _make_people(config: AlignConfig, before: AlignmentRun | None, data: EEGDataset) -> PersonLayers | None:
+    """Return the input layers of people; None if the encoder reads all people without such layers."""
+    names = sorted(set(list_people(data)))
+    if before is None:
+        return PersonLayers(PersonLayersConfig(people=tuple(names))) if config.people == "linear" else None
+    known = before.people or PersonLayers(PersonLayersConfig())
+    new = [name for name in names if name not in known.config.people]
+    if not new:
+        raise RequestError(
+            f"{config.calibrate}: all people of the train split of {config.dataset} have an input layer already, so "
+            "nobody can be added; give a dataset with new people"
+        )
+    shown = ", ".join(map(show, new[:5])) + (" and others" if len(new) > 5 else "")
+    print(f"calibration of {config.calibrate} for {shown}: encoder, head and target are those of this run")
+    return known.add(new)
+
+
+def _say_next(config: AlignConfig, people: PersonLayers | None) -> str:
+    """Return the command that the user should run next."""
+    if people is not None:
+        return f"dreamscale retrieve {config.output} {config.dataset} -o OUT"
+    return (
+        f"dreamscale finetune configs/finetune/stable_diffusion.yaml --dataset {config.dataset} "
+        f"--encoder {Path(config.output) / 'encoder'}"
+    )
 
 
 def _say_repeats(found: dict[str, float]) -> str:

@@ -135,6 +135,11 @@ def load_encoder(
             f"encoder {path} was aligned with eeg.tmin {before['tmin']} and eeg.tmax {before['tmax']}, but the "
             f"config sets {part['tmin']} and {part['tmax']}; set the same values as in the alignment"
         )
+    if aligned.get("people"):
+        raise RequestError(
+            f"encoder {path} was aligned with an input layer for each person, which only 'dreamscale align "
+            "--calibrate', 'retrieve' and 'decode' read; align the encoder with 'people: none' for other commands"
+        )
     if not pretrained or encoder.head is not None:
         bare = EEGEncoder(encoder.config, encoder.spec, n_chans=encoder.n_chans)
         if pretrained:

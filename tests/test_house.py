@@ -50,8 +50,8 @@ FOLDERS = {
             "generation",
             "linear",
         ),
-        *("generators", "eeg", "clip_head", "objective", "diffusion", "electrodes", "targets", "training", "images"),
-        *("papers", "portable", "base_models", "foreign_models"),
+        *("generators", "eeg", "clip_head", "objective", "diffusion", "electrodes", "targets", "people", "training"),
+        *("images", "papers", "portable", "base_models", "foreign_models"),
     ],
     "pretrain": [
         *("train", "plan", "convert", "export", "encode"),

@@ -20,6 +20,7 @@ from finetune.eeg import compute_in_parts, read_means, scale_eeg
 from finetune.electrodes import find_places
 from finetune.linear.model import Floats, check_channels
 from finetune.linear.ridge import RidgeMap
+from finetune.people import PersonLayers, name_person
 from pretrain.encoder.encoder import EEGEncoder
 
 
@@ -90,12 +91,15 @@ class EncoderPredictor:
         The head, which maps tokens to CLIP's image space.
     device : torch.device
         Device of the computation.
+    people : PersonLayers, optional
+        Input layers of people.
     """
 
-    def __init__(self, encoder: EEGEncoder, head: ClipHead, device: Any) -> None:
+    def __init__(self, encoder: EEGEncoder, head: ClipHead, device: Any, people: PersonLayers | None = None) -> None:
         self.device = torch.device(device)
         self.encoder = encoder.requires_grad_(False).eval().to(self.device)
         self.head = head.requires_grad_(False).eval().to(self.device)
+        self.people = None if people is None else people.requires_grad_(False).eval().to(self.device)
 
     @property
     def width(self) -> int:
@@ -106,7 +110,10 @@ class EncoderPredictor:
     def predict(self, eeg_BCT: Tensor, metas: Sequence[Mapping[str, Any]]) -> Floats:
         """Predict the embeddings [B, P] of trials from EEG in microvolts; they have unit length."""
         places = find_places(self.encoder, metas, self.device)
-        tokens_BND = self.encoder(scale_eeg(eeg_BCT, self.encoder, self.device, places), **places)
+        x_BCT = scale_eeg(eeg_BCT, self.encoder, self.device, places)
+        if self.people is not None:
+            x_BCT = self.people(x_BCT, self.people.find(map(name_person, metas)).to(self.device))
+        tokens_BND = self.encoder(x_BCT, **places)
         return torch.nn.functional.normalize(self.head(tokens_BND).float(), dim=-1).cpu().numpy()
 
     def check(self, metas: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -116,13 +123,16 @@ class EncoderPredictor:
         """Write encoder and head to a package folder."""
         self.encoder.save_pretrained(folder / "encoder")
         self.head.save_pretrained(folder / "align")
+        if self.people is not None:
+            self.people.save_pretrained(folder / "people")
 
 
 def load_predictor(folder: Path, spec: PreprocessSpec, device: Any) -> Predictor:
     """Load the predictor of a package folder, which was written by `save_pretrained`."""
     if (folder / "encoder").is_dir():
         encoder, head = EEGEncoder.from_pretrained(folder / "encoder"), ClipHead.from_pretrained(folder / "align")
-        return EncoderPredictor(encoder, head, device)
+        people = PersonLayers.from_pretrained(folder / "people") if (folder / "people").is_dir() else None
+        return EncoderPredictor(encoder, head, device, people)
     return RidgePredictor(RidgeMap.from_pretrained(folder / "ridge"), spec)
 
 

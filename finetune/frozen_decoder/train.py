@@ -105,7 +105,7 @@ def _fit_predictor(
     config: FrozenDecoderConfig, run: AlignmentRun | None, data: _Data, target_MP: Floats, device: Any
 ) -> Predictor:
     if run is not None:
-        return EncoderPredictor(run.encoder, run.head, device)
+        return EncoderPredictor(run.encoder, run.head, device, run.people)
     ridge = config.ridge
     model = fit_ridge(
         data.train, target_MP, data.val, bins=ridge.bins, fit=ridge.fit, people=_choose_people(config, data)

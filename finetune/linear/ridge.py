@@ -24,6 +24,7 @@ from finetune.eeg import PART, compute_in_parts
 from finetune.images import ImageTable
 from finetune.linear.model import Floats, pick_time_courses, read_channels
 from finetune.linear.time_courses import read_time_courses
+from finetune.people import name_person
 from pretrain.evidence.channels import find_common_channels
 from pretrain.evidence.ridge import STRENGTHS, RidgeFit, RidgeSums
 from pretrain.evidence.trials import tabulate_trials
@@ -117,7 +118,7 @@ class RidgeMap:
                 )
 
     def _name(self, meta: Mapping[str, Any]) -> str:
-        return "" if self.fit == "pooled" else f"{meta.get('corpus') or ''}/{meta.get('subject') or ''}"
+        return "" if self.fit == "pooled" else name_person(meta)
 
     def _predict(self, x_BF: Floats, owner_B: NDArray[np.str_]) -> Floats:
         out_BP = np.empty((len(x_BF), self.width), np.float32)

@@ -20,6 +20,7 @@ from finetune.eeg import compute_in_parts, read_encoder_input
 from finetune.electrodes import Electrodes
 from finetune.generators import read_part
 from finetune.linear.model import Floats
+from finetune.people import PersonLayers, list_people
 from pretrain.encoder.encoder import EEGEncoder
 
 RIDGE = "ridge"
@@ -32,6 +33,8 @@ class AlignmentRun:
 
     encoder: EEGEncoder
     head: ClipHead
+    people: PersonLayers | None
+    """Input layers of people; None for a run without such layers."""
     target: str
     """Path or hub id of the frozen model of the run."""
     layer: int | None
@@ -58,6 +61,7 @@ class AlignmentRun:
         return cls(
             encoder=EEGEncoder.from_pretrained(run / "encoder"),
             head=ClipHead.from_pretrained(run / "align"),
+            people=PersonLayers.from_pretrained(run / "people") if (run / "people").is_dir() else None,
             target=check_text(target.get("model"), f"{path}: target", "model"),
             layer=None if layer is None else check_count(layer, f"{path}: target", "layer", least=-1000, most=1000),
             part=read_part(found, str(path)),
@@ -68,11 +72,15 @@ class AlignmentRun:
         """Compute the embeddings [B, P] of groups of presentations; the EEG of a group is averaged."""
         data.require_preprocess(self.encoder.spec, "encoder of the alignment run")
         encoder, head = self.encoder.to(device).eval(), self.head.to(device).eval()
-        electrodes = Electrodes(encoder, data)
+        electrodes, people = Electrodes(encoder, data), None if self.people is None else self.people.to(device).eval()
+        person_n = None if people is None else people.find(list_people(data))
 
         @torch.no_grad()
         def embed(part: Sequence[Sequence[int]]) -> Floats:
             trials = read_encoder_input(data, part, encoder, electrodes, device)
-            return head(encoder(trials.x, **trials.places)).float().cpu().numpy()
+            x_BCT = trials.x
+            if people is not None and person_n is not None:
+                x_BCT = people(x_BCT, person_n[[group[0] for group in part]].to(device))
+            return head(encoder(x_BCT, **trials.places)).float().cpu().numpy()
 
         return compute_in_parts(embed, groups, "EEG embeddings")

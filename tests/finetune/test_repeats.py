@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,8 @@ def test_retrieval_counts_an_image_once(repeated: Path, encoder_package: Path) -
     means = read_trials(data, group_repeats(data, 0), encoder)
     rows = table.row_of[[group[0] for group in group_repeats(data, 0)]]
 
-    def embed(trials: EncoderInput) -> torch.Tensor:
+    def embed(trials: EncoderInput, groups: Sequence[Sequence[int]]) -> torch.Tensor:
+        del groups
         nearest = torch.cdist(trials.x.flatten(1), means.flatten(1)).argmin(1)
         return target[torch.as_tensor(rows)[nearest]]
 
