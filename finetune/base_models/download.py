@@ -79,9 +79,11 @@ def download_base(base: str, kinds: Mapping[str, BaseKind] = KINDS) -> Path:
 
 def download_files(base: str, patterns: tuple[str, ...], **options: Any) -> Path:
     """Download the files of a pipeline whose paths match one of the patterns; return the folder in the hub's cache."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     def run() -> str:
-        return snapshot_download(base, allow_patterns=list(patterns), **options)
+        # Without network, older versions of the library find a version by its name only with this option.
+        offline = constants.HF_HUB_OFFLINE
+        return snapshot_download(base, allow_patterns=list(patterns), local_files_only=offline, **options)
 
     return Path(load_with_library(run, base, "a base model from the Hugging Face hub"))
