@@ -37,7 +37,7 @@ from finetune.dm_re2i.config import EGDDPMStage
 from finetune.dm_re2i.portable.pipeline import sample_images
 from finetune.dm_re2i.train import EGDDPMTask
 from finetune.training.config import TrainingConfig
-from finetune.training.state import EMA, make_optimizer, trainables
+from finetune.training.parameters import EMA, make_optimizer, trainables
 from pretrain.runs.distributed import choose_device
 
 WIDTH = 512
@@ -93,7 +93,7 @@ def ours(backbone: Any, options: argparse.Namespace, device: torch.device) -> tu
     stage = EGDDPMStage(image_size=options.size, base_channels=options.base, backbone=backbone, drop=0.0)
     task = EGDDPMTask(build_unet(stage, WIDTH), make_noising(), "l2").to(device)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's type hints lack this overload
-    optimizer, ema = make_optimizer(task, TrainingConfig()), EMA(task, 0.9999)
+    optimizer, ema = make_optimizer(task, TrainingConfig()), EMA(trainables(task), 0.9999)
     inputs = random_inputs(options, device)
 
     def train() -> None:
@@ -102,7 +102,7 @@ def ours(backbone: Any, options: argparse.Namespace, device: torch.device) -> tu
         nn.utils.clip_grad_norm_(list(trainables(task).values()), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.update(task)
+        ema.update(trainables(task))
 
     def sample() -> None:
         task.eval()

@@ -372,6 +372,8 @@ def _train(
         watch="score" if stage.watch == "accuracy" else "loss",
         mode="max" if stage.watch == "accuracy" else "min",
         lr_scale=lambda name: stage.encoder_lr if name.startswith("net.encoder.") else 1.0,
+        # The forward pass limits the norms of weights in place, which would not change the divided weights.
+        divide=False,
         description=NAMES[stage.network],
     )
     calibrate_batch_norm(task.net, clean)

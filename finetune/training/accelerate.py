@@ -15,6 +15,7 @@ from data_sharding.common.errors import FailedError, RequestError, StopRequested
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Loader
 from finetune.training.config import TrainingConfig, upgrade_config
+from finetune.training.engines import check_engine, hide_engine
 from pretrain.runs.directory import FREE, RunDirectory
 from pretrain.runs.distributed import World, check_num_processes, choose_device, launched_world
 from pretrain.runs.tracking import TrackerConfig
@@ -83,13 +84,15 @@ def make_accelerator(
     limit: dict[str, Any] = {} if timeout_s is None else {"timeout": datetime.timedelta(seconds=timeout_s)}
     backend = "gloo" if cpu else "nccl"
     handlers: list[Any] = [InitProcessGroupKwargs(backend=backend, **limit)] if expected == several else []
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers
-    )
+    check_engine(choose_device(device))
+    with hide_engine():
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers
+        )
     if accelerator.distributed_type != expected:
         raise RequestError(
-            f"Accelerate started as {accelerator.distributed_type.value}, not as {expected.value}; this stage does "
-            f"not support DeepSpeed and FSDP: use a config from configs/accelerate"
+            f"Accelerate started as {accelerator.distributed_type.value}, not as {expected.value}, which is not "
+            f"supported; use a config from configs/accelerate"
         )
     if accelerator.num_processes != num_processes:
         raise RequestError(

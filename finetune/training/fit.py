@@ -31,7 +31,9 @@ from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.loader import Loader
 from finetune.training.accelerate import flush_subnormals, get_world
 from finetune.training.config import TrainingConfig
-from finetune.training.state import EMA, TrainingState, load_trainables, make_optimizer, trainables
+from finetune.training.engines import make_engine
+from finetune.training.parameters import EMA, load_trainables, trainables
+from finetune.training.state import TrainingState
 from finetune.training.step_random import StepRandom
 from pretrain.runs.checkpoint import CheckpointReader, newest_checkpoint
 from pretrain.runs.checkpoint_writer import CheckpointWriter
@@ -79,6 +81,7 @@ def fit(
     mode: Literal["min", "max"] = "min",
     lr_scale: Callable[[str], float] | None = None,
     timeout_s: float = 0.0,
+    divide: bool = True,
     description: str = "training",
 ) -> FitResult:
     """Train a module, and load its best weights at the end. A run with checkpoints resumes from the newest checkpoint.
@@ -87,7 +90,7 @@ def fit(
     ----------
     module : Module
         ``module(**inputs)`` returns a dictionary of scalars, which must contain ``loss``. Only parameters with
-        `requires_grad` are trained. The module is moved to the accelerator's device.
+        `requires_grad` are trained. At the end, the module is on the accelerator's device.
     config : TrainingConfig
         Number of steps, batch size, learning rate, and steps between evaluations and between checkpoints.
     seed : int
@@ -116,6 +119,9 @@ def fit(
     timeout_s : float
         If the training makes no progress for this many seconds, the process ends with exit code 1 and a message that
         names the hanging process (see `Watchdog`). 0: the training may wait without limit.
+    divide : bool
+        False: every process holds the whole module, even if Accelerate's config file chooses DeepSpeed or FSDP. This is
+        necessary if the module's forward pass changes its own weights.
     description : str
         Text that is shown next to the progress bar.
 
@@ -135,11 +141,10 @@ def fit(
         If the loss or the gradient was not finite in `MAX_SKIPPED` consecutive steps, or if the run was asked to stop
         and the checkpoint could not be written.
     """
-    best = watch, mode
     loop = _Loop(
-        module, config, seed, accelerator, run, loader, inputs, evaluate, best, lr_scale, timeout_s, description
+        module, config, seed, accelerator, run, loader, inputs, evaluate, (watch, mode), timeout_s, description
     )
-    loop.resume()
+    loop.start(lr_scale, divide=divide)
     loop.train()
     return loop.finish()
 
@@ -158,7 +163,6 @@ class _Loop:
         inputs: Inputs,
         evaluate: Evaluate | None,
         best: tuple[str, str],
-        lr_scale: Callable[[str], float] | None,
         timeout_s: float,
         description: str,
     ) -> None:
@@ -170,9 +174,6 @@ class _Loop:
             self.micro_batches = config.micro_batches(self.world.size)
         except ValueError as error:
             raise RequestError(str(error)) from None
-        module.to(accelerator.device)
-        self.optimizer: Any = make_optimizer(module, config, lr_scale)
-        self.state = TrainingState(module, self.optimizer, EMA(module, config.ema) if config.ema else None)
         self.writer = CheckpointWriter(
             run.checkpoints, self.world, keep=config.checkpoint.keep, milestones=config.checkpoint.milestones
         )
@@ -183,20 +184,25 @@ class _Loop:
         self.sums: dict[str, float] = {}
         self.logged, self.since = 0, time.monotonic()
 
-    def resume(self) -> None:
-        """Load the newest checkpoint, if the run has one, and let Accelerate wrap the module and the optimiser."""
-        state = self.state
+    def start(self, lr_scale: Callable[[str], float] | None, *, divide: bool) -> None:
+        """Make the engine, and load the newest checkpoint, if the run has one."""
         # Only rank 0 chooses the checkpoint, because the search may rename damaged checkpoints.
         folder = self.world.broadcast(newest_checkpoint(self.run.checkpoints) if self.world.first else None)
-        if folder is not None:
-            with CheckpointReader(folder) as reader:
-                state.load(reader)
+        with nullcontext() if folder is None else CheckpointReader(folder) as reader:
+            if reader is not None:
+                # The engine may divide the weights among the processes, so load the whole weights before.
+                load_trainables(self.module, reader.group("weights/"))
+            self.engine = make_engine(self.module, self.config, self.accelerator, lr_scale, divide=divide)
+            ema = EMA(self.engine.weights(), self.config.ema) if self.config.ema else None
+            self.state = TrainingState(self.engine, ema)
+            if reader is not None:
+                self.state.load(reader)
                 self.loader.load_state_dict(reader.manifest["loader"])
-            self.run.rewind_metrics(state.step)
-            if self.world.first:
-                print(f"dreamscale: {self.description}: resuming from step {state.step} ({folder})", file=sys.stderr)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
-        self.logged = state.step
+                self.run.rewind_metrics(self.state.step)
+        if folder is not None and self.world.first:
+            step = self.state.step
+            print(f"dreamscale: {self.description}: resuming from step {step} ({folder})", file=sys.stderr)
+        self.logged = self.state.step
 
     def train(self) -> None:
         """Do all remaining optimiser steps."""
@@ -227,16 +233,11 @@ class _Loop:
         tensors = {k: v.to(self.accelerator.device) for k, v in self.inputs(batch, random).items()}
         # Dropout uses PyTorch's global random generator, so the seed of this generator must depend on the step as well.
         torch.manual_seed((self.seed * 1_000_003 + state.step) * 1_009 + world.rank)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.lr_at(state.step) * group["scale"]
+        self.engine.set_lr(config.lr_at(state.step))
         parts, finite = self.micro_batches, True
         for part in range(parts):
             piece = {k: v.chunk(parts)[part] for k, v in tensors.items()}
-            # Processes exchange gradients only in the last backward pass of a step. In the earlier backward passes of a
-            # step, each process only sums its own gradients.
-            with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.wrapped):
-                out = self.wrapped(**piece)
-                self.accelerator.backward(out["loss"] / parts)
+            out = self.engine.compute(piece, last=part == parts - 1)
             for name, value in out.items():
                 number = float(value.detach())
                 finite = finite and (name != "loss" or math.isfinite(number))
@@ -244,16 +245,11 @@ class _Loop:
         self.watchdog.at(state.step, "agreeing on the loss")
         broken = self.exchange(broken=not finite)
         self.watchdog.at(state.step, "updating")
-        # The processes have exchanged gradients, so they all have the same gradient. If the gradient, or the loss of
-        # any process, is not finite, all processes skip this step.
-        norm = torch.nn.utils.clip_grad_norm_(
-            [p for p in trainables(self.module).values() if p.grad is not None], config.grad_clip or math.inf
-        )
-        if not broken and torch.isfinite(norm):
-            self.optimizer.step()
+        norm, applied = self.engine.step(broken=broken)
+        if applied:
             self.skipped = 0
             if state.ema:
-                state.ema.update(self.module)
+                state.ema.update(self.engine.weights())
         else:
             self.skipped += 1
             if self.skipped >= MAX_SKIPPED:
@@ -262,12 +258,11 @@ class _Loop:
                     "check the dataset with 'dreamscale verify', or train again with a lower training.lr in another "
                     "output"
                 )
-        self.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         final = state.step == config.steps
         state.evaluation_due = self.evaluate is not None and (state.step % config.evaluation.every == 0 or final)
         if state.step % config.log_every == 0 or final:
-            self.log(float(norm))
+            self.log(norm)
 
     def log(self, grad_norm: float) -> None:
         """Write one line of metrics; values with the prefix ``train/`` are means over the steps since the last line."""
@@ -325,13 +320,12 @@ class _Loop:
 
     def run_evaluation(self) -> None:
         """Evaluate the model, and store its weights if this evaluation is the best so far."""
-        state, ema = self.state, self.state.ema
+        state = self.state
         assert self.evaluate is not None
         self.watchdog.at(state.step, "evaluating")
-        self.module.eval()
         try:
-            with torch.no_grad(), ema.apply_to(self.module) if ema else nullcontext(), self.accelerator.autocast():
-                found = self.world.broadcast(self.evaluate(self.module, self.pulse))
+            with torch.no_grad(), self.engine.evaluation(state.ema) as module, self.accelerator.autocast():
+                found = self.world.broadcast(self.evaluate(module, self.pulse))
                 value, best = found.get(self.watch), state.best.get(self.watch)
                 if (
                     value is not None
@@ -339,11 +333,9 @@ class _Loop:
                     and (best is None or (value < best if self.mode == "min" else value > best))
                 ):
                     state.best, state.best_step = found, state.step
-                    state.best_weights = {n: p.detach().cpu().clone() for n, p in trainables(self.module).items()}
+                    state.best_weights = {n: p.detach().cpu().clone() for n, p in trainables(module).items()}
         except _EvaluationStopped:
             return
-        finally:
-            self.module.train()
         state.evaluation_due = False
         self.run.log(state.step, **{f"val/{k}": v for k, v in found.items()})
         self.since = time.monotonic()
@@ -364,9 +356,5 @@ class _Loop:
     def finish(self) -> FitResult:
         """Load the best weights into the module."""
         state = self.state
-        if state.best_weights is not None:
-            load_trainables(self.module, state.best_weights)
-        elif state.ema is not None:
-            load_trainables(self.module, state.ema.shadow)
-        self.module.eval()
+        self.engine.finish(state.best_weights, state.ema)
         return FitResult(step=state.step, best_step=state.best_step if state.best else state.step, best=state.best)

@@ -226,6 +226,12 @@ def adam_steps(engine: Any) -> int:
     return int(next(iter(_inner(engine).state.values()))["step"])
 
 
+def set_adam_steps(engine: Any, steps: int) -> None:
+    """Set the number that `adam_steps` returns."""
+    for state in _inner(engine).state.values():
+        state["step"].fill_(steps)
+
+
 def divide_state(engine: Any, world: World) -> list[list[str]]:
     """Divide the tensors of a checkpoint among the processes that write them.
 
@@ -272,7 +278,7 @@ def gather_state(engine: Any, world: World) -> dict[str, Tensor]:
         kinds = {"weights": None} | ({key: key for key in MOMENTS} if parameter.requires_grad else {})
         for kind, key in kinds.items():
             # Gathering is a collective operation, so every process visits the same parameters in the same order.
-            whole = _whole(engine, parameter, key)
+            whole = gather_tensor(engine, parameter, key)
             if f"{kind}/{name}" in mine:
                 state[f"{kind}/{name}"] = _to_cpu(whole, parameter)
     for name, buffer in _buffers(engine.module):
@@ -303,11 +309,10 @@ def load_state(engine: Any, saved: CheckpointReader) -> None:
         _set_weight(engine, parameter, saved[f"weights/{name}"])
         if parameter.requires_grad:
             for key in MOMENTS:
-                _set_moment(engine, parameter, key, saved[f"{key}/{name}"])
+                set_moment(engine, parameter, key, saved[f"{key}/{name}"])
     for name, buffer in _buffers(module):
         buffer.copy_(saved[f"weights/{name}"])
-    for state in _inner(engine).state.values():
-        state["step"].fill_(saved.manifest["adam_steps"])
+    set_adam_steps(engine, saved.manifest["adam_steps"])
 
 
 def _inner(engine: Any) -> torch.optim.Optimizer:
@@ -337,8 +342,23 @@ def _to_cpu(whole: Tensor, parameter: nn.Parameter) -> Tensor:
     return whole.detach().to("cpu", torch.float32, copy=True).reshape(shape).contiguous()
 
 
-def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
-    """Gather Adam's moment `key` of a parameter (key None: its float32 weights); all processes must call this."""
+def gather_tensor(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
+    """Gather Adam's moment `key` of a parameter (key None: its float32 weights); all processes must call this.
+
+    Parameters
+    ----------
+    engine : DeepSpeedEngine
+        The DeepSpeed engine; any ZeRO stage is possible.
+    parameter : nn.Parameter
+        A parameter of the engine's module.
+    key : str or None
+        ``exp_avg``, ``exp_avg_sq``, or None.
+
+    Returns
+    -------
+    Tensor
+        The whole tensor.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if engine.zero_optimization_stage() == 0:
@@ -352,7 +372,7 @@ def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
     return found
 
 
-def _own_part(parameter: Any, whole: Tensor) -> Tensor:
+def own_part(parameter: Any, whole: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds at ZeRO stage 3; zeros fill the part up to its fixed size."""
     size = parameter.ds_tensor.numel()
     flat = whole.flatten()
@@ -368,7 +388,7 @@ def _set_weight(engine: Any, parameter: Any, whole: Tensor) -> None:
 
     whole = whole.to(parameter.device)
     if hasattr(parameter, "ds_id"):
-        part = _own_part(parameter, whole)
+        part = own_part(parameter, whole)
         if parameter.requires_grad:
             safe_set_local_fp32_param(parameter, part)
         parameter.ds_tensor.data.copy_(part)
@@ -382,12 +402,25 @@ def _set_weight(engine: Any, parameter: Any, whole: Tensor) -> None:
         safe_set_full_fp32_param(parameter, whole)
 
 
-def _set_moment(engine: Any, parameter: Any, key: str, whole: Tensor) -> None:
+def set_moment(engine: Any, parameter: Any, key: str, whole: Tensor) -> None:
+    """Set Adam's moment `key` of a parameter; every process passes the whole tensor and stores its part.
+
+    Parameters
+    ----------
+    engine : DeepSpeedEngine
+        The engine; `fill_optimizer_state` must have been called for it.
+    parameter : nn.Parameter
+        A parameter of the engine's module.
+    key : str
+        ``exp_avg`` or ``exp_avg_sq``.
+    whole : Tensor
+        The whole tensor.
+    """
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     whole = whole.to(parameter.device)
     if hasattr(parameter, "ds_id"):
-        safe_set_local_optimizer_state(parameter, _own_part(parameter, whole), key)
+        safe_set_local_optimizer_state(parameter, own_part(parameter, whole), key)
     elif engine.zero_optimization_stage():
         safe_set_full_optimizer_state(parameter, whole, key)
     else:

@@ -17,7 +17,7 @@ from finetune.stable_diffusion.model import EEGDiffusion, find_cross_attention
 from finetune.stable_diffusion.train import StableDiffusionConfig, build, choose_noising, main
 from finetune.training.compute import UNetComputeConfig, apply_to_encoder, apply_to_unet, compile_blocks
 from finetune.training.config import TrainingConfig
-from finetune.training.state import make_optimizer, trainables
+from finetune.training.parameters import make_optimizer, trainables
 from pretrain.encoder.encoder import EEGEncoder
 
 STEPS = ["--training.steps", "3", "--training.batch_size", "8", "--training.warmup", "1", "--training.lr", "1e-2"]

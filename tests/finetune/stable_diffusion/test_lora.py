@@ -14,7 +14,7 @@ from finetune.generators import load_generator
 from finetune.stable_diffusion.lora import LoRAConfig, add_adapters, find_adapters
 from finetune.stable_diffusion.model import find_cross_attention
 from finetune.stable_diffusion.train import StableDiffusionConfig, main
-from finetune.training.state import trainables
+from finetune.training.parameters import trainables
 
 
 def test_new_adapters_change_nothing_and_are_on_the_cross_attentions_only(miniature: Path) -> None:

@@ -19,7 +19,7 @@ from data_sharding.dataset.loader import Loader
 from finetune.training.accelerate import flush_subnormals, make_accelerator, open_run
 from finetune.training.config import EvaluationConfig, TrainingConfig, free_keys, upgrade_config
 from finetune.training.fit import FitResult, fit
-from finetune.training.state import EMA, load_trainables
+from finetune.training.parameters import EMA, load_trainables, trainables
 from finetune.training.step_random import StepRandom
 from pretrain.runs.checkpoint import complete_checkpoints
 from pretrain.runs.config import CheckpointConfig
@@ -313,7 +313,7 @@ def test_noise_does_not_depend_on_the_number_of_ranks() -> None:
 
 def test_only_trainables_are_averaged_and_loaded_strictly() -> None:
     module = Regressor()
-    ema = EMA(module, 0.5)
+    ema = EMA(trainables(module), 0.5)
     assert set(ema.shadow) == {"layer.weight", "layer.bias"}
     with pytest.raises(RequestError, match=r"of this model differ: layer[.]bias"):
         load_trainables(module, {"layer.weight": module.layer.weight})
