@@ -39,6 +39,7 @@ from pretrain.runs.checkpoint import CheckpointReader, newest_checkpoint
 from pretrain.runs.checkpoint_writer import CheckpointWriter
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.guards import Watchdog
+from pretrain.runs.pace import Pace
 from pretrain.runs.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ class _Loop:
             run.checkpoints, self.world, keep=config.checkpoint.keep, milestones=config.checkpoint.milestones
         )
         self.watchdog = Watchdog(timeout_s, rank=self.world.rank, size=self.world.size, run=run)
+        self.pace = Pace(self.world)
         self.stop = StopSignal()
         self.stopping = False
         self.skipped = 0
@@ -221,7 +223,9 @@ class _Loop:
             batches = iter(self.loader)
             while state.step < config.steps:
                 self.watchdog.at(state.step, "waiting for data")
-                self.take_step(next(batches))
+                with self.pace.working():
+                    batch = next(batches)
+                self.take_step(batch)
                 self.end_step()
         self.accelerator.wait_for_everyone()
 
@@ -230,7 +234,8 @@ class _Loop:
         config, state, world = self.config, self.state, self.world
         self.watchdog.at(state.step, "computing")
         random = StepRandom(self.seed, state.step, rank=world.rank, world_size=world.size)
-        tensors = {k: v.to(self.accelerator.device) for k, v in self.inputs(batch, random).items()}
+        with self.pace.working():
+            tensors = {k: v.to(self.accelerator.device) for k, v in self.inputs(batch, random).items()}
         # Dropout uses PyTorch's global random generator, so the seed of this generator must depend on the step as well.
         torch.manual_seed((self.seed * 1_000_003 + state.step) * 1_009 + world.rank)
         self.engine.set_lr(config.lr_at(state.step))
@@ -275,7 +280,7 @@ class _Loop:
             means = dict(zip(means, reduced.tolist(), strict=True))
         rates = {"lr": config.lr_at(state.step - 1), "grad_norm": grad_norm, "epoch": self.loader.epoch}
         speed = {"samples_per_s": n * config.batch_size / seconds, "skipped": self.skipped}
-        self.run.log(state.step, **means, **rates, **speed)
+        self.run.log(state.step, **means, **rates, **speed, **self.pace.compare(seconds))
         self.advance(n, note=f"loss {means['train/loss']:.4f}")
         self.sums, self.logged, self.since = {}, state.step, time.monotonic()
 

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-import socket
-import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from data_sharding.dataset.batch import Batch
 from pretrain.model.flops import batch_flops, peak_flops
 from pretrain.runs.distributed import World
+from pretrain.runs.pace import Pace
 from pretrain.training.config import PretrainConfig
-
-SLOW, SLOW_SHARE = 1.5, 0.1
-"""A process is slow if its own time is more than `SLOW` times the median of the other processes' times, and if the
-difference is more than `SLOW_SHARE` of the measured time."""
 
 
 class Throughput:
@@ -40,6 +32,9 @@ class Throughput:
         interruption are counted too.
     losses : list of float or None
         Losses of the steps since the last line of metrics; None for a loss that was not finite.
+    pace : Pace
+        Compares the own times of the processes. A process waits for the others in its backward passes, but not while it
+        waits for data or computes forward passes (except with ZeRO stage 3).
     """
 
     def __init__(self, config: PretrainConfig, world: World) -> None:
@@ -50,9 +45,7 @@ class Throughput:
             # `batch_flops` here, so that its first call is not measured as training time. One of the two windows has
             # only one channel, so that `batch_flops` also computes its formula for other numbers of channels now.
             batch_flops(self._model, [1, self._model.encoder.channels])
-        # Rank that was slow in the last line of metrics and the one before, and rank that a message has named already.
-        self._slow = self._named = -1
-        self._hosts = world.all_gather(socket.gethostname())
+        self.pace = Pace(world)
         self.reset()
 
     def reset(self, steps: int = 0, losses: Sequence[float | None] = ()) -> None:
@@ -70,9 +63,9 @@ class Throughput:
         # Only steps that this process took itself count for rates such as `samples_per_s`. After a resumption, `steps`
         # also contains steps of an earlier process, whose time is not known here.
         self._timed_steps = 0
-        self._stall_s = self._flops = self._forward_s = 0.0
-        self._events: list[Any] = []
+        self._stall_s = self._flops = 0.0
         self._tokens = 0
+        self.pace.reset()
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -90,27 +83,9 @@ class Throughput:
     def waiting_for_data(self) -> Iterator[None]:
         """Count the time of a ``with`` block as time spent waiting for data."""
         since = time.monotonic()
-        yield
-        self._stall_s += time.monotonic() - since
-
-    @contextlib.contextmanager
-    def forward(self) -> Iterator[None]:
-        """Count the time of a ``with`` block as time of forward passes.
-
-        A process waits for the others in its backward passes, but not in its forward passes (except with ZeRO stage 3).
-        So the time of its forward passes shows whether the process itself is slow.
-        """
-        if self._world.device.type == "cuda":
-            # The GPU runs behind the CPU, so let the GPU itself write down the time.
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
+        with self.pace.working():
             yield
-            events[1].record()
-            self._events.append(events)
-            return
-        since = time.monotonic()
-        yield
-        self._forward_s += time.monotonic() - since
+        self._stall_s += time.monotonic() - since
 
     def add(self, batch: Batch, loss: float) -> None:
         """Count one optimiser step.
@@ -149,43 +124,12 @@ class Throughput:
         """
         seconds = time.monotonic() - self._started
         (stall_s,) = self._world.all_reduce_max(self._stall_s)
-        forward_s = self._forward_s
-        if self._events:
-            self._events[-1][1].synchronize()
-            forward_s += sum(start.elapsed_time(end) for start, end in self._events) / 1000
-        # Each process fills its own place in a list of zeros, so the sum has the times of all processes.
-        own = [0.0] * self._world.size
-        own[self._world.rank] = self._stall_s + forward_s
-        flops, tokens, *own = self._world.all_reduce_sum(self._flops, self._tokens, *own)
-        slowest, ratio = self._find_slowest(own, seconds)
+        flops, tokens = self._world.all_reduce_sum(self._flops, self._tokens)
         return {
             "samples_per_s": self._timed_steps * self._batch_size / seconds,
             "tokens_per_s": tokens / seconds,
             "mfu": None if self._peak is None else flops / seconds / self._peak / self._world.size,
             "data_stall_s": stall_s,
             "data_stall_share": stall_s / seconds,
-            "slowest_rank": slowest,
-            "slowest_rank_ratio": ratio,
+            **self.pace.compare(seconds),
         }
-
-    def _find_slowest(self, own: list[float], seconds: float) -> tuple[int | None, float | None]:
-        """Return the slowest rank, and the ratio of its own time to the median of the others; name a slow rank.
-
-        A rank is named if it is slow in two lines of metrics in a row, and only once until it is no longer slow.
-        """
-        if len(own) == 1:
-            return None, None
-        slowest = max(range(len(own)), key=own.__getitem__)
-        usual = statistics.median(own[:slowest] + own[slowest + 1 :])
-        ratio = own[slowest] / usual if usual else None
-        slow = own[slowest] > SLOW * usual and own[slowest] - usual > SLOW_SHARE * seconds
-        if slow and slowest == self._slow != self._named and self._world.first:
-            print(
-                f"dreamscale pretrain: rank {slowest} (host {self._hosts[slowest]}) is slow: in {seconds:.1f} s, it "
-                f"waited for data and computed forward passes for {own[slowest]:.1f} s, the other ranks for "
-                f"{usual:.1f} s (median); the others wait for it, so check this machine",
-                file=sys.stderr,
-            )
-        self._named = slowest if slow and slowest == self._slow else -1
-        self._slow = slowest if slow else -1
-        return slowest, ratio

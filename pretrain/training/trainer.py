@@ -337,12 +337,12 @@ class Trainer:
         config, engine, device = self.config, self.engine, self.world.device
         # Draw the masks before the batch is divided into micro batches, so that masks do not depend on
         # micro_batch_size.
-        with self.throughput.forward():
+        with self.throughput.pace.computing():
             inputs = engine.module.prepare(batch, config.seed)
         losses = []
         for start in range(0, len(batch.numbers), config.micro):
             part = slice(start, start + config.micro)
-            with self.throughput.forward():
+            with self.throughput.pace.computing():
                 x_BCT = engine.module.windows(batch[part], self.train_set.spec, device)
                 loss = engine(x_BCT, **{k: v[part].to(device, non_blocking=True) for k, v in inputs.items()}).mean()
             engine.backward(loss)

@@ -8,9 +8,10 @@ disturbance:
 
 - ``at``: when the disturbance comes. ``["log", STEP]``: after the metrics of a step are written; ``["save", STEP]``:
   while the checkpoint of a step is being written; ``["open"]``: after a run directory was opened; ``["image"]``: after
-  an image was stored.
+  an image was stored; ``["batch"]``: whenever a batch was read.
 - ``rank``: the process that is disturbed (default 1).
-- ``signal``: the number of the signal that this process sends to itself; or ``fill``: a file that fills its disk.
+- ``signal``: the number of the signal that this process sends to itself; or ``fill``: a file that fills its disk; or
+  ``sleep_s``: a number of seconds for which it does nothing.
 
 RESULTS.json has, for each job by its name, the exit codes of its processes (negative: number of the signal) and their
 output.
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import finetune.align
 import pretrain.model.weights
 from data_sharding.common.errors import run_main
 from finetune.generation.partial import PartialFolder
@@ -55,6 +57,8 @@ def disturb(job: dict[str, Any]) -> None:
     def act() -> None:
         if "fill" in job:
             fill_disk(job["fill"])
+        elif "sleep_s" in job:
+            time.sleep(job["sleep_s"])
         else:
             os.kill(os.getpid(), job["signal"])
 
@@ -71,6 +75,8 @@ def disturb(job: dict[str, Any]) -> None:
         RunDirectory.log = follow(RunDirectory.log, lambda _, at, **metrics: [at] == step and "lr" in metrics)
     elif kind == "open":
         RunDirectory.__init__ = follow(RunDirectory.__init__, lambda *_, **words: True)
+    elif kind == "batch":
+        finetune.align.prepare_eeg = follow(finetune.align.prepare_eeg, lambda *_: True)
     elif kind == "image":
         PartialFolder.add = follow(PartialFolder.add, lambda *_: True)
     else:

@@ -151,6 +151,7 @@ def drills(
     hang = {"at": ["log", STOP], "signal": signal.SIGSTOP}
     drills.add("align hanging", "align", "align_hanging", more={"timeout_s": 6}, **hang)
     drills.add("align bad", "align", "align_bad", more={"dataset": drills.folder / "bad"})
+    drills.add("align slow", "align", "align_slow", more={"training__log_every": 3}, at=["batch"], sleep_s=0.25)
     drills.add("align alone", "align", "align_alone", processes=1)
     drills.add_generate("generate", "images", processes=1)
     drills.add_generate("generate killed", "images_killed", at=["image"], signal=signal.SIGKILL)
@@ -235,6 +236,19 @@ def test_a_hanging_process_is_named(drills: Found) -> None:
     assert "no progress for 6 s: rank 1 (host " in line
     state = _state(jobs.folder / "align_hanging")
     assert state["state"] == "failed" and "rank 1" in state["reason"]
+
+
+def test_a_slow_process_is_named(drills: Found) -> None:
+    """Check a run in which one of two processes does nothing for 0.25 s in every step."""
+    jobs, found = drills
+    assert found["align slow"]["codes"] == [0, 0], found["align slow"]["said"]
+    assert found["align slow"]["said"][0].count("dreamscale: rank 1 (host ") >= 1
+    lines = [line for line in read_metrics(jobs.folder / "align_slow" / "metrics.jsonl") if "slowest_rank" in line]
+    assert len(lines) == 4 and sum(line["slowest_rank"] == 1 for line in lines) >= 3
+    # The slow process takes part in the same training.
+    curve = _curve(jobs.folder / "align")
+    means = [sum(loss for _, loss in curve[start : start + 3]) / 3 for start in range(0, 12, 3)]
+    np.testing.assert_allclose([loss for _, loss in _curve(jobs.folder / "align_slow")], means, rtol=1e-5)
 
 
 def test_bad_data_on_one_process_skips_the_step_on_all(drills: Found) -> None:
