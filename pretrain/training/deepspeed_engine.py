@@ -124,8 +124,8 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
     """
     share = config.batch_size // config.num_processes
     # Each communication bucket is a buffer in memory, so limit its size to the number of parameters. With DeepSpeed's
-    # default of 5e8 values, a small model would need gigabytes for the buckets.
-    bucket = int(min(5e8 if device.type == "cuda" else 5e7, max(parameters, 2**16)))
+    # default of 5e8 values, a small model would need gigabytes for the buckets. ZeRO refuses an odd size.
+    bucket = int(min(5e8 if device.type == "cuda" else 5e7, max(parameters + parameters % 2, 2**16)))
     generated: dict[str, Any] = {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.micro,

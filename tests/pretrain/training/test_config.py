@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pretrain.train import main
-from pretrain.training.config import OptimizerConfig
+from pretrain.training.config import OptimizerConfig, PretrainConfig
+from pretrain.training.deepspeed_engine import deepspeed_config
 
 from ..conftest import losses, write_config
 
@@ -31,3 +33,12 @@ class TestOptimizer:
         assert main([str(config)]) == 0
         assert main([str(config), "--output", str(tmp_path / "b"), "--offload", "optimizer"]) == 0
         np.testing.assert_allclose(losses(tmp_path / "b"), losses(tmp_path / "a"), atol=1e-5)
+
+
+def test_a_model_with_an_odd_number_of_parameters_has_even_buckets() -> None:
+    """DeepSpeed refuses odd buckets at ZeRO stages 1 and 2."""
+    config = PretrainConfig(dataset="data", output="run", num_processes=2, batch_size=16, zero_stage=2)
+    for parameters in (3, 99_999, 100_001, 70_000_001):
+        zero = deepspeed_config(config, parameters=parameters, device=torch.device("cpu"))["zero_optimization"]
+        assert zero["allgather_bucket_size"] == zero["reduce_bucket_size"] >= min(parameters, 5e7)
+        assert zero["allgather_bucket_size"] % 2 == 0
