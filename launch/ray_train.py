@@ -89,8 +89,9 @@ def _environment(job: dict[str, Any], own: str) -> dict[str, str]:
     # Ray sets OMP_NUM_THREADS in its workers to the number of cores that it has reserved. Use all cores instead, unless
     # the user has set the variable: then Ray's process on this machine has it, too.
     more["OMP_NUM_THREADS"] = str(max(1, count_cores() // (get_context().get_local_world_size() * job["local"])))
-    with contextlib.suppress(psutil.Error, AttributeError):
-        more["OMP_NUM_THREADS"] = psutil.Process().parent().environ().get("OMP_NUM_THREADS", more["OMP_NUM_THREADS"])
+    with contextlib.suppress(psutil.Error):
+        if parent := psutil.Process().parent():
+            more["OMP_NUM_THREADS"] = parent.environ().get("OMP_NUM_THREADS", more["OMP_NUM_THREADS"])
     if "GLOO_SOCKET_IFNAME" not in os.environ:
         # By default, gloo uses the address of the machine's name, which is a loopback address on many machines.
         for name, addresses in psutil.net_if_addrs().items():
