@@ -22,7 +22,7 @@ NOT_OURS = {
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
     ),
     *("PET_SHUTDOWN_TIMEOUT", "PET_SIGNALS_TO_HANDLE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_TRAIN_V2_ENABLED"),
-    *("RAY_USAGE_STATS_ENABLED", "PYTHONPATH"),
+    *("RAY_USAGE_STATS_ENABLED", "PYTHONPATH", "FSDP_AUTO_WRAP_POLICY", "FSDP_VERSION"),
 }
 """Variables that Dreamscale sets or reads for libraries, and that no user has to know."""
 
