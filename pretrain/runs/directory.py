@@ -229,7 +229,9 @@ class RunDirectory:
     def close(self) -> None:
         """Close the metrics file and the tracker, and release the lock."""
         if self._stream is not None:
-            self._stream.close()
+            # If the disk is full, lines that could not be written are written again here. `log` has named their steps.
+            with contextlib.suppress(OSError):
+                self._stream.close()
             self._stream = None
         close, self._close = self._close, lambda: None
         try:

@@ -197,7 +197,8 @@ def _messages(job: dict[str, Any]) -> list[str]:
     """Check that no process of a job printed a traceback; return the lines of all processes with an error."""
     said = "".join(job["said"])
     assert "Traceback" not in said, said
-    return [line for line in said.splitlines() if line.startswith("dreamscale: ")]
+    # On a busy machine, a process may be slow.
+    return [line for line in said.splitlines() if line.startswith("dreamscale: ") and " is slow: in " not in line]
 
 
 @pytest.mark.parametrize("kind", ["joint", "sequential"])
