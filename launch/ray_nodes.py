@@ -30,7 +30,7 @@ START_S = 300.0
 """Seconds within which the head of the cluster must answer."""
 LOST_S = 15.0
 """A machine leaves the cluster if the head has not answered for this number of seconds."""
-QUICK_S = 60.0
+QUICK_S = 300.0
 """If Ray ends on a machine within this number of seconds, its start has failed."""
 START_TRIES = 3
 """Number of failed starts in a row after which a machine gives up."""
