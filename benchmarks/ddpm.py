@@ -13,7 +13,6 @@ noise.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
+from machine import peak_memory, start_memory
 from torch import Tensor, nn
 
 from data_sharding.common.files import write_json
@@ -45,31 +45,17 @@ WIDTH = 512
 Step = Callable[[], object]
 
 
-def read_status(key: str) -> float:
-    """Return an entry of /proc/self/status in GiB."""
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 2**20
-
-
 def measure(step: Step, device: torch.device) -> dict[str, float]:
     """Run one step; return its wall time and CPU time in seconds, and by how many GiB its memory grew at the peak."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device) / 2**30
-    else:
-        # First give memory that was freed earlier back to the system. Otherwise the step would reuse it, and the growth
-        # would not include it. Writing 5 to /proc/self/clear_refs sets the peak of this process's memory (VmHWM) to its
-        # present size.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = read_status("VmRSS")
+    before = start_memory(device)
     wall, cpu = time.perf_counter(), time.process_time()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else read_status("VmHWM")
-    return {"wall_s": wall, "cpu_s": cpu, "growth_gib": peak - before}
+    return {"wall_s": wall, "cpu_s": cpu, "growth_gib": peak_memory(device) - before}
 
 
 def random_inputs(options: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ plain loop uses the fused AdamW, because on a CPU, the default AdamW asks for th
 from __future__ import annotations
 
 import argparse
-import ctypes
 import io
 import json
 import statistics
@@ -33,7 +32,7 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from machine import describe_run
+from machine import describe_run, peak_memory, start_memory
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -155,24 +154,11 @@ class TimedLoader:
         return getattr(self.loader, name)
 
 
-def read_status(key: str) -> float:
-    """Return an entry of /proc/self/status in GiB."""
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 2**20
-
-
 def with_memory(device: torch.device, run: Callable[[], Measured]) -> Measured:
     """Run a program, and add by how many GiB the memory grew at the peak: gradients, optimiser and activations."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device) / 2**30
-    else:
-        # Give memory that was freed earlier back to the system, and set the peak of the memory to its present size.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = read_status("VmRSS")
+    before = start_memory(device)
     found = run()
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else read_status("VmHWM")
-    return {**found, "growth_gib": peak - before}
+    return {**found, "growth_gib": peak_memory(device) - before}
 
 
 class Bench:

@@ -181,11 +181,7 @@ def scale_eeg(
         Scaled and clipped EEG.
     """
     eeg_BCT = eeg_BCT.to(device).float()
-    return (
-        scaling.scale_for_model(eeg_BCT, places["count_B"].to(eeg_BCT.device))
-        if places
-        else (scaling.scale_for_model(eeg_BCT))
-    )
+    return scaling.scale_for_model(eeg_BCT, places["count_B"].to(eeg_BCT.device) if places else None)
 
 
 def choose_evenly(n: int, count: int) -> list[int]:

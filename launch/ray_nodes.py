@@ -23,13 +23,11 @@ from types import FrameType
 from data_sharding.common.cores import count_cores
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, error_line, printable
 from data_sharding.common.stop import find_child_processes, kill_processes
-from data_sharding.job.cluster import OBJECT_STORE, short_temporary_folder
+from data_sharding.job.cluster import HEAD_S, OBJECT_STORE, head_answers, short_temporary_folder
 from data_sharding.job.isolation import owned_folder
 
 START_S = 300.0
 """Seconds within which the head of the cluster must answer."""
-LOST_S = 15.0
-"""A machine leaves the cluster if the head has not answered for this number of seconds."""
 QUICK_S = 300.0
 """If Ray ends on a machine within this number of seconds, its start has failed."""
 START_TRIES = 3
@@ -64,17 +62,11 @@ def _start_ray(address: str, own: str, folder: Path, *, head: bool) -> subproces
         )
 
 
-def _answers(ip: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(2.0)
-        return probe.connect_ex((ip, port)) == 0
-
-
 def _wait_for_head(ip: str, port: int, ray: subprocess.Popen[bytes] | None) -> bool:
     """Wait until the head of the cluster answers; return False if it does not answer in time."""
     end = time.monotonic() + START_S
     while time.monotonic() < end and (ray is None or ray.poll() is None):
-        if _answers(ip, port):
+        if head_answers(ip, port):
             return True
         time.sleep(0.5)
     return False
@@ -123,8 +115,8 @@ def _join(ip: str, port: int, folder: Path) -> int:
     ray = _start_ray(f"{ip}:{port}", own, folder, head=False)
     seen = started = time.monotonic()
     failures = 0
-    while time.monotonic() - seen < LOST_S:
-        if _answers(ip, port):
+    while time.monotonic() - seen < HEAD_S:
+        if head_answers(ip, port):
             seen = time.monotonic()
             if ray.poll() is not None:
                 # Ray has ended on this machine, although the cluster is still there, so join the cluster again.

@@ -291,7 +291,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     from pretrain.model.build import build_autoencoder, count_parameters
     from pretrain.model.flops import training_flops
     from pretrain.scale import Network, Work, scale_row, step_exchange, step_seconds
-    from pretrain.training.estimates import activation_bytes, exchanged_bytes, state_bytes, tokens_of
+    from pretrain.training.estimates import activation_bytes, state_bytes, tokens_of
 
     request = resolve(config)
     model = request.model
@@ -347,13 +347,6 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         network=config.network_gb_s * 1e9,
         latency_s=config.latency_us / 1e6,
     )
-    sent = exchanged_bytes(
-        parameters,
-        zero_stage=request.zero_stage,
-        gpus=request.gpus,
-        precision=request.precision,
-        micro_batches=work.micro_batches,
-    )
     exchange_s = step_exchange(work, request.gpus, network)
     offloaded = [f"offload {request.offload}: gradients are counted on the GPU; the transfer to the CPU takes no time"]
     offloaded = offloaded if request.offload != "none" else []
@@ -369,7 +362,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         "time": {
             "arithmetic_s": work.arithmetic_s,
             "exchange_s": exchange_s,
-            "exchanged_bytes_a_gpu": sent,
+            "exchanged_bytes_a_gpu": work.sent(request.gpus),
             "step_s": step_s,
             "windows_per_s": request.batch_size / step_s,
             "steps": request.steps,

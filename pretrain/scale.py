@@ -109,12 +109,21 @@ class Work:
     storage: float | None
     """Bytes/s that the storage delivers to all machines together; None if the storage is fast enough."""
 
+    def sent(self, gpus: int) -> float:
+        """Return the bytes that one GPU sends in one step; see `exchanged_bytes`."""
+        return exchanged_bytes(
+            self.parameters,
+            zero_stage=self.zero_stage,
+            gpus=gpus,
+            precision=self.precision,
+            micro_batches=self.micro_batches,
+        )
+
 
 def step_exchange(work: Work, gpus: int, network: Network) -> float:
     """Estimate how many seconds the GPUs exchange data in one step of `work`; see `exchange_seconds`."""
-    rules = {"zero_stage": work.zero_stage, "micro_batches": work.micro_batches}
-    sent = exchanged_bytes(work.parameters, gpus=gpus, precision=work.precision, **rules)
-    return exchange_seconds(sent, collective_operations(work.parameters, **rules), gpus, network)
+    messages = collective_operations(work.parameters, zero_stage=work.zero_stage, micro_batches=work.micro_batches)
+    return exchange_seconds(work.sent(gpus), messages, gpus, network)
 
 
 def step_seconds(arithmetic_s: float, exchange_s: float) -> float:

@@ -38,7 +38,8 @@ NODE_S = 60.0
 JOIN_S = 300.0
 """Time limit in seconds for the machines of a cluster to join it, if the key `min_nodes` asks for them."""
 HEAD_S = 15.0
-"""If the head of a cluster does not answer for this number of seconds, the command that uses the cluster ends."""
+"""If the head of a cluster does not answer for this number of seconds, it is lost: the command that uses the cluster
+ends, and machines of a job leave the cluster."""
 END_S = 15.0
 """After the loss of the head, Ray has this number of seconds to disconnect; then the process is ended."""
 OBJECT_STORE = 128 * 2**20
@@ -160,6 +161,13 @@ def ray_session(config: RayConfig) -> Iterator[int]:
             raise
 
 
+def head_answers(ip: str, port: int) -> bool:
+    """Return whether the head of a Ray cluster accepts connections."""
+    with socket.socket() as probe:
+        probe.settimeout(2.0)
+        return probe.connect_ex((ip, port)) == 0
+
+
 class _HeadWatch(threading.Thread):
     """Notices that the head of the Ray cluster does not answer any more, and ends the process if nobody else does.
 
@@ -181,10 +189,8 @@ class _HeadWatch(threading.Thread):
         ip, _, port = self.address.rpartition(":")
         seen = time.monotonic()
         while not self.ended.wait(1.0):
-            with socket.socket() as probe:
-                probe.settimeout(2.0)
-                if probe.connect_ex((ip, int(port))) == 0:
-                    seen = time.monotonic()
+            if head_answers(ip, int(port)):
+                seen = time.monotonic()
             silent = time.monotonic() - seen
             self.lost = silent > HEAD_S
             if silent > HEAD_S + END_S:

@@ -118,9 +118,7 @@ class EGDDPMTask(nn.Module):
             The loss, under the key ``loss``.
         """
         error_B = self.errors(self.features(eeg) + jitter, image, noise, time, keep)
-        return {
-            "loss": (error_B * weigh_steps(self.noising, time, self.min_snr)).mean() if self.min_snr else error_B.mean()
-        }
+        return {"loss": (error_B * weigh_steps(self.noising, time, self.min_snr)).mean()}
 
 
 def train_ddpm(

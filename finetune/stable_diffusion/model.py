@@ -229,7 +229,7 @@ class EEGDiffusion(nn.Module):
         """
         tokens_BND = self.encoder(x, **places)
         error_B = self.errors(tokens_BND, latent, noise, time, keep)
-        loss = (error_B * weigh_steps(self.noising, time, self.min_snr)).mean() if self.min_snr else error_B.mean()
+        loss = (error_B * weigh_steps(self.noising, time, self.min_snr)).mean()
         out = {"loss": loss, "denoise": error_B.detach().mean()}
         if self.head is not None:
             assert target is not None

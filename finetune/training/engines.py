@@ -30,6 +30,7 @@ from pretrain.runs.distributed import import_deepspeed
 from pretrain.training.deepspeed_engine import (
     MOMENTS,
     adam_steps,
+    common_settings,
     fill_optimizer_state,
     gather_tensor,
     own_part,
@@ -392,28 +393,16 @@ class _DeepSpeedEngine(_CopyEngine):
 
     def _settings(self, parameters: int) -> dict[str, Any]:
         """Return DeepSpeed's config: the settings of Accelerate's config file override the chosen settings."""
-        config, cuda = self.config, self.accelerator.device.type == "cuda"
-        # Each communication bucket is a buffer in memory, so limit its size to the number of parameters. ZeRO needs an
-        # even size.
-        bucket = int(min(5e8 if cuda else 5e7, max(parameters + parameters % 2, 2**16)))
-        chosen: dict[str, Any] = {
-            "train_batch_size": config.batch_size,
-            "train_micro_batch_size_per_gpu": config.batch_size // self.accelerator.num_processes // self.micro_batches,
-            "gradient_accumulation_steps": self.micro_batches,
-            "gradient_clipping": config.grad_clip,
-            "zero_optimization": {
-                "overlap_comm": cuda,
-                "contiguous_gradients": True,
-                "reduce_bucket_size": bucket,
-                "allgather_bucket_size": bucket,
-            },
-            "communication_data_type": "fp32",
-            # With False, DeepSpeed accepts PyTorch's AdamW for an offloaded optimiser too. DeepSpeed's own Adam would
-            # take minutes to compile.
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        }
+        config = self.config
+        chosen = common_settings(
+            batch_size=config.batch_size,
+            micro=config.batch_size // self.accelerator.num_processes // self.micro_batches,
+            micro_batches=self.micro_batches,
+            grad_clip=config.grad_clip,
+            parameters=parameters,
+            device=self.accelerator.device,
+        )
+        chosen["zero_allow_untested_optimizer"] = True
         return merge_configs(chosen, _read_deepspeed_settings())
 
     def weights(self) -> dict[str, Tensor]:

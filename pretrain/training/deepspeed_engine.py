@@ -105,6 +105,53 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: i
     return torch.optim.AdamW(groups, **options)
 
 
+def common_settings(
+    *, batch_size: int, micro: int, micro_batches: int, grad_clip: float, parameters: int, device: torch.device
+) -> dict[str, Any]:
+    """Return the settings of DeepSpeed that are the same in every training of this project.
+
+    Parameters
+    ----------
+    batch_size : int
+        Number of samples in one optimiser step, summed over all processes.
+    micro : int
+        Number of samples that one process computes in one forward pass.
+    micro_batches : int
+        Number of forward passes of one process in one step.
+    grad_clip : float
+        Largest norm of the gradient; 0 switches DeepSpeed's clipping off.
+    parameters : int
+        Number of trainable parameters of the model.
+    device : torch.device
+        Device of the training.
+
+    Returns
+    -------
+    dict
+        A part of the config for `deepspeed.initialize`, without the stage of ZeRO and the precision.
+    """
+    # Each communication bucket is a buffer in memory, so limit its size to the number of parameters. With DeepSpeed's
+    # default of 5e8 values, a small model would need gigabytes for the buckets. ZeRO refuses an odd size.
+    bucket = int(min(5e8 if device.type == "cuda" else 5e7, max(parameters + parameters % 2, 2**16)))
+    return {
+        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": grad_clip,
+        "zero_optimization": {
+            "overlap_comm": device.type == "cuda",
+            "contiguous_gradients": True,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "communication_data_type": "fp32",
+        # With False, DeepSpeed accepts PyTorch's Adam for an offloaded optimiser too. DeepSpeed's CPU Adam would take
+        # minutes to compile.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
 def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.device) -> dict[str, Any]:
     """Translate the run's config into a config for DeepSpeed.
 
@@ -122,37 +169,27 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
     dict
         The config for `deepspeed.initialize`. Keys in `config.deepspeed` override the generated keys.
     """
-    share = config.batch_size // config.num_processes
-    # Each communication bucket is a buffer in memory, so limit its size to the number of parameters. With DeepSpeed's
-    # default of 5e8 values, a small model would need gigabytes for the buckets. ZeRO refuses an odd size.
-    bucket = int(min(5e8 if device.type == "cuda" else 5e7, max(parameters + parameters % 2, 2**16)))
-    generated: dict[str, Any] = {
-        "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.micro,
-        "gradient_accumulation_steps": share // config.micro,
+    common = common_settings(
+        batch_size=config.batch_size,
+        micro=config.micro,
+        micro_batches=config.batch_size // config.num_processes // config.micro,
         # At stage 0, `GuardedAdamW` clips the gradient, because it computes the gradient's norm anyway; so DeepSpeed
         # must not clip.
-        "gradient_clipping": config.optimizer.grad_clip if config.zero_stage else 0.0,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "overlap_comm": device.type == "cuda",
-            "contiguous_gradients": True,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
+        grad_clip=config.optimizer.grad_clip if config.zero_stage else 0.0,
+        parameters=parameters,
+        device=device,
+    )
+    own: dict[str, Any] = {
+        "zero_optimization": {"stage": config.zero_stage},
         # With immediate_grad_update, stage 1 adds each bf16 gradient to the float32 gradients as soon as it is
         # computed, and then frees the memory of the bf16 gradient.
         "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": config.precision == "bf16"},
         # Without the keys communication_data_type and data_types, bf16 gradients would be summed in bf16, both over the
         # processes and over the micro batches.
-        "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        # With False, DeepSpeed accepts PyTorch's Adam for an offloaded optimiser too. DeepSpeed's CPU Adam would take
-        # minutes to compile.
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    generated = merge_configs(common, own)
     if config.offload != "none":
         pinned = {"device": "cpu", "pin_memory": device.type == "cuda"}
         generated["zero_optimization"]["offload_optimizer"] = pinned
